@@ -1,0 +1,55 @@
+# make demo   environment, data, training, evaluation, report: 15 minutes on two cores
+# make test   environment and the default test suite
+# make full   the whole recipe, three seeds
+#
+# The constraints pin every version that the numbers in this repository were made with, torch
+# for CPUs among them. With a GPU, give your own file: make demo CONSTRAINTS=mine.txt
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints-cpu.txt
+RUN = $(VENV)/bin/python
+export HF_HUB_OFFLINE = 1
+
+# The size of a demonstration; `make full` and `make smoke` change these.
+NAME ?= demo
+SEED ?= 0
+EPISODES ?= 6000
+EVAL_CLIPS ?= 700
+PRETRAIN_STEPS ?= 250
+SFT_STEPS ?= 500
+TASKS ?= all
+LIMIT ?=
+DATA = data/$(NAME)
+OUT = runs/$(NAME)-seed$(SEED)
+
+.PHONY: env data demo train evaluate test test-all full smoke lint clean
+
+env: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -c $(CONSTRAINTS) -e ".[training,demo,dev]"
+	touch $@
+
+data: env
+	$(RUN) -m training.demo_data --output data/demo --episodes $(EPISODES) --eval-clips $(EVAL_CLIPS)
+
+train: data
+	$(RUN) -m training.train training/recipes/babyai_pretrain.yaml \
+		training.seed=$(SEED) training.max_steps=$(PRETRAIN_STEPS) training.output_dir=$(OUT)/pretrain
+	$(RUN) -m training.train training/recipes/babyai_sft.yaml model.checkpoint=$(OUT)/pretrain \
+		training.seed=$(SEED) training.max_steps=$(SFT_STEPS) training.output_dir=$(OUT)/sft
+
+demo: train
+	$(RUN) -m eval.evaluate --model $(OUT)/sft --tasks $(TASKS) $(LIMIT)
+	$(RUN) examples/ask.py $(OUT)/sft
+	@echo "The report: $(OUT)/sft/eval/report.html"
+
+test: env
+	$(RUN) -m pytest
+
+lint: env
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) data runs

@@ -1,0 +1,1 @@
+"""How good a model is: benchmarks, with protocol, baselines and interval beside each number."""

@@ -1,0 +1,98 @@
+"""What `benchmarks.yaml` may say, and the rows it points to."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from processing.rows import BadRow, read_rows
+
+TASKS = ("retrieval", "classification", "vqa")
+_REQUIRED = {"task", "rows", "description"}
+_OPTIONAL = {
+    "retrieval": {"query", "num_frames"},
+    "classification": {"query", "num_frames", "candidates"},
+    "vqa": {"num_frames"},
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One entry of the file.
+
+    Attributes:
+        name (`str`): its key.
+        task (`str`): `"retrieval"`, `"classification"` or `"vqa"`.
+        rows (`Path`): JSONL file, as [`read_rows`] reads it.
+        description (`str`): what it measures, in a sentence.
+        train_rows (`Path`, *optional*, VQA only): source of the candidates and the baselines.
+        query (`str`, *optional*): asked instead of the rows' own. VQA asks the rows' questions.
+        num_frames (`int`, *optional*): frames per video, instead of the processor's.
+        candidates (`list[str]`, *optional*, classification only): the labels to choose from,
+            instead of the distinct targets of the rows.
+    """
+
+    name: str
+    task: str
+    rows: Path
+    description: str
+    train_rows: Path | None = None
+    query: str | None = None
+    num_frames: int | None = None
+    candidates: list[str] | None = None
+
+    def load(self) -> tuple[list[dict], list[BadRow]]:
+        """The good rows, with the query they are asked here, and the bad ones."""
+        rows, bad = usable_rows(self.rows)
+        if self.query is not None:
+            rows = [row | {"query": self.query} for row in rows]
+        return rows, bad
+
+
+def usable_rows(path: Path) -> tuple[list[dict], list[BadRow]]:
+    """[`read_rows`], but a file without a single good row is an error."""
+    rows, bad = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path}: no usable row. The first reason: {bad[0]}")
+    return rows, bad
+
+
+def load_benchmarks(path: Path, names: list[str]) -> list[Benchmark]:
+    """The named benchmarks of a YAML file in the order asked for; `["all"]` gives every one.
+
+    Raises: `ValueError` for unknown names, tasks and keys; `FileNotFoundError` for missing files.
+    """
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = list(entries) if names == ["all"] else names
+    if unknown := [name for name in names if name not in entries]:
+        raise ValueError(f"{path} has no {', '.join(unknown)}. It has: {', '.join(entries)}")
+    return [_benchmark(name, dict(entries[name])) for name in names]
+
+
+def sha256(path: Path) -> str:
+    """The first 12 hexadecimal digits: enough to see that two runs read the same rows."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def _benchmark(name: str, entry: dict) -> Benchmark:
+    task = entry.get("task")
+    if task not in TASKS:
+        raise ValueError(f"{name}: task is {task!r}, must be one of {', '.join(TASKS)}")
+    required = _REQUIRED | ({"train_rows"} if task == "vqa" else set())
+    if missing := sorted(required - entry.keys()):
+        raise ValueError(f"{name}: a {task} benchmark needs {', '.join(missing)}")
+    if unknown := sorted(entry.keys() - required - _OPTIONAL[task]):
+        raise ValueError(f"{name}: a {task} benchmark takes no {', '.join(unknown)}")
+    for key in ("rows", "train_rows"):
+        if key in entry:
+            entry[key] = Path(entry[key])
+            if not entry[key].is_file():
+                raise FileNotFoundError(
+                    f"{name}: {key} is {entry[key]}, which does not exist. Paths are relative to "
+                    "the working directory."
+                )
+    return Benchmark(name, **entry)
+
+
+__all__ = ["Benchmark", "load_benchmarks", "sha256", "usable_rows"]

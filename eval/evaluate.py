@@ -1,0 +1,102 @@
+"""Measure a model: `python -m eval.evaluate --model DIR --tasks babyai_vqa easy_vqa`.
+
+Prints a table per task, and writes `results.json` and `report.html`.
+"""
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from eval import classification, retrieval, vqa
+from eval.benchmarks import load_benchmarks
+from eval.embed import ABLATIONS
+from eval.report import text_tables, write_report
+from eval.results import TaskResult
+from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAProcessor
+
+TASKS = {
+    "retrieval": retrieval.evaluate,
+    "classification": classification.evaluate,
+    "vqa": vqa.evaluate,
+}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.evaluate", description=__doc__)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a model")
+    parser.add_argument("--tasks", required=True, nargs="+", help="benchmark names, or: all")
+    parser.add_argument(
+        "--benchmarks", type=Path, default=Path(__file__).with_name("benchmarks.yaml")
+    )
+    parser.add_argument(
+        "--ablation", choices=ABLATIONS, default="none", help="does the model look, and read?"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="default: MODEL/eval, for an ablation MODEL/eval_ABLATION"
+    )
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--limit", type=int, help="only the first so many rows, for a trial")
+    args = parser.parse_args(argv)
+    if args.output is None:
+        suffix = "" if args.ablation == "none" else f"_{args.ablation}"
+        if not Path(args.model).is_dir():
+            parser.error("--model is not a folder: say with --output where the results should go")
+        args.output = Path(args.model) / f"eval{suffix}"
+    return args
+
+
+def write_results(path: Path, model_name: str, results: list[TaskResult]) -> None:
+    """The numbers and all they depend on; no times and no places, so that runs can be compared."""
+    packages = ("av", "numpy", "pillow", "torch", "transformers")
+    content = {
+        "model": model_name,
+        "versions": {package: version(package) for package in packages},
+        "benchmarks": {result.name: result.as_json() for result in results},
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+
+    # 1. what to measure: checked before anything is loaded
+    benchmarks = load_benchmarks(args.benchmarks, args.tasks)
+
+    # 2. the model and its processor
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = VLJEPAModel.from_pretrained(args.model).to(device)
+    processor = VLJEPAProcessor.from_pretrained(args.model)
+    model_name = Path(args.model).resolve().name
+
+    # 3. one benchmark after the other; what is done is on disk
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = []
+    for benchmark in benchmarks:
+        print(f"{benchmark.name}: {benchmark.description}")
+        result = TASKS[benchmark.task](
+            model,
+            processor,
+            benchmark,
+            batch_size=args.batch_size,
+            ablation=args.ablation,
+            limit=args.limit,
+        )
+        if result.skipped:
+            print(f"{len(result.skipped)} rows left out:", *result.skipped[:20], sep="\n  ")
+        results.append(result)
+        write_results(args.output / "results.json", model_name, results)
+
+    # 4. for people
+    print(text_tables(results))
+    trainer_state = Path(args.model) / "trainer_state.json"
+    write_report(args.output / "report.html", model_name, results, trainer_state)
+    print(f"\n{args.output / 'results.json'}\n{args.output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

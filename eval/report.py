@@ -1,0 +1,149 @@
+"""Results for people: tables for the terminal, and one HTML file that needs no other file."""
+
+import base64
+import io
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.figure import Figure
+from PIL import Image
+
+from eval.results import Score, TaskResult
+from processing import read_clip, read_image
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+FRAME_HEIGHT = 96  # pixels
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def text_tables(results: list[TaskResult]) -> str:
+    """One table per task: score, interval and baselines side by side, the protocol below."""
+    tables = []
+    for task in dict.fromkeys(result.task for result in results):
+        family = [result for result in results if result.task == task]
+        names = list(next(iter(family[0].scores.values())).baselines)
+        rows = [["benchmark", "metric", "score", "95 % interval", "n", *names]]
+        for result in family:
+            rows += [_cells(result.name, metric, score) for metric, score in result.scores.items()]
+            rows += [_cells("", f"  {name}", score) for name, score in result.by_type.items()]
+        protocols = [f"{result.name}: {_protocol_line(result)}" for result in family]
+        tables.append("\n".join([f"{task} (in %)", _aligned(rows), "", *protocols]))
+    return "\n\n".join(tables)
+
+
+def write_report(
+    path: Path, model_name: str, results: list[TaskResult], trainer_state: Path
+) -> None:
+    """Write `report.html`; the loss curve comes from `trainer_state`, if there is that file."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    environment.filters["strip"] = frame_strip
+    environment.filters["protocol"] = _protocol_line
+    page = environment.get_template("report_template.html").render(
+        model_name=model_name,
+        results=results,
+        type_charts={result.name: type_chart(result.by_type) for result in results},
+        loss_curve=loss_curve(trainer_state) if trainer_state.is_file() else None,
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+@cache
+def frame_strip(path: str, num_frames: int) -> str:
+    """Frames of a clip side by side, or an image, as a data URI."""
+    is_image = Path(path).suffix.lower() in IMAGE_SUFFIXES
+    frames = read_image(path) if is_image else read_clip(path, num_frames).frames
+    strip = Image.fromarray(np.concatenate(list(frames), axis=1))
+    strip = strip.resize((round(strip.width * FRAME_HEIGHT / strip.height), FRAME_HEIGHT))
+    buffer = io.BytesIO()
+    strip.save(buffer, "JPEG", quality=85)
+    return _data_uri("image/jpeg", buffer)
+
+
+def type_chart(by_type: dict[str, Score]) -> str | None:
+    """Accuracy by question type with its interval, the question-only baseline beside it."""
+    if not by_type:
+        return None
+    figure = Figure(figsize=(6, 0.8 + 0.5 * len(by_type)), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(by_type))
+    scores = list(by_type.values())
+    values = np.array([score.value for score in scores])
+    reach = np.array([[s.value - s.low for s in scores], [s.high - s.value for s in scores]])
+    blind = [100 * score.baselines["question only"] for score in scores]
+    error = np.maximum(100 * reach, 0)
+    axes.barh(places - 0.2, 100 * values, 0.4, xerr=error, color="#2563eb", label="model")
+    axes.barh(places + 0.2, blind, 0.4, color="#cbd5e1", label="question only")
+    axes.set_yticks(places, [f"{name} ({score.n})" for name, score in by_type.items()])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy in %, with 95 % interval")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return _png(figure)
+
+
+def loss_curve(trainer_state: Path) -> str | None:
+    """The training loss with the loss of a model that knows nothing; None if none was logged."""
+    history = json.loads(trainer_state.read_text(encoding="utf-8"))["log_history"]
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "loss", "-"), ("chance_loss", "chance", "--")):
+        logged = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if logged:
+            axes.plot(*zip(*logged, strict=True), style, label=label)
+    if not axes.lines:
+        return None
+    axes.set_xlabel("step")
+    axes.set_ylabel("InfoNCE")
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def _cells(name: str, metric: str, score: Score) -> list[str]:
+    interval = f"{percent(score.low)} - {percent(score.high)}"
+    baselines = map(percent, score.baselines.values())
+    return [name, metric, percent(score.value), interval, str(score.n), *baselines]
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Two columns of text on the left, the numbers on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _protocol_line(result: TaskResult) -> str:
+    facts = {**result.protocol, **result.ranks, "skipped": len(result.skipped)}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {'(empty)' if value == '' else value}"
+        for name, value in facts.items()
+    )
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+    return _data_uri("image/png", buffer)
+
+
+def _data_uri(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+__all__ = ["text_tables", "write_report"]

@@ -1,0 +1,192 @@
+"""What an evaluation hands back: numbers that cannot be read without their protocol."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from eval.benchmarks import Benchmark, sha256
+from eval.embed import Predictions, media_path
+from eval.metrics import wilson
+from processing import BadRow, VLJEPAProcessor
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share of n rows, from 0 to 1, beside what needs no model.
+
+    Attributes:
+        value (`float`): the share.
+        low, high (`float`): its 95 % Wilson interval.
+        n (`int`): rows.
+        baselines (`dict[str, float]`): the same share for chance, the most common answer, ...
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    baselines: dict[str, float]
+
+    @classmethod
+    def of(cls, hits: torch.Tensor, baselines: dict[str, float]) -> "Score":
+        """`hits` (`torch.BoolTensor` of shape `(n,)`): which rows were right."""
+        right, n = int(hits.sum()), len(hits)
+        return cls(right / n, *wilson(right, n), n, baselines)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row to look at.
+
+    Attributes:
+        media (`str`, *optional*): the file that was asked about. None where a text was asked for
+            and files were ranked.
+        query (`str`): what was asked, or the text that was searched for.
+        truth (`list[str]`): the right answers, or the right files.
+        ranked (`list[tuple[str, float]]`): answers or files with their similarity, best first.
+        rank (`int`): of the first right one.
+    """
+
+    media: str | None
+    query: str
+    truth: list[str]
+    ranked: list[tuple[str, float]]
+    rank: int
+
+    @property
+    def found(self) -> bool:
+        """Whether a right one is among those shown."""
+        return any(name in self.truth for name, _ in self.ranked)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Everything about one benchmark.
+
+    Attributes:
+        name, task, description (`str`): those of the benchmark.
+        protocol (`dict`): how the numbers came about.
+        scores (`dict[str, Score]`): by metric.
+        ranks (`dict[str, float]`): median and mean ranks, of retrieval.
+        by_type (`dict[str, Score]`): accuracy by question type, of VQA.
+        skipped (`list[str]`): each line and file that was left out, and why.
+        examples (`list[Example]`): for the report.
+    """
+
+    name: str
+    task: str
+    description: str
+    protocol: dict[str, str | int | float]
+    scores: dict[str, Score]
+    ranks: dict[str, float] = field(default_factory=dict)
+    by_type: dict[str, Score] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+
+    def as_json(self) -> dict:
+        """All but the examples, whose paths hold on one machine only."""
+        return {name: value for name, value in asdict(self).items() if name != "examples"}
+
+
+def common_protocol(
+    benchmark: Benchmark,
+    processor: VLJEPAProcessor,
+    predictions: Predictions,
+    *,
+    ablation: str,
+    limit: int | None,
+) -> dict[str, str | int | float]:
+    """The part of the protocol that every task states."""
+    rows, queries = predictions.rows, predictions.queries
+    moved = sum(row["query"] != query for row, query in zip(rows, queries, strict=True))
+    num_frames = benchmark.num_frames or processor.video_processor.num_frames
+    frames = sorted({1 if "image" in row else num_frames for row in rows})
+    crop = processor.video_processor.crop_size
+    return {
+        "rows_file": portable(benchmark.rows),
+        "rows_sha256": sha256(benchmark.rows),
+        "media": len({media_path(row) for row in rows}),
+        "frames": ", ".join(map(str, frames)),
+        "pixels": f"{crop['height']}x{crop['width']}",
+        "prompt": queries[0] if len(set(queries)) == 1 else f"{len(set(queries))} distinct queries",
+        "ablation": ablation,
+        "queries_changed_by_ablation": moved,
+        "limit": "none" if limit is None else limit,
+    }
+
+
+def skipped_rows(
+    benchmark: Benchmark, rows: list[dict], bad: list[BadRow], broken: dict[str, str]
+) -> list[str]:
+    """Every row that was left out by line number and reason, with paths relative to its file."""
+    reasons = {row.line: row.reason for row in bad}
+    reasons |= {row["line"]: broken[path] for row in rows if (path := media_path(row)) in broken}
+    folder = os.path.abspath(benchmark.rows.parent)
+    return [
+        f"{benchmark.rows.name}:{line}: {_relative(reasons[line], folder)}"
+        for line in sorted(reasons)
+    ]
+
+
+def portable(path: Path) -> str:
+    """A path as it was given, or only its name where it holds on one machine alone."""
+    return path.name if path.is_absolute() else path.as_posix()
+
+
+def spread(indices: list[int], count: int) -> list[int]:
+    """At most `count` of the indices, evenly spread, so that examples show the whole file."""
+    if len(indices) <= count:
+        return indices
+    return [indices[place * len(indices) // count] for place in range(count)]
+
+
+def answer_examples(
+    predictions: Predictions, similarity: torch.Tensor, candidates: list[str], ranks: torch.Tensor
+) -> list[Example]:
+    """Six rows answered rightly and six answered wrongly, with their five best answers.
+
+    Args:
+        similarity (`torch.FloatTensor` of shape `(R, C)`)
+        ranks (`torch.LongTensor` of shape `(R,)`): of the right answer.
+    """
+    right = [row for row, rank in enumerate(ranks.tolist()) if rank == 1]
+    wrong = [row for row, rank in enumerate(ranks.tolist()) if rank != 1]
+    return [
+        Example(
+            media=media_path(predictions.rows[row]),
+            query=predictions.queries[row],
+            truth=[predictions.rows[row]["target"]],
+            ranked=best(similarity[row], candidates, 5),
+            rank=int(ranks[row]),
+        )
+        for row in spread(right, 6) + spread(wrong, 6)
+    ]
+
+
+def best(similarity: torch.Tensor, names: list[str], count: int) -> list[tuple[str, float]]:
+    """The `count` names of highest similarity `(C,)`, best first."""
+    values, places = similarity.sort(descending=True, stable=True)
+    pairs = zip(places.tolist(), values.tolist(), strict=True)
+    return [(names[place], value) for place, value in pairs][:count]
+
+
+def _relative(text: str, folder: str) -> str:
+    """Paths inside a message, relative to a folder: the message then reads the same anywhere."""
+    for up, parent in enumerate((Path(folder), *Path(folder).parents[:-1])):
+        text = text.replace(f"{parent}{os.sep}", f"..{os.sep}" * up)
+    return text
+
+
+__all__ = [
+    "Example",
+    "Score",
+    "TaskResult",
+    "answer_examples",
+    "best",
+    "common_protocol",
+    "portable",
+    "skipped_rows",
+    "spread",
+]

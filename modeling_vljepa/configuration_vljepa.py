@@ -1,0 +1,103 @@
+"""What a VL-JEPA model is made of: three sub-networks and the space in which they meet."""
+
+import math
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class VLJEPAConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`VLJEPAModel`]. The defaults are those of the paper (arXiv 2512.10942,
+    sections 3.1 and 3.2); where the paper is silent, the choice and its reason stand here.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            The X-Encoder. Default: V-JEPA 2 ViT-L at 256 pixels.
+        predictor_config (`dict` or `PreTrainedConfig`, *optional*):
+            The Predictor. Default: eight layers of the shape of Llama-3.2-1B. Its causal mask is
+            always off, whatever the dictionary says: the predictor reads, it does not generate.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            The Y-Encoder. Default: the shape of EmbeddingGemma-300M, bidirectional.
+        embedding_dim (`int`, *optional*, defaults to 1536):
+            Width of the shared embedding space (section 3.1).
+        freeze_vision (`bool`, *optional*, defaults to `True`):
+            The X-Encoder takes no gradient and stays in evaluation mode. The paper's last
+            pretraining stage sets this to `False`.
+        freeze_text (`bool`, *optional*, defaults to `False`):
+            The Y-Encoder's backbone takes no gradient; its head still trains (the paper's 7e).
+        freeze_token_embedding (`bool`, *optional*, defaults to `True`):
+            The predictor's token table takes no gradient. The paper's count of 490M trainable
+            parameters only adds up without that table.
+        logit_scale_init_value (`float`, *optional*, defaults to ln(1/0.07)):
+            Logarithm of the inverse temperature. The paper gives no temperature; this is CLIP's.
+        freeze_logit_scale (`bool`, *optional*, defaults to `False`):
+            Keep the temperature fixed. The paper does not say whether it is learnt; CLIP's is.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the new projections. Each sub-network has its own.
+    """
+
+    model_type = "vljepa"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(AutoConfig, model_type="vjepa2"),
+        "predictor_config": SubConfigSpec(
+            AutoConfig,
+            model_type="llama",
+            init_kwargs={
+                "vocab_size": 128256,
+                "hidden_size": 2048,
+                "intermediate_size": 8192,
+                "num_hidden_layers": 8,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-5,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 500000.0,
+                    "factor": 32.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+        ),
+        "text_config": SubConfigSpec(
+            AutoConfig,
+            model_type="gemma3_text",
+            init_kwargs={
+                "vocab_size": 262144,
+                "hidden_size": 768,
+                "intermediate_size": 1152,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 3,
+                "num_key_value_heads": 1,
+                "head_dim": 256,
+                "sliding_window": 512,
+                "max_position_embeddings": 2048,
+                "query_pre_attn_scalar": 256,
+                "use_bidirectional_attention": True,
+            },
+        ),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    predictor_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    embedding_dim: int = 1536
+    freeze_vision: bool = True
+    freeze_text: bool = False
+    freeze_token_embedding: bool = True
+    logit_scale_init_value: float = math.log(1 / 0.07)
+    freeze_logit_scale: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # The one supported switch: it reaches the mask builder and every attention kernel.
+        # Setting it on the attention modules alone still masks padded or eager batches.
+        self.predictor_config.is_causal = False
+
+
+__all__ = ["VLJEPAConfig"]

@@ -1,0 +1,53 @@
+"""Predictor: visual tokens and a text query to the states from which the answer is predicted.
+
+Shapes: B batch, N visual tokens, L query tokens, Dx visual width, Dp predictor width.
+"""
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig
+
+
+def join_masks(
+    visual_embeds: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The mask `(B, N + L)` over [visual tokens ; query]: every visual token is real."""
+    if attention_mask is None:
+        return None
+    return torch.cat([attention_mask.new_ones(visual_embeds.shape[:2]), attention_mask], dim=1)
+
+
+class Predictor(nn.Module):
+    """Llama layers in which every position attends to every real one (paper section 3.1).
+
+    The visual tokens come first and the query after them, at rotary positions 0 ... N + L - 1.
+    """
+
+    def __init__(self, config: PreTrainedConfig, visual_hidden_size: int):
+        super().__init__()
+        self.visual_projection = nn.Linear(visual_hidden_size, config.hidden_size)
+        self.backbone = AutoModel.from_config(config)
+
+    def forward(
+        self,
+        visual_embeds: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(B, N, Dx)`, `(B, L)` and `(B, L)` to the states `(B, N + L, Dp)` and their mask.
+
+        Without `attention_mask` every query token is real, and no mask is ever built: the fast
+        way for a batch of equal lengths. Queries are padded on the right.
+        """
+        visual = self.visual_projection(visual_embeds)  # (B, N, Dp)
+        query = self.backbone.get_input_embeddings()(input_ids).to(visual.dtype)  # (B, L, Dp)
+        mask = join_masks(visual, attention_mask)  # (B, N + L)
+        hidden_states = self.backbone(
+            inputs_embeds=torch.cat([visual, query], dim=1),
+            attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state  # (B, N + L, Dp)
+        return hidden_states, mask
+
+
+__all__ = ["Predictor"]

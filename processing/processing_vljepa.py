@@ -1,0 +1,205 @@
+"""Everything the model reads, from what people have: files, frames and strings.
+
+The query and the target go through different tokenizers, because the Predictor and the
+Y-Encoder have different vocabularies.
+
+Shapes: B samples, T frames, h and w pixels, Lq query tokens, Ly target tokens.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from .video_io import read_image
+from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch
+
+ImageLike = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+
+
+class VLJEPAProcessor(ProcessorMixin):
+    """One video processor and two tokenizers, saved and loaded together.
+
+    The query tokenizer lies in the root of the saved folder, the other one in
+    `target_tokenizer/`.
+
+    Args:
+        video_processor ([`VLJEPAVideoProcessor`]): for videos and images.
+        tokenizer ([`PreTrainedTokenizerBase`]): the Predictor's, for queries.
+        target_tokenizer ([`PreTrainedTokenizerBase`]): the Y-Encoder's, for targets.
+        max_query_length (`int`, *optional*, defaults to 512): tokens kept of a query, the
+            paper's number; fewer where the tokenizer's own limit is lower.
+        max_target_length (`int`, *optional*, defaults to 512): the same for a target.
+
+    Raises: `ValueError` for a tokenizer without a padding token.
+    """
+
+    def __init__(
+        self,
+        video_processor: VLJEPAVideoProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        target_tokenizer: PreTrainedTokenizerBase,
+        max_query_length: int = 512,
+        max_target_length: int = 512,
+    ) -> None:
+        super().__init__(video_processor, tokenizer, target_tokenizer)
+        for name, part in (("tokenizer", tokenizer), ("target_tokenizer", target_tokenizer)):
+            if part.pad_token is None:
+                raise ValueError(
+                    f"{name} has no padding token: set one that no text uses, such as "
+                    "'<|finetune_right_pad_id|>' for Llama 3 (not its end-of-text token)"
+                )
+        self.max_query_length = max_query_length
+        self.max_target_length = max_target_length
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        videos: Video | list[Video] | None = None,
+        text: str | Sequence[str] | None = None,
+        targets: str | Sequence[str] | None = None,
+        *,
+        num_frames: int | None = None,
+        max_query_length: int | None = None,
+        max_target_length: int | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Make a batch from any of its parts; a single item is a batch of one.
+
+        Args:
+            images (*optional*): paths, PIL images, uint8 arrays `(H, W, 3)` or uint8 tensors
+                `(3, H, W)`. An image is a one-frame clip.
+            videos (*optional*): clips as [`VLJEPAVideoProcessor`] takes them. Either images or
+                videos, because one batch has one number of frames.
+            text (*optional*): queries; the empty string is a valid one.
+            targets (*optional*): target texts.
+            num_frames (`int`, *optional*): frames per video, instead of the video processor's.
+            max_query_length, max_target_length (`int`, *optional*): instead of the processor's.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): nothing else is supported.
+
+        Returns: of these, the parts that were asked for:
+
+            - `pixel_values_videos`, float32 `(B, T, 3, h, w)`
+            - `input_ids` and `attention_mask`, int64 `(B, Lq)`
+            - `target_input_ids` and `target_attention_mask`, int64 `(B, Ly)`
+
+            Texts are padded on the right to the longest of the batch. Lq is 0 when every query
+            is empty and the tokenizer adds no special token.
+        Raises: `ValueError` when parts differ in length, or images meet videos; `MediaError`
+            for a file that cannot be read.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        if images is not None and videos is not None:
+            raise ValueError("give either images or videos: one batch has one number of frames")
+
+        parts = {
+            "images": None if images is None else as_images(images),
+            "videos": None if videos is None else as_batch(videos),
+            "text": [text] if isinstance(text, str) else text,
+            "targets": [targets] if isinstance(targets, str) else targets,
+        }
+        lengths = {name: len(part) for name, part in parts.items() if part is not None}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            given = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+            raise ValueError(f"the parts of a batch need one length, got {given or 'no part'}")
+
+        batch = {}
+        if images is not None:
+            clips = [image_clip(image) for image in parts["images"]]
+            batch |= self.video_processor(clips, do_sample_frames=False, return_tensors="pt")
+        if videos is not None:
+            batch |= self.video_processor(
+                parts["videos"], num_frames=num_frames, return_tensors="pt"
+            )
+        if text is not None:
+            limit = max_query_length or self.max_query_length
+            batch["input_ids"], batch["attention_mask"] = tokenize(
+                self.tokenizer, parts["text"], limit
+            )
+        if targets is not None:
+            limit = max_target_length or self.max_target_length
+            batch["target_input_ids"], batch["target_attention_mask"] = tokenize(
+                self.target_tokenizer, parts["targets"], limit
+            )
+        return BatchFeature(batch)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [
+            "pixel_values_videos",
+            "input_ids",
+            "attention_mask",
+            "target_input_ids",
+            "target_attention_mask",
+        ]
+
+    # ProcessorMixin finds video processors through AutoVideoProcessor, which without
+    # torchvision is a placeholder that raises. The next two go to the class itself.
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
+        if argument_name != "video_processor":
+            return super().check_argument_for_proper_class(argument_name, argument)
+        if not isinstance(argument, VLJEPAVideoProcessor):
+            raise TypeError(
+                f"video_processor must be a VLJEPAVideoProcessor, got {type(argument).__name__}"
+            )
+        return VLJEPAVideoProcessor
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        processor_dict: dict | None = None,
+        **kwargs: object,
+    ) -> list:
+        path, subfolder = pretrained_model_name_or_path, kwargs.pop("subfolder", "")
+        auto = {"trust_remote_code", "_from_auto"}
+        plain = {name: value for name, value in kwargs.items() if name not in auto}
+        return [
+            VLJEPAVideoProcessor.from_pretrained(path, subfolder=subfolder, **plain),
+            AutoTokenizer.from_pretrained(path, subfolder=subfolder, **kwargs),
+            # Upstream's loader would take the query tokenizer if this folder were missing.
+            AutoTokenizer.from_pretrained(
+                path, subfolder=os.path.join(subfolder, "target_tokenizer"), **kwargs
+            ),
+        ]
+
+
+def as_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    """One image or several, as a list of images."""
+    if isinstance(images, np.ndarray | torch.Tensor):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, str | os.PathLike | Image.Image):
+        return [images]
+    return list(images)
+
+
+def image_clip(image: ImageLike) -> np.ndarray | torch.Tensor:
+    """An image as a one-frame clip: array `(1, H, W, 3)` or tensor `(1, 3, H, W)`."""
+    return image[None] if isinstance(image, np.ndarray | torch.Tensor) else read_image(image)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both int64 `(B, L)`, padded on the right to the longest text.
+
+    The tensors are made here: the tokenizer's own would be float32 when every text is empty.
+    """
+    tokens = tokenizer(
+        list(texts),
+        padding=True,
+        padding_side="right",
+        truncation=True,
+        max_length=min(max_length, tokenizer.model_max_length),
+        return_attention_mask=True,
+    )
+    ids = torch.tensor(tokens["input_ids"], dtype=torch.long)
+    return ids, torch.tensor(tokens["attention_mask"], dtype=torch.long)
+
+
+__all__ = ["VLJEPAProcessor"]

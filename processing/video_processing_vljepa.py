@@ -1,0 +1,220 @@
+"""Clips to pixels: sample frames, resize, crop and normalise, in plain torch.
+
+The arithmetic is that of V-JEPA 2's stock processor, bit for bit, without torchvision: shortest
+edge by antialiased bilinear on uint8, centre crop, rescale and normalise in one step. Squashing
+frames to a square would run as well, but the X-Encoder never saw such frames.
+
+Shapes: B clips, T frames, H and W as given, h and w as cropped.
+"""
+
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_utils import get_size_dict
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.video_processing_utils import BaseVideoProcessor
+
+from .video_io import read_clip, read_image, uniform_indices
+
+Video = str | os.PathLike | list[Image.Image] | np.ndarray | torch.Tensor
+
+_INTERPOLATION = {
+    PILImageResampling.BILINEAR: "bilinear",
+    PILImageResampling.BICUBIC: "bicubic",
+}
+_UNSUPPORTED = {
+    "data_format",
+    "device",
+    "do_convert_rgb",
+    "do_pad",
+    "fps",
+    "input_data_format",
+    "return_metadata",
+    "video_metadata",
+}
+
+
+def shortest_edge(crop: int) -> int:
+    """Length of the shortest edge before a centre crop of `crop` pixels: 292 for 256."""
+    return int(crop * 256 / 224)
+
+
+class VLJEPAVideoProcessor(BaseVideoProcessor):
+    """Turns videos into the `pixel_values_videos` of the X-Encoder.
+
+    A *clip* is a path, a list of PIL images, a uint8 array `(T, H, W, 3)` or a uint8 tensor
+    `(T, 3, H, W)`; the layouts are fixed and checked, never guessed. A call takes one clip, a
+    list of clips, or an array or tensor with a leading batch axis. An image is a one-frame
+    clip; give it with `do_sample_frames=False`, or it is repeated `num_frames` times.
+
+    Defaults are the paper's 256 x 256 pixels and uniform sampling; its frame count differs by
+    stage (1, 8, 32), and 8 is the default here. A `crop_size` given without `size` brings its
+    own `size`, as in V-JEPA 2: shortest edge = `int(crop_size * 256 / 224)`.
+
+    Args:
+        num_frames (`int`, *optional*, defaults to 8): T, evenly spread over the clip, its first
+            and last frame included; a shorter clip repeats frames.
+        crop_size (`int` or `dict`, *optional*, defaults to 256): side of the centre crop.
+        size (`dict`, *optional*, defaults to `{"shortest_edge": 292}`): frame size before the
+            crop; `{"height": ..., "width": ...}` squashes, for towers trained that way.
+        resample (`PILImageResampling`, *optional*, defaults to `BILINEAR`): or `BICUBIC`.
+        kwargs: `do_resize`, `do_center_crop`, `do_rescale`, `rescale_factor`, `do_normalize`,
+            `image_mean`, `image_std`, `do_sample_frames`.
+    """
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    crop_size = {"height": 256, "width": 256}
+    size = {"shortest_edge": shortest_edge(256)}
+    num_frames = 8
+    do_sample_frames = True
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    model_input_names = ["pixel_values_videos"]
+
+    def __init__(self, **kwargs: Unpack[VideosKwargs]) -> None:
+        if "crop_size" in kwargs and "size" not in kwargs:
+            crop = get_size_dict(kwargs["crop_size"], param_name="crop_size")
+            kwargs["size"] = {"shortest_edge": shortest_edge(max(crop["height"], crop["width"]))}
+        super().__init__(**kwargs)
+
+    def preprocess(
+        self,
+        videos: Video | list[Video],
+        *,
+        num_frames: int | None = None,
+        do_sample_frames: bool | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Unpack[VideosKwargs],
+    ) -> BatchFeature:
+        """Sample, resize, crop, rescale and normalise; every step can be overridden per call.
+
+        Two calls can share the work: one that stops at uint8 (`do_rescale=False,
+        do_normalize=False`), for a cache, and one that finishes its clips
+        (`do_sample_frames=False, do_resize=False, do_center_crop=False`). The result is the
+        same to the last bit.
+
+        Returns: `pixel_values_videos`, a list of `(T, 3, h, w)` tensors, or with
+            `return_tensors="pt"` one tensor of shape `(B, T, 3, h, w)`; float32, or uint8 if
+            neither rescaled nor normalised.
+        Raises: `MediaError` for a file that cannot be read, `ValueError` for clips of unequal
+            length or not in one of the layouts above, `TypeError` for an option of the base
+            class that has no meaning here.
+        """
+        if unsupported := sorted(_UNSUPPORTED & kwargs.keys()):
+            raise TypeError(f"VLJEPAVideoProcessor takes no {', '.join(unsupported)}")
+        if num_frames is None:
+            num_frames = self.num_frames
+        if do_sample_frames is None:
+            do_sample_frames = self.do_sample_frames
+        # Clip by clip: at most one clip of the batch is in memory at its full size.
+        clips = []
+        for video in as_batch(videos):
+            frames = load_frames(video, num_frames if do_sample_frames else None)
+            done = super().preprocess(
+                [frames], do_sample_frames=False, input_data_format="channels_first", **kwargs
+            )
+            clips.append(done["pixel_values_videos"][0])
+        lengths = [len(clip) for clip in clips]
+        if return_tensors is not None and len(set(lengths)) > 1:
+            raise ValueError(
+                f"clips of one batch need one length, got {lengths} frames: sample them "
+                "(do_sample_frames=True) or process them one by one"
+            )
+        return BatchFeature({"pixel_values_videos": clips}, tensor_type=return_tensors)
+
+    # BaseVideoProcessor does the following three through torchvision.
+
+    def resize(
+        self, image: torch.Tensor, size: SizeDict, resample: PILImageResampling, **kwargs: object
+    ) -> torch.Tensor:
+        """(..., 3, H, W) -> (..., 3, h, w), antialiased; the long edge is rounded down."""
+        height, width = image.shape[-2:]
+        short = size.shortest_edge
+        if not short:
+            new = (size.height, size.width)
+        elif height <= width:
+            new = (short, int(short * width / height))
+        else:
+            new = (int(short * height / width), short)
+        if new == (height, width):
+            return image
+        resized = F.interpolate(
+            image.flatten(0, -4), size=new, mode=_INTERPOLATION[resample], antialias=True
+        )
+        return resized.unflatten(0, image.shape[:-3])
+
+    def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: object) -> torch.Tensor:
+        """(..., H, W) -> (..., h, w); an odd margin leaves its extra pixel right and below."""
+        top, left = (image.shape[-2] - size.height) // 2, (image.shape[-1] - size.width) // 2
+        if top < 0 or left < 0:
+            raise ValueError(
+                f"a crop of {size.height} x {size.width} does not fit into frames of "
+                f"{image.shape[-2]} x {image.shape[-1]}: enlarge `size` or keep `do_resize` on"
+            )
+        return image[..., top : top + size.height, left : left + size.width]
+
+    def normalize(
+        self,
+        image: torch.Tensor,
+        mean: torch.Tensor | tuple[float, ...],
+        std: torch.Tensor | tuple[float, ...],
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """(..., 3, h, w) float32 -> the same, per channel."""
+        mean = torch.as_tensor(mean, device=image.device).view(-1, 1, 1)
+        std = torch.as_tensor(std, device=image.device).view(-1, 1, 1)
+        return (image - mean).div_(std)
+
+
+def as_batch(videos: Video | list[Video]) -> list[Video]:
+    """One clip or several, as a list of clips. A list of PIL images is one clip."""
+    if isinstance(videos, np.ndarray | torch.Tensor):
+        return list(videos) if videos.ndim == 5 else [videos]
+    if isinstance(videos, str | os.PathLike):
+        return [videos]
+    if not videos:
+        raise ValueError("no video given: the list is empty")
+    return [videos] if isinstance(videos[0], Image.Image) else list(videos)
+
+
+def load_frames(video: Video, num_frames: int | None) -> torch.Tensor:
+    """Read one clip and sample it, `num_frames=None` keeping every frame.
+
+    Returns: `torch.Tensor` of shape `(T, 3, H, W)`, uint8.
+    """
+    if isinstance(video, str | os.PathLike):
+        frames = read_clip(video, num_frames).frames
+    else:
+        indices = uniform_indices(len(video), len(video) if num_frames is None else num_frames)
+        if isinstance(video, list | tuple):
+            frames = np.concatenate([read_image(video[index]) for index in indices.tolist()])
+        else:
+            frames = video[indices]
+    layout = "TCHW" if isinstance(frames, torch.Tensor) else "THWC"
+    if frames.ndim != 4 or frames.shape[layout.index("C")] != 3:
+        raise ValueError(
+            f"a clip is an array (T, H, W, 3) or a tensor (T, 3, H, W), got "
+            f"{type(frames).__name__} of shape {tuple(frames.shape)}"
+        )
+    if layout == "THWC":
+        frames = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+    if frames.dtype != torch.uint8:
+        raise ValueError(f"a clip holds uint8 pixels from 0 to 255, got {frames.dtype}")
+    return frames
+
+
+__all__ = ["VLJEPAVideoProcessor"]

@@ -1,0 +1,92 @@
+"""Data rows: what is accepted, and that every refusal names its line and its reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from processing.rows import BadRow, bad_rows_report, read_rows
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").touch()
+    (tmp_path / "b.png").touch()
+    return tmp_path
+
+
+def write(folder: Path, *lines: dict | str | bytes) -> Path:
+    path = folder / "rows.jsonl"
+    encoded = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
+    encoded = [line.encode() if isinstance(line, str) else line for line in encoded]
+    path.write_bytes(b"\n".join(encoded) + b"\n")
+    return path
+
+
+def test_good_rows(folder):
+    path = write(
+        folder,
+        b"\xef\xbb\xbf" + b'{"video": "clips/a.mp4", "query": "What?", "target": "caf\xc3\xa9"}',
+        "",
+        {"image": "b.png", "video": None, "query": None, "target": " t ", "group_id": [3]},
+        "  \r",
+        {"image": str(folder / "b.png"), "target": "x", "line": 99},
+    )
+    rows, bad = read_rows(path)
+    assert bad == []
+    video, image = str(folder / "clips" / "a.mp4"), str(folder / "b.png")
+    assert rows == [
+        {"line": 1, "video": video, "query": "What?", "target": "café"},
+        {"line": 3, "image": image, "query": "", "target": " t ", "group_id": [3]},
+        {"line": 5, "image": image, "query": "", "target": "x"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{oops", "not valid JSON"),
+        (b'{"image": "b.png", "target": "\xff"}', "not UTF-8"),
+        ("[1, 2]", "not a JSON object but a list"),
+        ({"target": "x"}, "neither video nor image is given"),
+        ({"image": "b.png", "video": "clips/a.mp4", "target": "x"}, "both video and image"),
+        ({"video": 3, "target": "x"}, "video is not a string but a int"),
+        ({"image": ["b.png"], "target": "x"}, "image is not a string but a list"),
+        ({"image": "b.png", "query": 1, "target": "x"}, "query is not a string but a int"),
+        ({"image": "b.png", "target": {}}, "target is not a string but a dict"),
+        ({"image": "gone.png", "target": "x"}, "image file is missing: "),
+        ({"video": "clips", "target": "x"}, "video file is missing: "),
+        ({"image": "b.png"}, "target is missing"),
+        ({"image": "b.png", "target": None}, "target is missing"),
+        ({"image": "b.png", "target": " \n"}, "target is empty"),
+        # A query that holds the answer teaches the model to copy text and look at nothing.
+        ({"image": "b.png", "query": " A Cat", "target": "a cat "}, "query equals target"),
+    ],
+)
+def test_bad_rows_are_named(folder, line, reason):
+    good = {"image": "b.png", "query": "a dog?", "target": "a cat"}
+    path = write(folder, good, line, good)
+    rows, bad = read_rows(path)
+    assert [row["line"] for row in rows] == [1, 3]
+    assert [row.line for row in bad] == [2]
+    assert str(bad[0]).startswith(f"{path}:2: {reason}")
+
+
+def test_files_without_rows(folder):
+    with pytest.raises(FileNotFoundError, match="none.jsonl: no such JSONL file"):
+        read_rows(folder / "none.jsonl")
+    with pytest.raises(ValueError, match="rows.jsonl: the file holds no row"):
+        read_rows(write(folder, "", "  "))
+
+
+def test_report_and_its_limit():
+    bad = [BadRow("rows.jsonl", line, "target is empty") for line in range(1, 26)]
+    report = bad_rows_report(bad, total=100, max_share=0.25)
+    assert report.startswith("25 of 100 rows are unusable\n  rows.jsonl:1: target is empty\n")
+    assert "rows.jsonl:20:" in report
+    assert "rows.jsonl:21:" not in report
+    assert report.endswith("... and 5 more")
+    with pytest.raises(ValueError, match="25 of 100 rows(.|\n)*At most 24.0% may be"):
+        bad_rows_report(bad, total=100, max_share=0.24)
+    assert bad_rows_report([], total=3, max_share=0.0) == "0 of 3 rows are unusable"

@@ -1,0 +1,174 @@
+"""Small stand-ins for the parts that real models download, and makers of rows and media."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from processing import VLJEPAProcessor, VLJEPAVideoProcessor
+
+SUB_CONFIGS = {
+    "vision_config": {
+        "model_type": "vjepa2",
+        "crop_size": 32,
+        "patch_size": 16,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pred_hidden_size": 12,
+        "pred_num_attention_heads": 2,
+        "pred_num_hidden_layers": 1,
+    },
+    "predictor_config": {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
+    "text_config": {
+        "model_type": "gemma3_text",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "use_bidirectional_attention": True,
+    },
+}
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 300,
+    "hidden_size": 40,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+TEXTS = (
+    "a man rides a bike",
+    "the cat sits on the mat",
+    "what is the dog doing ?",
+    "open the door and close the window",
+)
+
+
+def tiny_tokenizer(
+    texts: tuple[str, ...] = TEXTS,
+    *,
+    vocab_size: int = 300,
+    bos: bool = True,
+    eos: bool = False,
+    max_length: int = 512,
+    padding_side: str = "right",
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`; it can encode any string.
+
+    The ids of `<pad>`, `<bos>`, `<eos>` are 0, 1, 2. `bos` and `eos` say whether they are
+    added to a text. `vocab_size` is an upper bound; 259 are the least.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    template = " ".join(["<bos>"] * bos + ["$A"] + ["<eos>"] * eos)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        model_max_length=max_length,
+        padding_side=padding_side,
+    )
+
+
+def tiny_settings(**changes: object) -> dict:
+    """What `VLJEPAConfig` is made of, as a recipe would say it.
+
+    A dictionary for a sub-network changes its tiny one, or replaces it where it says a
+    `model_type`.
+    """
+    settings = {"embedding_dim": 24, **SUB_CONFIGS, **changes}
+    for box, tiny in SUB_CONFIGS.items():
+        if "model_type" not in settings[box]:
+            settings[box] = tiny | settings[box]
+    return settings
+
+
+def tiny_config(**changes: object) -> VLJEPAConfig:
+    """The three sub-networks with two layers each; `changes` as in `tiny_settings`."""
+    return VLJEPAConfig(**tiny_settings(**changes))
+
+
+def tiny_model(seed: int = 0, **changes: object) -> VLJEPAModel:
+    """A random `tiny_config` model in evaluation mode, as `from_pretrained` would hand it out."""
+    torch.manual_seed(seed)
+    return VLJEPAModel(tiny_config(**changes)).eval()
+
+
+def tiny_processor(num_frames: int = 4) -> VLJEPAProcessor:
+    """Crops of 32 pixels, and two tokenizers that disagree about every text."""
+    return VLJEPAProcessor(
+        VLJEPAVideoProcessor(crop_size=32, num_frames=num_frames),
+        tiny_tokenizer(),
+        tiny_tokenizer(("red green blue",), vocab_size=264, eos=True),
+    )
+
+
+def tiny_batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Three samples for a `tiny_model`: clips of four frames, queries and targets with padding."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "pixel_values_videos": torch.randn(3, 4, 3, 32, 32, generator=generator),
+        "input_ids": torch.randint(3, 300, (3, 5), generator=generator),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]),
+        "target_input_ids": torch.randint(3, 300, (3, 12), generator=generator),
+        "target_attention_mask": (torch.arange(12) < torch.tensor([[12], [3], [7]])).long(),
+    }
+
+
+def noise(*shape: int) -> np.ndarray:
+    """uint8 pixels, the same on every call."""
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_clip(path: Path, frames: np.ndarray, rotation: int = 0, **options: str) -> Path:
+    """Write (T, H, W, 3) uint8 at 10 frames per second, H.264, 4:4:4 so that odd sizes fit."""
+    with av.open(path, "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p"
+        stream.options = {"crf": "1"}  # near lossless, with reordered frames
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path

@@ -1,0 +1,255 @@
+"""What a recipe may say, and the sentence a user reads when it says something else.
+
+A recipe is a YAML file of four sections, `model`, `processor`, `data` and `training`; every key
+is a field of a dataclass below, and each default lives there alone.
+"""
+
+import difflib
+import os
+import time
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub.dataclasses import type_validator
+from transformers import TrainingArguments
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed; the message names the key, what is wrong and the cure."""
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """Where the weights come from: `checkpoint`, or a new model from `config`.
+
+    Attributes:
+        checkpoint: folder or Hub id of a VL-JEPA to go on with, weights and processor.
+        config: fields of `VLJEPAConfig` for a new model. Beside a `checkpoint`, these change its
+            configuration (say, `freeze_vision: false`).
+        text_encoder: folder or Hub id of a pretrained Y-Encoder; its configuration, weights and
+            tokenizer replace `text_config`.
+        vocab_size: size of the query tokenizer trained on the recipe's own texts.
+    """
+
+    checkpoint: str | None = None
+    config: dict = field(default_factory=dict)
+    text_encoder: str | None = None
+    vocab_size: int = 2000
+
+
+@dataclass(kw_only=True)
+class ProcessorArguments:
+    """How media become tensors.
+
+    Attributes:
+        image_size: pixels of the square crop; `vision_config.crop_size` of a new model.
+        shortest_edge: pixels to which the shortest edge is resized before the centre crop.
+            Default: V-JEPA 2's proportion, 256/224 of the crop.
+        num_frames: frames sampled from a video, first and last among them.
+    """
+
+    image_size: int | None = None
+    shortest_edge: int | None = None
+    num_frames: int = 8
+
+
+@dataclass(kw_only=True)
+class SourceArguments:
+    """One JSONL file of rows.
+
+    Attributes:
+        rows: the file; `processing/rows.py` says what a row holds.
+        weight: share of the global batches drawn from this source, relative to the others.
+        query: asked of every row in place of its own query.
+    """
+
+    rows: str
+    weight: float = 1.0
+    query: str | None = None
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """
+    Attributes:
+        sources: at least one.
+        max_bad_share: training refuses to start when more than this share of a source's rows
+            cannot be used.
+        cache_dir: where sampled, resized frames are kept between runs.
+        num_workers: processes that decode media before training.
+    """
+
+    sources: list
+    max_bad_share: float = 0.0
+    cache_dir: str = "data/cache"
+    num_workers: int = os.cpu_count() or 1
+
+
+@dataclass(kw_only=True)
+class VLJEPATrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments`, with what this objective needs and without what it
+    cannot use: a dataset here is a mixture, so training is counted in steps, never in epochs.
+
+    Attributes:
+        global_batch_size: rows of one step over all processes: the in-batch negatives. A
+            learning rate belongs to it, so it is fixed and the per-device batch follows.
+        precision: compute in "fp32" or "bf16" (weights stay fp32), or "auto": bf16 where
+            this machine multiplies matrices faster in it.
+        text_learning_rate_scale: factor on a Y-Encoder's backbone (paper section 3.2: 0.05 for
+            a pretrained one; a random one needs 1).
+        world_size_expected: number of processes the recipe is meant for, checked at start-up.
+    """
+
+    output_dir: str
+    max_steps: int
+    global_batch_size: int
+    precision: str = "auto"
+    text_learning_rate_scale: float = 0.05
+    world_size_expected: int | None = None
+    max_grad_norm: float = 1.0
+    logging_steps: float = 20
+    save_strategy: str = "no"
+    adam_beta2: float = 0.98
+    disable_tqdm: bool = True
+    remove_unused_columns: bool = False
+    dataloader_drop_last: bool = True
+    dataloader_pin_memory: bool = False
+
+    def __post_init__(self):
+        self.label_names = []
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.bf16 = use_bf16(self.precision, torch.device("cpu") if self.use_cpu else None)
+        super().__post_init__()
+        per_device, rest = divmod(
+            self.global_batch_size, self.world_size * self.gradient_accumulation_steps
+        )
+        if rest or not per_device:
+            raise RecipeError(
+                f"training.global_batch_size: {self.global_batch_size} rows do not divide among "
+                f"{self.world_size} processes."
+            )
+        self.per_device_train_batch_size = per_device
+
+
+def use_bf16(precision: str, device: torch.device | None) -> bool:
+    """Whether to compute in bf16. On CPUs it can be four times faster than fp32 or much slower,
+    and only trying tells."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RecipeError(f"training.precision: {precision!r} is none of auto, fp32, bf16.")
+    if precision != "auto":
+        return precision == "bf16"
+    if device is None:
+        return True
+
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for dtype in [*best] * 10:  # taken in turn, so that a busy moment hits both
+        tokens, weights = torch.ones(4096, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        start = time.perf_counter()
+        tokens @ weights
+        best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.bfloat16] < best[torch.float32]
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A whole recipe, checked."""
+
+    model: ModelArguments
+    processor: ProcessorArguments
+    data: DataArguments
+    training: VLJEPATrainingArguments
+
+
+def check_keys(given: Any, cls: type, where: str) -> dict:
+    """The mapping `given`, if every key is a field of `cls` and every value of its type."""
+    if not isinstance(given, dict):
+        raise RecipeError(f"{where}: expected keys and values, found {given!r}.")
+    known = {f.name for f in fields(cls) if f.init}
+    hints = typing.get_type_hints(cls)
+    checked = {}
+    for key, value in given.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise RecipeError(f"{name}: no such key.{hint}")
+        if hints[key] is float and type(value) is int:
+            value = float(value)
+        try:
+            type_validator(name, value, hints[key])
+        except (TypeError, ValueError) as error:
+            hint = ""
+            if isinstance(value, str) and value.replace("e", "").replace("-", "").isdigit():
+                hint = " YAML reads 1e-3 as text: write 1.0e-3."
+            raise RecipeError(f"{name}: {error}.{hint}") from error
+        checked[key] = value
+    missing = [
+        f.name
+        for f in fields(cls)
+        if f.init and f.name not in given and str(f.default) == str(f.default_factory)
+    ]
+    if missing:
+        raise RecipeError(f"{where or 'the recipe'}: {missing[0]!r} is missing.")
+    return checked
+
+
+def apply_override(recipe: dict, override: str) -> None:
+    """Set one value in place: `training.seed=1`; the right-hand side is read as YAML."""
+    dotted, equals, value = override.partition("=")
+    *sections, key = dotted.split(".")
+    if not equals or not sections:
+        raise RecipeError(f"{override!r}: an override looks like training.seed=1.")
+    for section in sections:
+        recipe = recipe.setdefault(section, {})
+        if not isinstance(recipe, dict):
+            raise RecipeError(f"{override!r}: the recipe has no keys below {section!r}.")
+    try:
+        recipe[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{override!r}: not a YAML value: {error}") from error
+
+
+def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
+    """Read and check a YAML recipe.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown or missing key, a value of another type.
+    """
+    if not Path(path).is_file():
+        raise RecipeError(f"{path}: there is no such recipe.")
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(given, dict):
+        raise RecipeError(f"{path}: a recipe has sections model, processor, data and training.")
+    for override in overrides:
+        apply_override(given, override)
+    given = {"processor": {}, **given}
+    unknown = set(given) - {f.name for f in fields(Recipe)}
+    absent = {f.name for f in fields(Recipe)} - set(given)
+    if unknown:
+        raise RecipeError(f"{sorted(unknown)[0]}: no such section; see training/arguments.py.")
+    if absent:
+        raise RecipeError(f"{path}: the section {sorted(absent)[0]!r} is missing.")
+    data = DataArguments(**check_keys(given["data"], DataArguments, "data"))
+    data.sources = [
+        SourceArguments(**check_keys(source, SourceArguments, f"data.sources[{i}]"))
+        for i, source in enumerate(data.sources)
+    ]
+    if not data.sources:
+        raise RecipeError("data.sources: give at least one source.")
+    return Recipe(
+        model=ModelArguments(**check_keys(given["model"], ModelArguments, "model")),
+        processor=ProcessorArguments(
+            **check_keys(given["processor"], ProcessorArguments, "processor")
+        ),
+        data=data,
+        training=VLJEPATrainingArguments(
+            **check_keys(given["training"], VLJEPATrainingArguments, "training")
+        ),
+    )

@@ -1,0 +1,52 @@
+"""Samples to a batch of tensors: one pass of the processor, no wasted tokens."""
+
+import torch
+
+from processing.processing_vljepa import VLJEPAProcessor
+
+
+class ContrastiveCollator:
+    """Stacks frames, tokenizes queries, and each distinct target once.
+
+    Texts are padded to the longest of their batch; a mask of ones only is left out, because
+    attention without a mask takes a faster path.
+    """
+
+    def __init__(self, processor: VLJEPAProcessor):
+        self.processor = processor
+
+    def finish(self, frames: torch.Tensor) -> torch.Tensor:
+        """Resized and cropped uint8 frames to pixel values, the whole batch at once."""
+        video = self.processor.video_processor
+        return video.rescale_and_normalize(
+            frames,
+            video.do_rescale,
+            video.rescale_factor,
+            video.do_normalize,
+            tuple(video.image_mean),
+            tuple(video.image_std),
+        )
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        """
+        Returns: `pixel_values_videos` `(B, T, 3, h, w)`, `input_ids` and `attention_mask`
+            `(B, L)`, `target_input_ids` and `target_attention_mask` `(U, Ly)` of the distinct
+            targets, `target_index` `(B,)` into them, `target_ids` and `group_ids` `(B,)`.
+        """
+        targets = list(dict.fromkeys(sample["target"] for sample in samples))
+        row_of = {target: row for row, target in enumerate(targets)}
+        frames = torch.stack([sample["frames"] for sample in samples])  # (B, T, 3, h, w), uint8
+        batch = {
+            "pixel_values_videos": self.finish(frames),
+            **self.processor(text=[sample["query"] for sample in samples]),
+            **self.processor(targets=targets),
+        }
+        for name in ("attention_mask", "target_attention_mask"):
+            if batch[name].all():
+                del batch[name]
+        return {
+            **batch,
+            "target_index": torch.tensor([row_of[sample["target"]] for sample in samples]),
+            "target_ids": torch.tensor([sample["target_id"] for sample in samples]),
+            "group_ids": torch.tensor([sample["group_id"] for sample in samples]),
+        }

@@ -1,0 +1,218 @@
+"""Rows and media files to training samples.
+
+1. rows      JSONL files -> checked rows (`processing/rows.py`)
+2. clips     each distinct media file -> sampled, resized uint8 frames, once, in an Arrow file
+3. samples   row + its clip's frames (`ContrastiveDataset`)
+4. batches   one source and one clip length per global batch (`MixtureSampler`)
+5. tensors   `collator.py`
+
+Nothing here knows where rows come from.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from datasets.fingerprint import Hasher
+from torch.utils.data import Sampler
+
+from processing.rows import BadRow, bad_rows_report, read_rows
+from processing.video_io import MediaError, read_image
+from processing.video_processing_vljepa import VLJEPAVideoProcessor
+
+from .arguments import DataArguments, RecipeError, SourceArguments
+
+
+@dataclass
+class Source:
+    """The rows of one file and what the recipe says about them."""
+
+    arguments: SourceArguments
+    rows: list[dict]
+    bad: list[BadRow]
+    report: str = ""
+
+
+def read_source(arguments: SourceArguments) -> Source:
+    """Read a source's rows, with the recipe's query in place of their own where it gives one."""
+    try:
+        rows, bad = read_rows(arguments.rows)
+    except (FileNotFoundError, ValueError) as error:
+        raise RecipeError(f"data.sources: {error}") from error
+    if arguments.query is not None:
+        rows = [{**row, "query": arguments.query} for row in rows]
+    return Source(arguments, rows, bad)
+
+
+def media_of(row: dict) -> str:
+    return row["video"] if "video" in row else row["image"]
+
+
+def decode(example: dict, video_processor: VLJEPAVideoProcessor, num_frames: int) -> dict:
+    """One media file to uint8 frames `(T, 3, h, w)` as bytes, or to the reason why not."""
+    torch.set_num_threads(1)  # one process per core already
+    options = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    try:
+        if example["is_video"]:
+            clip = video_processor([example["path"]], num_frames=num_frames, **options)
+        else:
+            image = read_image(example["path"])
+            clip = video_processor([image], do_sample_frames=False, **options)
+    except MediaError as error:
+        return {"frames": b"", "error": str(error)}
+    return {"frames": clip["pixel_values_videos"][0].numpy().tobytes(), "error": ""}
+
+
+def decode_clips(
+    sources: list[Source], video_processor: VLJEPAVideoProcessor, arguments: DataArguments
+) -> datasets.Dataset:
+    """Decode every distinct media file once, with a progress bar and all cores.
+
+    The result stays on disk, memory-mapped, under a name made from the files' identity and the
+    processor's settings: a second run finds it, a changed file or setting makes a new one.
+
+    Returns: columns `path`, `frames` (bytes) and `error` ("" where it could be read).
+    """
+    media = {media_of(row): "video" in row for source in sources for row in source.rows}
+    stats = [os.stat(path) for path in media]
+    fingerprint = Hasher.hash(
+        (
+            [(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(media, stats, strict=True)],
+            video_processor.to_dict(),
+        )
+    )
+    clips = datasets.Dataset.from_dict({"path": list(media), "is_video": list(media.values())})
+    Path(arguments.cache_dir).mkdir(parents=True, exist_ok=True)
+    return clips.map(
+        decode,
+        fn_kwargs={"video_processor": video_processor, "num_frames": video_processor.num_frames},
+        num_proc=min(arguments.num_workers, len(clips)),
+        new_fingerprint=fingerprint,
+        cache_file_name=str(Path(arguments.cache_dir) / f"clips-{fingerprint}.arrow"),
+        features=datasets.Features(
+            path=datasets.Value("string"),
+            is_video=datasets.Value("bool"),
+            frames=datasets.Value("large_binary"),
+            error=datasets.Value("string"),
+        ),
+        desc="Reading clips",
+    )
+
+
+def text_id(text: str) -> int:
+    """A non-negative 63-bit number, equal for equal texts on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class ContrastiveDataset(torch.utils.data.Dataset):
+    """Samples `{frames, query, target, target_id, group_id}` of all sources, end to end.
+
+    `buckets` are the parts from which a batch may be drawn: rows of one source whose clips have
+    one length, so that visual tokens need no padding and negatives come from one domain.
+    """
+
+    def __init__(self, sources: list[Source], clips: datasets.Dataset, crop: tuple[int, int]):
+        self.clips = clips
+        self.crop = crop
+        self.clip_of = {path: index for index, path in enumerate(clips["path"])}
+        self.rows = [row for source in sources for row in source.rows]
+        self.buckets: list[tuple[float, np.ndarray]] = []
+        start = 0
+        for source in sources:
+            is_video = np.array(["video" in row for row in source.rows], dtype=bool)
+            for kind in (is_video, ~is_video):
+                if kind.any():
+                    share = source.arguments.weight * kind.mean()
+                    self.buckets.append((share, start + np.flatnonzero(kind)))
+            start += len(source.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index]
+        frames = self.clips[self.clip_of[media_of(row)]]["frames"]
+        return {
+            "frames": torch.frombuffer(bytearray(frames), dtype=torch.uint8).view(
+                -1, 3, *self.crop
+            ),
+            "query": row["query"],
+            "target": row["target"],
+            "target_id": text_id(row["target"]),
+            # A row without a group, or with none (`null`), is alone in its own.
+            "group_id": -1 - index if row.get("group_id") is None else text_id(str(row["group_id"])),
+        }
+
+
+class MixtureSampler(Sampler[int]):
+    """Indices of `num_batches` global batches, each from one bucket, chosen by weight.
+
+    Every bucket is walked through in a random order, again and again in a new one, so that a
+    small source is repeated, never skipped. The sequence depends on the seed alone: not on the
+    number of processes, and a resumed run finds the same one.
+    """
+
+    def __init__(
+        self,
+        buckets: list[tuple[float, np.ndarray]],
+        batch_size: int,
+        num_batches: int,
+        seed: int,
+    ):
+        self.buckets = buckets
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.batch_size * self.num_batches
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng(self.seed)
+        weights = np.array([weight for weight, _ in self.buckets])
+        left = [np.empty(0, dtype=np.int64) for _ in self.buckets]
+        for choice in generator.choice(
+            len(self.buckets), size=self.num_batches, p=weights / weights.sum()
+        ):
+            while len(left[choice]) < self.batch_size:
+                again = generator.permutation(self.buckets[choice][1])
+                left[choice] = np.concatenate([left[choice], again])
+            yield from left[choice][: self.batch_size].tolist()
+            left[choice] = left[choice][self.batch_size :]
+
+
+def build_dataset(
+    sources: list[Source], video_processor: VLJEPAVideoProcessor, arguments: DataArguments
+) -> ContrastiveDataset:
+    """Decode, set bad rows aside, say how many, and refuse when they are too many.
+
+    Raises:
+        RecipeError: more than `max_bad_share` of a source's rows are bad, or all of them; the
+            message names them.
+    """
+    clips = decode_clips(sources, video_processor, arguments)
+    errors = {
+        path: error for path, error in zip(clips["path"], clips["error"], strict=True) if error
+    }
+    for source in sources:
+        total = len(source.rows) + len(source.bad)
+        source.bad += [
+            BadRow(source.arguments.rows, row["line"], errors[media_of(row)])
+            for row in source.rows
+            if media_of(row) in errors
+        ]
+        source.rows = [row for row in source.rows if media_of(row) not in errors]
+        source.bad.sort(key=lambda row: row.line)
+        try:
+            source.report = bad_rows_report(source.bad, total, arguments.max_bad_share)
+        except ValueError as error:
+            raise RecipeError(f"{source.arguments.rows}: {error}") from error
+        if not source.rows:
+            raise RecipeError(f"{source.arguments.rows}: no row is usable. {source.report}")
+    crop = video_processor.crop_size
+    return ContrastiveDataset(sources, clips, (crop["height"], crop["width"]))

@@ -1,0 +1,266 @@
+"""BabyAI as video: the authors' rooms, solved by the authors' expert.
+
+`play` turns a seed into an `Episode`: one room, one mission, every frame, and a record of what
+became of each object. A seed decides everything, its split included, so any clip can be played
+again from the number in its name.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+
+import numpy as np
+from minigrid.core.grid import Grid
+from minigrid.core.world_object import WorldObj
+from minigrid.envs.babyai.core.levelgen import LevelGen
+from minigrid.envs.babyai.core.roomgrid_level import RejectSampling
+from minigrid.envs.babyai.core.verifier import AfterInstr, Instr, ObjDesc, SeqInstr, pos_next_to
+from minigrid.utils.baby_ai_bot import BabyAIBot
+
+from .babyai_goals import HELD_OUT_PAIRS, TYPES, Goal, goals_of, is_held_out
+
+FPS = 5
+TILE = 8  # pixels; a room of 8x8 tiles makes 64x64 frames
+MAX_STEPS = 40
+MISSIONS_PER_ROOM = 50  # drawn before the room is given up
+
+SPLITS = ("train", "val", "test", "unseen_missions", "unseen_pairs")
+SEEDS_PER_SPLIT = 10**9
+SEEDS_PER_CLIP = 100  # spare seeds, for the rare room whose record is no good
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of the room and what became of it, read off the simulator."""
+
+    kind: str
+    color: str
+    start: tuple[int, int]
+    end: tuple[int, int] | None  # None: the agent still holds it
+    carried: bool
+    faced_at: int | None  # first step at which the agent stood right in front of it
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Episode:
+    seed: int
+    mission: str
+    goals: tuple[Goal, ...]  # in the order they were reached
+    goal_steps: tuple[int, ...]
+    things: tuple[Thing, ...]
+    frames: tuple[np.ndarray, ...]  # (64, 64, 3) uint8 each; none when not rendered
+
+    @property
+    def clip(self) -> str:
+        return f"{split_of(self.seed)}_{self.seed:010d}"
+
+
+def first_seed(split: str, index: int) -> int:
+    """The first of the seeds reserved for clip `index` of `split`."""
+    return SPLITS.index(split) * SEEDS_PER_SPLIT + index * SEEDS_PER_CLIP
+
+
+def split_of(seed: int) -> str:
+    return SPLITS[seed // SEEDS_PER_SPLIT]
+
+
+class _Room(LevelGen):
+    """The authors' generator of every mission, held to one room, clear wording and one split."""
+
+    def __init__(
+        self, split: str, *, num_objects: int, actions: Sequence[str], instruction: str
+    ) -> None:
+        self.split = split
+        super().__init__(
+            num_rows=1,
+            num_cols=1,
+            num_dists=num_objects,
+            locked_room_prob=0,
+            locations=False,
+            unblocking=False,
+            action_kinds=actions,
+            instr_kinds=(instruction,),
+        )
+
+    @property
+    def objects(self) -> list[WorldObj]:
+        return [cell for cell in self.grid.grid if cell is not None and cell.type != "wall"]
+
+    def add_object(self, i: int, j: int, kind: str, color: str) -> tuple:
+        if self.split != "unseen_pairs" and f"{color} {kind}" in HELD_OUT_PAIRS:
+            raise RejectSampling("an object held out from this split")
+        return super().add_object(i, j, kind, color)
+
+    def rand_instr(
+        self, action_kinds: Sequence[str], instr_kinds: Sequence[str], depth: int = 0
+    ) -> Instr:
+        """Draw until the mission suits; of two clauses at most, where the authors allow four."""
+        if depth > 0:
+            return super().rand_instr(action_kinds, ("action",), depth)
+        for _ in range(MISSIONS_PER_ROOM):
+            instr = super().rand_instr(action_kinds, instr_kinds)
+            if self._suits(goals_of(instr)):
+                return instr
+        raise RejectSampling("no clear mission for this split")
+
+    def rand_obj(self, types: Sequence[str] = TYPES) -> ObjDesc:
+        """Always colour and type; the authors' "the ball" and "a door" leave too much open."""
+        thing = self._rand_elem(self.objects)
+        return ObjDesc(thing.type, thing.color)
+
+    def _suits(self, goals: tuple[Goal, ...]) -> bool:
+        names = [name for goal in goals for name in goal.names]
+        in_room = Counter(f"{thing.color} {thing.type}" for thing in self.objects)
+        # Each object is named once and exists once: the text can only mean this one.
+        if len(set(names)) < len(names) or any(in_room[name] > 1 for name in names):
+            return False
+        if self.split == "unseen_pairs":
+            return not HELD_OUT_PAIRS.isdisjoint(names)
+        return is_held_out(goals) == (self.split == "unseen_missions")
+
+    def gen_obs(self) -> dict:
+        return {}  # the agent's partial view, slow to make; the expert makes its own
+
+
+def make_room(seed: int) -> _Room:
+    """Three clips of five have one goal, two have two."""
+    clip = seed // SEEDS_PER_CLIP
+    rng, split = random.Random(clip), split_of(seed)
+    if clip % 5 >= 3:
+        return _Room(
+            split,
+            num_objects=rng.randint(4, 6),
+            actions=("goto", "pickup", "putnext"),
+            instruction=rng.choice(("and", "seq", "seq")),
+        )
+    # Twice as much "putnext" as the rest: it has 210 wordings, the others have 15 each.
+    action = rng.choice(("goto", "pickup", "putnext", "putnext"))
+    return _Room(split, num_objects=rng.randint(2, 6), actions=(action,), instruction="action")
+
+
+def play(seed: int, *, render: bool = True) -> Episode:
+    """The first good episode at or after `seed`, within the seeds of its clip."""
+    for candidate in range(seed, (seed // SEEDS_PER_CLIP + 1) * SEEDS_PER_CLIP):
+        episode = _attempt(candidate, render)
+        if episode is not None and _is_good(episode):
+            return episode
+    raise RuntimeError(f"no good episode after seed {seed}; raise SEEDS_PER_CLIP")
+
+
+def _attempt(seed: int, render: bool) -> Episode | None:
+    """Let the expert play one room; None where it does not finish in time."""
+    room = make_room(seed)
+    with redirect_stdout(None):  # the levels print each layout they reject
+        room.reset(seed=seed)
+    goals, objects = goals_of(room.instrs), room.objects
+    starts = [_place(thing) for thing in objects]
+    goal_steps: dict[Goal, int] = {}
+    faced_at: dict[int, int] = {}
+    carried: set[int] = set()
+    frames: list[np.ndarray] = []
+
+    bot, action, solved = BabyAIBot(room), None, False
+    for step in range(MAX_STEPS + 1):
+        for goal, reached in zip(goals, _reached(room.instrs, solved), strict=True):
+            if reached:
+                goal_steps.setdefault(goal, step)
+        faced_at.setdefault(id(room.grid.get(*room.front_pos)), step)
+        carried.add(id(room.carrying))
+        if render:
+            frames.append(_frame(room))
+        if solved:
+            break
+        action = bot.replan(action)
+        _, reward, _, _, _ = room.step(action)
+        solved = reward > 0
+    else:
+        return None
+
+    things = tuple(
+        Thing(
+            kind=thing.type,
+            color=thing.color,
+            start=start,
+            end=None if thing is room.carrying else _place(thing),
+            carried=id(thing) in carried,
+            faced_at=faced_at.get(id(thing)),
+        )
+        for thing, start in zip(objects, starts, strict=True)
+    )
+    steps = tuple(goal_steps[goal] for goal in goals)
+    return Episode(seed, room.mission, goals, steps, things, tuple(frames))
+
+
+def _place(thing: WorldObj) -> tuple[int, int]:
+    x, y = thing.cur_pos
+    return int(x), int(y)
+
+
+def _reached(instr: Instr, solved: bool) -> tuple[bool, ...]:
+    """Which goals the environment's own verifiers hold for reached, in the order of `goals_of`."""
+    if not isinstance(instr, SeqInstr):
+        return (solved,)
+    reached = (instr.a_done == "success", instr.b_done == "success")
+    return reached[::-1] if isinstance(instr, AfterInstr) else reached
+
+
+def _frame(room: _Room) -> np.ndarray:
+    """What `get_frame(highlight=False)` shows, without computing the view it would not draw."""
+    here = tuple(room.agent_pos)
+    rows = (
+        [
+            Grid.render_tile(
+                room.grid.get(x, y),
+                room.agent_dir if (x, y) == here else None,
+                tile_size=TILE,
+            )
+            for x in range(room.width)
+        ]
+        for y in range(room.height)
+    )
+    return np.vstack([np.hstack(row) for row in rows]).astype(np.uint8)  # tiles are floats
+
+
+def _is_good(episode: Episode) -> bool:
+    """Whether the clip shows what its mission says, and cannot be read another way."""
+    if episode.goal_steps[-1] < 2:
+        return False  # nothing to see
+    named = {thing.name: thing for thing in episode.things}
+    to_carry = {goal.thing for goal in episode.goals if goal.verb != "go to"}
+    if {thing.name for thing in episode.things if thing.carried} != to_carry:
+        return False  # something was moved out of the way
+    for goal in episode.goals:
+        if goal.verb == "put" and _neighbours(episode, named[goal.thing]) != [goal.beside]:
+            return False  # it stands next to something else as well
+    if len(episode.goals) == 1:
+        return True
+    last, (first_step, last_step) = episode.goals[1], episode.goal_steps
+    passed_by = last.verb == "go to" and named[last.thing].faced_at <= first_step
+    return first_step < last_step and not passed_by
+
+
+def _neighbours(episode: Episode, thing: Thing) -> list[str]:
+    """The objects right beside one, at the end."""
+    return [
+        other.name
+        for other in episode.things
+        if other.end is not None and pos_next_to(thing.end, other.end)
+    ]
+
+
+__all__ = [
+    "FPS",
+    "SPLITS",
+    "Episode",
+    "Thing",
+    "first_seed",
+    "make_room",
+    "play",
+    "split_of",
+]

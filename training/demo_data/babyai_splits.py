@@ -1,0 +1,134 @@
+"""The BabyAI splits: which clips each holds, and the rows written for them.
+
+Training takes clips as they come. Each other split keeps one clip per story, so that a text
+picks out one clip of its pool.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from multiprocessing import Pool
+from multiprocessing.pool import Pool as PoolType
+from pathlib import Path
+
+import av
+from tqdm import tqdm
+
+from .babyai import FPS, SPLITS, Episode, first_seed, play, split_of
+from .babyai_goals import ALL_PAIRS, SEEN_PAIRS, narrate, narrations
+from .babyai_questions import ask
+from .writing import write_jsonl
+
+EVAL_CLIPS = {"val": 300, "test": 700, "unseen_missions": 300, "unseen_pairs": 300}
+
+
+def write(directory: Path, *, episodes: int, eval_clips: int, workers: int) -> dict[str, dict]:
+    """Write clips and rows of every split; return what each split is made of."""
+    (directory / "clips").mkdir(parents=True)
+    summary: dict[str, dict] = {}
+    trained_on: frozenset[str] = frozenset()
+    with Pool(workers) as pool:
+        for split in SPLITS:
+            if split == "train":
+                seeds = [first_seed(split, index) for index in range(episodes)]
+            else:
+                seeds = _distinct_stories(pool, split, min(EVAL_CLIPS[split], eval_clips))
+            done = pool.imap(partial(_record, directory), seeds, chunksize=8)
+            clips = list(tqdm(done, f"babyai {split}", len(seeds)))
+            if split == "train":
+                trained_on = frozenset(map(_mission, clips))
+            _write_rows(directory, split, clips)
+            summary[split] = _summarise(clips, trained_on)
+    return summary
+
+
+def _distinct_stories(pool: PoolType, split: str, size: int) -> list[int]:
+    """Seeds of `size` clips in which different things happen.
+
+    "A, then B" and "B after you A" are two missions but one story: either text would fit both.
+    """
+    seeds: dict[str, int] = {}
+    with tqdm(total=size, desc=f"babyai {split}, choosing clips") as progress:
+        for start in count(step=size):
+            tried = (first_seed(split, index) for index in range(start, start + size))
+            for story, seed in pool.imap(_scout, tried, chunksize=8):
+                seeds.setdefault(story, seed)
+            progress.update(min(len(seeds), size) - progress.n)
+            if len(seeds) >= size:
+                return list(seeds.values())[:size]
+
+
+def _scout(seed: int) -> tuple[str, int]:
+    episode = play(seed, render=False)
+    return narrate(episode.goals), episode.seed
+
+
+def _record(directory: Path, seed: int) -> dict[str, list[dict]]:
+    """Play an episode, write its clip, and return its rows by the file they belong to."""
+    episode = play(seed)
+    split = split_of(episode.seed)
+    clip = {"video": f"clips/{episode.clip}.mp4"}
+    _write_clip(directory / clip["video"], episode)
+    pairs = ALL_PAIRS if split == "unseen_pairs" else SEEN_PAIRS
+    return {
+        "captions": [
+            {**clip, "query": "", "target": text, "group_id": episode.clip, "kind": kind}
+            for kind, text in _captions(episode)
+        ],
+        "vqa": [{**clip, **question} for question in ask(episode, pairs)],
+        "events": [{**clip, "fps": FPS, "events": list(_events(episode))}],
+    }
+
+
+def _captions(episode: Episode) -> Iterator[tuple[str, str]]:
+    """(kind, text): the mission as the environment words it, then what happened."""
+    yield "mission", episode.mission
+    for text in narrations(episode.goals):
+        yield "narration", text
+
+
+def _write_clip(path: Path, episode: Episode) -> None:
+    """One frame per step. One thread, because x264's output depends on their number."""
+    with av.open(path, "w") as file:
+        stream = file.add_stream("libx264", rate=FPS, options={"crf": "12"})
+        stream.height, stream.width, _ = episode.frames[0].shape
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in episode.frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def _events(episode: Episode) -> Iterator[dict[str, float | str]]:
+    for goal, step in zip(episode.goals, episode.goal_steps, strict=True):
+        yield {"time": step / FPS, "text": narrate((goal,))}
+
+
+def _write_rows(directory: Path, split: str, clips: list[dict[str, list[dict]]]) -> None:
+    rows = {name: [row for clip in clips for row in clip[name]] for name in clips[0]}
+    if split != "train":  # retrieval pools: one text per clip
+        rows["captions"] = [row for row in rows["captions"] if row["kind"] == "mission"]
+    if split != "test":
+        del rows["events"]
+    for name, group in rows.items():
+        write_jsonl(directory / f"{split}_{name}.jsonl", group)
+
+
+def _mission(clip: dict[str, list[dict]]) -> str:
+    return clip["captions"][0]["target"]
+
+
+def _summarise(clips: list[dict[str, list[dict]]], trained_on: frozenset[str]) -> dict:
+    missions = [_mission(clip) for clip in clips]
+    return {
+        "clips": len(clips),
+        "one_goal": sum(len(clip["events"][0]["events"]) == 1 for clip in clips),
+        "missions": len(set(missions)),
+        "missions_in_training": len(trained_on.intersection(missions)),
+        "questions": Counter(row["question_type"] for clip in clips for row in clip["vqa"]),
+        "answers": len({row["target"] for clip in clips for row in clip["vqa"]}),
+    }
+
+
+__all__ = ["write"]

@@ -1,0 +1,98 @@
+"""Train a VL-JEPA as a recipe says.
+
+    python -m training.train RECIPE.yaml [training.seed=1 …]
+    accelerate launch -m training.train RECIPE.yaml
+    torchrun --nproc_per_node 2 -m training.train RECIPE.yaml
+
+The stages of the paper differ by their recipes only.
+"""
+
+import argparse
+import math
+import sys
+
+from transformers import PrinterCallback, set_seed
+
+from modeling_vljepa import VLJEPAModel
+
+from .arguments import RecipeError, VLJEPATrainingArguments, read_recipe
+from .callbacks import ProgressLine
+from .collator import ContrastiveCollator
+from .data import Source, build_dataset, read_source
+from .distributed import check_world_size
+from .init_checkpoint import load_checkpoint, new_model, new_processor, parameter_table
+from .trainer import VLJEPATrainer
+
+
+def start_report(
+    model: VLJEPAModel, args: VLJEPATrainingArguments, sources: list[Source]
+) -> str:
+    """What a person checks before leaving a run alone."""
+    lines = [parameter_table(model), ""]
+    for source in sources:
+        lines.append(f"{source.arguments.rows}: {len(source.rows)} rows, weight {source.arguments.weight:g}")
+        lines += [source.report] if source.bad else []
+    lines.append(
+        f"{args.world_size} process(es) on {args.device} · {args.max_steps} steps of "
+        f"{args.global_batch_size} rows · {'bf16' if args.bf16 else 'fp32'} compute, fp32 weights"
+    )
+    lines.append(
+        f"chance loss at most ln({args.global_batch_size}) = {math.log(args.global_batch_size):.3f}; "
+        "less where rows of a batch share a target (each line gives its own)"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> VLJEPATrainer:
+    parser = argparse.ArgumentParser(prog="training.train", description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", help="a YAML file, such as training/recipes/demo_pretrain.yaml")
+    parser.add_argument("overrides", nargs="*", help="changes to it, such as training.seed=1")
+    arguments = parser.parse_args(argv)
+
+    # 1. The recipe, and as many processes as it and the command ask for
+    recipe = read_recipe(arguments.recipe, arguments.overrides)
+    args = recipe.training
+    check_world_size(args.world_size, args.world_size_expected)
+    set_seed(args.seed)
+
+    # 2. Rows, and what a new tokenizer can learn from
+    sources = [read_source(source) for source in recipe.data.sources]
+    texts = [row[name] for source in sources for row in source.rows for name in ("query", "target")]
+
+    # 3. Processor and model, new or from a checkpoint
+    if recipe.model.checkpoint is None:
+        processor = new_processor(recipe.model, recipe.processor, texts)
+        model = new_model(recipe.model, processor, args.seed)
+    else:
+        model, processor = load_checkpoint(recipe.model)
+        processor.video_processor.num_frames = recipe.processor.num_frames
+
+    # 4. Clips, decoded once, by the first process for all
+    with args.main_process_first(desc="reading clips"):
+        dataset = build_dataset(sources, processor.video_processor, recipe.data)
+
+    # 5. Train
+    trainer = VLJEPATrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=ContrastiveCollator(processor),
+        processing_class=processor,
+        callbacks=[ProgressLine()],
+    )
+    trainer.remove_callback(PrinterCallback)  # its dictionary says less than the progress line
+    if trainer.is_world_process_zero():
+        print(start_report(model, args, sources), flush=True)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+    # 6. Save what a user loads: model, processor, and the log for the report
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
