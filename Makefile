@@ -1,6 +1,7 @@
 # make demo   environment, data, training, evaluation, report: 15 minutes on two cores
 # make test   environment and the default test suite
-# make full   the whole recipe, three seeds
+# make full   the whole recipe, one seed: make full SEED=1
+# make smoke  the demonstration's path in two minutes, too short to learn; remakes its data small
 #
 # The constraints pin every version that the numbers in this repository were made with, torch
 # for CPUs among them. With a GPU, give your own file: make demo CONSTRAINTS=mine.txt
@@ -12,7 +13,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 
 # The size of a demonstration; `make full` and `make smoke` change these.
-NAME ?= demo
+NAME = demo
 SEED ?= 0
 EPISODES ?= 6000
 EVAL_CLIPS ?= 700
@@ -20,10 +21,21 @@ PRETRAIN_STEPS ?= 250
 SFT_STEPS ?= 500
 TASKS ?= all
 LIMIT ?=
-DATA = data/$(NAME)
 OUT = runs/$(NAME)-seed$(SEED)
 
-.PHONY: env data demo train evaluate test test-all full smoke lint clean
+full: NAME = full
+full: EPISODES = 12000
+full: PRETRAIN_STEPS = 1500
+full: SFT_STEPS = 2500
+
+smoke: NAME = smoke
+smoke: EPISODES = 300
+smoke: EVAL_CLIPS = 40
+smoke: PRETRAIN_STEPS = 20
+smoke: SFT_STEPS = 20
+smoke: LIMIT = --limit 200
+
+.PHONY: env data train demo full smoke test test-slow lint clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -40,13 +52,16 @@ train: data
 	$(RUN) -m training.train training/recipes/babyai_sft.yaml model.checkpoint=$(OUT)/pretrain \
 		training.seed=$(SEED) training.max_steps=$(SFT_STEPS) training.output_dir=$(OUT)/sft
 
-demo: train
+demo full smoke: train
 	$(RUN) -m eval.evaluate --model $(OUT)/sft --tasks $(TASKS) $(LIMIT)
 	$(RUN) examples/ask.py $(OUT)/sft
 	@echo "The report: $(OUT)/sft/eval/report.html"
 
 test: env
 	$(RUN) -m pytest
+
+test-slow: env
+	$(RUN) -m pytest -m slow
 
 lint: env
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

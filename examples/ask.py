@@ -12,8 +12,8 @@ model, processor = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModel, Au
 clips = sorted(glob("data/demo/babyai/clips/test_*.mp4"))[:50]
 
 with torch.inference_mode():
-    answers = ["red", "green", "blue", "purple", "yellow", "grey"]
-    asked = processor(videos=clips[0], text="What color is the box?")
+    answers = ["zero", "one", "two", "three", "four"]
+    asked = processor(videos=clips[0], text="How many balls are there?")
     scores = model.predict(**asked) @ model.encode_target(**processor(targets=answers)).T
     print(clips[0], dict(zip(answers, scores[0].tolist(), strict=True)))
 

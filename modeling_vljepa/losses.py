@@ -19,7 +19,8 @@ class InfoNCE:
         chance_loss (`torch.Tensor` of shape `()`): what a model that knows nothing gets: the mean
             of ln(1 + negatives), ln B only where no row is masked.
         accuracy (`torch.Tensor` of shape `()`): share of predictions closer to their own target
-            than to every negative. It depends on the batch size: for watching, not for reporting.
+            than to every negative; a tie is wrong. It depends on the batch size: for watching, not
+            for reporting.
     """
 
     loss: torch.Tensor
@@ -55,16 +56,19 @@ def info_nce(
         group_ids (`torch.LongTensor` of shape `(B,)`, *optional*): equal for interchangeable
             targets, such as two captions of one clip.
     """
-    logits = scale * predicted_embeds @ target_embeds.T  # (B, B)
-    size, device = len(logits), logits.device
+    size, device = len(predicted_embeds), predicted_embeds.device
+    # Out of autocast: a logit of 100 rounded to bf16 is wrong by up to a quarter.
+    with torch.autocast(device.type, enabled=False):
+        logits = scale * predicted_embeds @ target_embeds.T  # (B, B)
     masked = interchangeable(target_ids, size, device) | interchangeable(group_ids, size, device)
-    logits = logits.masked_fill(masked, float("-inf"))
+    logits = logits.masked_fill(masked, -torch.inf)
     labels = torch.arange(size, device=device)
     loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
     with torch.no_grad():
         candidates = size - masked.sum(dim=1)  # (B,); the mask is symmetric
         chance_loss = candidates.float().log().mean()
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        negatives = logits.masked_fill(torch.eye(size, dtype=torch.bool, device=device), -torch.inf)
+        accuracy = (logits.diagonal() > negatives.amax(dim=1)).float().mean()
     return InfoNCE(loss, chance_loss, accuracy)
 
 

@@ -96,7 +96,7 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
 
 
 class VLJEPAModel(VLJEPAPreTrainedModel):
-    """The joint model: `predict` makes Ŝ_Y, `encode_target` makes S_Y, their product ranks texts."""
+    """`predict` makes Ŝ_Y, `encode_target` makes S_Y, and their product ranks texts."""
 
     def __init__(self, config: VLJEPAConfig):
         super().__init__(config)
@@ -171,17 +171,25 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
 
     def encode_target(
         self,
-        target_input_ids: torch.Tensor,
+        target_input_ids: torch.Tensor | None = None,
         target_attention_mask: torch.Tensor | None = None,
+        target_hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed a text, be it a target, a label or an answer: S_Y, unit vectors `(B, D)`.
 
+        Give the tokens, or the states that a frozen Y-Encoder made of them before.
+
         Args:
-            target_input_ids (`torch.LongTensor` of shape `(B, Ly)`)
+            target_input_ids (`torch.LongTensor` of shape `(B, Ly)`, *optional*)
             target_attention_mask (`torch.LongTensor` of shape `(B, Ly)`, *optional*)
+            target_hidden_states (`torch.FloatTensor` of shape `(B, Ly, Dy)`, *optional*): the
+                Y-Encoder's output; its mean, as `(B, 1, Dy)`, serves as well.
         """
-        hidden_states = self.y_encoder(target_input_ids, target_attention_mask)  # (B, Ly, Dy)
-        return self.y_head(hidden_states, target_attention_mask)  # (B, D)
+        if (target_input_ids is None) == (target_hidden_states is None):
+            raise ValueError("encode_target needs target_input_ids or target_hidden_states.")
+        if target_hidden_states is None:
+            target_hidden_states = self.y_encoder(target_input_ids, target_attention_mask)
+        return self.y_head(target_hidden_states, target_attention_mask)  # (B, D)
 
     def forward(
         self,
@@ -190,6 +198,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         target_input_ids: torch.Tensor | None = None,
         target_attention_mask: torch.Tensor | None = None,
+        target_hidden_states: torch.Tensor | None = None,
         target_index: torch.Tensor | None = None,
         visual_embeds: torch.Tensor | None = None,
         return_loss: bool = False,
@@ -198,7 +207,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
 
         Args:
             target_index (`torch.LongTensor` of shape `(B,)`, *optional*): which row of
-                `target_input_ids` is each sample's target, so that a batch of answers in which
+                the target rows is each sample's, so that a batch of answers in which
                 "yes" stands fifty times encodes it once. Default: row i.
             return_loss (`bool`, *optional*): compute the loss over this batch.
 
@@ -211,8 +220,10 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             predicted_embeds = self.predict(
                 input_ids=input_ids, attention_mask=attention_mask, visual_embeds=visual_embeds
             )  # (B, D)
-        if target_input_ids is not None:
-            target_embeds = self.encode_target(target_input_ids, target_attention_mask)  # (U, D)
+        if target_input_ids is not None or target_hidden_states is not None:
+            target_embeds = self.encode_target(
+                target_input_ids, target_attention_mask, target_hidden_states
+            )  # (U, D)
             if target_index is not None:
                 target_embeds = target_embeds[target_index]  # (B, D)
         scale = self.logit_scale()

@@ -50,7 +50,8 @@ class XEncoder(nn.Module):
         if len(shape) != 5 or shape[2:] != expected:
             raise ValueError(
                 f"pixel_values_videos has shape {shape}; expected (batch, frames, channels, "
-                f"height, width) with channels, height, width = {expected}. VLJEPAProcessor makes it."
+                f"height, width) with channels, height, width = {expected}. "
+                "VLJEPAProcessor makes it."
             )
         if shape[1] > 1 and shape[1] % config.tubelet_size:
             raise ValueError(

@@ -21,6 +21,7 @@ from training.demo_data.__main__ import main
 
 EPISODES, EVAL_CLIPS = 40, 12
 TRAINING_SPLITS = ("train", "val", "test")
+ASKED_SPLITS = tuple(split for split in babyai.SPLITS if split != "test_actions")
 
 
 def read(path: Path) -> list[dict]:
@@ -156,21 +157,28 @@ def test_unfinished_or_other_data_is_made_anew(tmp_path: Path) -> None:
 
 def test_sizes(demo: Path) -> None:
     counts = json.loads((demo / "manifest.json").read_text())["counts"]["babyai"]
-    assert [counts[split]["clips"] for split in babyai.SPLITS] == [EPISODES] + 4 * [EVAL_CLIPS]
+    assert [counts[split]["clips"] for split in babyai.SPLITS] == [EPISODES] + 5 * [EVAL_CLIPS]
     assert counts["train"]["one_goal"] == EPISODES * 3 // 5
     rows = read(demo / "babyai" / "train_captions.jsonl")
     missions = " | ".join(row["target"] for row in rows if row["kind"] == "mission")
     assert all(joint in missions for joint in (", then ", " after you ", " and "))
-    for split in babyai.SPLITS[1:]:
+    for split in ASKED_SPLITS[1:]:
         pool = read(demo / "babyai" / f"{split}_captions.jsonl")
         assert len({story(row["target"]) for row in pool}) == len(pool) == EVAL_CLIPS
 
 
+def test_actions_are_simple_and_known(demo: Path) -> None:
+    rows = read(demo / "babyai" / "test_actions_captions.jsonl")
+    assert len(rows) == EVAL_CLIPS
+    for row in rows:
+        (goal,) = babyai.play(seed_of(row), render=False).goals
+        assert goal.verb in ("go to", "pick up") and not babyai_goals.is_held_out((goal,))
+
+
 def test_seeds_are_disjoint(demo: Path) -> None:
     seeds = {
-        split: {seed_of(row) for row in read(demo / "babyai" / f"{split}_{kind}.jsonl")}
+        split: {seed_of(row) for row in read(demo / "babyai" / f"{split}_captions.jsonl")}
         for split in babyai.SPLITS
-        for kind in ("captions", "vqa")
     }
     assert sum(map(len, seeds.values())) == len(set.union(*seeds.values()))
 
@@ -315,7 +323,7 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("split", babyai.SPLITS)
+@pytest.mark.parametrize("split", ASKED_SPLITS)
 def test_answers(demo: Path, split: str) -> None:
     rows = read(demo / "babyai" / f"{split}_vqa.jsonl")
     for row in rows:
@@ -340,6 +348,7 @@ def test_easy_vqa_is_the_official_data(demo: Path) -> None:
     assert len(images["train_vqa"]) == 3600 and len(images["val_vqa"]) == 400
     assert images["train_vqa"].isdisjoint(images["val_vqa"])
     assert images["train_captions"] <= images["train_vqa"]
+    assert images["test_captions"] <= images["test_vqa"]
     assert Counter(row["question_type"] for row in rows["test_vqa"])["yes/no"] == sum(
         row["target"] in ("yes", "no") for row in rows["test_vqa"]
     )

@@ -1,8 +1,6 @@
 """Pixels and tokens: closed forms, and invariances with a positive control each."""
 
 import os
-import subprocess
-import sys
 
 import av
 import numpy as np
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from processing import MediaError, VLJEPAProcessor, VLJEPAVideoProcessor, uniform_indices
-from tests.tiny import noise, tiny_processor, tiny_tokenizer, write_clip
+from tests.tiny import noise, run_elsewhere, tiny_processor, tiny_tokenizer, write_clip
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, as published
 STD = torch.tensor([0.229, 0.224, 0.225])
@@ -338,14 +336,4 @@ assert type(processor).__module__.startswith("transformers_modules"), type(proce
 assert all(torch.equal(batch[name], expected[name]) for name in expected)
 print("equal", len(expected))
 """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    environment.pop("PYTHONPATH", None)
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.stdout.strip() == "equal 5", run.stderr
+    assert run_elsewhere(script, tmp_path) == "equal 5"

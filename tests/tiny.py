@@ -1,11 +1,16 @@
 """Small stand-ins for the parts that real models download, and makers of rows and media."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+import yaml
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -172,3 +177,62 @@ def write_clip(path: Path, frames: np.ndarray, rotation: int = 0, **options: str
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def tiny_rows(folder: Path) -> Path:
+    """Two images and two clips, no two of one size, and a JSONL file with a row about each."""
+    Image.fromarray(noise(40, 60, 3)).save(folder / "wide.png")
+    Image.fromarray(255 - noise(70, 50, 3)).save(folder / "tall.jpg")
+    write_clip(folder / "wide.mp4", noise(6, 48, 64, 3))
+    write_clip(folder / "tall.mkv", 255 - noise(9, 64, 40, 3))
+    rows = [
+        {"image": "wide.png", "query": "what is it ?", "target": "a cat"},
+        {"image": "tall.jpg", "query": "what color is it ?", "target": "red"},
+        {"video": "wide.mp4", "query": "what does the man do ?", "target": "he rides a bike"},
+        {"video": "tall.mkv", "query": "", "target": "the door opens"},
+    ]
+    return write_rows(folder / "rows.jsonl", rows)
+
+
+def tiny_recipe(rows: Path, **training: object) -> Path:
+    """A recipe for a `tiny_config` model on `rows`, written beside them: fp32, on the CPU."""
+    recipe = {
+        "model": {"vocab_size": 300, "config": tiny_settings()},
+        "processor": {"image_size": 32, "num_frames": 4},
+        "data": {
+            "sources": [{"rows": str(rows)}],
+            "cache_dir": str(rows.parent / "cache"),
+            "num_workers": 1,
+        },
+        "training": {
+            "output_dir": str(rows.parent / "out"),
+            "max_steps": 4,
+            "global_batch_size": 2,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+            "use_cpu": True,
+            "logging_steps": 1,
+            "report_to": "none",
+            **training,
+        },
+    }
+    path = rows.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def run_elsewhere(script: str, folder: Path) -> str:
+    """What a Python process prints that runs in `folder`, offline, without this repository."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    environment.pop("PYTHONPATH", None)
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()

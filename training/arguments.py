@@ -6,6 +6,7 @@ is a field of a dataclass below, and each default lives there alone.
 
 import difflib
 import os
+import re
 import time
 import typing
 from dataclasses import dataclass, field, fields
@@ -81,12 +82,15 @@ class DataArguments:
             cannot be used.
         cache_dir: where sampled, resized frames are kept between runs.
         num_workers: processes that decode media before training.
+        cache_targets: encode every distinct target once before training; only with a frozen
+            Y-Encoder, and with as many texts as fit into memory.
     """
 
     sources: list
     max_bad_share: float = 0.0
     cache_dir: str = "data/cache"
     num_workers: int = os.cpu_count() or 1
+    cache_targets: bool = False
 
 
 @dataclass(kw_only=True)
@@ -104,8 +108,8 @@ class VLJEPATrainingArguments(TrainingArguments):
         world_size_expected: number of processes the recipe is meant for, checked at start-up.
     """
 
-    output_dir: str
-    max_steps: int
+    output_dir: str = field()  # `field()`: or the parent's default would make it optional
+    max_steps: int = field()
     global_batch_size: int
     precision: str = "auto"
     text_learning_rate_scale: float = 0.05
@@ -118,9 +122,17 @@ class VLJEPATrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     dataloader_drop_last: bool = True
     dataloader_pin_memory: bool = False
+    ddp_find_unused_parameters: bool | None = False  # there are none: every box is in every step
+    # Decided by the fields above; a recipe that sets one of these would not be heard.
+    per_device_train_batch_size: int = field(default=1, init=False)
+    num_train_epochs: float = field(default=1.0, init=False)
+    bf16: bool = field(default=False, init=False)
+    fp16: bool = field(default=False, init=False)
+    label_names: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self):
-        self.label_names = []
+        if self.max_steps < 1:
+            raise RecipeError(f"training.max_steps: {self.max_steps} is no number of steps.")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = use_bf16(self.precision, torch.device("cpu") if self.use_cpu else None)
         super().__post_init__()
@@ -130,7 +142,8 @@ class VLJEPATrainingArguments(TrainingArguments):
         if rest or not per_device:
             raise RecipeError(
                 f"training.global_batch_size: {self.global_batch_size} rows do not divide among "
-                f"{self.world_size} processes."
+                f"{self.world_size} processes x {self.gradient_accumulation_steps} "
+                "gradient_accumulation_steps."
             )
         self.per_device_train_batch_size = per_device
 
@@ -183,8 +196,8 @@ def check_keys(given: Any, cls: type, where: str) -> dict:
             type_validator(name, value, hints[key])
         except (TypeError, ValueError) as error:
             hint = ""
-            if isinstance(value, str) and value.replace("e", "").replace("-", "").isdigit():
-                hint = " YAML reads 1e-3 as text: write 1.0e-3."
+            if isinstance(value, str) and re.fullmatch(r"[\d.]+[eE][-+]?\d+", value):
+                hint = " YAML reads 1e-3 as text: write 1.0e-3, with a point and a sign."
             raise RecipeError(f"{name}: {error}.{hint}") from error
         checked[key] = value
     missing = [
@@ -211,6 +224,17 @@ def apply_override(recipe: dict, override: str) -> None:
         recipe[key] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"{override!r}: not a YAML value: {error}") from error
+
+
+def training_arguments(given: Any) -> VLJEPATrainingArguments:
+    """The section `training`, checked by us and by transformers."""
+    checked = check_keys(given, VLJEPATrainingArguments, "training")
+    try:
+        return VLJEPATrainingArguments(**checked)
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"training: {error}") from error
 
 
 def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
@@ -249,7 +273,5 @@ def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
             **check_keys(given["processor"], ProcessorArguments, "processor")
         ),
         data=data,
-        training=VLJEPATrainingArguments(
-            **check_keys(given["training"], VLJEPATrainingArguments, "training")
-        ),
+        training=training_arguments(given["training"]),
     )

@@ -10,10 +10,24 @@ class ContrastiveCollator:
 
     Texts are padded to the longest of their batch; a mask of ones only is left out, because
     attention without a mask takes a faster path.
+
+    Args:
+        processor: the model's.
+        target_states: of a frozen Y-Encoder, the mean states of each target text; with them, no
+            target is tokenized or encoded again.
     """
 
-    def __init__(self, processor: VLJEPAProcessor):
+    def __init__(
+        self, processor: VLJEPAProcessor, target_states: dict[str, torch.Tensor] | None = None
+    ):
         self.processor = processor
+        self.target_states = target_states
+
+    def encode_targets(self, targets: list[str]) -> dict[str, torch.Tensor]:
+        if self.target_states is None:
+            return self.processor(targets=targets)
+        states = torch.stack([self.target_states[target] for target in targets])  # (U, Dy)
+        return {"target_hidden_states": states.unsqueeze(1)}
 
     def finish(self, frames: torch.Tensor) -> torch.Tensor:
         """Resized and cropped uint8 frames to pixel values, the whole batch at once."""
@@ -31,7 +45,7 @@ class ContrastiveCollator:
         """
         Returns: `pixel_values_videos` `(B, T, 3, h, w)`, `input_ids` and `attention_mask`
             `(B, L)`, `target_input_ids` and `target_attention_mask` `(U, Ly)` of the distinct
-            targets, `target_index` `(B,)` into them, `target_ids` and `group_ids` `(B,)`.
+            targets, or their `target_hidden_states` `(U, 1, Dy)`, `target_index` `(B,)` into them, `target_ids` and `group_ids` `(B,)`.
         """
         targets = list(dict.fromkeys(sample["target"] for sample in samples))
         row_of = {target: row for row, target in enumerate(targets)}
@@ -39,10 +53,10 @@ class ContrastiveCollator:
         batch = {
             "pixel_values_videos": self.finish(frames),
             **self.processor(text=[sample["query"] for sample in samples]),
-            **self.processor(targets=targets),
+            **self.encode_targets(targets),
         }
         for name in ("attention_mask", "target_attention_mask"):
-            if batch[name].all():
+            if name in batch and batch[name].all():
                 del batch[name]
         return {
             **batch,

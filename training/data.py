@@ -44,6 +44,9 @@ def read_source(arguments: SourceArguments) -> Source:
         rows, bad = read_rows(arguments.rows)
     except (FileNotFoundError, ValueError) as error:
         raise RecipeError(f"data.sources: {error}") from error
+    if not rows:
+        report = bad_rows_report(bad, len(bad), max_share=1.0)
+        raise RecipeError(f"{arguments.rows}: no row is usable. {report}")
     if arguments.query is not None:
         rows = [{**row, "query": arguments.query} for row in rows]
     return Source(arguments, rows, bad)
@@ -82,7 +85,10 @@ def decode_clips(
     stats = [os.stat(path) for path in media]
     fingerprint = Hasher.hash(
         (
-            [(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(media, stats, strict=True)],
+            [
+                (path, stat.st_size, stat.st_mtime_ns)
+                for path, stat in zip(media, stats, strict=True)
+            ],
             video_processor.to_dict(),
         )
     )
@@ -136,6 +142,7 @@ class ContrastiveDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
+        group = row.get("group_id")
         frames = self.clips[self.clip_of[media_of(row)]]["frames"]
         return {
             "frames": torch.frombuffer(bytearray(frames), dtype=torch.uint8).view(
@@ -144,8 +151,8 @@ class ContrastiveDataset(torch.utils.data.Dataset):
             "query": row["query"],
             "target": row["target"],
             "target_id": text_id(row["target"]),
-            # A row without a group, or with none (`null`), is alone in its own.
-            "group_id": -1 - index if row.get("group_id") is None else text_id(str(row["group_id"])),
+            # A row without a group, or with `null` for one, is alone in its own.
+            "group_id": -1 - index if group is None else text_id(str(group)),
         }
 
 

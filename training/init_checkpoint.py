@@ -86,9 +86,7 @@ def check_config(config: dict) -> None:
         raise RecipeError(f"model.config.{unknown[0]}: there is no such setting.")
 
 
-def new_model(
-    arguments: ModelArguments, processor: VLJEPAProcessor, seed: int
-) -> VLJEPAModel:
+def new_model(arguments: ModelArguments, processor: VLJEPAProcessor, seed: int) -> VLJEPAModel:
     """A new model: random, but for a pretrained Y-Encoder where the recipe names one."""
     check_config(arguments.config)
     config = dict(arguments.config)

@@ -21,24 +21,25 @@ from .collator import ContrastiveCollator
 from .data import Source, build_dataset, read_source
 from .distributed import check_world_size
 from .init_checkpoint import load_checkpoint, new_model, new_processor, parameter_table
+from .target_states import encode_target_states
 from .trainer import VLJEPATrainer
 
 
-def start_report(
-    model: VLJEPAModel, args: VLJEPATrainingArguments, sources: list[Source]
-) -> str:
+def start_report(model: VLJEPAModel, args: VLJEPATrainingArguments, sources: list[Source]) -> str:
     """What a person checks before leaving a run alone."""
     lines = [parameter_table(model), ""]
     for source in sources:
-        lines.append(f"{source.arguments.rows}: {len(source.rows)} rows, weight {source.arguments.weight:g}")
+        path, weight = source.arguments.rows, source.arguments.weight
+        lines.append(f"{path}: {len(source.rows)} rows, weight {weight:g}")
         lines += [source.report] if source.bad else []
     lines.append(
         f"{args.world_size} process(es) on {args.device} · {args.max_steps} steps of "
         f"{args.global_batch_size} rows · {'bf16' if args.bf16 else 'fp32'} compute, fp32 weights"
     )
     lines.append(
-        f"chance loss at most ln({args.global_batch_size}) = {math.log(args.global_batch_size):.3f}; "
-        "less where rows of a batch share a target (each line gives its own)"
+        f"chance loss at most ln({args.global_batch_size}) = "
+        f"{math.log(args.global_batch_size):.3f}; less where rows of a batch share a target "
+        "(each line gives its own)"
     )
     return "\n".join(lines)
 
@@ -67,16 +68,20 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
         model, processor = load_checkpoint(recipe.model)
         processor.video_processor.num_frames = recipe.processor.num_frames
 
-    # 4. Clips, decoded once, by the first process for all
+    # 4. Clips, decoded once, by the first process for all; targets, if they stay the same
     with args.main_process_first(desc="reading clips"):
         dataset = build_dataset(sources, processor.video_processor, recipe.data)
+    states = None
+    if recipe.data.cache_targets:
+        targets = [row["target"] for row in dataset.rows]
+        states = encode_target_states(model, processor, targets)
 
     # 5. Train
     trainer = VLJEPATrainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=ContrastiveCollator(processor),
+        data_collator=ContrastiveCollator(processor, states),
         processing_class=processor,
         callbacks=[ProgressLine()],
     )

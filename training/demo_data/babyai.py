@@ -26,7 +26,7 @@ TILE = 8  # pixels; a room of 8x8 tiles makes 64x64 frames
 MAX_STEPS = 40
 MISSIONS_PER_ROOM = 50  # drawn before the room is given up
 
-SPLITS = ("train", "val", "test", "unseen_missions", "unseen_pairs")
+SPLITS = ("train", "val", "test", "unseen_missions", "unseen_pairs", "test_actions")
 SEEDS_PER_SPLIT = 10**9
 SEEDS_PER_CLIP = 100  # spare seeds, for the rare room whose record is no good
 
@@ -129,9 +129,15 @@ class _Room(LevelGen):
 
 
 def make_room(seed: int) -> _Room:
-    """Three clips of five have one goal, two have two."""
+    """Three clips of five have one goal, two have two.
+
+    `test_actions` is for classification: one goal, of the few kinds that all occur in training.
+    """
     clip = seed // SEEDS_PER_CLIP
     rng, split = random.Random(clip), split_of(seed)
+    if split == "test_actions":
+        action = rng.choice(("goto", "pickup"))
+        return _Room(split, num_objects=rng.randint(2, 6), actions=(action,), instruction="action")
     if clip % 5 >= 3:
         return _Room(
             split,

@@ -1,7 +1,7 @@
 """The BabyAI splits: which clips each holds, and the rows written for them.
 
-Training takes clips as they come. Each other split keeps one clip per story, so that a text
-picks out one clip of its pool.
+Training and classification take clips as they come. Each other split keeps one clip per story,
+so that a text picks out one clip of its pool.
 """
 
 from collections import Counter
@@ -20,7 +20,14 @@ from .babyai_goals import ALL_PAIRS, SEEN_PAIRS, narrate, narrations
 from .babyai_questions import ask
 from .writing import write_jsonl
 
-EVAL_CLIPS = {"val": 300, "test": 700, "unseen_missions": 300, "unseen_pairs": 300}
+EVAL_CLIPS = {
+    "val": 300,
+    "test": 700,
+    "unseen_missions": 300,
+    "unseen_pairs": 300,
+    "test_actions": 300,
+}
+AS_THEY_COME = ("train", "test_actions")
 
 
 def write(directory: Path, *, episodes: int, eval_clips: int, workers: int) -> dict[str, dict]:
@@ -30,10 +37,11 @@ def write(directory: Path, *, episodes: int, eval_clips: int, workers: int) -> d
     trained_on: frozenset[str] = frozenset()
     with Pool(workers) as pool:
         for split in SPLITS:
-            if split == "train":
-                seeds = [first_seed(split, index) for index in range(episodes)]
+            size = episodes if split == "train" else min(EVAL_CLIPS[split], eval_clips)
+            if split in AS_THEY_COME:
+                seeds = [first_seed(split, index) for index in range(size)]
             else:
-                seeds = _distinct_stories(pool, split, min(EVAL_CLIPS[split], eval_clips))
+                seeds = _distinct_stories(pool, split, size)
             done = pool.imap(partial(_record, directory), seeds, chunksize=8)
             clips = list(tqdm(done, f"babyai {split}", len(seeds)))
             if split == "train":
@@ -111,6 +119,8 @@ def _write_rows(directory: Path, split: str, clips: list[dict[str, list[dict]]])
         rows["captions"] = [row for row in rows["captions"] if row["kind"] == "mission"]
     if split != "test":
         del rows["events"]
+    if split == "test_actions":
+        del rows["vqa"]
     for name, group in rows.items():
         write_jsonl(directory / f"{split}_{name}.jsonl", group)
 

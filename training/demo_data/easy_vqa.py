@@ -30,15 +30,14 @@ def write(directory: Path) -> dict[str, int]:
     questions = list(zip(*easy_vqa.get_train_questions(), strict=True))
     first_val = len(easy_vqa.get_train_image_paths()) - NUM_VAL_IMAGES
     train = [question for question in questions if question[2] < first_val]
-    captions = _captions(train)
+    test = list(zip(*easy_vqa.get_test_questions(), strict=True))
+    captions = _captions("train", train)
     rows = {
         "train_vqa": [_vqa_row("train", *question) for question in train],
         "val_vqa": [_vqa_row("train", *q) for q in questions if q[2] >= first_val],
-        "test_vqa": [
-            _vqa_row("test", *question)
-            for question in zip(*easy_vqa.get_test_questions(), strict=True)
-        ],
+        "test_vqa": [_vqa_row("test", *question) for question in test],
         "train_captions": captions,
+        "test_captions": _captions("test", test),
     }
     for name, group in rows.items():
         write_jsonl(directory / f"{name}.jsonl", group)
@@ -61,7 +60,7 @@ def _question_type(answer: str) -> str:
     return "color" if answer in COLORS else "yes/no"
 
 
-def _captions(questions: Sequence[Question]) -> list[dict[str, str]]:
+def _captions(split: str, questions: Sequence[Question]) -> list[dict[str, str]]:
     """ "a blue rectangle", for each image whose questions give away both words."""
     known: dict[int, set[str]] = {}
     for text, answer, image in questions:
@@ -70,7 +69,7 @@ def _captions(questions: Sequence[Question]) -> list[dict[str, str]]:
     for image, facts in known.items():
         color, shape = facts & set(COLORS), facts & set(SHAPES)
         if color and shape:
-            path = f"images/train/{image}.png"
+            path = f"images/{split}/{image}.png"
             target = " ".join(("a", *color, *shape))
             rows.append({"image": path, "query": "", "target": target, "group_id": path})
     return rows

@@ -1,0 +1,322 @@
+"""Rows and files to batches: nothing is decoded twice, skipped in silence or mixed by chance."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from processing import VLJEPAProcessor
+from tests.tiny import noise, tiny_processor, tiny_rows, tiny_tokenizer, write_clip, write_rows
+from training import data
+from training.arguments import DataArguments, RecipeError, SourceArguments, VLJEPATrainingArguments
+from training.collator import ContrastiveCollator
+from training.data import ContrastiveDataset, MixtureSampler, build_dataset, read_source
+from training.trainer import VLJEPATrainer
+
+BUCKETS = [(3.0, np.arange(0, 50)), (1.0, np.arange(100, 107)), (2.0, np.arange(200, 230))]
+
+
+@pytest.fixture(scope="module")
+def processor() -> VLJEPAProcessor:
+    return tiny_processor()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_rows(tmp_path)
+    return tmp_path
+
+
+def build(
+    processor: VLJEPAProcessor, *sources: Path | SourceArguments, max_bad_share: float = 0.0
+) -> ContrastiveDataset:
+    arguments = [
+        source if isinstance(source, SourceArguments) else SourceArguments(rows=str(source))
+        for source in sources
+    ]
+    cache = Path(arguments[0].rows).parent / "cache"
+    options = DataArguments(
+        sources=arguments, max_bad_share=max_bad_share, cache_dir=str(cache), num_workers=1
+    )
+    return build_dataset(
+        [read_source(source) for source in arguments], processor.video_processor, options
+    )
+
+
+# -- the mixture ---------------------------------------------------------------------------
+
+
+def batches(size: int = 8, number: int = 600, seed: int = 0) -> list[list[int]]:
+    indices = list(MixtureSampler(BUCKETS, size, number, seed))
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def bucket_of(index: int) -> int:
+    return index // 100
+
+
+def test_the_sequence_depends_on_the_seed_alone():
+    sampler = MixtureSampler(BUCKETS, 8, 20, seed=1)
+    first = list(sampler)
+    assert first == list(sampler) == list(MixtureSampler(BUCKETS, 8, 20, seed=1))
+    assert len(sampler) == len(first) == 160
+    assert first != list(MixtureSampler(BUCKETS, 8, 20, seed=2))
+
+
+def test_a_batch_comes_from_one_bucket_and_buckets_follow_their_weights():
+    counts = Counter()
+    for batch in batches():
+        assert len({bucket_of(index) for index in batch}) == 1
+        counts[bucket_of(batch[0])] += 1
+    # 600 draws: three standard deviations are 0.06.
+    for bucket, (weight, _) in enumerate(BUCKETS):
+        assert counts[bucket] / 600 == pytest.approx(weight / 6, abs=0.06)
+
+
+def test_small_buckets_are_repeated_and_no_row_is_skipped():
+    for number, (_, rows) in enumerate(BUCKETS):
+        drawn = [i for batch in batches() for i in batch if bucket_of(i) == number]
+        times, rest = divmod(len(drawn), len(rows))
+        assert times >= 10
+        for walk in range(times):  # each walk through the bucket has every row once
+            assert sorted(drawn[walk * len(rows) : (walk + 1) * len(rows)]) == rows.tolist()
+        assert len(set(drawn[times * len(rows) :])) == rest
+        assert drawn[: len(rows)] != drawn[len(rows) : 2 * len(rows)]  # in a new order
+
+
+def test_the_sequence_is_the_same_for_any_number_of_processes(monkeypatch, tmp_path):
+    """The rows of a step, and so its negatives, must not change with the machine."""
+
+    class Shell(VLJEPATrainer):
+        def __init__(self, args: VLJEPATrainingArguments):
+            self.args = args
+
+    class Mixture:
+        buckets = BUCKETS
+
+    sequences = []
+    for processes, accumulation in ((1, 1), (2, 1), (4, 3)):
+        monkeypatch.setattr(VLJEPATrainingArguments, "world_size", processes)
+        args = VLJEPATrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=5,
+            global_batch_size=12,
+            gradient_accumulation_steps=accumulation,
+            precision="fp32",
+            use_cpu=True,
+        )
+        sequences.append(list(Shell(args)._get_train_sampler(Mixture())))
+    assert len(sequences[0]) == 60
+    assert sequences[0] == sequences[1] == sequences[2]
+
+
+# -- samples -------------------------------------------------------------------------------
+
+
+def test_samples_hold_their_own_frames(folder, processor):
+    """Images and clips of any size side by side, each as the processor alone would make it."""
+    dataset = build(processor, folder / "rows.jsonl")
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    raw = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    for sample, row in zip(dataset, rows, strict=True):
+        assert (sample["query"], sample["target"]) == (row["query"], row["target"])
+        if "image" in row:
+            clip = np.array(Image.open(folder / row["image"]))[None]
+            expected = processor.video_processor(clip, do_sample_frames=False, **raw)
+        else:
+            expected = processor.video_processor(folder / row["video"], **raw)
+        assert torch.equal(sample["frames"], expected["pixel_values_videos"][0])
+    assert [len(sample["frames"]) for sample in dataset] == [1, 1, 4, 4]
+    assert [indices.tolist() for _, indices in dataset.buckets] == [[2, 3], [0, 1]]
+
+
+def test_buckets_share_their_sources_weight(folder, processor):
+    """A source counts as much as its recipe says, however many rows it has and of what kind."""
+    one = write_rows(folder / "one.jsonl", [{"image": "wide.png", "target": "x"}] * 3)
+    three = [{"image": "wide.png", "target": "x"}] * 3 + [{"video": "wide.mp4", "target": "y"}]
+    both = write_rows(folder / "both.jsonl", three)
+    dataset = build(
+        processor,
+        SourceArguments(rows=str(one), weight=1.0, query="what ?"),
+        SourceArguments(rows=str(both), weight=2.0),
+    )
+    shares = [(share, indices.tolist()) for share, indices in dataset.buckets]
+    assert shares == [(1.0, [0, 1, 2]), (0.5, [6]), (1.5, [3, 4, 5])]
+    assert [sample["query"] for sample in dataset] == ["what ?"] * 3 + [""] * 4
+
+
+def test_which_rows_are_interchangeable(folder, processor):
+    """Two captions of one clip are; two questions about one clip are not: their answers differ,
+    and to tell them apart is what there is to learn."""
+    clip = {"video": "wide.mp4"}
+    rows = write_rows(
+        folder / "groups.jsonl",
+        [
+            {**clip, "query": "describe", "target": "it opens", "group_id": "wide"},
+            {**clip, "query": "describe", "target": "a door opens", "group_id": "wide"},
+            {**clip, "query": "describe", "target": "it shuts", "group_id": 7},
+            {**clip, "query": "describe", "target": "a door shuts", "group_id": "7"},
+            {**clip, "query": "how many ?", "target": "two"},
+            {**clip, "query": "what color ?", "target": "red"},
+            {**clip, "query": "is it red ?", "target": "yes", "group_id": None},
+            {**clip, "query": "is it open ?", "target": "yes", "group_id": None},
+        ],
+    )
+    samples = list(build(processor, rows))
+    groups = [sample["group_id"] for sample in samples]
+    assert groups[0] == groups[1] and groups[2] == groups[3]
+    assert len(set(groups)) == 6
+    assert all(group >= 0 for group in groups[:4]) and all(group < 0 for group in groups[4:])
+    targets = [sample["target_id"] for sample in samples]
+    assert targets[6] == targets[7] and len(set(targets)) == 7
+    assert min(targets) >= 0 and max(targets) < 2**63
+    # On every machine, in every run: processes compare these numbers.
+    assert data.text_id("yes") == 7554999679630196041
+
+
+# -- the cache -----------------------------------------------------------------------------
+
+
+def test_files_are_decoded_once(folder, processor, monkeypatch):
+    rows = folder / "rows.jsonl"
+    first = build(processor, rows)
+
+    def names() -> set[str]:
+        return {path.name for path in (folder / "cache").glob("*.arrow")}
+
+    files = names()
+    assert len(files) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode", None)  # would not survive a call
+        again = build(processor, rows)
+        assert names() == files
+        for sample, other in zip(first, again, strict=True):
+            assert torch.equal(sample["frames"], other["frames"])
+        with pytest.raises(TypeError):  # positive control: another setting decodes anew
+            build(tiny_processor(num_frames=2), rows)
+
+    write_clip(folder / "wide.mp4", 255 - noise(6, 48, 64, 3))
+    changed = build(processor, rows)
+    assert len(names() - files) == 1
+    assert not torch.equal(changed[2]["frames"], first[2]["frames"])
+    for index in (0, 1, 3):
+        assert torch.equal(changed[index]["frames"], first[index]["frames"])
+
+
+def test_a_file_in_many_rows_is_decoded_once(folder, processor):
+    rows = [{"image": "wide.png", "query": q, "target": t} for q in "abc" for t in ("red", "big")]
+    first = write_rows(folder / "first.jsonl", rows)
+    second = write_rows(folder / "second.jsonl", rows)
+    dataset = build(processor, first, second)
+    assert len(dataset) == 12
+    assert len(dataset.clips) == 1
+
+
+# -- bad rows ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(folder: Path) -> Path:
+    """Four good rows and one of each kind that cannot be trained on."""
+    (folder / "torn.mp4").write_bytes((folder / "wide.mp4").read_bytes()[:700])
+    (folder / "torn.png").write_bytes(b"no picture")
+    with open(folder / "rows.jsonl", "a") as file:
+        for row in (
+            {"video": "torn.mp4", "query": "what ?", "target": "a"},
+            {"video": "gone.mp4", "query": "what ?", "target": "a"},
+            {"image": "wide.png", "query": "what ?", "target": " "},
+            {"image": "wide.png", "query": "A cat", "target": "a cat"},
+            {"image": "torn.png", "query": "what ?", "target": "a"},
+        ):
+            file.write(json.dumps(row) + "\n")
+    return folder / "rows.jsonl"
+
+
+def test_bad_rows_are_named_and_refused(spoilt, processor):
+    """To skip them in silence would train on another set than the recipe says; a target that is
+    also the query would leak the answer."""
+    with pytest.raises(RecipeError) as error:
+        build(processor, spoilt, max_bad_share=0.5)
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith("5 of 9 rows are unusable")
+    reasons = ["torn.mp4: ", "is missing: ", "target is empty", "query equals", "not an image"]
+    for number, (line, reason) in enumerate(zip(lines[1:6], reasons, strict=True), start=5):
+        assert f"rows.jsonl:{number}: " in line and reason in line
+
+
+def test_bad_rows_are_set_aside_where_the_recipe_allows_it(spoilt, processor):
+    dataset = build(processor, spoilt, max_bad_share=0.6)
+    assert [sample["target"] for sample in dataset] == [
+        "a cat",
+        "red",
+        "he rides a bike",
+        "the door opens",
+    ]
+
+
+@pytest.mark.parametrize("media", ["gone.png", "torn.png"])
+def test_a_source_of_bad_rows_only_is_refused(spoilt, processor, media):
+    rows = write_rows(spoilt.parent / "bad.jsonl", [{"image": media, "target": "a"}])
+    with pytest.raises(RecipeError, match="bad.jsonl: no row is usable. 1 of 1 rows are") as error:
+        build(processor, spoilt, rows, max_bad_share=1.0)
+    assert "bad.jsonl:1: " in str(error.value) and media in str(error.value)
+
+
+def test_a_missing_rows_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="gone.jsonl: no such JSONL file"):
+        read_source(SourceArguments(rows=str(tmp_path / "gone.jsonl")))
+
+
+# -- the collator --------------------------------------------------------------------------
+
+
+def sample(query: str, target: str, frames: torch.Tensor | None = None) -> dict:
+    if frames is None:
+        frames = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    ids = {"target_id": data.text_id(target), "group_id": -1}
+    return {"frames": frames, "query": query, "target": target, **ids}
+
+
+def test_pixels_equal_the_processors_own(folder, processor):
+    dataset = build(processor, folder / "rows.jsonl")
+    collate = ContrastiveCollator(processor)
+    clips = collate([dataset[2], dataset[3]])["pixel_values_videos"]
+    videos = [folder / "wide.mp4", folder / "tall.mkv"]
+    assert torch.equal(clips, processor(videos=videos)["pixel_values_videos"])
+    images = collate([dataset[1], dataset[0]])["pixel_values_videos"]
+    paths = [folder / "tall.jpg", folder / "wide.png"]
+    assert torch.equal(images, processor(images=paths)["pixel_values_videos"])
+
+
+def test_each_distinct_target_is_tokenized_once(processor):
+    batch = ContrastiveCollator(processor)(
+        [sample("a", "red"), sample("b", "red green"), sample("c", "red"), sample("d", "red")]
+    )
+    expected = processor(targets=["red", "red green"])
+    assert torch.equal(batch["target_input_ids"], expected["target_input_ids"])
+    assert torch.equal(batch["target_attention_mask"], expected["target_attention_mask"])
+    assert batch["target_index"].tolist() == [0, 1, 0, 0]
+    red, red_green = data.text_id("red"), data.text_id("red green")
+    assert batch["target_ids"].tolist() == [red, red_green, red, red]
+    assert batch["group_ids"].tolist() == [-1] * 4
+
+
+def test_masks_of_ones_only_are_left_out(processor):
+    collate = ContrastiveCollator(processor)
+    masks = {"attention_mask", "target_attention_mask"}
+    assert masks & set(collate([sample("cat", "red"), sample("cat", "blue")])) == set()
+    mixed = collate([sample("cat", "red"), sample("a zebra", "red green blue")])
+    assert masks & set(mixed) == masks
+    expected = processor(text=["cat", "a zebra"])["attention_mask"]
+    assert torch.equal(mixed["attention_mask"], expected)
+
+
+def test_queries_without_any_token_need_no_mask(processor):
+    bare = VLJEPAProcessor(processor.video_processor, tiny_tokenizer(bos=False), tiny_tokenizer())
+    batch = ContrastiveCollator(bare)([sample("", "red"), sample("", "blue")])
+    assert batch["input_ids"].shape == (2, 0)
+    assert "attention_mask" not in batch

@@ -1,0 +1,76 @@
+"""From states to unit vectors: the mean is over real tokens, whatever stands in the others."""
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_vljepa.embedding_head import EmbeddingHead, masked_mean
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 0]])
+
+
+@pytest.fixture
+def states() -> torch.Tensor:
+    return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def head() -> EmbeddingHead:
+    torch.manual_seed(0)
+    return EmbeddingHead(8, 6)
+
+
+def test_the_mean_equals_the_loop(states):
+    expected = np.zeros((3, 8))
+    for row in range(3):
+        real = [token for token in range(5) if MASK[row, token]]
+        for token in real:
+            expected[row] += states[row, token].numpy() / len(real)
+    mean = masked_mean(states, MASK)
+    np.testing.assert_allclose(mean.numpy(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(masked_mean(states, None), states.mean(1), rtol=0, atol=0)
+    assert not torch.allclose(mean, states.mean(1), atol=0.1)
+
+
+def test_the_projection_follows_the_mean_and_the_result_is_on_the_sphere(states, head):
+    embeds = head(states, MASK)
+    weight, bias = head.projection.weight.detach().numpy(), head.projection.bias.detach().numpy()
+    expected = masked_mean(states, MASK).numpy() @ weight.T + bias
+    expected /= np.sqrt((expected**2).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(embeds.detach().numpy(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embeds.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
+
+
+def test_padding_changes_nothing(states, head):
+    """A pool that forgets the mask, or takes the last token, would depend on the batch."""
+    padded = torch.cat([states, torch.full((3, 4, 8), 50.0)], dim=1)
+    mask = torch.cat([MASK, torch.zeros(3, 4, dtype=torch.long)], dim=1)
+    expected = head(states, MASK)
+    torch.testing.assert_close(head(padded, mask), expected, rtol=0, atol=1e-6)
+    # Positive control: read as real tokens, they do change it.
+    assert (head(padded, torch.ones_like(mask)) - expected).abs().amax(dim=1).min() > 0.1
+
+
+def test_a_row_without_a_real_token_has_the_zero_mean(states, head):
+    mask = MASK.clone()
+    mask[1] = 0
+    assert (masked_mean(states, mask)[1] == 0).all()
+    embeds = head(states.requires_grad_(), mask)
+    direction = head.projection.bias / head.projection.bias.norm()
+    torch.testing.assert_close(embeds[1], direction, rtol=0, atol=1e-6)
+    embeds.sum().backward()
+    assert states.grad.isfinite().all()
+    assert (states.grad[1] == 0).all()
+
+
+def test_bf16_autocast_does_not_reach_the_head(states, head):
+    expected = head(states, MASK)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head.projection(states).dtype == torch.bfloat16  # positive control
+        embeds = head(states, MASK)
+        rounded = head(states.bfloat16(), MASK)
+    assert embeds.dtype == rounded.dtype == torch.float32
+    assert torch.equal(embeds, expected)
+    torch.testing.assert_close(rounded, expected, rtol=0, atol=0.01)
+    # A head stored in bf16 hands out fp32 as well.
+    assert head.bfloat16()(states, MASK).dtype == torch.float32

@@ -1,0 +1,219 @@
+"""The joint model: what is saved is what is loaded, and every input and parameter counts."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from modeling_vljepa.losses import info_nce
+from tests.tiny import BERT, run_elsewhere, tiny_batch, tiny_model
+
+BATCH = tiny_batch()
+
+
+@pytest.fixture(scope="module")
+def model() -> VLJEPAModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def folder(model: VLJEPAModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    return path
+
+
+def query(batch: dict[str, torch.Tensor] = BATCH) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in ("pixel_values_videos", "input_ids", "attention_mask")}
+
+
+# -- saving and loading --------------------------------------------------------------------
+
+
+def test_loaded_equals_saved_bitwise(model, folder, tmp_path):
+    loaded = AutoModel.from_pretrained(folder)
+    assert type(loaded) is VLJEPAModel and not loaded.training
+    assert isinstance(AutoConfig.from_pretrained(folder), VLJEPAConfig)
+    loaded.save_pretrained(tmp_path)
+    name = "model.safetensors"
+    assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    # Gemma halves its window when it is made, and must not do so again at every loading.
+    assert model.config.text_config.sliding_window == 5
+    assert AutoConfig.from_pretrained(tmp_path).text_config.sliding_window == 5
+    with torch.no_grad():
+        expected, result = (some(**BATCH, return_loss=True) for some in (model, loaded))
+    for name in expected:
+        assert torch.equal(result[name], expected[name])
+    assert len(expected) == 5
+
+
+def test_the_saved_folder_works_without_this_package(model, folder, tmp_path):
+    """The model as remote code, in a process that cannot import `modeling_vljepa`."""
+    with torch.no_grad():
+        torch.save((BATCH, dict(model(**BATCH, return_loss=True))), tmp_path / "expected.pt")
+    script = f"""
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
+batch, expected = torch.load({str(tmp_path / "expected.pt")!r})
+with torch.no_grad():
+    outputs = model(**batch, return_loss=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert not model.x_encoder.backbone.encoder.layernorm.weight.requires_grad
+assert all(torch.equal(outputs[name], expected[name]) for name in expected)
+print("equal", len(expected))
+"""
+    assert run_elsewhere(script, tmp_path) == "equal 5"
+
+
+def test_shipped_code_lies_flat_beside_the_weights(folder):
+    shipped = {path.name for path in Path(__file__).parents[1].glob("modeling_vljepa/[!_]*.py")}
+    assert {path.name for path in folder.glob("*.py")} == shipped
+    assert len(shipped) == 7
+
+
+def test_the_temperature_starts_at_clips_value(model, folder, tmp_path):
+    torch.testing.assert_close(model.logit_scale(), torch.tensor([1 / 0.07]))
+    weights = load_file(folder / "model.safetensors")
+    del weights["logit_scale.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = VLJEPAModel.from_pretrained(tmp_path, config=model.config)
+    torch.testing.assert_close(loaded.logit_scale(), torch.tensor([1 / 0.07]))
+    loaded.logit_scale.weight.data.fill_(10.0)
+    assert loaded.logit_scale().item() == 100  # at most
+
+
+def test_new_projections_have_the_configured_spread():
+    model = tiny_model(initializer_range=0.5, logit_scale_init_value=math.log(3))
+    for layer in (
+        model.predictor.visual_projection,
+        model.predictor_head.projection,
+        model.y_head.projection,
+    ):
+        assert layer.weight.std().item() == pytest.approx(0.5, rel=0.1)
+        assert (layer.bias == 0).all()
+    assert model.predictor.backbone.layers[0].mlp.up_proj.weight.std().item() < 0.03  # its own
+    assert model.logit_scale().item() == pytest.approx(3)
+
+
+FLAGS = {
+    "freeze_vision": "x_encoder.",
+    "freeze_text": "y_encoder.",
+    "freeze_token_embedding": "predictor.backbone.embed_tokens.",
+    "freeze_logit_scale": "logit_scale.",
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_what_is_frozen_is_frozen_after_loading(flag, tmp_path):
+    """Loading replaces every parameter by a new one, and a new one takes a gradient: the frozen
+    half of the model would come back as trainable."""
+    model = tiny_model(**{name: name == flag for name in FLAGS})
+    model.save_pretrained(tmp_path)
+    loaded, info = VLJEPAModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == info["unexpected_keys"] == set()
+    for some in (model, loaded, AutoModel.from_pretrained(tmp_path)):
+        frozen = {name for name, p in some.named_parameters() if not p.requires_grad}
+        assert frozen == {n for n, _ in some.named_parameters() if n.startswith(FLAGS[flag])}
+        assert frozen
+    thawed = VLJEPAModel.from_pretrained(tmp_path, **{flag: False})
+    assert all(p.requires_grad for p in thawed.parameters())
+    assert not (thawed.x_encoder.frozen or thawed.y_encoder.frozen)
+
+
+# -- embedding -----------------------------------------------------------------------------
+
+
+def test_visual_embeds_replace_the_pixels(model):
+    with torch.no_grad():
+        expected = model.predict(**query())
+        texts = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
+        visual_embeds = model.encode_video(BATCH["pixel_values_videos"])
+        assert torch.equal(model.predict(visual_embeds=visual_embeds, **texts), expected)
+        outputs = model(visual_embeds=visual_embeds, **texts)
+    assert torch.equal(outputs.predicted_embeds, expected)
+    assert outputs.target_embeds is None and outputs.loss is None
+    torch.testing.assert_close(expected.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
+
+
+def test_refusals_of_predict(model):
+    ids = BATCH["input_ids"]
+    for both_or_none in ({}, {**query(), "visual_embeds": torch.zeros(3, 8, 48)}):
+        with pytest.raises(ValueError, match="pixel_values_videos or visual_embeds, and not both"):
+            model.predict(**({"input_ids": ids} | both_or_none))
+    with pytest.raises(ValueError, match=r"an empty query is a \(batch, 0\) tensor"):
+        model.predict(BATCH["pixel_values_videos"])
+    with pytest.raises(ValueError, match="an empty query"):
+        model(pixel_values_videos=BATCH["pixel_values_videos"])
+
+
+def test_frames_places_and_words_all_count(model):
+    """Pooling the visual tokens before the predictor would run and train, and be another model:
+    one that cannot tell the order of frames or where a thing is."""
+    with torch.no_grad():
+        expected = model.predict(**query())
+
+        def moved(**changes: torch.Tensor) -> float:
+            changed = model.predict(**(query() | changes))
+            return (changed - expected).norm(dim=1).min().item()
+
+        pixels = BATCH["pixel_values_videos"]
+        assert moved(pixel_values_videos=pixels[:, [2, 3, 0, 1]]) > 1e-4  # frames
+        assert moved(pixel_values_videos=pixels.roll(16, dims=-1)) > 1e-4  # places
+        assert moved(input_ids=BATCH["input_ids"].roll(1, dims=0)) > 1e-3
+        swapped = BATCH["input_ids"][:1, [1, 0, 2, 3, 4]].expand(3, -1)
+        plain = BATCH["input_ids"][:1].expand(3, -1)
+        full = torch.ones_like(plain)
+        order = [model.predict(pixels, ids, full) for ids in (plain, swapped)]
+        assert (order[0] - order[1]).norm(dim=1).min() > 1e-4  # the order of words
+        assert moved() == 0
+
+
+@pytest.mark.parametrize("text_config", [{}, BERT], ids=["gemma", "bert"])
+def test_every_trainable_parameter_gets_a_gradient(text_config):
+    model = tiny_model(freeze_vision=False, freeze_token_embedding=False, text_config=text_config)
+    model.train()
+    model(**BATCH, return_loss=True).loss.backward()
+    assert all(p.requires_grad for p in model.parameters())
+    empty = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert empty == []
+
+
+# -- the loss ------------------------------------------------------------------------------
+
+
+def test_each_distinct_target_is_encoded_once(model):
+    """`target_index` names rows of the distinct targets; written out, they give the same loss
+    and the same gradient."""
+    index = torch.tensor([2, 0, 2])
+    ids, mask = BATCH["target_input_ids"], BATCH["target_attention_mask"]
+    written_out = {"target_input_ids": ids[index], "target_attention_mask": mask[index]}
+    results = []
+    for targets in ({"target_index": index}, written_out):
+        model.zero_grad()
+        outputs = model(**(BATCH | targets))
+        scale = outputs.logit_scale
+        loss = info_nce(outputs.predicted_embeds, outputs.target_embeds, scale, index).loss
+        loss.backward()
+        results.append((loss, [p.grad.clone() for p in model.parameters() if p.requires_grad]))
+    model.zero_grad()
+    (loss, gradients), (expected, expected_gradients) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - reference).norm() <= 1e-6 * reference.norm()
+
+
+def test_repeated_targets_are_no_negatives(model):
+    index = torch.tensor([0, 0, 1])
+    with torch.no_grad():
+        outputs = model(**BATCH, target_index=index, return_loss=True)
+        parts = outputs.predicted_embeds, outputs.target_embeds, outputs.logit_scale
+        assert torch.equal(outputs.loss, info_nce(*parts, index).loss)
+        assert (outputs.loss - info_nce(*parts).loss).abs() > 0.1  # positive control
+        plain = model(**BATCH, return_loss=True)
+        parts = plain.predicted_embeds, plain.target_embeds, plain.logit_scale
+        assert torch.equal(plain.loss, info_nce(*parts).loss)

@@ -1,0 +1,119 @@
+"""The Predictor reads in both directions, over real tokens only."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaModel
+
+from modeling_vljepa.predictor import Predictor
+from tests.tiny import tiny_config, tiny_model
+
+VISUAL, LENGTH = 6, 5
+BACKENDS = ("sdpa", "eager")
+
+
+def predictor(backend: str = "sdpa", seed: int = 0) -> Predictor:
+    box = tiny_model(seed).predictor
+    box.backbone.set_attn_implementation(backend)
+    return box
+
+
+@pytest.fixture
+def visual_embeds() -> torch.Tensor:
+    return torch.randn(3, VISUAL, 48, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def input_ids() -> torch.Tensor:
+    return torch.randint(3, 300, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def reaction(
+    box: Predictor, visual_embeds: torch.Tensor, input_ids: torch.Tensor, padded: bool
+) -> torch.Tensor:
+    """How far each visual position `(B, N)` moves when the last real query token changes."""
+    last, mask = LENGTH - 1, None
+    if padded:
+        last, mask = LENGTH - 3, torch.ones_like(input_ids)
+        mask[:, last + 1 :] = 0
+    other = input_ids.clone()
+    other[:, last] = (other[:, last] + 1) % 300
+    with torch.no_grad():
+        states = [box(visual_embeds, ids, mask)[0][:, :VISUAL] for ids in (input_ids, other)]
+    return (states[0] - states[1]).abs().amax(dim=-1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_visual_token_sees_the_last_query_token(visual_embeds, input_ids, backend, padded):
+    """Switching causality off on the attention modules alone does nothing under some back-ends,
+    and only for unpadded batches under others."""
+    box = predictor(backend)
+    assert reaction(box, visual_embeds, input_ids, padded).min() > 1e-3
+    causal = copy.deepcopy(box)  # positive control
+    causal.backbone.config.is_causal = True
+    assert (reaction(causal, visual_embeds, input_ids, padded) == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_stock_llama_with_a_full_mask(visual_embeds, input_ids, backend):
+    box = predictor(backend)
+    config = copy.deepcopy(box.backbone.config)
+    config.is_causal = True
+    stock = LlamaModel(config).eval()
+    stock.set_attn_implementation(backend)
+    stock.load_state_dict(box.backbone.state_dict())
+    visual, query = box.visual_projection(visual_embeds), stock.embed_tokens(input_ids)
+    total = VISUAL + LENGTH
+    expected = stock(
+        inputs_embeds=torch.cat([visual, query], dim=1),  # the visual tokens come first
+        attention_mask=torch.zeros(3, 1, total, total),
+        position_ids=torch.arange(total)[None],
+        use_cache=False,
+    ).last_hidden_state
+    states, mask = box(visual_embeds, input_ids)
+    assert mask is None
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_and_batch_change_nothing(visual_embeds, input_ids, backend):
+    box = predictor(backend)
+    mask = (torch.arange(LENGTH) < torch.tensor([[5], [3], [0]])).long()
+    states, full_mask = box(visual_embeds, input_ids, mask)
+    assert full_mask.tolist() == [[1] * VISUAL + row for row in mask.tolist()]
+    for row, length in enumerate((5, 3, 0)):
+        alone, _ = box(visual_embeds[row : row + 1], input_ids[row : row + 1, :length])
+        real = states[row : row + 1, : VISUAL + length]
+        torch.testing.assert_close(real, alone, rtol=0, atol=1e-5)
+    order = torch.tensor([2, 0, 1])
+    permuted, _ = box(visual_embeds[order], input_ids[order], mask[order])
+    torch.testing.assert_close(permuted, states[order], rtol=0, atol=1e-5)
+    # Positive control: without the mask the padding is read.
+    unmasked, _ = box(visual_embeds, input_ids)
+    moved = (unmasked - states)[:, :VISUAL].abs().amax(dim=(1, 2))
+    assert moved[0] < 1e-5 and moved[1] > 1e-3 and moved[2] > 1e-3
+
+
+def test_an_empty_query_leaves_the_visual_tokens(visual_embeds):
+    box = predictor()
+    nothing = torch.empty(3, 0, dtype=torch.long)
+    expected = box.backbone(inputs_embeds=box.visual_projection(visual_embeds)).last_hidden_state
+    states, mask = box(visual_embeds, nothing)
+    assert mask is None
+    assert torch.equal(states, expected)
+    states, mask = box(visual_embeds, nothing, nothing)
+    assert mask.shape == (3, VISUAL) and mask.all()
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+
+
+def test_bidirectional_whatever_the_configuration_says(tmp_path):
+    config = tiny_config(predictor_config={"is_causal": True})
+    assert config.predictor_config.is_causal is False
+    config.save_pretrained(tmp_path)
+    assert type(config).from_pretrained(tmp_path).predictor_config.is_causal is False
+    path = tmp_path / "config.json"
+    assert '"is_causal": false' in path.read_text()
+    path.write_text(path.read_text().replace('"is_causal": false', '"is_causal": true'))
+    assert type(config).from_pretrained(tmp_path).predictor_config.is_causal is False

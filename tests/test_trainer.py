@@ -1,0 +1,304 @@
+"""Training from a recipe to a saved folder, on a model of 200,000 parameters."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAProcessor
+from tests.tiny import (
+    BERT,
+    noise,
+    tiny_config,
+    tiny_recipe,
+    tiny_rows,
+    tiny_settings,
+    tiny_tokenizer,
+    write_rows,
+)
+from training.arguments import ModelArguments, ProcessorArguments, RecipeError
+from training.init_checkpoint import load_checkpoint, new_model, new_processor
+from training.train import main
+from training.trainer import VLJEPATrainer
+
+ROOT = Path(__file__).parents[1]
+WORDS = ("red", "green", "blue", "black", "white", "a cat", "a dog", "a bike")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight images of noise, each with its own target: one batch."""
+    folder = tmp_path_factory.mktemp("eight")
+    pixels = noise(8, 40, 40, 3)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    rows = [
+        {"image": f"{number}.png", "query": f"what is number {number} ?", "target": word}
+        for number, word in enumerate(WORDS)
+    ]
+    return tiny_recipe(write_rows(folder / "rows.jsonl", rows), global_batch_size=8)
+
+
+def run(recipe: Path, *overrides: str) -> VLJEPATrainer:
+    return main([str(recipe), *(f"training.{override}" for override in overrides)])
+
+
+def losses(trainer: VLJEPATrainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def start(trainer: VLJEPATrainer) -> VLJEPAModel:
+    """The model as it was before training."""
+    arguments = ModelArguments(config=tiny_settings(), vocab_size=300)
+    return new_model(arguments, trainer.processing_class, trainer.args.seed)
+
+
+@pytest.fixture(scope="module")
+def overfit(recipe: Path) -> VLJEPATrainer:
+    folder = recipe.parent / "overfit"
+    return run(
+        recipe,
+        f"output_dir={folder}",
+        "max_steps=60",
+        "learning_rate=3.0e-3",
+        "text_learning_rate_scale=1.0",
+        "weight_decay=0.1",
+    )
+
+
+# -- what training does --------------------------------------------------------------------
+
+
+def test_one_batch_is_learnt_by_heart(overfit):
+    history = losses(overfit)
+    assert len(history) == 60
+    assert history[0] > 1.5
+    assert max(history[-5:]) < 0.05
+    assert overfit.state.log_history[-2]["accuracy"] == 1
+
+
+def test_trainable_parameters_change_and_frozen_ones_do_not(overfit):
+    before = dict(start(overfit).named_parameters())
+    after = dict(overfit.model.named_parameters())
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name, p in after.items() if not p.requires_grad}
+    boxes = {name.split(".")[0] for name in same}
+    assert boxes == {"x_encoder", "predictor"}  # of the latter, the token table
+
+
+def test_logs_hold_the_parts_of_the_loss(overfit, recipe):
+    lines = [line for line in overfit.state.log_history if "loss" in line]
+    for line in lines:
+        assert line["chance_loss"] == pytest.approx(math.log(8), abs=1e-6)
+        assert 0 <= line["accuracy"] <= 1
+    assert lines[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5)
+    assert lines[-1]["logit_scale"] != lines[0]["logit_scale"]
+    saved = json.loads((recipe.parent / "overfit" / "trainer_state.json").read_text())
+    assert [line.get("loss") for line in saved["log_history"]] == [
+        line.get("loss") for line in overfit.state.log_history
+    ]
+
+
+def test_a_log_line_averages_the_parts_since_the_last_one(recipe):
+    every = run(recipe, "max_steps=4", "seed=3").state.log_history
+    second = run(recipe, "max_steps=4", "seed=3", "logging_steps=2").state.log_history
+    for name in ("loss", "accuracy", "logit_scale"):
+        means = [(every[i][name] + every[i + 1][name]) / 2 for i in (0, 2)]
+        assert [line[name] for line in second[:2]] == pytest.approx(means, rel=1e-6)
+
+
+def test_repeated_targets_lower_the_chance_loss(recipe, tmp_path):
+    rows = [json.loads(line) for line in (recipe.parent / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(recipe.parent / row["image"])
+        row["target"] = "yes" if row["target"].startswith("a ") else "no"
+    trainer = run(tiny_recipe(write_rows(tmp_path / "rows.jsonl", rows), global_batch_size=8))
+    expected = (3 * math.log(1 + 5) + 5 * math.log(1 + 3)) / 8  # three times yes, five times no
+    assert trainer.state.log_history[0]["chance_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_seed_decides_everything(recipe):
+    first, again, other = (losses(run(recipe, f"seed={seed}")) for seed in (1, 1, 2))
+    assert first == again
+    assert all(abs(a - b) > 1e-4 for a, b in zip(first, other, strict=True))
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    """Four steps, and two steps and two more: the same rows, rates and weights."""
+    recipe = tiny_recipe(tiny_rows(tmp_path), save_strategy="steps", save_steps=2)
+    whole = run(recipe)
+    expected = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
+    resumed = run(recipe, f"resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-2'}")
+    assert losses(resumed) == losses(whole)
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, expected[name])
+        assert parameter.requires_grad == dict(whole.model.named_parameters())[name].requires_grad
+
+
+def test_weights_are_fp32_and_move_under_bf16(recipe):
+    """Weights kept in bf16 would round away most updates at 5e-6: after ten steps, 92 of 100
+    would not have changed at all."""
+    trainer = run(recipe, "precision=bf16", "learning_rate=5.0e-6", "text_learning_rate_scale=1.0")
+    before = dict(start(trainer).named_parameters())
+    moved = total = 0
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        if parameter.requires_grad:
+            changed = parameter != before[name]
+            if "embed_tokens" in name:  # most words are in no text, and have no gradient
+                changed = changed[changed.any(dim=1)]
+            moved, total = moved + changed.sum().item(), total + changed.numel()
+    assert moved / total > 0.99
+    # Positive control: the same weights rounded to bf16.
+    after = dict(trainer.model.named_parameters())
+    rounded = sum((p.bfloat16() != before[name].bfloat16()).sum() for name, p in after.items())
+    assert rounded / total < 0.5
+
+
+# -- parameter groups ----------------------------------------------------------------------
+
+
+def test_rates_and_decay_of_each_parameter(overfit):
+    args = overfit.args
+    rate, scale = args.learning_rate, args.text_learning_rate_scale
+    args.text_learning_rate_scale = 0.05
+    try:
+        groups = VLJEPATrainer.create_optimizer(overfit).param_groups
+    finally:
+        args.text_learning_rate_scale = scale
+    settings = {
+        id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
+    trainable = {name: p for name, p in overfit.model.named_parameters() if p.requires_grad}
+    assert settings.keys() == {id(p) for p in trainable.values()}
+    for name, parameter in trainable.items():
+        expected = rate * 0.05 if name.startswith("y_encoder.") else rate
+        decay = 0.1 if parameter.ndim == 2 else 0.0
+        assert settings[id(parameter)] == (pytest.approx(expected), decay), name
+    undecayed = {name for name, p in trainable.items() if settings[id(p)][1] == 0}
+    assert {"logit_scale.weight", "y_head.projection.bias"} < undecayed
+    assert all(name.endswith(("bias", "norm.weight", "scale.weight")) for name in undecayed)
+
+
+# -- where a model comes from --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained BERT, stored in bf16 as many are."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(1)
+    bert = AutoModel.from_config(tiny_config(text_config=BERT).text_config)
+    bert.to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer(eos=True).save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_text_encoder_arrives_whole_and_in_fp32(text_encoder):
+    arguments = ModelArguments(text_encoder=str(text_encoder), config=tiny_settings())
+    processor = new_processor(arguments, ProcessorArguments(image_size=32), ["a b c"])
+    model = new_model(arguments, processor, seed=0)
+    weights = AutoModel.from_pretrained(text_encoder, dtype=torch.float32).state_dict()
+    loaded = model.y_encoder.backbone.state_dict()
+    assert weights.keys() - loaded.keys() == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert all(torch.equal(loaded[name], weights[name]) for name in loaded)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert processor.target_tokenizer.get_vocab() == tiny_tokenizer(eos=True).get_vocab()
+    assert processor.tokenizer.get_vocab() != processor.target_tokenizer.get_vocab()
+
+
+def test_a_checkpoint_is_trained_in_fp32_and_as_the_recipe_says(overfit, tmp_path):
+    overfit.model.to(torch.bfloat16).save_pretrained(tmp_path)
+    overfit.model.float()
+    overfit.processing_class.save_pretrained(tmp_path)
+    changes = {"freeze_vision": False, "predictor_config": {"attention_dropout": 0.1}}
+    arguments = ModelArguments(checkpoint=str(tmp_path), config=changes)
+    model, processor = load_checkpoint(arguments)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in model.x_encoder.parameters())
+    assert model.predictor.backbone.config.attention_dropout == 0.1
+    assert model.predictor.backbone.config.hidden_size == 32  # the rest stays
+    assert not model.predictor.backbone.config.is_causal
+    assert isinstance(processor, VLJEPAProcessor)
+    with pytest.raises(RecipeError, match="model.config.freeze_visio: there is no such setting"):
+        load_checkpoint(ModelArguments(checkpoint=str(tmp_path), config={"freeze_visio": True}))
+
+
+def test_cached_targets_change_nothing(recipe):
+    frozen = "model.config.freeze_text=true"
+    plain = losses(main([str(recipe), frozen]))
+    cached = losses(main([str(recipe), frozen, "data.cache_targets=true"]))
+    assert cached == pytest.approx(plain, rel=1e-4)
+    assert cached[0] == pytest.approx(plain[0], rel=1e-6)
+    assert plain[1:] != pytest.approx(losses(main([str(recipe)]))[1:], rel=1e-4)  # control
+    with pytest.raises(RecipeError, match="data.cache_targets: the Y-Encoder is trained here"):
+        main([str(recipe), "data.cache_targets=true"])
+
+
+# -- the program ---------------------------------------------------------------------------
+
+
+def test_the_command_trains_on_images_and_clips_of_any_size(tmp_path):
+    recipe = tiny_recipe(tiny_rows(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "training.train", str(recipe), "training.max_steps=6"],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rows.jsonl: 4 rows, weight 1" in done.stdout
+    assert "1 process(es) on cpu · 6 steps of 2 rows · fp32 compute, fp32 weights" in done.stdout
+    assert "chance loss at most ln(2) = 0.693" in done.stdout
+    assert "x_encoder               0.130M        0.000M" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert len(lines) == 6
+    assert lines[-1].startswith("step     6/6 (100%) · loss ")
+    assert lines[-1].endswith("samples/s · eta 0:00")
+    assert "(chance 0.693)" in lines[-1]
+
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert isinstance(processor, VLJEPAProcessor)
+    images = [tmp_path / "wide.png", tmp_path / "tall.jpg"]
+    batch = processor(images=images, text=["what is it ?", ""], targets=["a cat", "red"])
+    with torch.no_grad():
+        assert model(**batch, return_loss=True).loss.isfinite()
+    # The same command here finds the clips that the other process decoded, and goes the same way.
+    again = run(recipe, "max_steps=6", f"output_dir={tmp_path / 'again'}")
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert [line["loss"] for line in state["log_history"] if "loss" in line] == losses(again)
+
+
+def test_a_recipe_that_cannot_be_followed_ends_in_one_sentence(tmp_path):
+    with pytest.raises(RecipeError, match="rows.jsonl: no such JSONL file"):
+        main([str(tiny_recipe(tmp_path / "rows.jsonl"))])
+    tiny_rows(tmp_path)
+    recipe = tiny_recipe(tmp_path / "rows.jsonl", world_size_expected=2)
+    with pytest.raises(RecipeError, match="expects 2 process.es. and 1 run. Use: torchrun"):
+        main([str(recipe)])
+
+
+def test_training_from_a_checkpoint_goes_on_where_it_ended(overfit, recipe):
+    again = yaml.safe_load(recipe.read_text())
+    again["model"] = {"checkpoint": str(recipe.parent / "overfit")}
+    path = recipe.parent / "again.yaml"
+    path.write_text(yaml.safe_dump(again))
+    trainer = run(path, "max_steps=1")
+    assert losses(trainer)[0] < 0.05
+    assert {p.requires_grad for p in trainer.model.x_encoder.parameters()} == {False}
+    assert losses(run(recipe, "max_steps=1"))[0] > 1.5  # positive control: a new model

@@ -1,0 +1,87 @@
+"""The Y-Encoder is the stock text encoder, bidirectional, and frozen where it should be."""
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from tests.tiny import BERT, tiny_batch, tiny_config, tiny_model
+
+KINDS = {"gemma": {}, "bert": {"text_config": BERT}}
+BATCH = tiny_batch()
+IDS, MASK = BATCH["target_input_ids"], BATCH["target_attention_mask"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_stock_encoder_bitwise(kind):
+    box = tiny_model(**KINDS[kind]).y_encoder
+    stock = AutoModel.from_config(tiny_config(**KINDS[kind]).text_config).eval()
+    loaded = stock.load_state_dict(box.backbone.state_dict(), strict=False)
+    assert all(key.startswith("pooler.") for key in loaded.missing_keys)
+    assert loaded.unexpected_keys == []
+    for mask in (None, MASK):
+        expected = stock(input_ids=IDS, attention_mask=mask).last_hidden_state
+        assert torch.equal(box(IDS, mask), expected)
+
+
+def test_bert_has_no_pooler():
+    """Its parameters would never get a gradient, at which data-parallel training stops."""
+    model = tiny_model(**KINDS["bert"])
+    assert not any("pooler" in name for name, _ in model.named_parameters())
+    model(**BATCH, return_loss=True).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_token_sees_the_last(kind):
+    box = tiny_model(**KINDS[kind]).y_encoder
+    other = IDS.clone()
+    other[:, -1] = (other[:, -1] + 1) % 300
+    assert (box(IDS) - box(other))[:, 0].abs().amax(dim=-1).min() > 1e-4
+
+
+def test_a_gemma_that_is_not_told_so_is_causal():
+    """The positive control of the test above."""
+    box = tiny_model(text_config={"use_bidirectional_attention": False}).y_encoder
+    other = IDS.clone()
+    other[:, -1] = (other[:, -1] + 1) % 300
+    assert torch.equal(box(IDS)[:, :-1], box(other)[:, :-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(kind):
+    model = tiny_model(**KINDS[kind])
+    embeds = model.encode_target(IDS, MASK)
+    for row, length in enumerate(MASK.sum(dim=1).tolist()):
+        alone = model.encode_target(IDS[row : row + 1, :length])
+        torch.testing.assert_close(embeds[row : row + 1], alone, rtol=0, atol=1e-5)
+    # Positive control: without the mask the padding is read.
+    moved = (model.encode_target(IDS) - embeds).abs().amax(dim=1)
+    assert moved[0] < 1e-5 and moved[1:].min() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_encoder_stays_as_it_is_and_its_head_trains(kind):
+    model = tiny_model(freeze_text=True, **KINDS[kind])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    states = model.y_encoder(IDS, MASK)
+    model.train()
+    assert not any(p.requires_grad for p in model.y_encoder.parameters())
+    assert not any(module.training for module in model.y_encoder.modules())
+    assert not states.requires_grad
+    assert torch.equal(model.y_encoder(IDS, MASK), states)  # no dropout
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    model(**BATCH, return_loss=True).loss.backward()
+    optimizer.step()
+    after = dict(model.named_parameters())
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("y_encoder.")} <= same
+    assert not any(name.startswith("y_head.") for name in same)
+
+
+def test_an_unfrozen_encoder_has_dropout_and_trains():
+    """The positive control of the test above."""
+    model = tiny_model(**KINDS["bert"]).train()
+    assert not torch.equal(model.y_encoder(IDS, MASK), model.y_encoder(IDS, MASK))
+    assert model.y_encoder(IDS, MASK).requires_grad
+    assert all(p.requires_grad for p in model.y_encoder.parameters())

@@ -1,0 +1,35 @@
+"""What a frozen Y-Encoder makes of every target text, computed once before training."""
+
+import torch
+from tqdm import tqdm
+
+from modeling_vljepa import VLJEPAModel
+from modeling_vljepa.embedding_head import masked_mean
+from processing import VLJEPAProcessor
+
+from .arguments import RecipeError
+
+
+@torch.no_grad()
+def encode_target_states(
+    model: VLJEPAModel, processor: VLJEPAProcessor, texts: list[str], batch_size: int = 256
+) -> dict[str, torch.Tensor]:
+    """Mean Y-Encoder states `(Dy,)` of each distinct text, on the CPU.
+
+    Raises:
+        RecipeError: the Y-Encoder is trained, so that its states would not stay true.
+    """
+    if not model.config.freeze_text:
+        raise RecipeError(
+            "data.cache_targets: the Y-Encoder is trained here, so its states change. Set it to "
+            "false, or model.config.freeze_text to true."
+        )
+    distinct = sorted(set(texts), key=len)  # equal lengths together: little padding
+    states = {}
+    for start in tqdm(range(0, len(distinct), batch_size), desc="Encoding targets"):
+        part = distinct[start : start + batch_size]
+        batch = processor(targets=part)
+        mask = batch["target_attention_mask"]
+        hidden_states = model.y_encoder(batch["target_input_ids"], mask)  # (U, Ly, Dy)
+        states |= zip(part, masked_mean(hidden_states, mask), strict=True)
+    return states
