@@ -20,7 +20,7 @@ SHIPPED = sorted((ROOT / "modeling_vljepa").glob("[!_]*.py")) + sorted(
 )
 OWN = {"modeling_vljepa", "processing", "training", "eval", "tests"}
 PACKAGES = {"torch", "transformers", "numpy", "PIL"}
-# Of home folders and this kind of working folders; of none that a manual would name.
+# Home folders and common working folders, none of which a manual would name.
 MACHINE_PATH = re.compile(r"(?<![\w.:])/(?:home|Users|root|work|mnt|data|workspace|scratch)/\w")
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from modeling_vljepa.embedding_head import masked_mean
 from modeling_vljepa.losses import info_nce
 from tests.tiny import BERT, run_elsewhere, tiny_batch, tiny_model
 
@@ -149,6 +150,21 @@ def test_refusals_of_predict(model):
         model.predict(BATCH["pixel_values_videos"])
     with pytest.raises(ValueError, match="an empty query"):
         model(pixel_values_videos=BATCH["pixel_values_videos"])
+
+
+def test_the_states_of_a_target_or_their_mean_replace_its_tokens(model):
+    ids, mask = BATCH["target_input_ids"], BATCH["target_attention_mask"]
+    with torch.no_grad():
+        expected = model.encode_target(ids, mask)
+        states = model.y_encoder(ids, mask)
+        again = model.encode_target(target_hidden_states=states, target_attention_mask=mask)
+        assert torch.equal(again, expected)
+        mean = masked_mean(states, mask).unsqueeze(1)
+        outputs = model(**query(), target_hidden_states=mean, target_index=torch.tensor([2, 0, 2]))
+    torch.testing.assert_close(outputs.target_embeds, expected[[2, 0, 2]], rtol=0, atol=1e-6)
+    for both_or_none in ({}, {"target_input_ids": ids, "target_hidden_states": states}):
+        with pytest.raises(ValueError, match="target_input_ids or target_hidden_states"):
+            model.encode_target(**both_or_none)
 
 
 def test_frames_places_and_words_all_count(model):

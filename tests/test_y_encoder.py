@@ -69,6 +69,9 @@ def test_a_frozen_encoder_stays_as_it_is_and_its_head_trains(kind):
     assert not any(p.requires_grad for p in model.y_encoder.parameters())
     assert not any(module.training for module in model.y_encoder.modules())
     assert not states.requires_grad
+    model.y_encoder.requires_grad_()  # even where an adapter or a user asks for a gradient
+    assert not model.y_encoder(IDS, MASK).requires_grad
+    model.freeze()
     assert torch.equal(model.y_encoder(IDS, MASK), states)  # no dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     model(**BATCH, return_loss=True).loss.backward()

@@ -45,7 +45,8 @@ class ContrastiveCollator:
         """
         Returns: `pixel_values_videos` `(B, T, 3, h, w)`, `input_ids` and `attention_mask`
             `(B, L)`, `target_input_ids` and `target_attention_mask` `(U, Ly)` of the distinct
-            targets, or their `target_hidden_states` `(U, 1, Dy)`, `target_index` `(B,)` into them, `target_ids` and `group_ids` `(B,)`.
+            targets, or their `target_hidden_states` `(U, 1, Dy)`, `target_index` `(B,)` into
+            them, `target_ids` and `group_ids` `(B,)`.
         """
         targets = list(dict.fromkeys(sample["target"] for sample in samples))
         row_of = {target: row for row, target in enumerate(targets)}
