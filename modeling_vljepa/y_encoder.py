@@ -17,6 +17,11 @@ class YEncoder(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, frozen: bool):
         super().__init__()
+        if config.model_type == "gemma3_text" and not config.use_bidirectional_attention:
+            raise ValueError(
+                "text_config is a causal Gemma, whose first tokens never see the last: set "
+                "use_bidirectional_attention to true, as in EmbeddingGemma."
+            )
         self.backbone = AutoModel.from_config(config)
         if config.model_type == "bert":
             # BERT's own pooler is not read here; left in, it would be a trainable parameter

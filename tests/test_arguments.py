@@ -95,6 +95,9 @@ def test_overrides_are_read_as_yaml(recipe):
         ("training.learning_rate=1e-3", "YAML reads 1e-3 as text: write 1.0e-3"),
         ("training.learning_rate=2.5E5", "YAML reads 1e-3 as text: write 1.0e-3"),
         # Values
+        ("data.num_workers=0", "data.num_workers: at least one"),
+        ("data.max_bad_share=2", "data.max_bad_share: 2.0 is no share"),
+        ("data.sources=[{rows: a, weight: 0}]", "a has weight 0.0"),
         ("data.sources=[]", "data.sources: give at least one source"),
         ("training.precision=fp16", "'fp16' is none of auto, fp32, bf16"),
         ("training.global_batch_size=0", "global_batch_size: 0 rows do not divide"),

@@ -160,7 +160,7 @@ def test_sizes(demo: Path) -> None:
     assert [counts[split]["clips"] for split in babyai.SPLITS] == [EPISODES] + 5 * [EVAL_CLIPS]
     assert counts["train"]["one_goal"] == EPISODES * 3 // 5
     rows = read(demo / "babyai" / "train_captions.jsonl")
-    missions = " | ".join(row["target"] for row in rows if row["kind"] == "mission")
+    missions = " | ".join(row["target"] for row in rows)
     assert all(joint in missions for joint in (", then ", " after you ", " and "))
     for split in ASKED_SPLITS[1:]:
         pool = read(demo / "babyai" / f"{split}_captions.jsonl")
@@ -195,6 +195,8 @@ def test_held_out_pairs_are_nowhere_in_training(demo: Path) -> None:
     for kind in ("captions", "vqa"):
         for text in texts(demo, (*TRAINING_SPLITS, "unseen_missions"), kind):
             assert not forbidden.search(text), text
+    for text in texts(demo, ("train",), "narrations"):
+        assert not forbidden.search(text), text
     for split in TRAINING_SPLITS:
         for row in read(demo / "babyai" / f"{split}_captions.jsonl"):
             assert babyai_goals.HELD_OUT_PAIRS.isdisjoint(replay(seed_of(row)).start)
@@ -204,6 +206,7 @@ def test_held_out_pairs_are_nowhere_in_training(demo: Path) -> None:
 
 def test_held_out_missions_are_nowhere_in_training(demo: Path) -> None:
     trained_on = {story(text) for text in texts(demo, TRAINING_SPLITS, "captions")}
+    trained_on |= {story(text) for text in texts(demo, ("train",), "narrations")}
     held_out = {story(text) for text in texts(demo, ("unseen_missions",), "captions")} - {()}
     assert len(held_out) == EVAL_CLIPS
     assert trained_on.isdisjoint(held_out)
@@ -218,13 +221,13 @@ def test_held_out_missions_are_nowhere_in_training(demo: Path) -> None:
             assert babyai_goals.is_held_out(goals) == (split == "unseen_missions")
 
 
-@pytest.mark.parametrize("split", babyai.SPLITS)
-def test_captions_tell_what_the_verifiers_saw(demo: Path, split: str) -> None:
-    for row in read(demo / "babyai" / f"{split}_captions.jsonl"):
+@pytest.mark.parametrize("name", [*map("{}_captions".format, babyai.SPLITS), "train_narrations"])
+def test_captions_tell_what_the_verifiers_saw(demo: Path, name: str) -> None:
+    for row in read(demo / "babyai" / f"{name}.jsonl"):
         seen = replay(seed_of(row))
         done = sorted(seen.successes, key=seen.successes.get)
         assert story(row["target"]) == story("; ".join(done))
-        if row["kind"] == "mission":
+        if name != "train_narrations":
             assert row["target"] == seen.mission
         assert row["group_id"] in row["video"]
 

@@ -40,12 +40,17 @@ def test_the_first_token_sees_the_last(kind):
     assert (box(IDS) - box(other))[:, 0].abs().amax(dim=-1).min() > 1e-4
 
 
-def test_a_gemma_that_is_not_told_so_is_causal():
-    """The positive control of the test above."""
-    box = tiny_model(text_config={"use_bidirectional_attention": False}).y_encoder
+def test_a_causal_gemma_is_refused():
+    """Gemma is causal unless told otherwise, and would encode half of what it reads."""
+    causal = {"use_bidirectional_attention": False}
+    with pytest.raises(ValueError, match="use_bidirectional_attention"):
+        tiny_model(text_config=causal)
+    # The positive control of the test above: what is refused is really blind to the last token.
+    gemma = AutoModel.from_config(tiny_config(text_config=causal).text_config).eval()
     other = IDS.clone()
     other[:, -1] = (other[:, -1] + 1) % 300
-    assert torch.equal(box(IDS)[:, :-1], box(other)[:, :-1])
+    states, changed = (gemma(ids).last_hidden_state[:, :-1] for ids in (IDS, other))
+    assert torch.equal(states, changed)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,6 +72,12 @@ class SourceArguments:
     weight: float = 1.0
     query: str | None = None
 
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise RecipeError(
+                f"data.sources: {self.rows} has weight {self.weight}; give more than 0."
+            )
+
 
 @dataclass(kw_only=True)
 class DataArguments:
@@ -91,6 +97,12 @@ class DataArguments:
     cache_dir: str = "data/cache"
     num_workers: int = os.cpu_count() or 1
     cache_targets: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.max_bad_share <= 1:
+            raise RecipeError(f"data.max_bad_share: {self.max_bad_share} is no share from 0 to 1.")
+        if self.num_workers < 1:
+            raise RecipeError("data.num_workers: at least one process has to decode.")
 
 
 @dataclass(kw_only=True)

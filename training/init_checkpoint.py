@@ -105,7 +105,9 @@ def new_model(arguments: ModelArguments, processor: VLJEPAProcessor, seed: int) 
     model = VLJEPAModel(config)
     if arguments.text_encoder is not None:
         text = AutoModel.from_pretrained(arguments.text_encoder, dtype=torch.float32)
-        model.y_encoder.backbone.load_state_dict(text.state_dict(), strict=False)
+        missing, _ = model.y_encoder.backbone.load_state_dict(text.state_dict(), strict=False)
+        if missing:  # what is left over, such as a pooler, is not read here
+            raise RecipeError(f"model.text_encoder: {arguments.text_encoder} lacks {missing[0]}.")
     return model
 
 

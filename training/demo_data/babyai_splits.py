@@ -27,6 +27,7 @@ EVAL_CLIPS = {
     "unseen_pairs": 300,
     "test_actions": 300,
 }
+NARRATE = "Tell what the agent did."
 AS_THEY_COME = ("train", "test_actions")
 
 
@@ -80,20 +81,16 @@ def _record(directory: Path, seed: int) -> dict[str, list[dict]]:
     _write_clip(directory / clip["video"], episode)
     pairs = ALL_PAIRS if split == "unseen_pairs" else SEEN_PAIRS
     return {
-        "captions": [
-            {**clip, "query": "", "target": text, "group_id": episode.clip, "kind": kind}
-            for kind, text in _captions(episode)
+        # The mission as the environment words it, and apart from it what happened, in our words:
+        # under one query, a model could not know which of the two wordings is wanted.
+        "captions": [{**clip, "query": "", "target": episode.mission, "group_id": episode.clip}],
+        "narrations": [
+            {**clip, "query": NARRATE, "target": text, "group_id": episode.clip}
+            for text in narrations(episode.goals)
         ],
         "vqa": [{**clip, **question} for question in ask(episode, pairs)],
         "events": [{**clip, "fps": FPS, "events": list(_events(episode))}],
     }
-
-
-def _captions(episode: Episode) -> Iterator[tuple[str, str]]:
-    """(kind, text): the mission as the environment words it, then what happened."""
-    yield "mission", episode.mission
-    for text in narrations(episode.goals):
-        yield "narration", text
 
 
 def _write_clip(path: Path, episode: Episode) -> None:
@@ -115,8 +112,8 @@ def _events(episode: Episode) -> Iterator[dict[str, float | str]]:
 
 def _write_rows(directory: Path, split: str, clips: list[dict[str, list[dict]]]) -> None:
     rows = {name: [row for clip in clips for row in clip[name]] for name in clips[0]}
-    if split != "train":  # retrieval pools: one text per clip
-        rows["captions"] = [row for row in rows["captions"] if row["kind"] == "mission"]
+    if split != "train":
+        del rows["narrations"]
     if split != "test":
         del rows["events"]
     if split == "test_actions":
