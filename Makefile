@@ -17,16 +17,16 @@ NAME = demo
 SEED ?= 0
 EPISODES ?= 6000
 EVAL_CLIPS ?= 700
-PRETRAIN_STEPS ?= 1200
-SFT_STEPS ?= 700
+PRETRAIN_STEPS ?= 1000
+SFT_STEPS ?= 550
 TASKS ?= all
 LIMIT ?=
 OUT = runs/$(NAME)-seed$(SEED)
 
 full: NAME = full
 full: EPISODES = 12000
-full: PRETRAIN_STEPS = 2500
-full: SFT_STEPS = 3000
+full: PRETRAIN_STEPS = 2000
+full: SFT_STEPS = 2600
 
 smoke: NAME = smoke
 smoke: EPISODES = 300
