@@ -44,7 +44,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.output is None:
         suffix = "" if args.ablation == "none" else f"_{args.ablation}"
         if not Path(args.model).is_dir():
-            parser.error("--model is not a folder: say with --output where the results should go")
+            parser.error(
+                f"there is no folder {args.model}; if it is a Hub id, say with --output where "
+                "the results should go"
+            )
         args.output = Path(args.model) / f"eval{suffix}"
     return args
 

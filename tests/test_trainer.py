@@ -293,6 +293,12 @@ def test_a_recipe_that_cannot_be_followed_ends_in_one_sentence(tmp_path):
         main([str(recipe)])
 
 
+@pytest.mark.parametrize("key", ["checkpoint", "text_encoder"])
+def test_a_model_that_is_not_there_is_named(recipe, key):
+    with pytest.raises(RecipeError, match=rf"model.{key}: nowhere/at-all is no folder or Hub id"):
+        main([str(recipe), f"model.{key}=nowhere/at-all"])
+
+
 def test_training_from_a_checkpoint_goes_on_where_it_ended(overfit, recipe):
     again = yaml.safe_load(recipe.read_text())
     again["model"] = {"checkpoint": str(recipe.parent / "overfit")}

@@ -1,6 +1,7 @@
 """A model and its processor at the start of training: from a checkpoint, or new."""
 
 import copy
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -21,6 +22,14 @@ from .arguments import ModelArguments, ProcessorArguments, RecipeError
 
 # Llama 3's own names, so that a trained-from-scratch predictor has the tokenizer of a real one.
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
+
+
+def load(auto: type, key: str, path: str, **options: Any) -> Any:
+    """`auto.from_pretrained(path)`, with an error that names the recipe's key."""
+    try:
+        return auto.from_pretrained(path, **options)
+    except OSError as error:
+        raise RecipeError(f"{key}: {path} is no folder or Hub id that loads. {error}") from error
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -66,7 +75,7 @@ def new_processor(
         tokenizer,
         copy.deepcopy(tokenizer)
         if model.text_encoder is None
-        else AutoTokenizer.from_pretrained(model.text_encoder),
+        else load(AutoTokenizer, "model.text_encoder", model.text_encoder),
     )
 
 
@@ -91,8 +100,8 @@ def new_model(arguments: ModelArguments, processor: VLJEPAProcessor, seed: int) 
     check_config(arguments.config)
     config = dict(arguments.config)
     if arguments.text_encoder is not None:
-        config["text_config"] = AutoConfig.from_pretrained(
-            arguments.text_encoder, dtype=torch.float32
+        config["text_config"] = load(
+            AutoConfig, "model.text_encoder", arguments.text_encoder, dtype=torch.float32
         )
     config = VLJEPAConfig(**config)
     config.vision_config.crop_size = processor.video_processor.crop_size["height"]
@@ -104,7 +113,7 @@ def new_model(arguments: ModelArguments, processor: VLJEPAProcessor, seed: int) 
     torch.manual_seed(seed)
     model = VLJEPAModel(config)
     if arguments.text_encoder is not None:
-        text = AutoModel.from_pretrained(arguments.text_encoder, dtype=torch.float32)
+        text = load(AutoModel, "model.text_encoder", arguments.text_encoder, dtype=torch.float32)
         missing, _ = model.y_encoder.backbone.load_state_dict(text.state_dict(), strict=False)
         if missing:  # what is left over, such as a pooler, is not read here
             raise RecipeError(f"model.text_encoder: {arguments.text_encoder} lacks {missing[0]}.")
@@ -114,15 +123,17 @@ def new_model(arguments: ModelArguments, processor: VLJEPAProcessor, seed: int) 
 def load_checkpoint(arguments: ModelArguments) -> tuple[VLJEPAModel, VLJEPAProcessor]:
     """The model and processor of `checkpoint`, its configuration changed as `config` says."""
     check_config(arguments.config)
-    config = AutoConfig.from_pretrained(arguments.checkpoint)
+    config = load(AutoConfig, "model.checkpoint", arguments.checkpoint)
     for name, value in arguments.config.items():
         if name in VLJEPAConfig.sub_configs_defaults:
             getattr(config, name).update(value)
         else:
             setattr(config, name, value)
     # Weights stored in bf16 would hardly move at this objective's learning rates.
-    model = AutoModel.from_pretrained(arguments.checkpoint, config=config, dtype=torch.float32)
-    return model, AutoProcessor.from_pretrained(arguments.checkpoint)
+    model = load(
+        AutoModel, "model.checkpoint", arguments.checkpoint, config=config, dtype=torch.float32
+    )
+    return model, load(AutoProcessor, "model.checkpoint", arguments.checkpoint)
 
 
 def parameter_table(model: VLJEPAModel) -> str:
