@@ -28,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [
             str(RECIPE),
             f"model.text_encoder={get_model_path()}",
+            "model.tokenizer_rows=[]",
             f"data.sources=[{{rows: {folder}/train_vqa.jsonl}}]",
             f"data.cache_dir={folder}/cache",
             f"training.output_dir={folder}/model",

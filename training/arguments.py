@@ -34,12 +34,15 @@ class ModelArguments:
         text_encoder: folder or Hub id of a pretrained Y-Encoder; its configuration, weights and
             tokenizer replace `text_config`.
         vocab_size: size of the query tokenizer trained on the recipe's own texts.
+        tokenizer_rows: JSONL files whose texts it learns from as well: the questions of a later
+            stage, which it would otherwise spell out.
     """
 
     checkpoint: str | None = None
     config: dict = field(default_factory=dict)
     text_encoder: str | None = None
     vocab_size: int = 2000
+    tokenizer_rows: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

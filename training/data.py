@@ -52,6 +52,11 @@ def read_source(arguments: SourceArguments) -> Source:
     return Source(arguments, rows, bad)
 
 
+def texts_of(sources: list[Source]) -> list[str]:
+    """Every query and target: what a tokenizer learns from."""
+    return [row[name] for source in sources for row in source.rows for name in ("query", "target")]
+
+
 def media_of(row: dict) -> str:
     return row["video"] if "video" in row else row["image"]
 

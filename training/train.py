@@ -15,10 +15,10 @@ from transformers import PrinterCallback, set_seed
 
 from modeling_vljepa import VLJEPAModel
 
-from .arguments import RecipeError, VLJEPATrainingArguments, read_recipe
+from .arguments import RecipeError, SourceArguments, VLJEPATrainingArguments, read_recipe
 from .callbacks import ProgressLine
 from .collator import ContrastiveCollator
-from .data import Source, build_dataset, read_source
+from .data import Source, build_dataset, read_source, texts_of
 from .distributed import check_world_size
 from .init_checkpoint import load_checkpoint, new_model, new_processor, parameter_table
 from .target_states import encode_target_states
@@ -46,7 +46,7 @@ def start_report(model: VLJEPAModel, args: VLJEPATrainingArguments, sources: lis
 
 def main(argv: list[str] | None = None) -> VLJEPATrainer:
     parser = argparse.ArgumentParser(prog="training.train", description=__doc__.split("\n")[0])
-    parser.add_argument("recipe", help="a YAML file, such as training/recipes/demo_pretrain.yaml")
+    parser.add_argument("recipe", help="a YAML file, such as training/recipes/babyai_pretrain.yaml")
     parser.add_argument("overrides", nargs="*", help="changes to it, such as training.seed=1")
     arguments = parser.parse_args(argv)
 
@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     check_world_size(args.world_size, args.world_size_expected)
     set_seed(args.seed)
 
-    # 2. Rows, and what a new tokenizer can learn from
+    # 2. Rows
     sources = [read_source(source) for source in recipe.data.sources]
-    texts = [row[name] for source in sources for row in source.rows for name in ("query", "target")]
 
     # 3. Processor and model, new or from a checkpoint
     if recipe.model.checkpoint is None:
-        processor = new_processor(recipe.model, recipe.processor, texts)
+        more = [read_source(SourceArguments(rows=path)) for path in recipe.model.tokenizer_rows]
+        processor = new_processor(recipe.model, recipe.processor, texts_of(sources + more))
         model = new_model(recipe.model, processor, args.seed)
     else:
         model, processor = load_checkpoint(recipe.model)
