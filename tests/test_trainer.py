@@ -293,6 +293,22 @@ def test_a_recipe_that_cannot_be_followed_ends_in_one_sentence(tmp_path):
         main([str(recipe)])
 
 
+def test_the_tokenizer_learns_from_the_rows_of_a_later_stage(recipe):
+    """A word that no row of the first stage holds would be spelt out for ever after."""
+    rows = [{"image": f"{i}.png", "query": "extraordinary ?", "target": "yes"} for i in range(8)]
+    later = write_rows(recipe.parent / "later.jsonl", rows)
+    lengths = []
+    for files in ([], [str(later)]):
+        overrides = (
+            f"model.tokenizer_rows={files}",
+            "model.vocab_size=400",
+            "training.max_steps=1",
+        )
+        tokenizer = main([str(recipe), *overrides]).processing_class.tokenizer
+        lengths.append(len(tokenizer.tokenize("extraordinary")))
+    assert lengths[0] > 8 and lengths[1] == 1
+
+
 @pytest.mark.parametrize("key", ["checkpoint", "text_encoder"])
 def test_a_model_that_is_not_there_is_named(recipe, key):
     with pytest.raises(RecipeError, match=rf"model.{key}: nowhere/at-all is no folder or Hub id"):
