@@ -14,7 +14,7 @@ from training.arguments import (
     read_recipe,
     use_bf16,
 )
-from training.init_checkpoint import check_config
+from training.recipe_model import check_config
 
 RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from tests.tiny import (
     write_rows,
 )
 from training.arguments import ModelArguments, ProcessorArguments, RecipeError
-from training.init_checkpoint import load_checkpoint, new_model, new_processor
+from training.recipe_model import load_checkpoint, new_model, new_processor
 from training.train import main
 from training.trainer import VLJEPATrainer
 

@@ -20,7 +20,7 @@ from .callbacks import ProgressLine
 from .collator import ContrastiveCollator
 from .data import Source, build_dataset, read_source, texts_of
 from .distributed import check_world_size
-from .init_checkpoint import load_checkpoint, new_model, new_processor, parameter_table
+from .recipe_model import load_checkpoint, new_model, new_processor, parameter_table
 from .target_states import encode_target_states
 from .trainer import VLJEPATrainer
 
