@@ -40,7 +40,8 @@ smoke: LIMIT = --limit 200
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -c $(CONSTRAINTS) -e ".[training,demo,dev]"
+	$(VENV)/bin/pip install --quiet -c $(CONSTRAINTS) -e ".[training,demo,export,gguf,dev]"
+	$(RUN) -m tests.fetch_common
 	touch $@
 
 data: env

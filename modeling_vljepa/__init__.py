@@ -5,6 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from processing import VLJEPAProcessor
 
 from .configuration_vljepa import VLJEPAConfig as VLJEPAConfig
+from .modeling_vljepa import LORA_MODULES_TO_SAVE as LORA_MODULES_TO_SAVE
+from .modeling_vljepa import LORA_TARGET_MODULES as LORA_TARGET_MODULES
 from .modeling_vljepa import VLJEPAModel as VLJEPAModel
 from .modeling_vljepa import VLJEPAOutput as VLJEPAOutput
 

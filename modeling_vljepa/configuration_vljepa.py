@@ -1,6 +1,8 @@
 """What a VL-JEPA model is made of: three sub-networks and the space in which they meet."""
 
 import math
+from dataclasses import field
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -21,6 +23,15 @@ class VLJEPAConfig(PreTrainedConfig):
             The Y-Encoder. Default: the shape of EmbeddingGemma-300M, bidirectional.
         embedding_dim (`int`, *optional*, defaults to 1536):
             Width of the shared embedding space (section 3.1).
+        text_pooling (`str`, *optional*, defaults to `"mean"`):
+            How the Y-Encoder's states become one: `"mean"`, `"cls"` or `"lasttoken"`. The paper
+            does not say; EmbeddingGemma was trained with the mean.
+        text_dense (`list[dict]`, *optional*):
+            Dense layers between the pooling and the projection, each with `out_features`, `bias`
+            and `activation`: EmbeddingGemma has two. They belong to the Y-Encoder.
+        project_target (`bool`, *optional*, defaults to `True`):
+            Whether the target side has a projection of its own (section 3.1). Without one, the
+            shared space is the Y-Encoder's (the paper's 7c), and `embedding_dim` its width.
         freeze_vision (`bool`, *optional*, defaults to `True`):
             The X-Encoder takes no gradient and stays in evaluation mode. The paper's last
             pretraining stage sets this to `False`.
@@ -86,6 +97,9 @@ class VLJEPAConfig(PreTrainedConfig):
     predictor_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     embedding_dim: int = 1536
+    text_pooling: str = "mean"
+    text_dense: list[dict] = field(default_factory=list)
+    project_target: bool = True
     freeze_vision: bool = True
     freeze_text: bool = False
     freeze_token_embedding: bool = True
@@ -98,6 +112,21 @@ class VLJEPAConfig(PreTrainedConfig):
         # The one supported switch: it reaches the mask builder and every attention kernel.
         # Setting it on the attention modules alone still masks padded or eager batches.
         self.predictor_config.is_causal = False
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The predictor's: `input_ids` and `resize_token_embeddings` mean its tokens."""
+        return self.predictor_config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "VLJEPAConfig":
+        """Upstream warns at a configuration of another model, and goes on with random weights."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"this is a checkpoint of a {found!r} model, not of a VL-JEPA: load it as what it "
+                "is, or make a VL-JEPA of it with `python -m training.init_checkpoint`."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
 
 __all__ = ["VLJEPAConfig"]

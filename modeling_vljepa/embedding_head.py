@@ -1,4 +1,4 @@
-"""From token states to a point in the shared space; the same class on both sides of the loss.
+"""From token states to a point in the shared space.
 
 Shapes: B batch, L tokens, H hidden size, D embedding size.
 """
@@ -22,22 +22,43 @@ def masked_mean(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
 
 
 class EmbeddingHead(nn.Module):
-    """Pool, project, and put on the unit sphere (paper section 3.1: average, then linear)."""
+    """Project a pooled state and put it on the unit sphere; one class on both sides of the loss.
 
-    def __init__(self, hidden_size: int, embedding_dim: int):
+    Args:
+        hidden_size: of the pooled state.
+        embedding_dim: of the shared space.
+        project: without a projection (the paper's 7c, on the target side) the shared space is the
+            encoder's own.
+    """
+
+    def __init__(self, hidden_size: int, embedding_dim: int, project: bool = True):
         super().__init__()
-        self.projection = nn.Linear(hidden_size, embedding_dim)
+        if not project and hidden_size != embedding_dim:
+            raise ValueError(
+                f"project_target is false, so the shared space is the Y-Encoder's own of "
+                f"{hidden_size} dimensions, but embedding_dim is {embedding_dim}: make them equal."
+            )
+        self.projection = nn.Linear(hidden_size, embedding_dim) if project else nn.Identity()
 
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`(B, L, H)` and `(B, L)` to fp32 unit vectors `(B, D)`."""
+    def forward(self, pooled: torch.Tensor, truncate_dim: int | None = None) -> torch.Tensor:
+        """`(B, H)` to fp32 unit vectors `(B, D)`, or `(B, truncate_dim)`: the first dimensions
+        alone, back on the sphere, for spaces trained to allow it (Matryoshka, arXiv 2205.13147).
+        """
         # One vector per sample is cheap; rounding it to bf16 is not, because the loss multiplies
         # similarities by up to 100. So the head leaves autocast.
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            pooled = masked_mean(hidden_states, attention_mask)  # (B, H)
-            embeds = self.projection(pooled.to(self.projection.weight.dtype))  # (B, D)
-            return F.normalize(embeds.float(), dim=-1)  # (B, D)
+        with torch.autocast(pooled.device.type, enabled=False):
+            embeds = self.projection(pooled.to(self.dtype)).float()  # (B, D)
+            if truncate_dim is not None and not 1 <= truncate_dim <= embeds.shape[-1]:
+                raise ValueError(
+                    f"truncate_dim is {truncate_dim}, but an embedding has "
+                    f"{embeds.shape[-1]} dimensions."
+                )
+            return F.normalize(embeds[..., :truncate_dim], dim=-1)  # (B, D)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the projection's weights; fp32 where there are none."""
+        return next((weight.dtype for weight in self.parameters()), torch.float32)
 
 
 __all__ = ["EmbeddingHead", "masked_mean"]

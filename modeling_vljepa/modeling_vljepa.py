@@ -17,16 +17,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_vljepa import VLJEPAConfig
-from .embedding_head import EmbeddingHead
+from .embedding_head import EmbeddingHead, masked_mean
 from .losses import info_nce
 from .predictor import Predictor
 from .x_encoder import XEncoder
 from .y_encoder import YEncoder
+
+# For `peft.LoraConfig`. The expression is matched against whole names: a list of suffixes such as
+# ["q_proj"] would adapt the Y-Encoder too. What is saved is new to a pretrained model, or shared
+# by both sides of the loss.
+LORA_TARGET_MODULES = (
+    r"predictor\.backbone\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+)
+LORA_MODULES_TO_SAVE = ["visual_projection", "predictor_head", "y_head", "logit_scale"]
 
 
 @dataclass
@@ -43,6 +53,10 @@ class VLJEPAOutput(ModelOutput):
         visual_embeds (`torch.FloatTensor` of shape `(batch_size, tokens, vision_hidden_size)`):
             The X-Encoder's output, to be handed back in for the next question on the same input.
         logit_scale (`torch.FloatTensor` of shape `(1,)`): the inverse temperature.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
+            The Predictor's, of shape `(batch_size, tokens + query_length, hidden_size)`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, with `output_attentions=True`):
+            The Predictor's.
     """
 
     loss: torch.FloatTensor | None = None
@@ -50,6 +64,8 @@ class VLJEPAOutput(ModelOutput):
     target_embeds: torch.FloatTensor | None = None
     visual_embeds: torch.FloatTensor | None = None
     logit_scale: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class LogitScale(nn.Module):
@@ -66,6 +82,72 @@ class LogitScale(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.weight.float().exp().clamp(max=100.0)  # (1,)
+
+
+# What transformers asks of a model's direct children, to place, shard, tie and load them.
+OF_ANY_NAME = (
+    "_no_split_modules",
+    "_skip_keys_device_placement",
+    "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+    "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_load_missing",
+)
+BY_NAME = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
+
+
+def answer_for_backbone(box: nn.Module) -> None:
+    """Let a box say of itself what its backbone would: the backbone lies one level too deep."""
+    for name in OF_ANY_NAME:
+        setattr(box, name, getattr(box.backbone, name))
+    for name in BY_NAME:
+        plan = getattr(box.backbone, name)
+        setattr(box, name, {f"backbone.{key}": value for key, value in plan.items()})
+    tied = box.backbone.all_tied_weights_keys
+    box.all_tied_weights_keys = {f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()}
+
+
+def check_tokens(
+    prefix: str,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    config: PreTrainedConfig,
+) -> None:
+    """Stop at token ids that would crash a GPU, and at padding that would be read as text."""
+    if torch.compiler.is_compiling():
+        return
+    name = f"{prefix}input_ids"
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"{prefix}attention_mask has shape {tuple(attention_mask.shape)}, {name} has "
+            f"{tuple(input_ids.shape)}: they go together."
+        )
+    if not input_ids.numel():
+        return
+    least, most = (bound.item() for bound in input_ids.aminmax())
+    if least < 0 or most >= config.vocab_size:
+        raise ValueError(
+            f"{name} holds the id {least if least < 0 else most}, but the vocabulary of this "
+            f"encoder has {config.vocab_size}: was the other tokenizer used?"
+        )
+    pad = config.pad_token_id
+    if attention_mask is None and pad is not None and (input_ids == pad).any():
+        raise ValueError(
+            f"{name} holds padding (id {pad}), which would be read as text: give "
+            f"{prefix}attention_mask as well."
+        )
+
+
+def one_for_each(visual_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """The visual tokens `(B or 1, N, Dx)` beside each of B queries, one video for all of them."""
+    if visual_embeds.shape[0] == 1:
+        return visual_embeds.expand(input_ids.shape[0], -1, -1)
+    if visual_embeds.shape[0] != input_ids.shape[0]:
+        raise ValueError(
+            f"{len(visual_embeds)} videos and {len(input_ids)} queries: give one query for each "
+            "video, or one video for all of them."
+        )
+    return visual_embeds
 
 
 class VLJEPAPreTrainedModel(PreTrainedModel):
@@ -107,9 +189,18 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         self.predictor_head = EmbeddingHead(
             config.predictor_config.hidden_size, config.embedding_dim
         )
-        self.y_encoder = YEncoder(config.text_config, frozen=config.freeze_text)
-        self.y_head = EmbeddingHead(config.text_config.hidden_size, config.embedding_dim)
+        self.y_encoder = YEncoder(
+            config.text_config,
+            frozen=config.freeze_text,
+            pooling=config.text_pooling,
+            dense=tuple(config.text_dense),
+        )
+        self.y_head = EmbeddingHead(
+            self.y_encoder.output_size, config.embedding_dim, project=config.project_target
+        )
         self.logit_scale = LogitScale(config.logit_scale_init_value)
+        for box in (self.x_encoder, self.predictor, self.y_encoder):
+            answer_for_backbone(box)
         self.post_init()
         self.freeze()
 
@@ -144,26 +235,43 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         visual_embeds: torch.Tensor | None = None,
+        truncate_dim: int | None = None,
     ) -> torch.Tensor:
         """Embed the expected answer to a query about a video: Ŝ_Y, unit vectors `(B, D)`.
 
-        Give the pixels, or the `visual_embeds` that `encode_video` made of them: many questions
-        on one video then cost one pass of the X-Encoder.
+        Give the pixels, or the `visual_embeds` that `encode_video` made of them. One video, given
+        either way, answers any number of queries at the cost of one pass of the X-Encoder.
 
         Args:
-            pixel_values_videos (`torch.FloatTensor` of shape `(B, T, C, H, W)`, *optional*)
-            input_ids (`torch.LongTensor` of shape `(B, L)`): the query; L may be 0.
+            pixel_values_videos (`torch.FloatTensor` of shape `(B or 1, T, C, H, W)`, *optional*)
+            input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): the query. Without one,
+                or with an L of 0, what is asked for is a caption (the paper's pretraining).
             attention_mask (`torch.LongTensor` of shape `(B, L)`, *optional*): 1 for real tokens.
-            visual_embeds (`torch.FloatTensor` of shape `(B, N, Dx)`, *optional*)
+            visual_embeds (`torch.FloatTensor` of shape `(B or 1, N, Dx)`, *optional*)
+            truncate_dim (`int`, *optional*): keep the first dimensions only, see `encode_target`.
         """
         if (pixel_values_videos is None) == (visual_embeds is None):
             raise ValueError("predict needs pixel_values_videos or visual_embeds, and not both.")
-        if input_ids is None:
-            raise ValueError("predict needs input_ids: an empty query is a (batch, 0) tensor.")
         if visual_embeds is None:
-            visual_embeds = self.encode_video(pixel_values_videos)  # (B, N, Dx)
-        hidden_states, mask = self.predictor(visual_embeds, input_ids, attention_mask)
-        return self.predictor_head(hidden_states, mask)  # (B, D)
+            visual_embeds = self.encode_video(pixel_values_videos)  # (B or 1, N, Dx)
+        states, mask = self.read(visual_embeds, input_ids, attention_mask)
+        pooled = masked_mean(states.last_hidden_state, mask)  # (B, Dp)
+        return self.predictor_head(pooled, truncate_dim)  # (B, D)
+
+    def read(
+        self,
+        visual_embeds: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[BaseModelOutput, torch.Tensor | None]:
+        """The Predictor's output over [visual tokens ; query], and the mask `(B, N + L)`."""
+        if input_ids is None:
+            shape = (visual_embeds.shape[0], 0)
+            input_ids = torch.empty(shape, dtype=torch.long, device=visual_embeds.device)
+        check_tokens("", input_ids, attention_mask, self.config.predictor_config)
+        visual_embeds = one_for_each(visual_embeds, input_ids)  # (B, N, Dx)
+        return self.predictor(visual_embeds, input_ids, attention_mask, **kwargs)
 
     def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """The X-Encoder alone: `(B, T, C, H, W)` to visual tokens `(B, N, Dx)`."""
@@ -173,24 +281,32 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         self,
         target_input_ids: torch.Tensor | None = None,
         target_attention_mask: torch.Tensor | None = None,
-        target_hidden_states: torch.Tensor | None = None,
+        target_pooler_output: torch.Tensor | None = None,
+        truncate_dim: int | None = None,
     ) -> torch.Tensor:
         """Embed a text, be it a target, a label or an answer: S_Y, unit vectors `(B, D)`.
 
-        Give the tokens, or the states that a frozen Y-Encoder made of them before.
+        Give the tokens, or what a frozen Y-Encoder made of them before.
 
         Args:
             target_input_ids (`torch.LongTensor` of shape `(B, Ly)`, *optional*)
             target_attention_mask (`torch.LongTensor` of shape `(B, Ly)`, *optional*)
-            target_hidden_states (`torch.FloatTensor` of shape `(B, Ly, Dy)`, *optional*): the
-                Y-Encoder's output; its mean, as `(B, 1, Dy)`, serves as well.
+            target_pooler_output (`torch.FloatTensor` of shape `(B, Dt)`, *optional*): the
+                Y-Encoder's output.
+            truncate_dim (`int`, *optional*): keep the first dimensions only, back on the sphere.
+                Meant for a space trained to allow it, such as EmbeddingGemma's own
+                (`project_target=False`); `predict` then takes the same number.
         """
-        if (target_input_ids is None) == (target_hidden_states is None):
-            raise ValueError("encode_target needs target_input_ids or target_hidden_states.")
-        if target_hidden_states is None:
-            target_hidden_states = self.y_encoder(target_input_ids, target_attention_mask)
-        return self.y_head(target_hidden_states, target_attention_mask)  # (B, D)
+        if (target_input_ids is None) == (target_pooler_output is None):
+            raise ValueError("encode_target needs target_input_ids or target_pooler_output.")
+        if target_pooler_output is None:
+            check_tokens(
+                "target_", target_input_ids, target_attention_mask, self.config.text_config
+            )
+            target_pooler_output = self.y_encoder(target_input_ids, target_attention_mask)
+        return self.y_head(target_pooler_output, truncate_dim)  # (B, D)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values_videos: torch.Tensor | None = None,
@@ -198,10 +314,11 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         target_input_ids: torch.Tensor | None = None,
         target_attention_mask: torch.Tensor | None = None,
-        target_hidden_states: torch.Tensor | None = None,
+        target_pooler_output: torch.Tensor | None = None,
         target_index: torch.Tensor | None = None,
         visual_embeds: torch.Tensor | None = None,
         return_loss: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VLJEPAOutput:
         """Embed a batch of (video, query, target) triples.
 
@@ -210,19 +327,21 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
                 the target rows is each sample's, so that a batch of answers in which
                 "yes" stands fifty times encodes it once. Default: row i.
             return_loss (`bool`, *optional*): compute the loss over this batch.
+            kwargs: `output_hidden_states` and `output_attentions`, of the Predictor.
 
         The other arguments are those of `predict` and `encode_target`.
         """
         if visual_embeds is None and pixel_values_videos is not None:
             visual_embeds = self.encode_video(pixel_values_videos)  # (B, N, Dx)
         predicted_embeds = target_embeds = loss = None
+        states = BaseModelOutput()
         if visual_embeds is not None:
-            predicted_embeds = self.predict(
-                input_ids=input_ids, attention_mask=attention_mask, visual_embeds=visual_embeds
-            )  # (B, D)
-        if target_input_ids is not None or target_hidden_states is not None:
+            states, mask = self.read(visual_embeds, input_ids, attention_mask, **kwargs)
+            pooled = masked_mean(states.last_hidden_state, mask)  # (B, Dp)
+            predicted_embeds = self.predictor_head(pooled)  # (B, D)
+        if target_input_ids is not None or target_pooler_output is not None:
             target_embeds = self.encode_target(
-                target_input_ids, target_attention_mask, target_hidden_states
+                target_input_ids, target_attention_mask, target_pooler_output
             )  # (U, D)
             if target_index is not None:
                 target_embeds = target_embeds[target_index]  # (B, D)
@@ -235,7 +354,63 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             target_embeds=target_embeds,
             visual_embeds=visual_embeds,
             logit_scale=scale,
+            hidden_states=states.hidden_states,
+            attentions=states.attentions,
+        )
+
+    # What users of the library's other two-tower models call.
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output` is Ŝ_Y `(B, D)`, under the query or without one, and
+        `last_hidden_state` the visual tokens `(B, N, Dx)`; `hidden_states` and `attentions`, where
+        asked for, are the Predictor's."""
+        visual_embeds = self.encode_video(pixel_values_videos)  # (B, N, Dx)
+        states, mask = self.read(visual_embeds, input_ids, attention_mask, **kwargs)
+        pooled = masked_mean(states.last_hidden_state, mask)  # (B, Dp)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=visual_embeds,
+            pooler_output=self.predictor_head(pooled),  # (B, D)
+            hidden_states=states.hidden_states,
+            attentions=states.attentions,
+        )
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """`get_video_features` of images `(B, C, H, W)`, each a video of one frame."""
+        return self.get_video_features(pixel_values.unsqueeze(1), **kwargs)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output` is S_Y `(B, D)`, and `last_hidden_state` the Y-Encoder's states
+        `(B, L, Dy)`; the tokens are the target tokenizer's."""
+        check_tokens("", input_ids, attention_mask, self.config.text_config)
+        states = self.y_encoder.read(input_ids, attention_mask, **kwargs)
+        pooled = self.y_encoder.pool(states.last_hidden_state, attention_mask)  # (B, Dt)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states.last_hidden_state,
+            pooler_output=self.y_head(pooled),  # (B, D)
+            hidden_states=states.hidden_states,
+            attentions=states.attentions,
         )
 
 
-__all__ = ["VLJEPAModel", "VLJEPAOutput", "VLJEPAPreTrainedModel"]
+__all__ = [
+    "LORA_MODULES_TO_SAVE",
+    "LORA_TARGET_MODULES",
+    "VLJEPAModel",
+    "VLJEPAOutput",
+    "VLJEPAPreTrainedModel",
+]

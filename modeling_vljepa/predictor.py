@@ -6,6 +6,9 @@ Shapes: B batch, N visual tokens, L query tokens, Dx visual width, Dp predictor 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 
 def join_masks(
@@ -33,8 +36,10 @@ class Predictor(nn.Module):
         visual_embeds: torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(B, N, Dx)`, `(B, L)` and `(B, L)` to the states `(B, N + L, Dp)` and their mask.
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[BaseModelOutput, torch.Tensor | None]:
+        """`(B, N, Dx)`, `(B, L)` and `(B, L)` to the backbone's output, `last_hidden_state`
+        `(B, N + L, Dp)`, and the mask `(B, N + L)`.
 
         Without `attention_mask` every query token is real, and no mask is ever built: the fast
         way for a batch of equal lengths. Queries are padded on the right.
@@ -42,12 +47,13 @@ class Predictor(nn.Module):
         visual = self.visual_projection(visual_embeds)  # (B, N, Dp)
         query = self.backbone.get_input_embeddings()(input_ids).to(visual.dtype)  # (B, L, Dp)
         mask = join_masks(visual, attention_mask)  # (B, N + L)
-        hidden_states = self.backbone(
-            inputs_embeds=torch.cat([visual, query], dim=1),
+        states = self.backbone(
+            inputs_embeds=torch.cat([visual, query], dim=1),  # (B, N + L, Dp)
             attention_mask=mask,
             use_cache=False,
-        ).last_hidden_state  # (B, N + L, Dp)
-        return hidden_states, mask
+            **kwargs,
+        )
+        return states, mask
 
 
 __all__ = ["Predictor"]

@@ -1,15 +1,46 @@
 """X-Encoder: a video, or an image as a video of one frame, to visual tokens.
 
-Shapes: B batch, T frames, C channels, N visual tokens, Dx hidden size.
+Shapes: B batch, T frames, C channels, P tokens of a frame, N visual tokens, Dx hidden size.
 """
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+# Image towers whose positions are rotary, or interpolated from a table as they were trained to
+# be: any grid of whole patches is right. Every other one is right at its own size only.
+ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+
+# What V-JEPA 2.1 has and transformers' V-JEPA 2 has not (huggingface/transformers#45497). Its
+# configuration would be taken, these fields kept and never read, and the features be wrong.
+V_JEPA_2_1 = {
+    "hierarchical_layers",
+    "img_temporal_dim_size",
+    "interpolate_rope",
+    "use_modality_embeddings",
+}
+
+
+def fill_tubelets(pixel_values_videos: torch.Tensor, tubelet_size: int) -> torch.Tensor:
+    """Repeat the last frame `(B, T, C, H, W)` until T is a multiple of the tubelet.
+
+    V-JEPA 2 itself does so for a single image, as the paper does (section 3.2), but drops the
+    last frame of any other count that does not fit.
+    """
+    missing = -pixel_values_videos.shape[1] % tubelet_size
+    if not missing:
+        return pixel_values_videos
+    last = pixel_values_videos[:, -1:].expand(-1, missing, -1, -1, -1)
+    return torch.cat([pixel_values_videos, last], dim=1)
 
 
 class XEncoder(nn.Module):
-    """V-JEPA 2 without the masked-token predictor of its own training (paper section 3.1).
+    """V-JEPA 2 without the masked-token predictor of its own training (paper section 3.1), or an
+    image tower that sees frame by frame, as in the paper's controlled comparison (section 4.5).
+
+    An image tower has no notion of time and none is added here: its frames follow one another,
+    and the rotary positions of the Predictor, which run over all visual tokens, order them. Every
+    token of its last layer is a visual token, class and register tokens included.
 
     A frozen X-Encoder records no graph and stays in evaluation mode, whatever is called on the
     model around it, which takes the gradient from its parameters.
@@ -17,14 +48,9 @@ class XEncoder(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, frozen: bool):
         super().__init__()
-        if config.model_type != "vjepa2":
-            raise ValueError(
-                f"vision_config.model_type is {config.model_type!r}, but the X-Encoder is a "
-                "V-JEPA 2 model: give a vision_config of model_type 'vjepa2'."
-            )
-        self.backbone = AutoModel.from_config(config)
-        # 22M parameters that would add a third to the cost of a forward pass and serve nothing.
-        del self.backbone.predictor
+        self.is_video = config.model_type == "vjepa2"
+        check_config(config)
+        self.backbone = build_backbone(config)
         self.frozen = frozen
         self.train()
 
@@ -32,32 +58,76 @@ class XEncoder(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        """`(B, T, C, H, W)` to `(B, N, Dx)`, N = max(1, T / tubelet) x patches.
+        """`(B, T, C, H, W)` to `(B, N, Dx)`, for any T.
+
+        N is ceil(T / tubelet) x patches for V-JEPA 2, T x P for an image tower.
 
         Raises:
-            ValueError: where V-JEPA 2 would go on in silence: another layout, a resolution other
-                than `crop_size` (its position grid), a last frame that fills no tubelet.
+            ValueError: where the encoder would go on in silence: another layout, or a resolution
+                for which its positions are not made.
         """
         self._check(pixel_values_videos)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            # A single frame fills its tubelet by repetition, inside V-JEPA 2.
-            return self.backbone(pixel_values_videos, skip_predictor=True).last_hidden_state
+            if self.is_video:
+                frames = fill_tubelets(pixel_values_videos, self.backbone.config.tubelet_size)
+                return self.backbone(frames, skip_predictor=True).last_hidden_state
+            batch_size = pixel_values_videos.shape[0]
+            frames = pixel_values_videos.flatten(0, 1)  # (B * T, C, H, W)
+            tokens = self.backbone(pixel_values=frames).last_hidden_state  # (B * T, P, Dx)
+            return tokens.reshape(batch_size, -1, tokens.shape[-1])  # (B, N, Dx)
 
     def _check(self, pixel_values_videos: torch.Tensor) -> None:
         config = self.backbone.config
-        expected = (config.in_chans, config.crop_size, config.crop_size)
         shape = tuple(pixel_values_videos.shape)
-        if len(shape) != 5 or shape[2:] != expected:
+        channels = config.in_chans if self.is_video else config.num_channels
+        side = config.crop_size if self.is_video else config.image_size
+        if config.model_type in ANY_SIZE:
+            sizes = f"height and width multiples of {config.patch_size}"
+            fits = len(shape) == 5 and not any(edge % config.patch_size for edge in shape[3:])
+        else:
+            sizes = f"height and width {side}"
+            fits = shape[3:] == (side, side)
+        if len(shape) != 5 or shape[2] != channels or not fits or 0 in shape[1:]:
             raise ValueError(
                 f"pixel_values_videos has shape {shape}; expected (batch, frames, channels, "
-                f"height, width) with channels, height, width = {expected}. "
-                "VLJEPAProcessor makes it."
+                f"height, width) with {channels} channels, {sizes}. VLJEPAProcessor makes it."
             )
-        if shape[1] > 1 and shape[1] % config.tubelet_size:
-            raise ValueError(
-                f"{shape[1]} frames do not fill tubelets of {config.tubelet_size}: V-JEPA 2 would "
-                "drop the last one. Sample a multiple of it, or a single frame."
-            )
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """The stock encoder without the parts that nothing here reads: they would cost time or, as
+    parameters without a gradient, stop data-parallel training."""
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = False
+    if config.model_type == "dinov2":
+        config.use_mask_token = False
+    backbone = AutoModel.from_config(config)
+    if config.model_type == "vjepa2":
+        del backbone.predictor  # 22M parameters, a third of a forward pass
+    if config.model_type == "clip_vision_model":
+        backbone.post_layernorm = nn.Identity()  # of the pooled class token alone
+    if "pooler" in dict(backbone.named_children()):
+        backbone.pooler = None
+    return backbone
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Stop at an encoder that this box cannot read rightly."""
+    name = f"vision_config is a {config.model_type!r}"
+    if newer := sorted(V_JEPA_2_1 & config.to_dict().keys()):
+        raise ValueError(
+            f"{name} with {newer[0]!r}: that is V-JEPA 2.1, which this version of transformers "
+            "cannot run. Take a V-JEPA 2 checkpoint, such as facebook/vjepa2-vitl-fpc64-256."
+        )
+    missing = {"hidden_size", "patch_size"} - config.to_dict().keys()
+    if config.model_type != "vjepa2":
+        missing |= {"image_size", "num_channels"} - config.to_dict().keys()
+    if missing:
+        raise ValueError(
+            f"{name}, which has no {min(missing)}: an X-Encoder is V-JEPA 2 or an image "
+            "transformer whose last hidden states are one sequence of tokens per frame, such as "
+            "dinov2, dinov3_vit, clip_vision_model or siglip_vision_model."
+        )
 
 
 __all__ = ["XEncoder"]

@@ -1,32 +1,90 @@
-"""Y-Encoder: the target text to token states, whose mean is the embedding to be predicted.
+"""Y-Encoder: the target text to the pooled state whose projection is to be predicted.
 
-Shapes: B batch, L target tokens, Dy hidden size.
+Shapes: B batch, L target tokens, Dy hidden size, Dt width of the pooled state.
 """
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .embedding_head import masked_mean
+
+POOLINGS = ("mean", "cls", "lasttoken")  # sentence-transformers' names
+
+
+def pool(
+    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str
+) -> torch.Tensor:
+    """`(B, L, Dy)` and `(B, L)` to `(B, Dy)`: the mean of the real tokens, the first, or the last.
+
+    Texts are padded on the right, as `VLJEPAProcessor` does it: the first token is real.
+    """
+    if pooling == "mean":
+        return masked_mean(hidden_states, attention_mask)
+    if pooling == "cls":
+        return hidden_states[:, 0]
+    if attention_mask is None:
+        return hidden_states[:, -1]
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (positions * attention_mask).argmax(dim=1)  # (B,); `sum - 1` would miss holes
+    return hidden_states[torch.arange(last.shape[0], device=last.device), last]
+
+
+class Dense(nn.Module):
+    """A layer that a sentence-transformers model has between its pooling and its embedding."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, activation: str):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.activation = ACT2FN[activation]
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """`(B, in_features)` to `(B, out_features)`."""
+        return self.activation(self.linear(pooled.to(self.linear.weight.dtype)))
 
 
 class YEncoder(nn.Module):
-    """A bidirectional text encoder: EmbeddingGemma in the paper (section 3.1), or a BERT.
+    """A text encoder, its pooling and its Dense layers: EmbeddingGemma in the paper (section 3.1),
+    or a BERT, Qwen3-Embedding, a CLIP text tower, the encoder of a T5 or of SONAR's kind.
 
     A frozen one records no graph and stays in evaluation mode, and the model around it takes the
     gradient from its parameters; the embedding head behind it still trains.
+
+    Args:
+        config: of the encoder; of an encoder-decoder, the encoder alone is built.
+        frozen: see above.
+        pooling: "mean", "cls" or "lasttoken"; what the encoder was trained with.
+        dense: one dictionary for each Dense layer: `out_features`, `bias`, `activation`.
     """
 
-    def __init__(self, config: PreTrainedConfig, frozen: bool):
+    def __init__(
+        self, config: PreTrainedConfig, frozen: bool, pooling: str = "mean", dense: tuple = ()
+    ):
         super().__init__()
         if config.model_type == "gemma3_text" and not config.use_bidirectional_attention:
             raise ValueError(
                 "text_config is a causal Gemma, whose first tokens never see the last: set "
                 "use_bidirectional_attention to true, as in EmbeddingGemma."
             )
+        if pooling not in POOLINGS:
+            raise ValueError(f"text_pooling is {pooling!r}: expected one of {POOLINGS}.")
         self.backbone = AutoModel.from_config(config)
-        if config.model_type == "bert":
+        if config.is_encoder_decoder:
+            self.backbone = self.backbone.get_encoder()
+        if "pooler" in dict(self.backbone.named_children()):
             # BERT's own pooler is not read here; left in, it would be a trainable parameter
             # without a gradient, at which data-parallel training stops.
             self.backbone.pooler = None
+        self.pooling = pooling
+        self.dense = nn.Sequential()
+        self.output_size = config.hidden_size  # Dt
+        for layer in dense:
+            self.dense.append(Dense(self.output_size, **layer))
+            self.output_size = layer["out_features"]
         self.frozen = frozen
         self.train()
 
@@ -36,11 +94,29 @@ class YEncoder(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`(B, L)` and `(B, L)` to `(B, L, Dy)`."""
+        """`(B, L)` and `(B, L)` to `(B, Dt)`."""
+        hidden_states = self.read(input_ids, attention_mask).last_hidden_state  # (B, L, Dy)
+        return self.pool(hidden_states, attention_mask)  # (B, Dt)
+
+    def read(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """`(B, L)` and `(B, L)` to the encoder's own output, `last_hidden_state` `(B, L, Dy)`.
+
+        `kwargs`: `output_hidden_states`, `output_attentions`.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.backbone(
-                input_ids=input_ids, attention_mask=attention_mask
-            ).last_hidden_state
+            return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def pool(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`(B, L, Dy)` and `(B, L)` to `(B, Dt)`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.dense(pool(hidden_states, attention_mask, self.pooling))
 
 
-__all__ = ["YEncoder"]
+__all__ = ["YEncoder", "pool"]

@@ -33,8 +33,12 @@ class VLJEPAProcessor(ProcessorMixin):
         max_query_length (`int`, *optional*, defaults to 512): tokens kept of a query, the
             paper's number; fewer where the tokenizer's own limit is lower.
         max_target_length (`int`, *optional*, defaults to 512): the same for a target.
+        target_prompts (`dict[str, str]`, *optional*): texts that the Y-Encoder was trained to find
+            before what it reads, by name, as sentence-transformers models bring them.
+        target_prompt_name (`str`, *optional*): the one put before every target; none by default,
+            as the paper mentions none.
 
-    Raises: `ValueError` for a tokenizer without a padding token.
+    Raises: `ValueError` for a tokenizer without a padding token, or a prompt that is not there.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class VLJEPAProcessor(ProcessorMixin):
         target_tokenizer: PreTrainedTokenizerBase,
         max_query_length: int = 512,
         max_target_length: int = 512,
+        target_prompts: dict[str, str] | None = None,
+        target_prompt_name: str | None = None,
     ) -> None:
         super().__init__(video_processor, tokenizer, target_tokenizer)
         for name, part in (("tokenizer", tokenizer), ("target_tokenizer", target_tokenizer)):
@@ -54,6 +60,19 @@ class VLJEPAProcessor(ProcessorMixin):
                 )
         self.max_query_length = max_query_length
         self.max_target_length = max_target_length
+        self.target_prompts = target_prompts or {}
+        self.target_prompt_name = target_prompt_name
+        self.prompt(target_prompt_name)
+
+    def prompt(self, name: str | None) -> str:
+        """The prompt of this name; without a name, the empty one."""
+        if name is None:
+            return ""
+        if name not in self.target_prompts:
+            raise ValueError(
+                f"there is no target prompt {name!r}, only {sorted(self.target_prompts)}"
+            )
+        return self.target_prompts[name]
 
     def __call__(
         self,
@@ -65,6 +84,7 @@ class VLJEPAProcessor(ProcessorMixin):
         num_frames: int | None = None,
         max_query_length: int | None = None,
         max_target_length: int | None = None,
+        target_prompt_name: str | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """Make a batch from any of its parts; a single item is a batch of one.
@@ -78,6 +98,7 @@ class VLJEPAProcessor(ProcessorMixin):
             targets (*optional*): target texts.
             num_frames (`int`, *optional*): frames per video, instead of the video processor's.
             max_query_length, max_target_length (`int`, *optional*): instead of the processor's.
+            target_prompt_name (`str`, *optional*): instead of the processor's.
             return_tensors (`str`, *optional*, defaults to `"pt"`): nothing else is supported.
 
         Returns: of these, the parts that were asked for:
@@ -122,8 +143,9 @@ class VLJEPAProcessor(ProcessorMixin):
             )
         if targets is not None:
             limit = max_target_length or self.max_target_length
+            prompt = self.prompt(target_prompt_name or self.target_prompt_name)
             batch["target_input_ids"], batch["target_attention_mask"] = tokenize(
-                self.target_tokenizer, parts["targets"], limit
+                self.target_tokenizer, [prompt + target for target in parts["targets"]], limit
             )
         return BatchFeature(batch)
 

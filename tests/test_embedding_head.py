@@ -32,8 +32,8 @@ def test_the_mean_equals_the_loop(states):
     assert not torch.allclose(mean, states.mean(1), atol=0.1)
 
 
-def test_the_projection_follows_the_mean_and_the_result_is_on_the_sphere(states, head):
-    embeds = head(states, MASK)
+def test_the_result_is_the_projection_on_the_sphere(states, head):
+    embeds = head(masked_mean(states, MASK))
     weight, bias = head.projection.weight.detach().numpy(), head.projection.bias.detach().numpy()
     expected = masked_mean(states, MASK).numpy() @ weight.T + bias
     expected /= np.sqrt((expected**2).sum(axis=1, keepdims=True))
@@ -45,17 +45,18 @@ def test_padding_changes_nothing(states, head):
     """A pool that forgets the mask, or takes the last token, would depend on the batch."""
     padded = torch.cat([states, torch.full((3, 4, 8), 50.0)], dim=1)
     mask = torch.cat([MASK, torch.zeros(3, 4, dtype=torch.long)], dim=1)
-    expected = head(states, MASK)
-    torch.testing.assert_close(head(padded, mask), expected, rtol=0, atol=1e-6)
+    expected = head(masked_mean(states, MASK))
+    torch.testing.assert_close(head(masked_mean(padded, mask)), expected, rtol=0, atol=1e-6)
     # Positive control: read as real tokens, they do change it.
-    assert (head(padded, torch.ones_like(mask)) - expected).abs().amax(dim=1).min() > 0.1
+    moved = head(masked_mean(padded, torch.ones_like(mask))) - expected
+    assert moved.abs().amax(dim=1).min() > 0.1
 
 
 def test_a_row_without_a_real_token_has_the_zero_mean(states, head):
     mask = MASK.clone()
     mask[1] = 0
     assert (masked_mean(states, mask)[1] == 0).all()
-    embeds = head(states.requires_grad_(), mask)
+    embeds = head(masked_mean(states.requires_grad_(), mask))
     direction = head.projection.bias / head.projection.bias.norm()
     torch.testing.assert_close(embeds[1], direction, rtol=0, atol=1e-6)
     embeds.sum().backward()
@@ -64,13 +65,34 @@ def test_a_row_without_a_real_token_has_the_zero_mean(states, head):
 
 
 def test_bf16_autocast_does_not_reach_the_head(states, head):
-    expected = head(states, MASK)
+    pooled = masked_mean(states, MASK)
+    expected = head(pooled)
     with torch.autocast("cpu", torch.bfloat16):
         assert head.projection(states).dtype == torch.bfloat16  # positive control
-        embeds = head(states, MASK)
-        rounded = head(states.bfloat16(), MASK)
+        embeds = head(masked_mean(states, MASK))
+        rounded = head(masked_mean(states.bfloat16(), MASK))
     assert embeds.dtype == rounded.dtype == torch.float32
     assert torch.equal(embeds, expected)
     torch.testing.assert_close(rounded, expected, rtol=0, atol=0.01)
     # A head stored in bf16 hands out fp32 as well.
-    assert head.bfloat16()(states, MASK).dtype == torch.float32
+    assert head.bfloat16()(pooled).dtype == torch.float32
+
+
+def test_truncated_embeddings_are_the_first_dimensions_on_the_sphere(states, head):
+    pooled = masked_mean(states, MASK)
+    expected = torch.nn.functional.normalize(head.projection(pooled)[:, :4], dim=1)
+    torch.testing.assert_close(head(pooled, 4), expected, rtol=0, atol=1e-6)
+    assert torch.equal(head(pooled, 6), head(pooled))
+    for wrong in (0, 7, -1):
+        with pytest.raises(ValueError, match=f"truncate_dim is {wrong}, but an embedding has 6"):
+            head(pooled, wrong)
+
+
+def test_without_a_projection_the_space_is_the_encoders_own(states):
+    pooled = masked_mean(states, MASK)
+    head = EmbeddingHead(8, 8, project=False)
+    assert list(head.parameters()) == []
+    expected = torch.nn.functional.normalize(pooled, dim=1)
+    assert torch.equal(head(pooled), expected)
+    with pytest.raises(ValueError, match="Y-Encoder's own of 8 dimensions, but embedding_dim is 6"):
+        EmbeddingHead(8, 6, project=False)

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
-from modeling_vljepa.embedding_head import masked_mean
 from modeling_vljepa.losses import info_nce
 from tests.tiny import BERT, run_elsewhere, tiny_batch, tiny_model
 
@@ -146,25 +145,77 @@ def test_refusals_of_predict(model):
     for both_or_none in ({}, {**query(), "visual_embeds": torch.zeros(3, 8, 48)}):
         with pytest.raises(ValueError, match="pixel_values_videos or visual_embeds, and not both"):
             model.predict(**({"input_ids": ids} | both_or_none))
-    with pytest.raises(ValueError, match=r"an empty query is a \(batch, 0\) tensor"):
-        model.predict(BATCH["pixel_values_videos"])
-    with pytest.raises(ValueError, match="an empty query"):
-        model(pixel_values_videos=BATCH["pixel_values_videos"])
 
 
-def test_the_states_of_a_target_or_their_mean_replace_its_tokens(model):
+def test_without_a_query_the_query_is_empty(model):
+    """The paper's pretraining asks nothing and predicts a caption."""
+    pixels, nothing = BATCH["pixel_values_videos"], torch.empty(3, 0, dtype=torch.long)
+    with torch.no_grad():
+        expected = model.predict(pixels, nothing)
+        assert torch.equal(model.predict(pixels), expected)
+        assert torch.equal(model(pixel_values_videos=pixels).predicted_embeds, expected)
+        assert not torch.allclose(model.predict(**query()), expected, atol=1e-3)
+
+
+def test_the_y_encoders_output_replaces_the_tokens(model):
     ids, mask = BATCH["target_input_ids"], BATCH["target_attention_mask"]
     with torch.no_grad():
         expected = model.encode_target(ids, mask)
-        states = model.y_encoder(ids, mask)
-        again = model.encode_target(target_hidden_states=states, target_attention_mask=mask)
-        assert torch.equal(again, expected)
-        mean = masked_mean(states, mask).unsqueeze(1)
-        outputs = model(**query(), target_hidden_states=mean, target_index=torch.tensor([2, 0, 2]))
-    torch.testing.assert_close(outputs.target_embeds, expected[[2, 0, 2]], rtol=0, atol=1e-6)
-    for both_or_none in ({}, {"target_input_ids": ids, "target_hidden_states": states}):
-        with pytest.raises(ValueError, match="target_input_ids or target_hidden_states"):
+        pooled = model.y_encoder(ids, mask)
+        assert torch.equal(model.encode_target(target_pooler_output=pooled), expected)
+        index = torch.tensor([2, 0, 2])
+        outputs = model(**query(), target_pooler_output=pooled, target_index=index)
+    assert torch.equal(outputs.target_embeds, expected[index])
+    for both_or_none in ({}, {"target_input_ids": ids, "target_pooler_output": pooled}):
+        with pytest.raises(ValueError, match="target_input_ids or target_pooler_output"):
             model.encode_target(**both_or_none)
+
+
+def test_tokens_that_would_crash_a_gpu_or_be_misread_are_refused(model):
+    """An id beyond the vocabulary stops a GPU with an assertion that names nothing, and padding
+    without a mask is read as text."""
+    pixels, ids = BATCH["pixel_values_videos"], BATCH["input_ids"]
+    mask = BATCH["attention_mask"]
+    for wrong in (300, -1):
+        bad = ids.masked_fill(ids == ids[0, 0], wrong)
+        message = f"input_ids holds the id {wrong}, but the vocabulary of this encoder has 300"
+        with pytest.raises(ValueError, match=f"^{message}"):
+            model.predict(pixels, bad, mask)
+        with pytest.raises(ValueError, match=f"^target_{message}"):
+            model.encode_target(bad, mask)
+    padded = ids * mask
+    with pytest.raises(ValueError, match=r"^target_input_ids holds padding \(id 0\), which would"):
+        model.encode_target(padded)
+    with pytest.raises(
+        ValueError, match=r"attention_mask has shape \(3, 4\), input_ids has \(3, 5\)"
+    ):
+        model.predict(pixels, ids, mask[:, :4])
+    with torch.no_grad():
+        embeds = model.encode_target(padded, mask)  # with the mask, it is left out
+        alone = model.encode_target(ids[2:, :1])
+        torch.testing.assert_close(embeds[2:], alone, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    """Upstream warns, and goes on with random weights."""
+    AutoModel.from_config(tiny_model(text_config=BERT).config.text_config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a checkpoint of a 'bert' model, not of a VL-JEPA"):
+        VLJEPAModel.from_pretrained(tmp_path)
+
+
+def test_features_under_the_librarys_names(model):
+    pixels, ids, mask = (query()[name] for name in query())
+    with torch.no_grad():
+        features = model.get_video_features(pixels, ids, mask)
+        assert torch.equal(features.pooler_output, model.predict(pixels, ids, mask))
+        assert torch.equal(features.last_hidden_state, model.encode_video(pixels))
+        nothing = torch.empty(3, 0, dtype=torch.long)
+        expected = model.predict(pixels[:, :1], nothing)
+        assert torch.equal(model.get_image_features(pixels[:, 0]).pooler_output, expected)
+        ids, mask = BATCH["target_input_ids"], BATCH["target_attention_mask"]
+        assert torch.equal(
+            model.get_text_features(ids, mask).pooler_output, model.encode_target(ids, mask)
+        )
 
 
 def test_frames_places_and_words_all_count(model):

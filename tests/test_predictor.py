@@ -29,6 +29,11 @@ def input_ids() -> torch.Tensor:
     return torch.randint(3, 300, (3, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
+def read(box: Predictor, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """The last states `(B, N + L, Dp)`."""
+    return box(*inputs)[0].last_hidden_state
+
+
 def reaction(
     box: Predictor, visual_embeds: torch.Tensor, input_ids: torch.Tensor, padded: bool
 ) -> torch.Tensor:
@@ -40,7 +45,7 @@ def reaction(
     other = input_ids.clone()
     other[:, last] = (other[:, last] + 1) % 300
     with torch.no_grad():
-        states = [box(visual_embeds, ids, mask)[0][:, :VISUAL] for ids in (input_ids, other)]
+        states = [read(box, visual_embeds, ids, mask)[:, :VISUAL] for ids in (input_ids, other)]
     return (states[0] - states[1]).abs().amax(dim=-1)
 
 
@@ -74,7 +79,7 @@ def test_equals_stock_llama_with_a_full_mask(visual_embeds, input_ids, backend):
     ).last_hidden_state
     states, mask = box(visual_embeds, input_ids)
     assert mask is None
-    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(states.last_hidden_state, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,16 +87,17 @@ def test_padding_and_batch_change_nothing(visual_embeds, input_ids, backend):
     box = predictor(backend)
     mask = (torch.arange(LENGTH) < torch.tensor([[5], [3], [0]])).long()
     states, full_mask = box(visual_embeds, input_ids, mask)
+    states = states.last_hidden_state
     assert full_mask.tolist() == [[1] * VISUAL + row for row in mask.tolist()]
     for row, length in enumerate((5, 3, 0)):
-        alone, _ = box(visual_embeds[row : row + 1], input_ids[row : row + 1, :length])
+        alone = read(box, visual_embeds[row : row + 1], input_ids[row : row + 1, :length])
         real = states[row : row + 1, : VISUAL + length]
         torch.testing.assert_close(real, alone, rtol=0, atol=1e-5)
     order = torch.tensor([2, 0, 1])
-    permuted, _ = box(visual_embeds[order], input_ids[order], mask[order])
+    permuted = read(box, visual_embeds[order], input_ids[order], mask[order])
     torch.testing.assert_close(permuted, states[order], rtol=0, atol=1e-5)
     # Positive control: without the mask the padding is read.
-    unmasked, _ = box(visual_embeds, input_ids)
+    unmasked = read(box, visual_embeds, input_ids)
     moved = (unmasked - states)[:, :VISUAL].abs().amax(dim=(1, 2))
     assert moved[0] < 1e-5 and moved[1] > 1e-3 and moved[2] > 1e-3
 
@@ -102,10 +108,10 @@ def test_an_empty_query_leaves_the_visual_tokens(visual_embeds):
     expected = box.backbone(inputs_embeds=box.visual_projection(visual_embeds)).last_hidden_state
     states, mask = box(visual_embeds, nothing)
     assert mask is None
-    assert torch.equal(states, expected)
+    assert torch.equal(states.last_hidden_state, expected)
     states, mask = box(visual_embeds, nothing, nothing)
     assert mask.shape == (3, VISUAL) and mask.all()
-    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(states.last_hidden_state, expected, rtol=0, atol=1e-5)
 
 
 def test_bidirectional_whatever_the_configuration_says(tmp_path):

@@ -26,7 +26,7 @@ from tests.tiny import (
     write_rows,
 )
 from training.arguments import ModelArguments, ProcessorArguments, RecipeError
-from training.recipe_model import load_checkpoint, new_model, new_processor
+from training.recipe_model import load_checkpoint, new_model
 from training.train import main
 from training.trainer import VLJEPATrainer
 
@@ -59,7 +59,9 @@ def losses(trainer: VLJEPATrainer) -> list[float]:
 def start(trainer: VLJEPATrainer) -> VLJEPAModel:
     """The model as it was before training."""
     arguments = ModelArguments(config=tiny_settings(), vocab_size=300)
-    return new_model(arguments, trainer.processing_class, trainer.args.seed)
+    processing = ProcessorArguments(image_size=32, num_frames=4)
+    texts = [row[part] for row in trainer.train_dataset.rows for part in ("query", "target")]
+    return new_model(arguments, processing, texts, trainer.args.seed)[0]
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +208,7 @@ def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_pretrained_text_encoder_arrives_whole_and_in_fp32(text_encoder):
     arguments = ModelArguments(text_encoder=str(text_encoder), config=tiny_settings())
-    processor = new_processor(arguments, ProcessorArguments(image_size=32), ["a b c"])
-    model = new_model(arguments, processor, seed=0)
+    model, processor = new_model(arguments, ProcessorArguments(image_size=32), ["a b c"], seed=0)
     weights = AutoModel.from_pretrained(text_encoder, dtype=torch.float32).state_dict()
     loaded = model.y_encoder.backbone.state_dict()
     assert weights.keys() - loaded.keys() == {"pooler.dense.weight", "pooler.dense.bias"}

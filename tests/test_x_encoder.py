@@ -83,22 +83,102 @@ def test_an_image_is_a_frame_shown_twice(model):
     assert not torch.allclose(embeds, model.encode_video(PIXELS[:, :2]), atol=1e-3)
 
 
+def test_any_number_of_frames_is_filled_up_with_the_last(model):
+    """V-JEPA 2 alone would drop the last frame of an odd number without a word."""
+    embeds = model.encode_video(PIXELS[:, :3])
+    assert embeds.shape == (3, 2 * 2 * 2, 48)
+    assert torch.equal(embeds, model.encode_video(PIXELS[:, [0, 1, 2, 2]]))
+    dropped = model.x_encoder.backbone(PIXELS[:, :3], skip_predictor=True).last_hidden_state
+    assert dropped.shape == (3, 2 * 2, 48)  # positive control
+
+
+SIZES = {
+    "layout": (PIXELS.transpose(1, 2), r"shape \(3, 3, 4, 32, 32\); expected \(batch, frames"),
+    "channels last": (PIXELS.movedim(2, -1), r"shape \(3, 4, 32, 32, 3\)"),
+    "an image": (PIXELS[:, 0], r"shape \(3, 3, 32, 32\)"),
+    "no frame": (PIXELS[:, :0], r"shape \(3, 0, 3, 32, 32\)"),
+}
+
+
 @pytest.mark.parametrize(
     ("pixels", "message"),
-    [
-        (PIXELS.transpose(1, 2), r"shape \(3, 3, 4, 32, 32\); expected \(batch, frames, channels"),
-        (PIXELS.movedim(2, -1), r"shape \(3, 4, 32, 32, 3\)"),
-        (PIXELS[:, 0], r"shape \(3, 3, 32, 32\)"),
-        (PIXELS[..., :16, :16], r"channels, height, width = \(3, 32, 32\)"),
-        (PIXELS[:, :3], "3 frames do not fill tubelets of 2"),
-    ],
+    [*SIZES.values(), (PIXELS[..., :16, :16], "with 3 channels, height and width 32")],
 )
 def test_what_v_jepa_2_would_take_in_silence_is_refused(model, pixels, message):
     with pytest.raises(ValueError, match=message):
         model.encode_video(pixels)
 
 
-def test_another_architecture_is_refused():
-    vision = {"model_type": "vit", "hidden_size": 48, "num_hidden_layers": 1}
-    with pytest.raises(ValueError, match="model_type is 'vit', but the X-Encoder is a V-JEPA 2"):
+TOWER = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 16,
+}
+TOWERS = ("dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model", "vit")
+
+
+def tower(model_type: str, **changes: object) -> VLJEPAModel:
+    return tiny_model(vision_config={"model_type": model_type, **TOWER}, **changes)
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_an_image_tower_sees_frame_by_frame_and_the_predictor_their_order(model_type):
+    model = tower(model_type)
+    query = torch.tensor([[5, 6]]).expand(3, -1)
+    with torch.no_grad():
+        embeds = model.encode_video(PIXELS)
+        frames = [model.encode_video(PIXELS[:, t : t + 1]) for t in range(4)]
+        torch.testing.assert_close(embeds, torch.cat(frames, dim=1), rtol=0, atol=1e-6)
+        order = [3, 1, 2, 0]
+        shuffled = model.predict(PIXELS[:, order], query)
+        assert (model.predict(PIXELS, query) - shuffled).norm(dim=1).min() > 1e-4
+    assert len(frames[0][0]) >= 4  # every patch of a frame is a visual token
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_an_unfrozen_image_tower_trains_whole(model_type):
+    """A pooling head that nothing reads would have no gradient, at which data-parallel training
+    stops."""
+    model = tower(model_type, freeze_vision=False).train()
+    model(**tiny_batch(), return_loss=True).loss.backward()
+    unread = [n for n, p in model.x_encoder.named_parameters() if p.grad is None]
+    assert unread == (["backbone.embeddings.mask_token"] if model_type == "dinov3_vit" else [])
+
+
+@pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip_vision_model", "vit"])
+def test_positions_from_a_table_are_right_at_one_size_only(model_type):
+    model = tower(model_type)
+    for pixels, message in (*SIZES.values(), (PIXELS[..., :16], "height and width 32")):
+        with pytest.raises(ValueError, match=message):
+            model.encode_video(pixels)
+
+
+@pytest.mark.parametrize("model_type", ["dinov2", "dinov3_vit"])
+def test_interpolated_or_rotary_positions_take_any_whole_patches(model_type):
+    model = tower(model_type)
+    wide = torch.randn(1, 2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    special = model.encode_video(PIXELS).shape[1] // 4 - 4  # class and register tokens
+    assert model.encode_video(wide).shape == (1, 2 * (3 * 4 + special), 48)
+    with pytest.raises(ValueError, match="height and width multiples of 16"):
+        model.encode_video(wide[..., :40])
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        ({"model_type": "resnet"}, "a 'resnet', which has no hidden_size"),
+        ({"model_type": "bert"}, "a 'bert', which has no image_size"),
+        ({"model_type": "clip"}, "a 'clip', which has no hidden_size"),
+        (
+            {"model_type": "siglip2_vision_model"},
+            "a 'siglip2_vision_model', which has no image_size",
+        ),
+        ({"img_temporal_dim_size": 1}, "with 'img_temporal_dim_size': that is V-JEPA 2.1"),
+    ],
+)
+def test_an_encoder_without_usable_tokens_is_refused(vision, message):
+    with pytest.raises(ValueError, match=message):
         tiny_model(vision_config=vision)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from modeling_vljepa.embedding_head import masked_mean
+from modeling_vljepa.y_encoder import pool
 from tests.tiny import BERT, tiny_batch, tiny_config, tiny_model
 
 KINDS = {"gemma": {}, "bert": {"text_config": BERT}}
@@ -20,7 +22,8 @@ def test_equals_the_stock_encoder_bitwise(kind):
     assert loaded.unexpected_keys == []
     for mask in (None, MASK):
         expected = stock(input_ids=IDS, attention_mask=mask).last_hidden_state
-        assert torch.equal(box(IDS, mask), expected)
+        assert torch.equal(box.read(IDS, mask).last_hidden_state, expected)
+        assert torch.equal(box(IDS, mask), masked_mean(expected, mask))
 
 
 def test_bert_has_no_pooler():
@@ -37,7 +40,8 @@ def test_the_first_token_sees_the_last(kind):
     box = tiny_model(**KINDS[kind]).y_encoder
     other = IDS.clone()
     other[:, -1] = (other[:, -1] + 1) % 300
-    assert (box(IDS) - box(other))[:, 0].abs().amax(dim=-1).min() > 1e-4
+    states, changed = (box.read(ids).last_hidden_state for ids in (IDS, other))
+    assert (states - changed)[:, 0].abs().amax(dim=-1).min() > 1e-4
 
 
 def test_a_causal_gemma_is_refused():
@@ -85,6 +89,37 @@ def test_a_frozen_encoder_stays_as_it_is_and_its_head_trains(kind):
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.startswith("y_encoder.")} <= same
     assert not any(name.startswith("y_head.") for name in same)
+
+
+def test_poolings_equal_the_loop():
+    """A last-token pool that takes `[:, -1]` reads padding."""
+    states = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 1, 0]])
+    last = [max(i for i in range(5) if row[i]) for row in mask.tolist()]
+    assert last == [4, 1, 3]
+    expected = torch.stack([states[row, i] for row, i in enumerate(last)])
+    assert torch.equal(pool(states, mask, "lasttoken"), expected)
+    assert torch.equal(pool(states, None, "lasttoken"), states[:, 4])
+    assert torch.equal(pool(states, mask, "cls"), states[:, 0])
+    assert torch.equal(pool(states, mask, "mean"), masked_mean(states, mask))
+
+
+def test_dense_layers_follow_the_pooling_and_belong_to_the_encoder():
+    dense = [
+        {"out_features": 20, "bias": True, "activation": "tanh"},
+        {"out_features": 24, "bias": False, "activation": "linear"},
+    ]
+    model = tiny_model(text_dense=dense, text_pooling="cls", project_target=False)
+    first, second = (layer.linear for layer in model.y_encoder.dense)
+    pooled = model.y_encoder.read(IDS, MASK).last_hidden_state[:, 0]
+    expected = torch.tanh(pooled @ first.weight.T + first.bias) @ second.weight.T
+    torch.testing.assert_close(model.y_encoder(IDS, MASK), expected, rtol=0, atol=1e-6)
+    expected = torch.nn.functional.normalize(expected, dim=1)
+    torch.testing.assert_close(model.encode_target(IDS, MASK), expected, rtol=0, atol=1e-6)
+    frozen = tiny_model(text_dense=dense, freeze_text=True)
+    assert not any(p.requires_grad for p in frozen.y_encoder.parameters())
+    with pytest.raises(ValueError, match=r"text_pooling is 'max': expected one of"):
+        tiny_model(text_pooling="max")
 
 
 def test_an_unfrozen_encoder_has_dropout_and_trains():

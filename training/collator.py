@@ -13,7 +13,7 @@ class ContrastiveCollator:
 
     Args:
         processor: the model's.
-        target_states: of a frozen Y-Encoder, the mean states of each target text; with them, no
+        target_states: of a frozen Y-Encoder, its output for each target text; with them, no
             target is tokenized or encoded again.
     """
 
@@ -26,8 +26,8 @@ class ContrastiveCollator:
     def encode_targets(self, targets: list[str]) -> dict[str, torch.Tensor]:
         if self.target_states is None:
             return self.processor(targets=targets)
-        states = torch.stack([self.target_states[target] for target in targets])  # (U, Dy)
-        return {"target_hidden_states": states.unsqueeze(1)}
+        states = [self.target_states[target] for target in targets]
+        return {"target_pooler_output": torch.stack(states)}  # (U, Dt)
 
     def finish(self, frames: torch.Tensor) -> torch.Tensor:
         """Resized and cropped uint8 frames to pixel values, the whole batch at once."""
@@ -45,7 +45,7 @@ class ContrastiveCollator:
         """
         Returns: `pixel_values_videos` `(B, T, 3, h, w)`, `input_ids` and `attention_mask`
             `(B, L)`, `target_input_ids` and `target_attention_mask` `(U, Ly)` of the distinct
-            targets, or their `target_hidden_states` `(U, 1, Dy)`, `target_index` `(B,)` into
+            targets, or their `target_pooler_output` `(U, Dt)`, `target_index` `(B,)` into
             them, `target_ids` and `group_ids` `(B,)`.
         """
         targets = list(dict.fromkeys(sample["target"] for sample in samples))

@@ -1,16 +1,15 @@
 """A model and its processor at the start of training: from a checkpoint, or new."""
 
 import copy
-from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoProcessor,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -19,17 +18,10 @@ from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from processing import VLJEPAProcessor, VLJEPAVideoProcessor
 
 from .arguments import ModelArguments, ProcessorArguments, RecipeError
+from .backbones import TextBackbone, load, read_text
 
 # Llama 3's own names, so that a trained-from-scratch predictor has the tokenizer of a real one.
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
-
-
-def load(auto: type, key: str, path: str, **options: Any) -> Any:
-    """`auto.from_pretrained(path)`, with an error that names the recipe's key."""
-    try:
-        return auto.from_pretrained(path, **options)
-    except OSError as error:
-        raise RecipeError(f"{key}: {path} is no folder or Hub id that loads. {error}") from error
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -63,19 +55,22 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
 
 
 def new_processor(
-    model: ModelArguments, arguments: ProcessorArguments, texts: list[str]
+    tokenizer: PreTrainedTokenizerBase, arguments: ProcessorArguments, text: TextBackbone | None
 ) -> VLJEPAProcessor:
-    """A processor for a new model; `texts` are what its tokenizers learn from."""
-    tokenizer = train_tokenizer(texts, model.vocab_size)
+    """A processor for a new model; without a pretrained Y-Encoder, both texts go through copies
+    of one tokenizer."""
     size = {} if arguments.image_size is None else {"crop_size": arguments.image_size}
     if arguments.shortest_edge is not None:
         size["size"] = {"shortest_edge": arguments.shortest_edge}
+    video_processor = VLJEPAVideoProcessor(num_frames=arguments.num_frames, **size)
+    if text is None:
+        return VLJEPAProcessor(video_processor, tokenizer, copy.deepcopy(tokenizer))
     return VLJEPAProcessor(
-        VLJEPAVideoProcessor(num_frames=arguments.num_frames, **size),
+        video_processor,
         tokenizer,
-        copy.deepcopy(tokenizer)
-        if model.text_encoder is None
-        else load(AutoTokenizer, "model.text_encoder", model.text_encoder),
+        text.tokenizer,
+        target_prompts=text.prompts,
+        target_prompt_name=text.prompt_name,
     )
 
 
@@ -95,29 +90,52 @@ def check_config(config: dict) -> None:
         raise RecipeError(f"model.config.{unknown[0]}: there is no such setting.")
 
 
-def new_model(arguments: ModelArguments, processor: VLJEPAProcessor, seed: int) -> VLJEPAModel:
-    """A new model: random, but for a pretrained Y-Encoder where the recipe names one."""
+def new_config(
+    arguments: ModelArguments, processor: VLJEPAProcessor, text: TextBackbone | None
+) -> VLJEPAConfig:
+    """The recipe's configuration, with what follows from the processor and the Y-Encoder."""
     check_config(arguments.config)
-    config = dict(arguments.config)
-    if arguments.text_encoder is not None:
-        config["text_config"] = load(
-            AutoConfig, "model.text_encoder", arguments.text_encoder, dtype=torch.float32
-        )
-    config = VLJEPAConfig(**config)
-    config.vision_config.crop_size = processor.video_processor.crop_size["height"]
+    settings = dict(arguments.config)
+    if text is not None:
+        text.config.dtype = torch.float32
+        pretrained = {
+            "text_config": text.config,
+            "text_pooling": text.pooling,
+            "text_dense": text.dense,
+        }
+        settings = {**settings, **pretrained}
+    try:
+        config = VLJEPAConfig(**settings)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise RecipeError(f"model.config: {error}") from error
+    vision, side = config.vision_config, processor.video_processor.crop_size["height"]
+    vision.update({"crop_size" if vision.model_type == "vjepa2" else "image_size": side})
     config.predictor_config.vocab_size = len(processor.tokenizer)
     config.predictor_config.pad_token_id = processor.tokenizer.pad_token_id
-    if arguments.text_encoder is None:
+    if text is None:
         config.text_config.vocab_size = len(processor.target_tokenizer)
         config.text_config.pad_token_id = processor.target_tokenizer.pad_token_id
+    return config
+
+
+def new_model(
+    arguments: ModelArguments, processing: ProcessorArguments, texts: list[str], seed: int
+) -> tuple[VLJEPAModel, VLJEPAProcessor]:
+    """A new model: random, but for a pretrained Y-Encoder where the recipe names one.
+
+    `texts` are what the query tokenizer learns from.
+    """
+    source = arguments.text_encoder
+    text = None if source is None else read_text("model.text_encoder", source)
+    processor = new_processor(train_tokenizer(texts, arguments.vocab_size), processing, text)
+    config = new_config(arguments, processor, text)
     torch.manual_seed(seed)
     model = VLJEPAModel(config)
-    if arguments.text_encoder is not None:
-        text = load(AutoModel, "model.text_encoder", arguments.text_encoder, dtype=torch.float32)
-        missing, _ = model.y_encoder.backbone.load_state_dict(text.state_dict(), strict=False)
+    if text is not None:
+        missing, _ = model.y_encoder.load_state_dict(text.weights, strict=False)
         if missing:  # what is left over, such as a pooler, is not read here
-            raise RecipeError(f"model.text_encoder: {arguments.text_encoder} lacks {missing[0]}.")
-    return model
+            raise RecipeError(f"model.text_encoder: {source} lacks {missing[0]}.")
+    return model, processor
 
 
 def load_checkpoint(arguments: ModelArguments) -> tuple[VLJEPAModel, VLJEPAProcessor]:
@@ -134,14 +152,3 @@ def load_checkpoint(arguments: ModelArguments) -> tuple[VLJEPAModel, VLJEPAProce
         AutoModel, "model.checkpoint", arguments.checkpoint, config=config, dtype=torch.float32
     )
     return model, load(AutoProcessor, "model.checkpoint", arguments.checkpoint)
-
-
-def parameter_table(model: VLJEPAModel) -> str:
-    """Parameters in all and trainable, box by box, in millions."""
-    lines = [f"{'box':<16}{'parameters':>14}{'trainable':>14}"]
-    boxes = [(name, list(box.parameters())) for name, box in model.named_children()]
-    for name, parameters in [*boxes, ("all", list(model.parameters()))]:
-        total = sum(p.numel() for p in parameters)
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        lines.append(f"{name:<16}{total / 1e6:>13.3f}M{trainable / 1e6:>13.3f}M")
-    return "\n".join(lines)

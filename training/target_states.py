@@ -4,7 +4,6 @@ import torch
 from tqdm import tqdm
 
 from modeling_vljepa import VLJEPAModel
-from modeling_vljepa.embedding_head import masked_mean
 from processing import VLJEPAProcessor
 
 from .arguments import RecipeError
@@ -14,7 +13,7 @@ from .arguments import RecipeError
 def encode_target_states(
     model: VLJEPAModel, processor: VLJEPAProcessor, texts: list[str], batch_size: int = 256
 ) -> dict[str, torch.Tensor]:
-    """Mean Y-Encoder states `(Dy,)` of each distinct text, on the CPU.
+    """The Y-Encoder's output `(Dt,)` for each distinct text, on the CPU.
 
     Raises:
         RecipeError: the Y-Encoder is trained, so that its states would not stay true.
@@ -29,7 +28,6 @@ def encode_target_states(
     for start in tqdm(range(0, len(distinct), batch_size), desc="Encoding targets"):
         part = distinct[start : start + batch_size]
         batch = processor(targets=part)
-        mask = batch["target_attention_mask"]
-        hidden_states = model.y_encoder(batch["target_input_ids"], mask)  # (U, Ly, Dy)
-        states |= zip(part, masked_mean(hidden_states, mask), strict=True)
+        pooled = model.y_encoder(batch["target_input_ids"], batch["target_attention_mask"])
+        states |= zip(part, pooled, strict=True)  # (U, Dt)
     return states

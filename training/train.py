@@ -20,7 +20,8 @@ from .callbacks import ProgressLine
 from .collator import ContrastiveCollator
 from .data import Source, build_dataset, read_source, texts_of
 from .distributed import check_world_size
-from .recipe_model import load_checkpoint, new_model, new_processor, parameter_table
+from .parameters import parameter_table
+from .recipe_model import load_checkpoint, new_model
 from .target_states import encode_target_states
 from .trainer import VLJEPATrainer
 
@@ -62,8 +63,8 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     # 3. Processor and model, new or from a checkpoint
     if recipe.model.checkpoint is None:
         more = [read_source(SourceArguments(rows=path)) for path in recipe.model.tokenizer_rows]
-        processor = new_processor(recipe.model, recipe.processor, texts_of(sources + more))
-        model = new_model(recipe.model, processor, args.seed)
+        texts = texts_of(sources + more)
+        model, processor = new_model(recipe.model, recipe.processor, texts, args.seed)
     else:
         model, processor = load_checkpoint(recipe.model)
         processor.video_processor.num_frames = recipe.processor.num_frames

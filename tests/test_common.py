@@ -1,0 +1,92 @@
+"""transformers' own tests of every model, on this one.
+
+They come from its source distribution, of the version that is installed; `make env` fetches them
+(`python -m tests.fetch_common`), and nothing of them is kept in this repository.
+"""
+
+import importlib
+import sys
+import unittest
+
+import pytest
+import torch
+
+from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from tests.fetch_common import FOLDER
+from tests.tiny import tiny_batch, tiny_config
+
+if not FOLDER.is_dir():
+    pytest.skip(
+        "transformers' own tests are not here: `make env` or `python -m tests.fetch_common` "
+        "fetches them",
+        allow_module_level=True,
+    )
+
+
+def upstream(module: str):
+    """A module of transformers' test suite, which calls itself `tests` as this one does."""
+    own = {
+        name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "tests"
+    }
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(f"tests.{module}")
+    finally:
+        sys.path.remove(str(FOLDER))
+        sys.modules.update(own)
+
+
+ModelTesterMixin = upstream("test_modeling_common").ModelTesterMixin
+ConfigTester = upstream("test_configuration_common").ConfigTester
+
+
+class Tester:
+    """What the mixin asks a model's tester for."""
+
+    is_training = True
+    batch_size = 3
+    seq_length = 8 + 5  # visual tokens and query
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
+
+    def get_config(self):
+        return tiny_config(freeze_vision=False)  # or its layers would record no graph
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.get_config(), {**tiny_batch(), "return_loss": True}
+
+
+class VLJEPAModelTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (VLJEPAModel,)
+    _is_composite = True
+
+    def setUp(self):
+        self.model_tester = Tester()
+        self.config_tester = ConfigTester(
+            self,
+            config_class=VLJEPAConfig,
+            has_text_modality=False,
+            common_properties=["embedding_dim"],
+        )
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    def _text_features_prepare_config_and_inputs(self):
+        config, batch = self.model_tester.prepare_config_and_inputs_for_common()
+        names = {"input_ids": "target_input_ids", "attention_mask": "target_attention_mask"}
+        return config, {name: batch[target] for name, target in names.items()}
+
+    def _image_features_prepare_config_and_inputs(self):
+        config, batch = self.model_tester.prepare_config_and_inputs_for_common()
+        return config, {"pixel_values": batch["pixel_values_videos"][:, 0]}
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        """Some tests give a mask and the main input only, but the mask is the query's."""
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        mask = inputs.get("attention_mask")
+        if mask is not None and "input_ids" not in inputs:
+            generator = torch.Generator().manual_seed(0)
+            inputs["input_ids"] = torch.randint(3, 300, mask.shape, generator=generator)
+        return inputs

@@ -1,0 +1,169 @@
+"""Build a VL-JEPA from pretrained backbones, ready for training.
+
+    python -m training.init_checkpoint --output runs/init \\
+        --vision facebook/vjepa2-vitl-fpc64-256 \\
+        --predictor meta-llama/Llama-3.2-1B --layers 8 \\
+        --text google/embeddinggemma-300m
+
+That is the paper's model (arXiv 2512.10942, section 3.1); each part may be a Hub id or a folder.
+The projections between the parts and the temperature are new.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from processing import VLJEPAProcessor
+
+from .arguments import RecipeError
+from .backbones import (
+    PredictorBackbone,
+    TextBackbone,
+    VisionBackbone,
+    Weights,
+    read_predictor,
+    read_text,
+    read_vision,
+)
+from .parameters import paper_table
+
+# What no backbone brings; `VLJEPAPreTrainedModel` says how they start.
+NEW = ("predictor.visual_projection.", "predictor_head.", "y_head.", "logit_scale.")
+
+
+def join_weights(
+    vision: VisionBackbone, predictor: PredictorBackbone, text: TextBackbone
+) -> Weights:
+    """The weights of all parts under their names in the joint model."""
+    boxes = {"x_encoder": vision, "predictor": predictor, "y_encoder": text}
+    return {f"{box}.{k}": v for box, part in boxes.items() for k, v in part.weights.items()}
+
+
+def join(
+    vision: VisionBackbone,
+    predictor: PredictorBackbone,
+    text: TextBackbone,
+    *,
+    embedding_dim: int | None = None,
+    project_target: bool = True,
+    seed: int = 0,
+) -> VLJEPAModel:
+    """One model of three pretrained parts.
+
+    It has one dtype, the widest of its parts', so that no weight is rounded. A weight that the
+    model does not use (a pooler, the decoder of an encoder-decoder) is left out.
+
+    Raises:
+        RecipeError: a part lacks a weight, or the shared space cannot have this width.
+    """
+    settings = {} if embedding_dim is None else {"embedding_dim": embedding_dim}
+    if not project_target and embedding_dim is None:
+        widths = [text.config.hidden_size, *(layer["out_features"] for layer in text.dense)]
+        settings["embedding_dim"] = widths[-1]
+    for part in (vision, predictor, text):
+        if os.path.isdir(part.config.name_or_path):
+            part.config.name_or_path = ""  # a Hub id says where weights come from, a folder not
+    config = VLJEPAConfig(
+        vision_config=vision.config,
+        predictor_config=predictor.config,
+        text_config=text.config,
+        text_pooling=text.pooling,
+        text_dense=text.dense,
+        project_target=project_target,
+        **settings,
+    )
+    try:
+        with torch.device("meta"):
+            expected = VLJEPAModel(config).state_dict()
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    weights = {k: v for k, v in join_weights(vision, predictor, text).items() if k in expected}
+    for name, parameter in expected.items():
+        if name.startswith(NEW):
+            continue
+        if name not in weights:
+            raise RecipeError(f"the checkpoint given for {name.split('.')[0]} lacks {name}.")
+        if weights[name].shape != parameter.shape:
+            raise RecipeError(
+                f"{name} has shape {tuple(weights[name].shape)} in its checkpoint, but "
+                f"{tuple(parameter.shape)} by its configuration."
+            )
+    dtype = functools.reduce(torch.promote_types, {w.dtype for w in weights.values()})
+    torch.manual_seed(seed)
+    return VLJEPAModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="training.init_checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--vision", required=True, help="X-Encoder: V-JEPA 2, or an image transformer")
+    add("--predictor", required=True, help="language model, or a GGUF file of one")
+    add("--layers", default="8", help="8: the last eight; 0-8: from the first to the eighth")
+    add("--text", required=True, help="Y-Encoder: a sentence-transformers or transformers model")
+    add("--output", required=True, type=Path, help="folder to write")
+    add("--embedding-dim", type=int, help="width of the shared space; default: the paper's 1536")
+    add("--no-target-projection", action="store_true", help="share the Y-Encoder's own space")
+    add("--without-dense", action="store_true", help="drop the Y-Encoder's own Dense layers")
+    add("--pooling", help="of the Y-Encoder, instead of its own: mean, cls or lasttoken")
+    add("--target-prompt", metavar="NAME", help="the Y-Encoder's prompt to put before targets")
+    add("--pad-token", help="of the query tokenizer, where it has none of its own")
+    add("--num-frames", type=int, default=8, help="frames sampled from a video")
+    add("--seed", type=int, default=0, help="of the new projections")
+    add("--max-shard-size", default="5GB", help="of the saved weights")
+    args = parser.parse_args(argv)
+
+    # 1. Nothing is overwritten
+    if args.output.exists() and any(args.output.iterdir()):
+        raise RecipeError(f"--output: {args.output} is not empty; give a new folder.")
+
+    # 2. The parts; what of them is left out or new is this command's business, no warning
+    logging.set_verbosity_error()
+    vision = read_vision("--vision", args.vision)
+    predictor = read_predictor(args.predictor, args.layers, args.pad_token)
+    text = read_text("--text", args.text, with_dense=not args.without_dense, pooling=args.pooling)
+
+    # 3. What goes in
+    vision.video_processor.num_frames = args.num_frames
+    try:
+        processor = VLJEPAProcessor(
+            vision.video_processor,
+            predictor.tokenizer,
+            text.tokenizer,
+            target_prompts=text.prompts,
+            target_prompt_name=args.target_prompt or text.prompt_name,
+        )
+    except ValueError as error:
+        raise RecipeError(f"--text: {error}") from error
+
+    # 4. One model
+    model = join(
+        vision,
+        predictor,
+        text,
+        embedding_dim=args.embedding_dim,
+        project_target=not args.no_target_projection,
+        seed=args.seed,
+    )
+    print(paper_table(model))
+
+    # 5. Save what a user loads
+    model.save_pretrained(args.output, max_shard_size=args.max_shard_size)
+    processor.save_pretrained(args.output)
+    print(f"{args.output}: {model.dtype}, ready for `model.checkpoint` of a recipe")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RecipeError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,43 @@
+"""How many parameters a model has, box by box."""
+
+from torch import nn
+
+from modeling_vljepa import VLJEPAModel
+
+
+def parameter_table(model: VLJEPAModel) -> str:
+    """Parameters in all and trainable, box by box, in millions."""
+    lines = [f"{'box':<16}{'parameters':>14}{'trainable':>14}"]
+    boxes = [(name, list(box.parameters())) for name, box in model.named_children()]
+    for name, parameters in [*boxes, ("all", list(model.parameters()))]:
+        total = sum(p.numel() for p in parameters)
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        lines.append(f"{name:<16}{total / 1e6:>13.3f}M{trainable / 1e6:>13.3f}M")
+    return "\n".join(lines)
+
+
+def size(*modules: nn.Module) -> float:
+    """Parameters of these modules, in millions."""
+    return sum(p.numel() for module in modules for p in module.parameters()) / 1e6
+
+
+def paper_table(model: VLJEPAModel) -> str:
+    """The counts beside the paper's (section 3.1), and what each of them includes."""
+    backbone = model.predictor.backbone
+    projections = size(model.predictor.visual_projection, model.predictor_head)
+    layers = size(backbone.layers, backbone.norm)
+    table = size(backbone.embed_tokens)
+    rows = [
+        ("X-Encoder", size(model.x_encoder), "304M", "without V-JEPA 2's own predictor"),
+        ("Predictor", layers + projections, "490M", "layers, final norm and two projections:"),
+        ("  layers", layers, "", "transformer layers and final norm"),
+        ("  projections", projections, "", "visual tokens in, embedding out"),
+        ("token table", table, "", "of the Predictor, frozen: 490M only adds up without it"),
+        ("Y-Encoder", size(model.y_encoder), "300M", "token table and Dense layers included"),
+        ("  Dense", size(model.y_encoder.dense), "", "between its pooling and the projection"),
+        ("Y projection", size(model.y_head), "", "into the shared space"),
+        ("all", size(model), "1.6B", "the paper's parts add up to 1.36B; it explains no more"),
+    ]
+    lines = [f"{'box':<16}{'parameters':>12}{'paper':>8}   includes"]
+    lines += [f"{name:<16}{count:>11.1f}M{paper:>8}   {note}" for name, count, paper, note in rows]
+    return "\n".join(lines)
