@@ -170,8 +170,8 @@ def draw(
     sentences: list[str],
 ) -> None:
     """Images with their neighbours, perplexities, and the similarity of the sentences."""
-    figure = plt.figure(figsize=(14, 4.5), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(4, 3, 6))
+    figure = plt.figure(figsize=(15, 4.5), layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=(5, 5, 8))
     left.suptitle("X-Encoder: image, nearest neighbour")
     for index, axes in enumerate(left.subplots(4, 4).flat):
         image = index // 2 * 7

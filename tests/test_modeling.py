@@ -218,6 +218,32 @@ def test_features_under_the_librarys_names(model):
         )
 
 
+def test_padding_order_and_size_of_the_batch_change_nothing(model):
+    with torch.no_grad():
+        expected = model(**BATCH)
+        order = torch.tensor([2, 0, 1])
+        permuted = model(**{name: tensor[order] for name, tensor in BATCH.items()})
+        longer = torch.nn.functional.pad
+        padded = model(
+            **BATCH
+            | {name: longer(BATCH[name], (0, 4)) for name in ("input_ids", "attention_mask")}
+            | {k: longer(BATCH[k], (0, 9)) for k in ("target_input_ids", "target_attention_mask")}
+        )
+        for row in range(3):
+            alone = {name: tensor[row : row + 1] for name, tensor in BATCH.items()}
+            for prefix in ("", "target_"):  # cut to the text itself, without a mask
+                length = int(alone.pop(f"{prefix}attention_mask").sum())
+                alone[f"{prefix}input_ids"] = alone[f"{prefix}input_ids"][:, :length]
+            single = model(**alone)
+            for name in ("predicted_embeds", "target_embeds"):
+                reference = expected[name][row : row + 1]
+                torch.testing.assert_close(single[name], reference, rtol=0, atol=1e-5)
+    for name in ("predicted_embeds", "target_embeds"):
+        torch.testing.assert_close(permuted[name], expected[name][order], rtol=0, atol=1e-5)
+        torch.testing.assert_close(padded[name], expected[name], rtol=0, atol=1e-5)
+        assert (expected[name][0] - expected[name][1]).abs().max() > 1e-2  # rows do differ
+
+
 def test_frames_places_and_words_all_count(model):
     """Pooling the visual tokens before the predictor would run and train, and be another model:
     one that cannot tell the order of frames or where a thing is."""

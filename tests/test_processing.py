@@ -65,6 +65,36 @@ def test_a_constant_clip_has_the_published_value(small):
     torch.testing.assert_close(pixels["pixel_values_videos"], expected, rtol=0, atol=1e-6)
 
 
+# What transformers 5.23's VJEPA2VideoProcessor gives for `counted`, with torchvision 0.28.0, which
+# this project does not install: mean, standard deviation and five values of the flat result. All
+# of its pixels were compared once: the largest difference was 0.0.
+STOCK = {
+    (240, 320): (0.226800, 0.748771, (0.896053, -1.193167, -0.862745, 0.747899, 2.047407)),
+    (360, 202): (0.226672, 0.793228, (-0.268431, 0.228187, 0.065126, -0.022409, 0.827364)),
+    (480, 480): (0.226598, 0.378752, (0.176813, 0.039815, 0.257703, 0.10014, 0.426492)),
+}
+
+
+def counted(height: int, width: int) -> torch.Tensor:
+    """Four frames `(4, 3, H, W)` of pseudo-random pixels: Knuth's multiplicative hash."""
+    index = torch.arange(4 * 3 * height * width)
+    return (index * 2654435761 % 2**32 // 2**24).to(torch.uint8).reshape(4, 3, height, width)
+
+
+@pytest.mark.parametrize(("height", "width"), STOCK)
+def test_pixels_equal_the_stock_processors(height, width):
+    processor = VLJEPAVideoProcessor()
+    clip = counted(height, width)
+    pixels = processor(clip, do_sample_frames=False, return_tensors="pt")["pixel_values_videos"]
+    mean, spread, values = STOCK[height, width]
+    assert pixels.shape == (1, 4, 3, 256, 256)
+    flat = pixels.flatten()
+    assert flat.double().mean().item() == pytest.approx(mean, abs=1e-6)
+    assert flat.double().std().item() == pytest.approx(spread, abs=1e-6)
+    found = flat[[0, 12345, 123456, 500000, -1]].tolist()
+    assert found == pytest.approx(values, abs=1e-6)
+
+
 def test_the_crop_is_central(small):
     ramp = np.zeros((1, 37, 60, 3), np.uint8)
     ramp[..., 0] = np.arange(37)[:, None]  # red: row, green: column

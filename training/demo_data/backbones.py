@@ -62,8 +62,8 @@ def dinov2_weights(path: Path) -> dict[str, torch.Tensor]:
             weights[name.replace("/", ".") + ".weight"] = stored[node.input[1]].T
     nodes = {node.name: node for node in graph.node}
     class_position = stored[nodes["/backbone/embeddings/Concat_6"].input[0]]  # (1, 1, H)
-    grid = next(array for array in stored.values() if 37 in array.shape and 384 in array.shape)
-    positions = [class_position, grid.reshape(1, -1, 384)]
+    grid = stored[nodes["/backbone/embeddings/Reshape_1"].input[0]]  # (1, 37 * 37, H)
+    positions = [class_position, grid]
     weights["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     renamed = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
     tensors = {}
