@@ -94,8 +94,14 @@ def type_chart(by_type: dict[str, Score]) -> str | None:
 
 
 def loss_curve(trainer_state: Path) -> str | None:
-    """The training loss with the loss of a model that knows nothing; None if none was logged."""
+    """`loss_figure` of a saved training log, for a page."""
     history = json.loads(trainer_state.read_text(encoding="utf-8"))["log_history"]
+    figure = loss_figure(history)
+    return None if figure is None else _png(figure)
+
+
+def loss_figure(history: list[dict]) -> Figure | None:
+    """The training loss with the loss of a model that knows nothing; None if none was logged."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "loss", "-"), ("chance_loss", "chance", "--")):
@@ -107,7 +113,7 @@ def loss_curve(trainer_state: Path) -> str | None:
     axes.set_xlabel("step")
     axes.set_ylabel("InfoNCE")
     axes.legend(frameon=False)
-    return _png(figure)
+    return figure
 
 
 def _cells(name: str, metric: str, score: Score) -> list[str]:
@@ -146,4 +152,4 @@ def _data_uri(kind: str, buffer: io.BytesIO) -> str:
     return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-__all__ = ["text_tables", "write_report"]
+__all__ = ["loss_figure", "text_tables", "write_report"]

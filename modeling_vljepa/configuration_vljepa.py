@@ -32,6 +32,9 @@ class VLJEPAConfig(PreTrainedConfig):
         project_target (`bool`, *optional*, defaults to `True`):
             Whether the target side has a projection of its own (section 3.1). Without one, the
             shared space is the Y-Encoder's (the paper's 7c), and `embedding_dim` its width.
+        backbones (`dict[str, str]`, *optional*):
+            Where the weights of `"vision"`, `"predictor"` and `"text"` began: a Hub id, or the
+            name of a folder. A part that is not there began at random.
         freeze_vision (`bool`, *optional*, defaults to `True`):
             The X-Encoder takes no gradient and stays in evaluation mode. The paper's last
             pretraining stage sets this to `False`.
@@ -100,6 +103,7 @@ class VLJEPAConfig(PreTrainedConfig):
     text_pooling: str = "mean"
     text_dense: list[dict] = field(default_factory=list)
     project_target: bool = True
+    backbones: dict[str, str] = field(default_factory=dict)
     freeze_vision: bool = True
     freeze_text: bool = False
     freeze_token_embedding: bool = True

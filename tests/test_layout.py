@@ -66,7 +66,7 @@ def test_imports_are_seen():
     [
         ("modeling_vljepa", {"processing"}),  # to register them together; no shipped file
         ("processing", set()),
-        ("training", {"modeling_vljepa", "processing"}),
+        ("training", {"modeling_vljepa", "processing", "eval"}),
         ("eval", {"modeling_vljepa", "processing"}),
     ],
 )
@@ -84,6 +84,8 @@ def test_shipped_files_import_siblings_and_three_packages(path):
         else:
             package = name.split(".")[0]
             allowed = PACKAGES | set(sys.stdlib_module_names) | ({"av"} if guarded else set())
+            if path.stem == "st_vljepa":  # which only sentence-transformers loads
+                allowed |= {"sentence_transformers"}
             assert package in allowed
 
 

@@ -184,12 +184,13 @@ def use_bf16(precision: str, device: torch.device | None) -> bool:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """A whole recipe, checked."""
+    """A whole recipe, checked, and as it was given."""
 
     model: ModelArguments
     processor: ProcessorArguments
     data: DataArguments
     training: VLJEPATrainingArguments
+    given: dict
 
 
 def check_keys(given: Any, cls: type, where: str) -> dict:
@@ -269,8 +270,8 @@ def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(given, override)
     given = {"processor": {}, **given}
-    unknown = set(given) - {f.name for f in fields(Recipe)}
-    absent = {f.name for f in fields(Recipe)} - set(given)
+    sections = {f.name for f in fields(Recipe)} - {"given"}
+    unknown, absent = set(given) - sections, sections - set(given)
     if unknown:
         raise RecipeError(f"{sorted(unknown)[0]}: no such section; see training/arguments.py.")
     if absent:
@@ -289,4 +290,5 @@ def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
         ),
         data=data,
         training=training_arguments(given["training"]),
+        given=given,
     )

@@ -43,6 +43,7 @@ Weights = dict[str, torch.Tensor]
 class VisionBackbone:
     """An X-Encoder; `weights` are named as in `XEncoder`."""
 
+    name: str
     config: PreTrainedConfig
     weights: Weights
     video_processor: VLJEPAVideoProcessor
@@ -52,16 +53,17 @@ class VisionBackbone:
 class PredictorBackbone:
     """Some layers of a language model, its token table and final norm, named as in `Predictor`."""
 
+    name: str
     config: PreTrainedConfig
     weights: Weights
     tokenizer: PreTrainedTokenizerBase
-    total_layers: int
 
 
 @dataclass
 class TextBackbone:
     """A Y-Encoder; `weights` are named as in `YEncoder`, the Dense layers among them."""
 
+    name: str
     config: PreTrainedConfig
     weights: Weights
     tokenizer: PreTrainedTokenizerBase
@@ -82,6 +84,11 @@ def load(auto: type, key: str, path: str, **options: Any) -> Any:
         raise RecipeError(f"{key}: {path} is no folder or Hub id that loads. {error}") from error
     except (ValueError, KeyError) as error:
         raise RecipeError(f"{key}: {path} does not load: {error}") from error
+
+
+def public_name(source: str) -> str:
+    """A Hub id as it is; of a folder only its own name, because paths are nobody's business."""
+    return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
 
 
 def find_file(source: str, name: str) -> str | None:
@@ -170,7 +177,9 @@ def read_vision(key: str, source: str) -> VisionBackbone:
     except ValueError as error:
         raise RecipeError(f"{key}: {source}: {error}") from error
     weights = load_weights(key, source, config, AutoModel)
-    return VisionBackbone(config, weights, read_video_processor(key, source, config))
+    config.name_or_path = ""
+    name = public_name(source)
+    return VisionBackbone(name, config, weights, read_video_processor(key, source, config))
 
 
 def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJEPAVideoProcessor:
@@ -265,7 +274,8 @@ def read_predictor(source: str, layers: str, pad_token: str | None = None) -> Pr
     tokenizer = load(AutoTokenizer, key, folder, **options)
     tokenizer.pad_token = choose_pad_token(tokenizer, pad_token)
     config.pad_token_id = tokenizer.pad_token_id
-    return PredictorBackbone(config, weights, tokenizer, total)
+    config.name_or_path = ""
+    return PredictorBackbone(public_name(source), config, weights, tokenizer)
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, wished: str | None) -> str:
@@ -304,7 +314,7 @@ def read_text(
     modules = read_json(source, "modules.json")
     own = load(AutoConfig, key, source)
     config = own.text_config if "text_config" in own.sub_configs else own
-    part = TextBackbone(config, {}, load(AutoTokenizer, key, source))
+    part = TextBackbone(public_name(source), config, {}, load(AutoTokenizer, key, source))
     part.weights = read_text_weights(key, source, config)
     if modules is not None:
         read_sentence_transformer(key, source, modules, part, with_dense)
@@ -322,6 +332,7 @@ def read_text(
     if pad in part.tokenizer("a text")["input_ids"]:
         pad = None
     config.pad_token_id = pad
+    config.name_or_path = ""
     return part
 
 

@@ -11,7 +11,6 @@ The projections between the parts and the temperature are new.
 
 import argparse
 import functools
-import os
 import sys
 from pathlib import Path
 
@@ -66,10 +65,8 @@ def join(
     if not project_target and embedding_dim is None:
         widths = [text.config.hidden_size, *(layer["out_features"] for layer in text.dense)]
         settings["embedding_dim"] = widths[-1]
-    for part in (vision, predictor, text):
-        if os.path.isdir(part.config.name_or_path):
-            part.config.name_or_path = ""  # a Hub id says where weights come from, a folder not
     config = VLJEPAConfig(
+        backbones={"vision": vision.name, "predictor": predictor.name, "text": text.name},
         vision_config=vision.config,
         predictor_config=predictor.config,
         text_config=text.config,

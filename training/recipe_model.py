@@ -103,7 +103,7 @@ def new_config(
             "text_pooling": text.pooling,
             "text_dense": text.dense,
         }
-        settings = {**settings, **pretrained}
+        settings = {"backbones": {"text": text.name}, **settings, **pretrained}
     try:
         config = VLJEPAConfig(**settings)
     except (StrictDataclassError, TypeError, ValueError) as error:

@@ -10,12 +10,20 @@ The stages of the paper differ by their recipes only.
 import argparse
 import math
 import sys
+from pathlib import Path
 
+import yaml
 from transformers import PrinterCallback, set_seed
 
 from modeling_vljepa import VLJEPAModel
 
-from .arguments import RecipeError, SourceArguments, VLJEPATrainingArguments, read_recipe
+from .arguments import (
+    Recipe,
+    RecipeError,
+    SourceArguments,
+    VLJEPATrainingArguments,
+    read_recipe,
+)
 from .callbacks import ProgressLine
 from .collator import ContrastiveCollator
 from .data import Source, build_dataset, read_source, texts_of
@@ -43,6 +51,14 @@ def start_report(model: VLJEPAModel, args: VLJEPATrainingArguments, sources: lis
         "(each line gives its own)"
     )
     return "\n".join(lines)
+
+
+def save_recipes(recipe: Recipe) -> None:
+    """Write `recipes.yaml`: this recipe, behind those of the stages before it."""
+    before = Path(recipe.model.checkpoint or "", "recipes.yaml")
+    stages = yaml.safe_load(before.read_text()) if before.is_file() else []
+    path = Path(recipe.training.output_dir, "recipes.yaml")
+    path.write_text(yaml.safe_dump([*stages, recipe.given], sort_keys=False))
 
 
 def main(argv: list[str] | None = None) -> VLJEPATrainer:
@@ -91,9 +107,11 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
         print(start_report(model, args, sources), flush=True)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
-    # 6. Save what a user loads: model, processor, and the log for the report
+    # 6. Save what a user loads: model, processor, the log for the report, the recipes for the card
     trainer.save_model()
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        save_recipes(recipe)
     return trainer
 
 

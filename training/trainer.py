@@ -10,6 +10,7 @@ from modeling_vljepa.losses import info_nce
 
 from .data import MixtureSampler
 from .distributed import all_gather, gather_with_gradient
+from .publish import publish
 
 
 class VLJEPATrainer(Trainer):
@@ -76,6 +77,25 @@ class VLJEPATrainer(Trainer):
     def get_decay_parameter_names(self, model) -> list[str]:
         """Matrices decay; norms, biases and the temperature do not."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> None:
+        """Publish the trained model as `python -m training.publish` does, card and code with it.
+
+        What the other arguments would say is decided there: one commit, to the main branch.
+        """
+        self.save_model()
+        if self.is_world_process_zero():
+            private = self.args.hub_private_repo if private is None else private
+            token = self.args.hub_token if token is None else token
+            publish(self.args.output_dir, self.args.hub_model_id, private=private, token=token)
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         return MixtureSampler(

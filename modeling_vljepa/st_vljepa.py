@@ -1,0 +1,154 @@
+"""VL-JEPA as a sentence-transformers module: `SentenceTransformer(repo, trust_remote_code=True)`.
+
+Texts go through the Y-Encoder, images and videos, with or without a query, through the X-Encoder
+and the Predictor; all of them meet in the shared space. Loaded by sentence-transformers alone,
+which `modules.json` beside the weights tells where to look.
+"""
+
+from typing import Any
+
+import torch
+from sentence_transformers.base.modality import infer_modality
+from sentence_transformers.base.modules import InputModule
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+VISUAL = ("image", "video")
+
+
+class VLJEPAModule(InputModule):
+    """The one module of a SentenceTransformer that is a VL-JEPA.
+
+    Args:
+        model ([`VLJEPAModel`]): the model.
+        processor ([`VLJEPAProcessor`]): its processor.
+        query (`str`, *optional*, defaults to `""`): asked of an image or video that comes without
+            a text of its own; the empty one is that of the paper's pretraining.
+    """
+
+    config_keys = ["query"]
+    config_file_name = "sentence_transformer_vljepa.json"
+    save_in_root = True
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, query: str = ""):
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.query = query
+
+    @property
+    def tokenizer(self):
+        """The Y-Encoder's: sentence-transformers asks for the one of plain texts."""
+        return self.processor.target_tokenizer
+
+    @property
+    def modalities(self) -> list[str | tuple[str, ...]]:
+        # "message" lets one batch hold several kinds.
+        return ["text", *VISUAL, ("image", "text"), ("text", "video"), "message"]
+
+    def get_embedding_dimension(self) -> int:
+        return self.model.config.embedding_dim
+
+    def preprocess(
+        self, inputs: list[Any], prompt: str | None = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """A batch of texts, images, videos and `{"image" | "video": ..., "text": query}`.
+
+        Returns: `input_ids` and `attention_mask` of the texts, by the Y-Encoder's tokenizer;
+            `pixel_values_videos` of the media, `query_ids` and `query_mask`, by the Predictor's;
+            `order` `(B,)`: the place of each in the batch, texts first. The names are such that
+            sentence-transformers' trainer keeps the tensors of a column together.
+        """
+        kinds = [infer_modality(given, self.modalities) for given in inputs]
+        texts = [place for place, kind in enumerate(kinds) if kind == "text"]
+        media = [place for place, kind in enumerate(kinds) if kind != "text"]
+        batch = {"order": torch.tensor(texts + media)}
+        if texts:
+            targets = [inputs[place] for place in texts]
+            given = [each["text"] if isinstance(each, dict) else each for each in targets]
+            tokens = self.processor(targets=[(prompt or "") + text for text in given])
+            batch["input_ids"] = tokens["target_input_ids"]
+            batch["attention_mask"] = tokens["target_attention_mask"]
+        if media:
+            batch |= self.preprocess_media([self.as_parts(inputs[i], kinds[i]) for i in media])
+        return batch
+
+    def as_parts(self, given: Any, kind: str | tuple[str, ...]) -> dict[str, Any]:
+        """One input as `{"image" or "video": ..., "text": ...}`."""
+        if isinstance(given, dict) and "array" not in given:
+            return given
+        return {kind: given}
+
+    def preprocess_media(self, parts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Clips of one length, and their queries. Among videos, an image stands still."""
+        frames = self.processor.video_processor.num_frames
+        only_images = all("image" in part for part in parts)
+        clips = []
+        for part in parts:
+            if "image" in part:
+                clip = self.processor(images=[part["image"]])["pixel_values_videos"]
+                clips.append(clip if only_images else clip.expand(-1, frames, -1, -1, -1))
+            else:
+                video = part["video"]
+                video = video["array"] if isinstance(video, dict) else video
+                clips.append(self.processor(videos=[video])["pixel_values_videos"])
+        queries = self.processor(text=[part.get("text", self.query) for part in parts])
+        return {
+            "pixel_values_videos": torch.cat(clips),
+            "query_ids": queries["input_ids"],
+            "query_mask": queries["attention_mask"],
+        }
+
+    def forward(self, features: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Add `sentence_embedding` `(B, D)`, unit vectors in the order of the inputs."""
+        embeds = []
+        if "input_ids" in features:
+            texts = features["input_ids"], features["attention_mask"]
+            embeds.append(self.model.encode_target(*texts))
+        if "pixel_values_videos" in features:
+            queries = features["query_ids"], features["query_mask"]
+            embeds.append(self.model.predict(features["pixel_values_videos"], *queries))
+        order = features["order"].to(embeds[0].device).argsort()
+        features["sentence_embedding"] = torch.cat(embeds)[order]  # (B, D)
+        return features
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        self.model.save_pretrained(output_path)
+        self.processor.save_pretrained(output_path)
+        self.save_config(output_path)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "VLJEPAModule":
+        hub = {
+            "token": token,
+            "cache_dir": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
+        config = cls.load_config(
+            model_name_or_path,
+            subfolder,
+            token=token,
+            cache_folder=cache_folder,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        trust = {"trust_remote_code": trust_remote_code}
+        model = AutoModel.from_pretrained(
+            model_name_or_path, **hub, **trust, **(model_kwargs or {})
+        )
+        processor = AutoProcessor.from_pretrained(model_name_or_path, **hub, **trust)
+        return cls(model, processor, **config)
+
+
+__all__ = ["VLJEPAModule"]
