@@ -26,7 +26,7 @@ OUT = runs/$(NAME)-seed$(SEED)
 full: NAME = full
 full: EPISODES = 12000
 full: PRETRAIN_STEPS = 2000
-full: SFT_STEPS = 3900
+full: SFT_STEPS = 4400
 
 smoke: NAME = smoke
 smoke: EPISODES = 300
