@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 from .video_io import read_image
 from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch
 
-ImageLike = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 
 class VLJEPAProcessor(ProcessorMixin):
@@ -90,8 +90,8 @@ class VLJEPAProcessor(ProcessorMixin):
         """Make a batch from any of its parts; a single item is a batch of one.
 
         Args:
-            images (*optional*): paths, PIL images, uint8 arrays `(H, W, 3)` or uint8 tensors
-                `(3, H, W)`. An image is a one-frame clip.
+            images (*optional*): paths, bytes of image files, PIL images, uint8 arrays
+                `(H, W, 3)` or uint8 tensors `(3, H, W)`. An image is a one-frame clip.
             videos (*optional*): clips as [`VLJEPAVideoProcessor`] takes them. Either images or
                 videos, because one batch has one number of frames.
             text (*optional*): queries; the empty string is a valid one.
@@ -130,7 +130,8 @@ class VLJEPAProcessor(ProcessorMixin):
 
         batch = {}
         if images is not None:
-            clips = [image_clip(image) for image in parts["images"]]
+            limit = self.video_processor.max_pixels
+            clips = [image_clip(image, max_pixels=limit) for image in parts["images"]]
             batch |= self.video_processor(clips, do_sample_frames=False, return_tensors="pt")
         if videos is not None:
             batch |= self.video_processor(
@@ -195,14 +196,16 @@ def as_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     """One image or several, as a list of images."""
     if isinstance(images, np.ndarray | torch.Tensor):
         return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, str | os.PathLike | Image.Image):
+    if isinstance(images, str | os.PathLike | bytes | Image.Image):
         return [images]
     return list(images)
 
 
-def image_clip(image: ImageLike) -> np.ndarray | torch.Tensor:
+def image_clip(image: ImageLike, *, max_pixels: int | None = None) -> np.ndarray | torch.Tensor:
     """An image as a one-frame clip: array `(1, H, W, 3)` or tensor `(1, 3, H, W)`."""
-    return image[None] if isinstance(image, np.ndarray | torch.Tensor) else read_image(image)
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return image[None]
+    return read_image(image, max_pixels=max_pixels)
 
 
 def tokenize(

@@ -8,6 +8,7 @@ Shapes: B clips, T frames, H and W as given, h and w as cropped.
 """
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from .video_io import read_clip, read_image, uniform_indices
 
-Video = str | os.PathLike | list[Image.Image] | np.ndarray | torch.Tensor
+Video = str | os.PathLike | bytes | list[Image.Image] | np.ndarray | torch.Tensor
 
 _INTERPOLATION = {
     PILImageResampling.BILINEAR: "bilinear",
@@ -52,14 +53,18 @@ def shortest_edge(crop: int) -> int:
 class VLJEPAVideoProcessor(BaseVideoProcessor):
     """Turns videos into the `pixel_values_videos` of the X-Encoder.
 
-    A *clip* is a path, a list of PIL images, a uint8 array `(T, H, W, 3)` or a uint8 tensor
-    `(T, 3, H, W)`; the layouts are fixed and checked, never guessed. A call takes one clip, a
-    list of clips, or an array or tensor with a leading batch axis. An image is a one-frame
+    A *clip* is a path, the bytes of a video file, a list of PIL images, a uint8 array
+    `(T, H, W, 3)` or a uint8 tensor `(T, 3, H, W)`; the layouts are fixed and checked, never
+    guessed. A call takes one clip, a list of clips, or an array or tensor with a leading batch
+    axis. An image is a one-frame
     clip; give it with `do_sample_frames=False`, or it is repeated `num_frames` times.
 
     Defaults are the paper's 256 x 256 pixels and uniform sampling; its frame count differs by
     stage (1, 8, 32), and 8 is the default here. A `crop_size` given without `size` brings its
     own `size`, as in V-JEPA 2: shortest edge = `int(crop_size * 256 / 224)`.
+
+    A server that decodes strangers' files sets `max_seconds` and `max_pixels` (of one frame); what
+    has more is refused with a `MediaError`. They belong to the process and are not saved.
 
     Args:
         num_frames (`int`, *optional*, defaults to 8): T, evenly spread over the clip, its first
@@ -90,6 +95,13 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             crop = get_size_dict(kwargs["crop_size"], param_name="crop_size")
             kwargs["size"] = {"shortest_edge": shortest_edge(max(crop["height"], crop["width"]))}
         super().__init__(**kwargs)
+        self.max_seconds: float | None = None
+        self.max_pixels: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: all settings but the limits."""
+        limits = {"max_seconds", "max_pixels"}
+        return {name: value for name, value in super().to_dict().items() if name not in limits}
 
     def preprocess(
         self,
@@ -123,7 +135,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         # Clip by clip: at most one clip of the batch is in memory at its full size.
         clips = []
         for video in as_batch(videos):
-            frames = load_frames(video, num_frames if do_sample_frames else None)
+            frames = self.load_frames(video, num_frames if do_sample_frames else None)
             done = super().preprocess(
                 [frames], do_sample_frames=False, input_data_format="channels_first", **kwargs
             )
@@ -135,6 +147,32 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
                 "(do_sample_frames=True) or process them one by one"
             )
         return BatchFeature({"pixel_values_videos": clips}, tensor_type=return_tensors)
+
+    def load_frames(self, video: Video, num_frames: int | None) -> torch.Tensor:
+        """Read one clip and sample it, `num_frames=None` keeping every frame.
+
+        Returns: `torch.Tensor` of shape `(T, 3, H, W)`, uint8.
+        """
+        if isinstance(video, str | os.PathLike | bytes):
+            limits = {"max_seconds": self.max_seconds, "max_pixels": self.max_pixels}
+            frames = read_clip(video, num_frames, **limits).frames
+        else:
+            indices = uniform_indices(len(video), len(video) if num_frames is None else num_frames)
+            if isinstance(video, list | tuple):
+                frames = np.concatenate([read_image(video[index]) for index in indices.tolist()])
+            else:
+                frames = video[indices]
+        layout = "TCHW" if isinstance(frames, torch.Tensor) else "THWC"
+        if frames.ndim != 4 or frames.shape[layout.index("C")] != 3:
+            raise ValueError(
+                f"a clip is an array (T, H, W, 3) or a tensor (T, 3, H, W), got "
+                f"{type(frames).__name__} of shape {tuple(frames.shape)}"
+            )
+        if layout == "THWC":
+            frames = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+        if frames.dtype != torch.uint8:
+            raise ValueError(f"a clip holds uint8 pixels from 0 to 255, got {frames.dtype}")
+        return frames
 
     # BaseVideoProcessor does the following three through torchvision.
 
@@ -184,37 +222,11 @@ def as_batch(videos: Video | list[Video]) -> list[Video]:
     """One clip or several, as a list of clips. A list of PIL images is one clip."""
     if isinstance(videos, np.ndarray | torch.Tensor):
         return list(videos) if videos.ndim == 5 else [videos]
-    if isinstance(videos, str | os.PathLike):
+    if isinstance(videos, str | os.PathLike | bytes):
         return [videos]
     if not videos:
         raise ValueError("no video given: the list is empty")
     return [videos] if isinstance(videos[0], Image.Image) else list(videos)
-
-
-def load_frames(video: Video, num_frames: int | None) -> torch.Tensor:
-    """Read one clip and sample it, `num_frames=None` keeping every frame.
-
-    Returns: `torch.Tensor` of shape `(T, 3, H, W)`, uint8.
-    """
-    if isinstance(video, str | os.PathLike):
-        frames = read_clip(video, num_frames).frames
-    else:
-        indices = uniform_indices(len(video), len(video) if num_frames is None else num_frames)
-        if isinstance(video, list | tuple):
-            frames = np.concatenate([read_image(video[index]) for index in indices.tolist()])
-        else:
-            frames = video[indices]
-    layout = "TCHW" if isinstance(frames, torch.Tensor) else "THWC"
-    if frames.ndim != 4 or frames.shape[layout.index("C")] != 3:
-        raise ValueError(
-            f"a clip is an array (T, H, W, 3) or a tensor (T, 3, H, W), got "
-            f"{type(frames).__name__} of shape {tuple(frames.shape)}"
-        )
-    if layout == "THWC":
-        frames = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
-    if frames.dtype != torch.uint8:
-        raise ValueError(f"a clip holds uint8 pixels from 0 to 255, got {frames.dtype}")
-    return frames
 
 
 __all__ = ["VLJEPAVideoProcessor"]
