@@ -1,17 +1,29 @@
 """VL-JEPA, ready for `AutoConfig`, `AutoModel` and `AutoProcessor`."""
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
 
 from processing import VLJEPAProcessor
 
 from .configuration_vljepa import VLJEPAConfig as VLJEPAConfig
 from .modeling_vljepa import LORA_MODULES_TO_SAVE as LORA_MODULES_TO_SAVE
 from .modeling_vljepa import LORA_TARGET_MODULES as LORA_TARGET_MODULES
+from .modeling_vljepa import (
+    VLJEPAForZeroShotImageClassification as VLJEPAForZeroShotImageClassification,
+)
 from .modeling_vljepa import VLJEPAModel as VLJEPAModel
 from .modeling_vljepa import VLJEPAOutput as VLJEPAOutput
 
 AutoConfig.register("vljepa", VLJEPAConfig)
 AutoModel.register(VLJEPAConfig, VLJEPAModel)
+AutoModelForZeroShotImageClassification.register(VLJEPAConfig, VLJEPAForZeroShotImageClassification)
 AutoProcessor.register(VLJEPAConfig, VLJEPAProcessor)
 VLJEPAConfig.register_for_auto_class()
 VLJEPAModel.register_for_auto_class("AutoModel")
+VLJEPAForZeroShotImageClassification.register_for_auto_class(
+    "AutoModelForZeroShotImageClassification"
+)

@@ -35,6 +35,8 @@ class VLJEPAConfig(PreTrainedConfig):
         backbones (`dict[str, str]`, *optional*):
             Where the weights of `"vision"`, `"predictor"` and `"text"` began: a Hub id, or the
             name of a folder. A part that is not there began at random.
+        answers (`list[str]`, *optional*):
+            The answers among which the question answering pipeline chooses where it is given none.
         freeze_vision (`bool`, *optional*, defaults to `True`):
             The X-Encoder takes no gradient and stays in evaluation mode. The paper's last
             pretraining stage sets this to `False`.
@@ -104,6 +106,7 @@ class VLJEPAConfig(PreTrainedConfig):
     text_dense: list[dict] = field(default_factory=list)
     project_target: bool = True
     backbones: dict[str, str] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
     freeze_vision: bool = True
     freeze_text: bool = False
     freeze_token_embedding: bool = True

@@ -170,6 +170,14 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a model; what its configuration freezes takes no gradient here either."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Upstream replaces every parameter by a new one, and a new one takes a gradient.
+        (loaded[0] if kwargs.get("output_loading_info") else loaded).freeze()
+        return loaded
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -203,14 +211,6 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             answer_for_backbone(box)
         self.post_init()
         self.freeze()
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """Load a model; what its configuration freezes takes no gradient here either."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        # Upstream replaces every parameter by a new one, and a new one takes a gradient.
-        (loaded[0] if kwargs.get("output_loading_info") else loaded).freeze()
-        return loaded
 
     def freeze(self) -> None:
         """Stop the gradient of what the configuration freezes; the rest stays as it is."""
@@ -407,9 +407,70 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         )
 
 
+@dataclass
+class VLJEPAForZeroShotImageClassificationOutput(ModelOutput):
+    """
+    Args:
+        logits_per_image (`torch.FloatTensor` of shape `(images, texts)`): cosines over the
+            temperature.
+        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`): the same, transposed.
+    """
+
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+
+
+class VLJEPAForZeroShotImageClassification(VLJEPAPreTrainedModel):
+    """What the library's `zero-shot-image-classification` pipeline calls; the checkpoints are
+    those of [`VLJEPAModel`].
+
+    Give that pipeline the target tokenizer, `tokenizer=processor.target_tokenizer`: the one that
+    it would find by itself is the Predictor's.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+
+    def __init__(self, config: VLJEPAConfig):
+        super().__init__(config)
+        self.vljepa = VLJEPAModel(config)
+        self.post_init()
+        self.freeze()
+
+    def freeze(self) -> None:
+        self.vljepa.freeze()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VLJEPAForZeroShotImageClassificationOutput:
+        """Compare every image with every text.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(images, C, H, W)`): asked about without a
+                query, which is to ask for a caption.
+            input_ids, attention_mask (`torch.LongTensor` of shape `(texts, Ly)`): of the target
+                tokenizer.
+            token_type_ids (*optional*): which some tokenizers add and the Y-Encoder does not read.
+        """
+        predicted_embeds = self.vljepa.predict(pixel_values.unsqueeze(1))  # (images, D)
+        target_embeds = self.vljepa.encode_target(input_ids, attention_mask)  # (texts, D)
+        logits = self.vljepa.logit_scale() * predicted_embeds @ target_embeds.T
+        return VLJEPAForZeroShotImageClassificationOutput(
+            logits_per_image=logits, logits_per_text=logits.T
+        )
+
+
 __all__ = [
     "LORA_MODULES_TO_SAVE",
     "LORA_TARGET_MODULES",
+    "VLJEPAForZeroShotImageClassification",
+    "VLJEPAForZeroShotImageClassificationOutput",
     "VLJEPAModel",
     "VLJEPAOutput",
     "VLJEPAPreTrainedModel",

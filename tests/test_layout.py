@@ -20,6 +20,7 @@ SHIPPED = sorted((ROOT / "modeling_vljepa").glob("[!_]*.py")) + sorted(
 )
 OWN = {"modeling_vljepa", "processing", "training", "eval", "tests"}
 PACKAGES = {"torch", "transformers", "numpy", "PIL"}
+OPTIONAL = {"av", "datasets"}  # under `if is_..._available():`
 # Home folders and common working folders, none of which a manual would name.
 MACHINE_PATH = re.compile(r"(?<![\w.:])/(?:home|Users|root|work|mnt|data|workspace|scratch)/\w")
 
@@ -83,7 +84,7 @@ def test_shipped_files_import_siblings_and_three_packages(path):
             assert name[1:] in siblings
         else:
             package = name.split(".")[0]
-            allowed = PACKAGES | set(sys.stdlib_module_names) | ({"av"} if guarded else set())
+            allowed = PACKAGES | set(sys.stdlib_module_names) | (OPTIONAL if guarded else set())
             if path.stem == "st_vljepa":  # which only sentence-transformers loads
                 allowed |= {"sentence_transformers"}
             assert package in allowed
