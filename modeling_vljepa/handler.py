@@ -1,0 +1,181 @@
+"""A published VL-JEPA as an inference endpoint: `EndpointHandler` lies at the model's root.
+
+A request is JSON, its task a parameter:
+
+    {"inputs": {...}, "parameters": {"task": "visual-question-answering", ...}}
+
+| task                                  | inputs                                    |
+|---------------------------------------|-------------------------------------------|
+| `visual-question-answering` (default) | medium, `question`, `candidates`          |
+| `video-text-retrieval`                | medium, `texts`                           |
+| `zero-shot-video-classification`      | medium, `candidate_labels`                |
+| `embed`                               | medium, or `text`                         |
+
+The medium is `video` or `image`: the file in base64, or an http(s) address if the environment
+says `VLJEPA_ALLOW_URLS=1`, which lets callers make this machine fetch whatever it can reach. A
+path is neither: no file of this machine is read. `candidates` may be left out where the model
+brings answers along.
+
+Parameters, beside `task`: `top_k`, `calibrated`, `query` (what is asked of the medium in the last
+three tasks) and `hypothesis_template`, as the pipelines have them.
+
+The answer is `[{"answer" | "text" | "label": ..., "score": ...}]`, best first; of `embed` it is
+`{"embedding": [...]}`, a unit vector. A request that cannot be served is answered with
+`{"error": ...}`, which names the field.
+"""
+
+import base64
+import binascii
+import os
+from threading import Lock
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+MEDIA = {"video", "image"}
+LISTS = {"candidates", "texts", "candidate_labels"}
+INPUTS = {
+    "visual-question-answering": MEDIA | {"question", "candidates"},
+    "video-text-retrieval": MEDIA | {"texts"},
+    "zero-shot-video-classification": MEDIA | {"candidate_labels"},
+    "embed": MEDIA | {"text"},
+}
+PARAMETERS = {
+    "visual-question-answering": {"top_k", "calibrated"},
+    "video-text-retrieval": {"top_k", "calibrated", "query"},
+    "zero-shot-video-classification": {"top_k", "calibrated", "query", "hypothesis_template"},
+    "embed": {"query"},
+}
+
+
+def check_object(name: str, value: Any, allowed: set[str]) -> dict[str, Any]:
+    """A JSON object with none but the allowed fields; those that are `null` are left out."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is a {type(value).__name__}: give a JSON object.")
+    if unknown := sorted(str(field)[:50] for field in value.keys() - allowed):
+        raise ValueError(f"{name} has no field {unknown[0]!r}, only {sorted(allowed)}.")
+    return {field: content for field, content in value.items() if content is not None}
+
+
+class EndpointHandler:
+    """
+    Args:
+        path (`str`, *optional*): the model's folder; by default the one that this file is in.
+    """
+
+    max_bytes = 50 * 2**20  # of a file
+    max_seconds = 600  # of a video
+    max_pixels = 25_000_000  # of an image or a frame
+    max_texts = 10_000
+    max_characters = 2_000  # of a text
+
+    def __init__(self, path: str = ""):
+        path = path or os.path.dirname(os.path.abspath(__file__))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        self.processor.video_processor.max_seconds = self.max_seconds
+        self.processor.video_processor.max_pixels = self.max_pixels
+        self.pipelines = {
+            task: get_class_from_dynamic_module(entry["impl"], path)(
+                model=self.model, processor=self.processor, task=task, device=device
+            )
+            for task, entry in self.model.config.custom_pipelines.items()
+        }
+        self.lock = Lock()  # tokenizers refuse to be used from two threads at once
+
+    def __call__(self, data: dict[str, Any]) -> list[dict] | dict:
+        """Answer one request; the module's docstring says what it may be."""
+        try:
+            task, inputs, parameters = self.read(data)
+            with self.lock:
+                if task == "embed":
+                    return {"embedding": self.embed(inputs, parameters).tolist()}
+                medium = {name: inputs.pop(name) for name in MEDIA & inputs.keys()}
+                question = {name: inputs.pop(name) for name in {"question"} & inputs.keys()}
+                return self.pipelines[task](medium | question, **inputs, **parameters)
+        except ValueError as error:
+            return {"error": str(error)}
+
+    def embed(self, inputs: dict[str, Any], parameters: dict[str, Any]) -> torch.Tensor:
+        """A text's target embedding, or what is predicted for a medium, `(D,)`."""
+        pipe = self.pipelines["video-text-retrieval"]
+        if "text" in inputs and len(inputs) == 1:
+            return pipe.embed_texts([inputs["text"]])[0]
+        if "text" in inputs or not inputs:
+            raise ValueError("inputs: embed needs one of video, image and text.")
+        return pipe.forward([pipe.preprocess(inputs, **parameters)])[0]
+
+    def read(self, data: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """The task, its inputs (media as bytes) and its parameters, all of them checked."""
+        data = check_object("the request", data, {"inputs", "parameters"})
+        if "inputs" not in data:
+            raise ValueError("inputs is missing.")
+        parameters = data.get("parameters", {})
+        every = set().union({"task"}, *PARAMETERS.values())
+        parameters = check_object("parameters", parameters, every)
+        task = parameters.pop("task", "visual-question-answering")
+        if not isinstance(task, str) or task not in INPUTS:
+            raise ValueError(f"task is {str(task)[:50]!r}: choose one of {sorted(INPUTS)}.")
+        parameters = check_object(f"parameters of {task}", parameters, PARAMETERS[task])
+        inputs = check_object(f"inputs of {task}", data["inputs"], INPUTS[task])
+        return (
+            task,
+            {name: self.check(name, value) for name, value in inputs.items()},
+            {name: self.check(name, value) for name, value in parameters.items()},
+        )
+
+    def check(self, name: str, value: Any) -> Any:
+        """One field, within bounds; a medium as bytes."""
+        if name in MEDIA:
+            return self.read_medium(name, value)
+        if name == "calibrated":
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is a {type(value).__name__}: give true or false.")
+            return value
+        if name == "top_k":
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {str(value)[:50]}: give a whole number, at least 1.")
+            return value
+        if name in LISTS:
+            if not isinstance(value, list):
+                raise ValueError(f"{name} is a {type(value).__name__}: give a list of strings.")
+            if len(value) > self.max_texts:
+                raise ValueError(
+                    f"{name} has {len(value)} texts, but at most {self.max_texts} are taken."
+                )
+            return [self.check_text(f"{name}[{i}]", text) for i, text in enumerate(value)]
+        return self.check_text(name, value)
+
+    def check_text(self, name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is a {type(value).__name__}: give a string.")
+        if not value.strip():
+            raise ValueError(f"{name} is empty.")
+        if len(value) > self.max_characters:
+            raise ValueError(
+                f"{name} has {len(value)} characters, but at most {self.max_characters} are taken."
+            )
+        return value
+
+    def read_medium(self, name: str, value: Any) -> bytes:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is a {type(value).__name__}: give the file in base64.")
+        if value.lower().startswith(("http://", "https://")):
+            if os.environ.get("VLJEPA_ALLOW_URLS") != "1":
+                raise ValueError(f"{name} is a URL, and this endpoint fetches none: send base64.")
+            return self.pipelines["video-text-retrieval"].fetch(value)
+        if len(value) * 3 // 4 > self.max_bytes:
+            raise ValueError(f"{name} is larger than the {self.max_bytes} bytes that are taken.")
+        try:
+            content = base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"{name} is not base64 ({error}): send the file's content.") from error
+        if not content:
+            raise ValueError(f"{name} is empty.")
+        return content
+
+
+__all__ = ["EndpointHandler"]
