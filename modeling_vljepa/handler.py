@@ -166,7 +166,7 @@ class EndpointHandler:
         if value.lower().startswith(("http://", "https://")):
             if os.environ.get("VLJEPA_ALLOW_URLS") != "1":
                 raise ValueError(f"{name} is a URL, and this endpoint fetches none: send base64.")
-            return self.pipelines["video-text-retrieval"].fetch(value)
+            return self.pipelines["video-text-retrieval"].fetch(value, self.max_bytes)
         if len(value) * 3 // 4 > self.max_bytes:
             raise ValueError(f"{name} is larger than the {self.max_bytes} bytes that are taken.")
         try:

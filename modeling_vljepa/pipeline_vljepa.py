@@ -8,6 +8,9 @@
 |                                  | `pipe.build_library(...)`, `pipe.search(...)`     |
 | `zero-shot-video-classification` | `pipe(video=..., candidate_labels=[...])`         |
 
+Of a published model, `pipe` is `pipeline(task, model="user/name", trust_remote_code=True)`. Of any
+other, it is made from the class: `VLJEPARetrievalPipeline(model=model, processor=processor)`.
+
 A *sample* is a dictionary with `"video"` or `"image"` (and a `"question"`, where one is asked),
 or the bare medium. One sample gives one result, a list of them a list of results, and any other
 iterable, such as a generator or a dataset, an iterator that reads it as it goes.
@@ -135,8 +138,9 @@ def is_url(medium: Any) -> bool:
     return isinstance(medium, str) and medium.lower().startswith(("http://", "https://"))
 
 
-def fetch(url: str) -> bytes:
-    """Download at most `MAX_URL_BYTES` in about `MAX_URL_SECONDS`, over http(s) alone.
+def fetch(url: str, max_bytes: int | None = None) -> bytes:
+    """Download at most `max_bytes` (default: `MAX_URL_BYTES`) in about `MAX_URL_SECONDS`, over
+    http(s) alone.
 
     The address may be of a machine that only this one can reach: it is for the caller to allow.
     """
@@ -152,13 +156,14 @@ def fetch(url: str) -> bytes:
         request.UnknownHandler,
     ):
         opener.add_handler(handler())
+    max_bytes = max_bytes or MAX_URL_BYTES
     content, deadline = bytearray(), time.monotonic() + MAX_URL_SECONDS
     try:
         with opener.open(url, timeout=MAX_URL_SECONDS) as response:
             while part := response.read1(2**16):
                 content += part
-                if len(content) > MAX_URL_BYTES:
-                    raise ValueError(f"{url}: larger than {MAX_URL_BYTES} bytes. Make it smaller.")
+                if len(content) > max_bytes:
+                    raise ValueError(f"{url}: larger than {max_bytes} bytes. Make it smaller.")
                 if time.monotonic() > deadline:
                     raise ValueError(f"{url}: took longer than {MAX_URL_SECONDS} seconds.")
     except (OSError, HTTPException) as error:

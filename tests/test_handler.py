@@ -169,6 +169,7 @@ def changed(request: dict, changes: dict) -> Any:
         ({"inputs": {"video": 7}}, "video is a int"),
         ({"inputs": {"video": ""}}, "video is empty"),
         ({"inputs": {"video": "not base64!"}}, "video is not base64"),
+        ({"inputs": {"video": "aGVs-bG8="}}, "video is not base64"),
         ({"inputs": {"video": "aGVsbG8="}}, "video: 5 bytes: cannot be opened"),
         ({"inputs": {"video": "absent", "image": "aGVsbG8="}}, "image: 5 bytes: not an image"),
         ({"inputs": {"video": "https://example.org/a.mp4"}}, "video is a URL"),
@@ -259,6 +260,8 @@ def test_addresses_are_fetched_only_where_the_environment_says_so(
         monkeypatch.setenv("VLJEPA_ALLOW_URLS", "1")
         sent = {"inputs": {"video": encoded(folder / "clip.mp4"), "question": "a"}}
         assert handler(request) == handler(sent)
+        monkeypatch.setattr(handler, "max_bytes", 1000)
+        assert "larger than 1000 bytes" in handler(request)["error"]
     finally:
         server.shutdown()
         server.server_close()
