@@ -1,6 +1,7 @@
 # make demo   environment, data, training, evaluation, report: 15 minutes on two cores
 # make test   environment and the default test suite
 # make full   the whole recipe, one seed: make full SEED=1
+# make app    ask the trained model and search clips in a browser; make app-test tests that page
 # make smoke  the demonstration's path in two minutes, too short to learn; remakes its data small
 #
 # The constraints pin every version that the numbers in this repository were made with, torch
@@ -35,7 +36,7 @@ smoke: PRETRAIN_STEPS = 20
 smoke: SFT_STEPS = 20
 smoke: LIMIT = --limit 200
 
-.PHONY: env data train demo full smoke test test-slow lint clean
+.PHONY: env data train demo full smoke test test-slow app app-test lint clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -63,6 +64,25 @@ test: env
 
 test-slow: env
 	$(RUN) -m pytest -m slow
+
+# gradio wants an older pillow than the numbers were made with: its packages lie over the
+# environment's, in one of their own.
+APP = $(VENV)/app
+$(APP)/.installed: $(VENV)/.installed pyproject.toml constraints-app.txt
+	$(RUN) -m venv $(APP)
+	$(RUN) -c "import site; print(site.getsitepackages()[0])" > \
+		$$($(APP)/bin/python -c "import site; print(site.getsitepackages()[0])")/under.pth
+	$(APP)/bin/pip install --quiet -c constraints-app.txt -e ".[app]" "selenium>=4"
+	touch $@
+
+app: $(APP)/.installed
+	@test -e $(OUT)/sft/config.json || { echo "no model in $(OUT)/sft: make demo trains it"; exit 1; }
+	$(APP)/bin/python space/app.py --model $(OUT)/sft --library data/demo/babyai/clips --limit 60
+
+app-test: $(APP)/.installed
+	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || \
+		{ echo "no browser to test in: apt-get install chromium chromium-driver"; exit 1; }
+	$(APP)/bin/python -m pytest tests/test_space.py -m "slow or not slow"
 
 lint: env
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
