@@ -84,7 +84,8 @@ class EndpointHandler:
             )
             for task, entry in self.model.config.custom_pipelines.items()
         }
-        self.lock = Lock()  # tokenizers refuse to be used from two threads at once
+        # One at a time: the memory that a request takes is bounded, their number is not.
+        self.lock = Lock()
 
     def __call__(self, data: dict[str, Any]) -> list[dict] | dict:
         """Answer one request; the module's docstring says what it may be."""

@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -288,7 +289,17 @@ def test_files_are_bounded(folder, monkeypatch):
                 assert len(bounded({"inputs": {"video": encoded(path)} | ask})) == 1
 
 
-def test_requests_at_the_same_time(post, folder):
+def test_requests_at_the_same_time(handler, post, folder, monkeypatch):
+    predict, running, most = handler.model.predict, [], []
+
+    def watched(*args, **kwargs):
+        running.append(0)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr(handler.model, "predict", watched)
     clip = encoded(folder / "clip.mp4")
     requests = [
         {"inputs": {"video": clip, "question": "a" * length, "candidates": ANSWERS[:count]}}
@@ -298,6 +309,7 @@ def test_requests_at_the_same_time(post, folder):
     alone = [post(request) for request in requests]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(post, requests * 3)) == alone * 3
+    assert len(most) == 36 and max(most) == 1  # one after the other
 
 
 def test_a_published_folder_serves_without_this_package(folder, post, tmp_path):
