@@ -99,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(409, {"error": "exists", **url})
             return
         self.hub.repositories[name] = {".gitattributes": b""}
-        self.hub.private[name] = bool(asked.get("private"))
+        self.hub.private[name] = asked.get("visibility") == "private"
         self.answer(200, url)
 
     def sha(self, name: str) -> str:

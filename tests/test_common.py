@@ -15,6 +15,8 @@ from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from tests.fetch_common import FOLDER
 from tests.tiny import tiny_batch, tiny_config
 
+pytestmark = pytest.mark.slow  # half a minute
+
 if not FOLDER.is_dir():
     pytest.skip(
         "transformers' own tests are not here: `make env` or `python -m tests.fetch_common` "

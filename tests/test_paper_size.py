@@ -55,9 +55,7 @@ def read(files: dict[str, Path], name: str) -> torch.Tensor:
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("parts")
     paper = VLJEPAConfig()
-    llama = AutoConfig.for_model(
-        "llama", **{**paper.predictor_config.to_dict(), "num_hidden_layers": 16}
-    )
+    llama = AutoConfig.for_model(**{**paper.predictor_config.to_dict(), "num_hidden_layers": 16})
     return {
         "vision": write_checkpoint(folder / "vision", paper.vision_config),
         "predictor": write_checkpoint(folder / "predictor", llama, max_shard_size="1GB"),

@@ -28,7 +28,8 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_vljepa
 from modeling_vljepa import VLJEPAModel
-from processing import VLJEPAProcessor
+from modeling_vljepa.pipeline_vljepa import CUSTOM_PIPELINES
+from processing import VLJEPAProcessor, read_rows
 
 from .arguments import RecipeError
 from .backbones import find_file, load
@@ -38,11 +39,6 @@ from .model_card import count_parameters, write_card
 ROOT = Path(__file__).parents[1]
 # Shipped beside the weights, though no model file imports them.
 EXTRA_CODE = ("pipeline_vljepa.py", "st_vljepa.py", "handler.py")
-PIPELINES = {
-    "visual-question-answering": "VLJEPAVisualQuestionAnsweringPipeline",
-    "video-text-retrieval": "VLJEPARetrievalPipeline",
-    "zero-shot-video-classification": "VLJEPAZeroShotClassificationPipeline",
-}
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt")
 TOLERANCE = 1e-6  # largest difference of an embedding after the way to the Hub and back
 
@@ -82,14 +78,20 @@ def read_results(source: Path, model: VLJEPAModel) -> dict[str, Any]:
     return {"benchmarks": {}, **measured, "parameters": count_parameters(model)}
 
 
+def read_answers(path: str) -> list[str]:
+    """The distinct targets of a JSONL file of questions, in alphabetical order."""
+    try:
+        rows, _ = read_rows(path)
+    except OSError as error:
+        raise RecipeError(f"--answers: {path} cannot be read: {error}") from error
+    return sorted({row["target"] for row in rows if row["query"]})
+
+
 def write_weights(
     source: Path, folder: Path, model: VLJEPAModel, processor: VLJEPAProcessor, base: str | None
 ) -> list[str]:
     """Weights, configuration, code and processor; returns the models that this one builds on."""
-    model.config.custom_pipelines = {
-        task: {"impl": f"pipeline_vljepa.{name}", "pt": ["AutoModel"]}
-        for task, name in PIPELINES.items()
-    }
+    model.config.custom_pipelines = CUSTOM_PIPELINES
     processor.save_pretrained(folder)
     if base is None:
         model.save_pretrained(folder, max_shard_size="5GB")
@@ -119,7 +121,10 @@ def write_licences(folder: Path, backbones: dict[str, str]) -> list[str]:
     shutil.copy(ROOT / "LICENSE", folder)
     absent = []
     for part, source in sorted(backbones.items()):
-        found = [path for name in LICENCE_FILES if (path := find_file(source, name))]
+        try:
+            found = [path for name in LICENCE_FILES if (path := find_file(source, name))]
+        except OSError:  # no such repository, or no way to it: what is absent is reported
+            found = []
         target = folder / "licences" / part
         for path in found:
             target.mkdir(parents=True, exist_ok=True)
@@ -129,9 +134,13 @@ def write_licences(folder: Path, backbones: dict[str, str]) -> list[str]:
     return absent
 
 
-def write_folder(source: Path, folder: Path, repo: str, base: str | None = None) -> list[str]:
+def write_folder(
+    source: Path, folder: Path, repo: str, *, base: str | None = None, answers: str | None = None
+) -> list[str]:
     """Everything that goes to the Hub, in a new folder; returns licences whose text is missing."""
     model, processor = load_trained(str(source))
+    if answers is not None:
+        model.config.answers = read_answers(answers)
     results = read_results(source, model)
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results, indent=2, sort_keys=True))
@@ -223,6 +232,7 @@ def publish(
     private: bool | None = None,
     dry_run: bool = False,
     base_repo: str | None = None,
+    answers: str | None = None,
     token: str | None = None,
 ) -> None:
     """All of it; see the module.
@@ -243,7 +253,8 @@ def publish(
     with tempfile.TemporaryDirectory() as scratch:
         folder, probe = Path(scratch) / "repo", Path(scratch) / "probe.safetensors"
         write_probe(source, probe)
-        absent = write_folder(Path(source), folder, repo, base_repo if is_adapter else None)
+        base = base_repo if is_adapter else None
+        absent = write_folder(Path(source), folder, repo, base=base, answers=answers)
         config = load(AutoModel, "--model", source).config
         print(licence_table(config.backbones))
         print("\n".join(f"No licence text beside {line}" for line in absent))
@@ -282,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repo", required=True, help="user/name on the Hub")
     parser.add_argument("--private", action="store_true", help="when the repository is made")
     parser.add_argument("--base-repo", help="of an adapter: the published model that it adapts")
+    parser.add_argument("--answers", help="JSONL of questions: what the VQA pipeline chooses from")
     parser.add_argument(
         "--dry-run", action="store_true", help="build, check and list, send nothing"
     )
@@ -292,6 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         private=args.private or None,
         dry_run=args.dry_run,
         base_repo=args.base_repo,
+        answers=args.answers,
     )
 
 
