@@ -154,6 +154,7 @@ def test_grouping_and_order_change_nothing(vqa, media):
     rows = datasets.Dataset.from_list([{"image": None, "video": None} | one for one in samples])
     assert_same(vqa(rows, candidates=ANSWERS, batch_size=2))
     assert_same(vqa(rows.to_iterable_dataset(), candidates=ANSWERS, batch_size=4))
+    assert_same(vqa((one for one in samples), candidates=ANSWERS, num_workers=2))
 
     read = []
     stream = vqa((read.append(0) or sample for sample in samples), candidates=ANSWERS)
@@ -214,12 +215,12 @@ def test_labels_stand_in_their_template(zero_shot, model, processor, media):
     assert scores(found, "label") == close(
         cosines(model, processor, query, labels, videos=media.wide)
     )
-    texts = [f"a man {label} there" for label in labels]
+    texts = [f"a {{man}} {label} there" for label in labels]
     expected = cosines(model, processor, "who ?", texts, images=media.image)
     found = zero_shot(
         image=media.image,
         candidate_labels=labels,
-        hypothesis_template="a man {} there",
+        hypothesis_template="a {man} {} there",
         query="who ?",
     )
     named = {label: expected[text] for label, text in zip(labels, texts, strict=True)}
@@ -453,13 +454,13 @@ def test_a_broken_input_among_others_is_named(vqa, media):
 
 @contextmanager
 def serve(folder: Path):
-    """A web server on loopback: files of the folder, `/loop` and `/file`, a redirect to a file."""
+    """A web server on loopback: files of a folder; `/file` and `/ftp` redirect to what they say."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.path == "/file":
+            if self.path in ("/file", "/ftp"):
                 self.send_response(302)
-                self.send_header("Location", f"file://{folder}/wide.mp4")
+                self.send_header("Location", f"{self.path[1:]}://127.0.0.1{folder}/wide.mp4")
                 self.end_headers()
                 return
             path = folder / self.path.strip("/")
@@ -490,6 +491,8 @@ def test_addresses_are_fetched_when_the_caller_allows_it(vqa, media, monkeypatch
             vqa(video=f"{address}/gone.mp4", **ask)
         with pytest.raises(ValueError, match="/file: cannot be fetched"):
             vqa(video=f"{address}/file", **ask)
+        with pytest.raises(ValueError, match="/ftp: cannot be fetched .*unknown url type"):
+            vqa(video=f"{address}/ftp", **ask)
         monkeypatch.setattr(pipeline_vljepa, "MAX_URL_BYTES", 1000)
         with pytest.raises(ValueError, match="larger than 1000 bytes"):
             vqa(video=f"{address}/wide.mp4", **ask)
@@ -555,6 +558,7 @@ def test_what_a_server_refuses(media):
     assert not {"max_seconds", "max_pixels"} & limits.to_dict().keys()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of what is odd in a file
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "png", "jpg", "webp", "gif", "tiff", "bmp"])
 def test_damaged_bytes_are_media_errors_or_media(suffix, media, tmp_path):
     path = tmp_path / f"a.{suffix}"
