@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from tempfile import mkdtemp
 
 import av
 import gradio as gr
@@ -139,6 +140,8 @@ class Asker:
 
     def look(self, path: str | Path) -> torch.Tensor:
         """The visual tokens `(1, N, Dx)` of a video or image. Raises: `gr.Error`, see `examine`."""
+        if not Path(path).is_file():
+            raise sorry("This file is gone: uploads are kept for an hour. Upload it again.")
         return self._see(str(path), Path(path).stat().st_mtime_ns)
 
     @torch.inference_mode()
@@ -272,6 +275,18 @@ def bars(ranked: list[tuple[str, float, float]]) -> str:
     return f'<ol class="answers">{"".join(rows)}</ol>'
 
 
+def uploads_only(file: gr.File) -> None:
+    """gradio would also fetch an address that stands for a file, of any size: refuse it."""
+    move = file.async_move_resource_to_block_cache
+
+    async def move_file(path: str | Path | None) -> str | None:
+        if str(path).startswith(("http:", "https:")):
+            raise sorry("Upload a file: this app fetches no addresses.")
+        return await move(path)
+
+    file.async_move_resource_to_block_cache = move_file
+
+
 def ask_tab(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     """A clip, a question and candidate answers in; ranked answers out."""
     asker = Asker(model, processor)
@@ -301,6 +316,7 @@ def ask_tab(model: PreTrainedModel, processor: ProcessorMixin) -> None:
                 height=180,
                 elem_id="clip",
             )
+            uploads_only(clip)
             video = gr.Video(
                 show_label=False, interactive=False, visible=False, autoplay=True, loop=True,
                 height=260, buttons=[], elem_id="video",
@@ -432,6 +448,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    # A folder of its own: two apps at once would delete each other's uploads.
+    os.environ.setdefault("GRADIO_TEMP_DIR", mkdtemp(prefix="vljepa-space-"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)

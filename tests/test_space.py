@@ -6,7 +6,6 @@ Its packages are not part of the default environment: `make app-test` installs t
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -42,12 +41,16 @@ def library(pair: tuple, tmp_path_factory: pytest.TempPathFactory) -> space.Libr
 
 
 @pytest.fixture(scope="module")
-def url(pair: tuple, library: space.Library) -> Iterator[str]:
+def url(
+    pair: tuple, library: space.Library, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """The app on a free port of loopback."""
-    blocks = space.build(*pair, library)
-    _, url, _ = space.serve(blocks, library, prevent_thread_lock=True, quiet=True)
-    yield url.rstrip("/")
-    blocks.close(verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        blocks = space.build(*pair, library)
+        _, url, _ = space.serve(blocks, library, prevent_thread_lock=True, quiet=True)
+        yield url.rstrip("/")
+        blocks.close(verbose=False)
 
 
 @pytest.fixture
@@ -152,6 +155,7 @@ def test_what_is_missing_is_said(pair, clip, library):
     )
     assert "up to 200" in refusal(rank, clip, "what ?", "\n".join(map(str, range(201))))
     assert "sentence" in refusal(space.search, *pair, library, "")
+    assert "Upload it again" in refusal(rank, clip + ".gone", "what ?", "a")
     assert rank(clip, "what ?", "a\nb")  # and goes on
 
 
@@ -169,13 +173,13 @@ def test_a_broken_file_is_refused_in_a_sentence(pair, tmp_path, name):
 
 
 def test_a_damaged_stream_is_refused_in_a_sentence(pair, clip, tmp_path):
-    """Its header is whole: the damage shows when frames are decoded, or it is read around."""
+    """Its header is whole; the packets are not."""
     data = bytearray(Path(clip).read_bytes())
     start = data.index(b"mdat") + 8
     data[start:-400] = bytes(len(data[start:-400]))
     (tmp_path / "damaged.mp4").write_bytes(data)
-    with suppress(gr.Error):
-        space.Asker(*pair).look(tmp_path / "damaged.mp4")
+    message = refusal(space.Asker(*pair).look, tmp_path / "damaged.mp4")
+    assert message.startswith("damaged.mp4 cannot be read")
 
 
 def test_a_long_clip_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
@@ -275,6 +279,12 @@ def test_a_request_cannot_name_a_file_of_the_server(url, library):
         said = called(url, "ask", sent, "what ?", "a\nb")
         assert "error" in said and "answers" not in said
     assert "clip_" in called(url, "search", "a red clip")  # and goes on
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.mp4", "http://127.0.0.1:1/a.mp4"])
+def test_a_request_cannot_make_it_fetch_an_address(url, address):
+    sent = {"path": address, "meta": {"_type": "gradio.FileData"}}
+    assert "this app fetches no addresses" in called(url, "ask", sent, "what ?", "a\nb")
 
 
 def test_a_large_upload_is_refused_by_the_server(url):
