@@ -24,6 +24,7 @@ class FakeHub:
     def __init__(self):
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
+        self.variables: dict[str, dict[str, str]] = {}  # of a Space
         self.log: list[tuple[str, str]] = []
         self.commits = 0
 
@@ -83,7 +84,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.create(json.loads(body))
         elif path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})
-        elif parts[:2] == ["api", "models"]:
+        elif parts[:2] == ["api", "spaces"] and parts[4:] == ["variables"]:
+            asked = json.loads(body)
+            self.hub.variables.setdefault("/".join(parts[2:4]), {})[asked["key"]] = asked["value"]
+            self.answer(200, {asked["key"]: {"key": asked["key"], "value": asked["value"]}})
+        elif parts[:2] in (["api", "models"], ["api", "spaces"]):
             self.api("/".join(parts[2:4]), parts[4:], body)
         elif len(parts) >= 5 and parts[2] == "resolve":
             self.download("/".join(parts[:2]), "/".join(parts[4:]))

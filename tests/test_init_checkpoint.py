@@ -13,10 +13,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from tests import sources
-from tests.tiny import TEXTS
+from tests.tiny import TEXTS, tiny_recipe, tiny_rows
 from training.arguments import RecipeError
 from training.backbones import LLAMA_3_PAD, PREDICTORS, choose_pad_token, read_text
 from training.init_checkpoint import main
+from training.train import main as train
 
 PIXELS = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -189,6 +190,18 @@ def test_targets_equal_sentence_transformers(kind, parts, tmp_path):
         torch.testing.assert_close(short, expected, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="truncate_dim is 99, but an embedding has"):
         model.encode_target(**processor(targets="x"), truncate_dim=99)
+
+
+def test_a_published_length_limit_is_kept(parts, tmp_path):
+    """MiniLM's folder says 256 tokens in a file of its own, its tokenizer 512."""
+    folder = Path(shutil.copytree(parts["text"], tmp_path / "text"))
+    limit = {"max_seq_length": 8, "do_lower_case": False}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(limit))
+    _, processor = build(parts, tmp_path / "out", "--no-target-projection", text=folder)
+    stock = SentenceTransformer(str(folder), device="cpu")
+    long = "a very long text " * 20
+    tokens = processor(targets=long, max_target_length=4096)["target_input_ids"]
+    assert tokens.shape == (1, 8) == stock.preprocess([long])["input_ids"].shape
 
 
 def test_prompts_come_with_the_text_encoder(parts, tmp_path, built):
@@ -407,3 +420,20 @@ def test_one_video_answers_several_questions(built):
     assert (together[0] - together[1]).abs().max() > 1e-4
     with pytest.raises(ValueError, match="2 videos and 3 queries: give one query for each"):
         model.predict(PIXELS, **queries)
+
+
+@pytest.mark.parametrize("kind", ["vjepa2", "dinov2"])
+def test_a_recipe_trains_what_was_built(kind, parts, tmp_path):
+    folder = sources.vision(tmp_path / "vision", kind)
+    build(parts, tmp_path / "built", vision=folder)
+    recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=2)
+    trainer = train([str(recipe), f"model={{checkpoint: {tmp_path / 'built'}}}"])
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert len(rates) == 2  # the pretrained Y-Encoder has its own
+    before, after = AutoModel.from_pretrained(tmp_path / "built"), trainer.model
+    after = dict(after.named_parameters())
+    same = {name for name, p in before.named_parameters() if torch.equal(p, after[name])}
+    assert {name.split(".")[0] for name in same} == {"x_encoder", "predictor"}  # its token table
+    assert not any(".layers." in name and name.startswith("predictor") for name in same)

@@ -99,7 +99,7 @@ def elsewhere(script: str, hub: FakeHub, home: Path, folder: Path) -> subprocess
 def published(trained: Path, tmp_path_factory: pytest.TempPathFactory):
     with FakeHub() as hub:
         home = tmp_path_factory.mktemp("home")
-        result = run(trained, hub, home, "--private")
+        result = run(trained, hub, home, "--private", "--space", "me/show")
         assert result.returncode == 0, result.stderr
         yield hub, home, result.stdout
 
@@ -134,7 +134,11 @@ def test_everything_is_there_and_was_loaded_back(published):
     off = [float(found) for found in re.findall(r"off by ([\d.e+-]+)", output)]
     assert len(off) == 2 and max(off) <= 1e-6  # before and after the upload
     assert "sentence-transformers/all-MiniLM-L6-v2" in output  # the licence table
-    assert hub.commits == 1
+    space = hub.repositories["me/show"]
+    assert {"app.py", "README.md", "requirements.txt"} <= space.keys()
+    assert any(name.startswith("examples/") for name in space)
+    assert hub.variables["me/show"] == {"VLJEPA_MODEL": "me/tiny"}
+    assert hub.commits == 2
 
 
 def test_all_ways_of_loading_give_the_same_without_this_package(published, trained, tmp_path):
@@ -263,6 +267,7 @@ def test_a_changed_weight_is_noticed(trained, tmp_path):
     [
         (("--repo", "me/with space"), "--repo: .*with space"),
         (("--repo", "a/b/c"), "--repo: "),
+        (("--space", "a/b/c"), "--space: "),
         (("--model", "nowhere"), "--model: nowhere is no folder or Hub id that loads"),
     ],
 )

@@ -3,6 +3,8 @@
     python -m training.publish --model runs/demo-seed0/sft --repo user/name --dry-run
     python -m training.publish --model runs/demo-seed0/sft --repo user/name --private
 
+`--space user/name` makes a Gradio Space beside it.
+
 What goes: weights (safetensors) or an adapter, processor, the code that loads them without this
 package, pipelines, a sentence-transformers module, an endpoint handler, the card with its results,
 licences. The same command again publishes the same content; one that was interrupted goes on.
@@ -225,6 +227,24 @@ def upload(folder: Path, repo: str, *, private: bool | None, token: str | None =
     return str(url)
 
 
+def publish_space(repo: str, space: str, *, private: bool | None, token: str | None = None) -> str:
+    """Make a Space that shows the published model, from `space/`; returns its address."""
+    api = HfApi(token=token)
+    url = api.create_repo(
+        space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
+    )
+    api.add_space_variable(space, "VLJEPA_MODEL", repo)
+    api.upload_folder(
+        repo_id=space,
+        repo_type="space",
+        folder_path=ROOT / "space",
+        ignore_patterns=["__pycache__/*", "*.pyc"],
+        delete_patterns="*",
+        commit_message=f"Show {repo}",
+    )
+    return str(url)
+
+
 def publish(
     source: str,
     repo: str,
@@ -233,6 +253,7 @@ def publish(
     dry_run: bool = False,
     base_repo: str | None = None,
     answers: str | None = None,
+    space: str | None = None,
     token: str | None = None,
 ) -> None:
     """All of it; see the module.
@@ -241,10 +262,11 @@ def publish(
         RecipeError: no such model, no such name, an adapter without a published base, or a
             published model that gives other embeddings.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise RecipeError(f"--repo: {error}") from error
+    for option, name in (("--repo", repo), ("--space", space)):
+        try:
+            validate_repo_id(name or repo)
+        except HFValidationError as error:
+            raise RecipeError(f"{option}: {error}") from error
     is_adapter = (Path(source) / "adapter_config.json").is_file()
     if is_adapter and base_repo is None:
         raise RecipeError(
@@ -268,9 +290,11 @@ def publish(
             return
         try:
             url = upload(folder, repo, private=private, token=token)
+            print(f"Loaded back from {url}: off by {verify(repo, probe):.1e}", flush=True)
+            if space is not None:
+                print(publish_space(repo, space, private=private, token=token))
         except HfHubHTTPError as error:
-            raise RecipeError(f"--repo: {repo} could not be written: {error}") from error
-        print(f"Loaded back from {url}: off by {verify(repo, probe):.1e}")
+            raise RecipeError(f"the Hub did not take it: {error}") from error
 
 
 def warn_of_name(repo: str, backbones: dict[str, str]) -> None:
@@ -293,6 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repo", required=True, help="user/name on the Hub")
     parser.add_argument("--private", action="store_true", help="when the repository is made")
     parser.add_argument("--base-repo", help="of an adapter: the published model that it adapts")
+    parser.add_argument("--space", help="user/name of a Space to make, which shows the model")
     parser.add_argument("--answers", help="JSONL of questions: what the VQA pipeline chooses from")
     parser.add_argument(
         "--dry-run", action="store_true", help="build, check and list, send nothing"
@@ -305,6 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         dry_run=args.dry_run,
         base_repo=args.base_repo,
         answers=args.answers,
+        space=args.space,
     )
 
 
