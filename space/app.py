@@ -373,7 +373,8 @@ def search_tab(model: PreTrainedModel, processor: ProcessorMixin, library: Libra
 
 def build(model: PreTrainedModel, processor: ProcessorMixin, library: Library) -> gr.Blocks:
     """The app, one tab per use of the model; nothing is sent to anybody about its use."""
-    # Uploads are deleted after an hour.
+    # Uploads are deleted after an hour; as copies among them, the examples would be too.
+    gr.set_static_paths([EXAMPLES])
     with gr.Blocks(title="VL-JEPA", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(
             "# VL-JEPA\nThe model predicts the embedding of the answer, and the nearest text wins.",

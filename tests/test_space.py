@@ -281,6 +281,12 @@ def test_a_request_cannot_name_a_file_of_the_server(url, library):
     assert "clip_" in called(url, "search", "a red clip")  # and goes on
 
 
+def test_the_examples_outlive_the_uploads(url):
+    """gradio deletes its own copies of them with the uploads: there must be none."""
+    row = json.loads((space.EXAMPLES / "examples.jsonl").read_text().splitlines()[0])
+    assert str(space.EXAMPLES / row["file"]) in called(url, "load_example", 0)
+
+
 @pytest.mark.parametrize("address", ["https://example.com/a.mp4", "http://127.0.0.1:1/a.mp4"])
 def test_a_request_cannot_make_it_fetch_an_address(url, address):
     sent = {"path": address, "meta": {"_type": "gradio.FileData"}}
