@@ -427,10 +427,10 @@ def test_a_recipe_trains_what_was_built(kind, parts, tmp_path):
     folder = sources.vision(tmp_path / "vision", kind)
     build(parts, tmp_path / "built", vision=folder)
     recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=2)
-    trainer = train([str(recipe), f"model={{checkpoint: {tmp_path / 'built'}}}"])
+    trainer = train([str(recipe), f"model.checkpoint={tmp_path / 'built'}", "model.config={}"])
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
-    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
     assert len(rates) == 2  # the pretrained Y-Encoder has its own
     before, after = AutoModel.from_pretrained(tmp_path / "built"), trainer.model
     after = dict(after.named_parameters())
