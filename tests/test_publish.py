@@ -323,6 +323,27 @@ def test_the_trainer_publishes_the_same_way(tmp_path, monkeypatch):
     assert [stage["training"]["max_steps"] for stage in recipes] == [1, 2]
 
 
+@pytest.mark.slow
+def test_training_ends_on_the_hub_if_the_recipe_says_so(tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "me/fresh", "hub_private_repo": True}
+    recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=2, **options)
+    with FakeHub() as hub:
+        result = subprocess.run(
+            [sys.executable, "-m", "training.train", str(recipe)],
+            cwd=ROOT,
+            env=os.environ | hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        files = hub.repositories["me/fresh"]
+        assert hub.private["me/fresh"]
+    assert {"model.safetensors", "pipeline_vljepa.py", "README.md", "loss.png"} <= files.keys()
+    assert "max_steps: 2" in files["README.md"].decode()
+    assert "off by" in result.stdout
+
+
 # -- the card ------------------------------------------------------------------------------
 
 

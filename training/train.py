@@ -107,11 +107,12 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
         print(start_report(model, args, sources), flush=True)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
-    # 6. Save what a user loads: model, processor, the log for the report, the recipes for the card
-    trainer.save_model()
+    # 6. Save what a user loads: the log for the report, the recipes for the card, model and
+    #    processor; these last, because with `push_to_hub` they take the others along
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_recipes(recipe)
+    trainer.save_model()
     return trainer
 
 

@@ -91,7 +91,7 @@ class VLJEPATrainer(Trainer):
 
         What the other arguments would say is decided there: one commit, to the main branch.
         """
-        self.save_model()
+        self.save_model(_internal_call=True)  # which without this would push in its turn
         if self.is_world_process_zero():
             private = self.args.hub_private_repo if private is None else private
             token = self.args.hub_token if token is None else token
