@@ -19,17 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tests.tiny import BERT, SUB_CONFIGS, tiny_tokenizer
+from tests.tiny import BERT, SUB_CONFIGS, TOWER, tiny_tokenizer
 
-TOWER = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 16,
-    "num_channels": 3,
-}
 LM = {
     "vocab_size": 300,
     "hidden_size": 32,

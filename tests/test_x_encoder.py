@@ -7,7 +7,7 @@ import torch
 from transformers import VJEPA2Model
 
 from modeling_vljepa import VLJEPAModel
-from tests.tiny import tiny_batch, tiny_config, tiny_model
+from tests.tiny import TOWER, tiny_batch, tiny_config, tiny_model
 
 PIXELS = tiny_batch()["pixel_values_videos"]
 
@@ -109,14 +109,6 @@ def test_what_v_jepa_2_would_take_in_silence_is_refused(model, pixels, message):
         model.encode_video(pixels)
 
 
-TOWER = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 16,
-}
 TOWERS = ("dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model", "vit")
 
 

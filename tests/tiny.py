@@ -62,6 +62,15 @@ BERT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+# An image transformer, of any kind that has patches.
+TOWER = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 16,
+}
 
 TEXTS = (
     "a man rides a bike",
