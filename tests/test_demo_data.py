@@ -232,6 +232,19 @@ def test_captions_tell_what_the_verifiers_saw(demo: Path, name: str) -> None:
         assert row["group_id"] in row["video"]
 
 
+def test_every_place_is_asked_of_in_training_alone(demo: Path) -> None:
+    rows = read(demo / "babyai" / "train_where.jsonl")
+    assert {path.name for path in (demo / "babyai").glob("*_where.jsonl")} == {"train_where.jsonl"}
+    for row in rows:
+        check_where(replay(seed_of(row)), row["query"], row["target"])
+    asked = {(row["video"], row["query"]) for row in rows}
+    assert len(asked) == len(rows) > 4 * EPISODES
+    some = [r for r in read(demo / "babyai" / "train_vqa.jsonl") if r["question_type"] == "where"]
+    assert some and {(row["video"], row["query"]) for row in some} < asked
+    shares = Counter(row["target"] for row in rows)
+    assert len(shares) == 4 and max(shares.values()) < 0.4 * len(rows)
+
+
 def test_clips_and_events(demo: Path) -> None:
     for row in read(demo / "babyai" / "test_events.jsonl"):
         seen = replay(seed_of(row))

@@ -138,6 +138,14 @@ def ask(episode: Episode, pairs: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
+def ask_where(episode: Episode) -> list[dict[str, str]]:
+    """Every question of where something is, which a model is slower to learn than the others."""
+    return [
+        {"query": query, "target": target, "question_type": "where"}
+        for query, target in _where(episode, ())
+    ]
+
+
 def _draw(asked: list[Asked], rng: random.Random) -> Asked:
     """Draw the answer first, so that what is rare in a room is asked about as often."""
     answers = sorted({answer for _, answer in asked})

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .babyai import FPS, SPLITS, Episode, first_seed, play, split_of
 from .babyai_goals import ALL_PAIRS, SEEN_PAIRS, narrate, narrations
-from .babyai_questions import ask
+from .babyai_questions import ask, ask_where
 from .writing import write_jsonl
 
 EVAL_CLIPS = {
@@ -89,6 +89,7 @@ def _record(directory: Path, seed: int) -> dict[str, list[dict]]:
             for text in narrations(episode.goals)
         ],
         "vqa": [{**clip, **question} for question in ask(episode, pairs)],
+        "where": [{**clip, **question} for question in ask_where(episode)],
         "events": [{**clip, "fps": FPS, "events": list(_events(episode))}],
     }
 
@@ -113,7 +114,7 @@ def _events(episode: Episode) -> Iterator[dict[str, float | str]]:
 def _write_rows(directory: Path, split: str, clips: list[dict[str, list[dict]]]) -> None:
     rows = {name: [row for clip in clips for row in clip[name]] for name in clips[0]}
     if split != "train":
-        del rows["narrations"]
+        del rows["narrations"], rows["where"]
     if split != "test":
         del rows["events"]
     if split == "test_actions":
