@@ -5,6 +5,7 @@ They come from its source distribution, of the version that is installed; `make 
 """
 
 import importlib
+import os
 import sys
 import unittest
 
@@ -16,6 +17,7 @@ from tests.fetch_common import FOLDER
 from tests.tiny import tiny_batch, tiny_config
 
 pytestmark = pytest.mark.slow  # half a minute
+os.environ["RUN_SLOW"] = "1"  # of theirs as well: what is still skipped needs other hardware
 
 if not FOLDER.is_dir():
     pytest.skip(
