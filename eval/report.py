@@ -152,4 +152,4 @@ def _data_uri(kind: str, buffer: io.BytesIO) -> str:
     return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-__all__ = ["loss_figure", "text_tables", "write_report"]
+__all__ = ["loss_figure", "percent", "text_tables", "write_report"]

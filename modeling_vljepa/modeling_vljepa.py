@@ -254,24 +254,25 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             raise ValueError("predict needs pixel_values_videos or visual_embeds, and not both.")
         if visual_embeds is None:
             visual_embeds = self.encode_video(pixel_values_videos)  # (B or 1, N, Dx)
-        states, mask = self.read(visual_embeds, input_ids, attention_mask)
-        pooled = masked_mean(states.last_hidden_state, mask)  # (B, Dp)
-        return self.predictor_head(pooled, truncate_dim)  # (B, D)
+        return self.read(visual_embeds, input_ids, attention_mask, truncate_dim)[0]
 
     def read(
         self,
         visual_embeds: torch.Tensor,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
+        truncate_dim: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[BaseModelOutput, torch.Tensor | None]:
-        """The Predictor's output over [visual tokens ; query], and the mask `(B, N + L)`."""
+    ) -> tuple[torch.Tensor, BaseModelOutput]:
+        """Ŝ_Y `(B, D)`, and the Predictor's output over [visual tokens ; query]."""
         if input_ids is None:
             shape = (visual_embeds.shape[0], 0)
             input_ids = torch.empty(shape, dtype=torch.long, device=visual_embeds.device)
         check_tokens("", input_ids, attention_mask, self.config.predictor_config)
         visual_embeds = one_for_each(visual_embeds, input_ids)  # (B, N, Dx)
-        return self.predictor(visual_embeds, input_ids, attention_mask, **kwargs)
+        states, mask = self.predictor(visual_embeds, input_ids, attention_mask, **kwargs)
+        pooled = masked_mean(states.last_hidden_state, mask)  # (B, Dp)
+        return self.predictor_head(pooled, truncate_dim), states  # (B, D)
 
     def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """The X-Encoder alone: `(B, T, C, H, W)` to visual tokens `(B, N, Dx)`."""
@@ -336,9 +337,9 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         predicted_embeds = target_embeds = loss = None
         states = BaseModelOutput()
         if visual_embeds is not None:
-            states, mask = self.read(visual_embeds, input_ids, attention_mask, **kwargs)
-            pooled = masked_mean(states.last_hidden_state, mask)  # (B, Dp)
-            predicted_embeds = self.predictor_head(pooled)  # (B, D)
+            predicted_embeds, states = self.read(
+                visual_embeds, input_ids, attention_mask, **kwargs
+            )  # (B, D)
         if target_input_ids is not None or target_pooler_output is not None:
             target_embeds = self.encode_target(
                 target_input_ids, target_attention_mask, target_pooler_output
@@ -372,11 +373,10 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         `last_hidden_state` the visual tokens `(B, N, Dx)`; `hidden_states` and `attentions`, where
         asked for, are the Predictor's."""
         visual_embeds = self.encode_video(pixel_values_videos)  # (B, N, Dx)
-        states, mask = self.read(visual_embeds, input_ids, attention_mask, **kwargs)
-        pooled = masked_mean(states.last_hidden_state, mask)  # (B, Dp)
+        predicted_embeds, states = self.read(visual_embeds, input_ids, attention_mask, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=visual_embeds,
-            pooler_output=self.predictor_head(pooled),  # (B, D)
+            pooler_output=predicted_embeds,  # (B, D)
             hidden_states=states.hidden_states,
             attentions=states.attentions,
         )

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from huggingface_hub import eval_result_entries_to_yaml as to_yaml
 
-from eval.report import loss_figure
+from eval.report import loss_figure, percent
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 
@@ -24,22 +24,6 @@ TASKS = {
     "classification": "zero-shot-image-classification",
     "retrieval": "text-to-video-retrieval",
 }
-
-
-def count_parameters(model: VLJEPAModel) -> dict[str, dict[str, int]]:
-    """All and trainable parameters of each box, and of the whole model as `all`."""
-    boxes = {**dict(model.named_children()), "all": model}
-    return {
-        name: {
-            "parameters": sum(p.numel() for p in box.parameters()),
-            "trainable": sum(p.numel() for p in box.parameters() if p.requires_grad),
-        }
-        for name, box in boxes.items()
-    }
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 def protocol_line(benchmark: dict[str, Any]) -> str:

@@ -5,13 +5,23 @@ from torch import nn
 from modeling_vljepa import VLJEPAModel
 
 
+def count_parameters(model: VLJEPAModel) -> dict[str, dict[str, int]]:
+    """All and trainable parameters of each box, and of the whole model as `all`."""
+    boxes = {**dict(model.named_children()), "all": model}
+    return {
+        name: {
+            "parameters": sum(p.numel() for p in box.parameters()),
+            "trainable": sum(p.numel() for p in box.parameters() if p.requires_grad),
+        }
+        for name, box in boxes.items()
+    }
+
+
 def parameter_table(model: VLJEPAModel) -> str:
     """Parameters in all and trainable, box by box, in millions."""
     lines = [f"{'box':<16}{'parameters':>14}{'trainable':>14}"]
-    boxes = [(name, list(box.parameters())) for name, box in model.named_children()]
-    for name, parameters in [*boxes, ("all", list(model.parameters()))]:
-        total = sum(p.numel() for p in parameters)
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    for name, count in count_parameters(model).items():
+        total, trainable = count["parameters"], count["trainable"]
         lines.append(f"{name:<16}{total / 1e6:>13.3f}M{trainable / 1e6:>13.3f}M")
     return "\n".join(lines)
 

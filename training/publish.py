@@ -36,7 +36,8 @@ from processing import VLJEPAProcessor, read_rows
 from .arguments import RecipeError
 from .backbones import find_file, load
 from .licences import UNKNOWN, licence_of, licence_table
-from .model_card import count_parameters, write_card
+from .model_card import write_card
+from .parameters import count_parameters
 
 ROOT = Path(__file__).parents[1]
 # Shipped beside the weights, though no model file imports them.
@@ -138,8 +139,9 @@ def write_licences(folder: Path, backbones: dict[str, str]) -> list[str]:
 
 def write_folder(
     source: Path, folder: Path, repo: str, *, base: str | None = None, answers: str | None = None
-) -> list[str]:
-    """Everything that goes to the Hub, in a new folder; returns licences whose text is missing."""
+) -> tuple[dict[str, str], list[str]]:
+    """Everything that goes to the Hub, in a new folder; returns where the weights of each part
+    began, and the licences whose text is missing."""
     model, processor = load_trained(str(source))
     if answers is not None:
         model.config.answers = read_answers(answers)
@@ -160,7 +162,7 @@ def write_folder(
         trainer_state=source / "trainer_state.json",
         base_model=builds_on,
     )
-    return absent
+    return model.config.backbones, absent
 
 
 # -- proof ---------------------------------------------------------------------------------
@@ -276,11 +278,10 @@ def publish(
         folder, probe = Path(scratch) / "repo", Path(scratch) / "probe.safetensors"
         write_probe(source, probe)
         base = base_repo if is_adapter else None
-        absent = write_folder(Path(source), folder, repo, base=base, answers=answers)
-        config = load(AutoModel, "--model", source).config
-        print(licence_table(config.backbones))
+        backbones, absent = write_folder(Path(source), folder, repo, base=base, answers=answers)
+        print(licence_table(backbones))
         print("\n".join(f"No licence text beside {line}" for line in absent))
-        warn_of_name(repo, config.backbones)
+        warn_of_name(repo, backbones)
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             print(f"{path.stat().st_size:>14,}  {path.relative_to(folder)}")
         if not is_adapter:
