@@ -14,7 +14,14 @@ from tests.tiny import noise, tiny_processor, tiny_rows, tiny_tokenizer, write_c
 from training import data
 from training.arguments import DataArguments, RecipeError, SourceArguments, VLJEPATrainingArguments
 from training.collator import ContrastiveCollator
-from training.data import ContrastiveDataset, MixtureSampler, build_dataset, read_source
+from training.data import (
+    VISIT,
+    ContrastiveDataset,
+    MixtureSampler,
+    build_dataset,
+    read_source,
+    vary,
+)
 from training.trainer import VLJEPATrainer
 
 BUCKETS = [(3.0, np.arange(0, 50)), (1.0, np.arange(100, 107)), (2.0, np.arange(200, 230))]
@@ -51,7 +58,7 @@ def build(
 
 
 def batches(size: int = 8, number: int = 600, seed: int = 0) -> list[list[int]]:
-    indices = list(MixtureSampler(BUCKETS, size, number, seed))
+    indices = [number % VISIT for number in MixtureSampler(BUCKETS, size, number, seed)]
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
@@ -86,6 +93,14 @@ def test_small_buckets_are_repeated_and_no_row_is_skipped():
             assert sorted(drawn[walk * len(rows) : (walk + 1) * len(rows)]) == rows.tolist()
         assert len(set(drawn[times * len(rows) :])) == rest
         assert drawn[: len(rows)] != drawn[len(rows) : 2 * len(rows)]  # in a new order
+
+
+def test_numbers_tell_the_visits_of_a_row_apart():
+    numbers = list(MixtureSampler(BUCKETS, 8, 600, seed=0))
+    assert len(set(numbers)) == len(numbers) == 4800
+    seen = Counter(number % VISIT for number in numbers)
+    for row, times in seen.items():
+        assert sorted(n // VISIT for n in numbers if n % VISIT == row) == list(range(times))
 
 
 def test_the_sequence_is_the_same_for_any_number_of_processes(monkeypatch, tmp_path):
@@ -132,6 +147,39 @@ def test_samples_hold_their_own_frames(folder, processor):
         assert torch.equal(sample["frames"], expected["pixel_values_videos"][0])
     assert [len(sample["frames"]) for sample in dataset] == [1, 1, 4, 4]
     assert [indices.tolist() for _, indices in dataset.buckets] == [[2, 3], [0, 1]]
+
+
+def test_an_augmented_source_looks_different_at_every_visit(folder, processor):
+    rows = folder / "rows.jsonl"
+    plain = build(processor, rows)
+    augmented = build(processor, SourceArguments(rows=str(rows), augment=True))
+    for row in range(len(plain)):
+        looks = [augmented[row + visit * VISIT]["frames"] for visit in range(6)]
+        assert all(look.shape == plain[row]["frames"].shape for look in looks)
+        assert len({look.numpy().tobytes() for look in looks}) >= 5
+        assert torch.equal(looks[3], augmented[row + 3 * VISIT]["frames"])  # and the same again
+        assert torch.equal(plain[row]["frames"], plain[row + VISIT]["frames"])
+
+
+def test_frames_are_mirrored_and_shifted_together():
+    """All frames of a clip alike; what comes into view repeats the edge."""
+    frame = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    clip = torch.cat([frame, 255 - frame]).expand(2, 3, 16, 16)
+    columns, rows, mirrored = set(), set(), set()
+    for visit in range(200):
+        first, second = varied = vary(clip, (0, visit))
+        assert torch.equal(first, 255 - second) and torch.equal(first[0], first[1])
+        middle = varied[0, 0, 8]  # whole rows of the pattern rise by one from left to right
+        is_mirrored = bool(middle[8] > middle[9])
+        centre = int(first[0, 8, 7 if is_mirrored else 8])
+        mirrored.add(is_mirrored)
+        rows.add(centre // 16 - 8)
+        columns.add(centre % 16 - 8)
+    assert mirrored == {False, True}
+    assert rows == columns == {-2, -1, 0, 1, 2}
+    tops = [vary(clip, (0, visit))[0, 0] for visit in range(200)]
+    repeated = [bool(top[0].eq(top[1]).all() and top[1].eq(top[2]).all()) for top in tops]
+    assert 20 < sum(repeated) < 70  # shifted down by two: one time in five
 
 
 def test_buckets_share_their_sources_weight(folder, processor):

@@ -69,11 +69,13 @@ class SourceArguments:
         rows: the file; `processing/rows.py` says what a row holds.
         weight: share of the global batches drawn from this source, relative to the others.
         query: asked of every row in place of its own query.
+        augment: mirror and shift its frames at random. Not for texts that name places or sides.
     """
 
     rows: str
     weight: float = 1.0
     query: str | None = None
+    augment: bool = False
 
     def __post_init__(self):
         if not self.weight > 0:

@@ -18,6 +18,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets.fingerprint import Hasher
 from torch.utils.data import Sampler
 
@@ -26,6 +27,8 @@ from processing.video_io import MediaError, read_image
 from processing.video_processing_vljepa import VLJEPAVideoProcessor
 
 from .arguments import DataArguments, RecipeError, SourceArguments
+
+VISIT = 2**40  # more than there are rows
 
 
 @dataclass
@@ -120,8 +123,23 @@ def text_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def vary(frames: torch.Tensor, seed: tuple[int, int]) -> torch.Tensor:
+    """Mirror frames `(T, 3, h, w)` half of the time and shift them by up to an eighth of their
+    size, all of a clip alike; what comes into view repeats the edge."""
+    generator = np.random.default_rng(seed)
+    if generator.random() < 0.5:
+        frames = frames.flip(-1)
+    height, width = frames.shape[-2:]
+    down, right = height // 8, width // 8
+    padded = F.pad(frames.float(), (right, right, down, down), mode="replicate")
+    top, left = generator.integers((2 * down + 1, 2 * right + 1)).tolist()
+    return padded[..., top : top + height, left : left + width].to(frames.dtype)
+
+
 class ContrastiveDataset(torch.utils.data.Dataset):
     """Samples `{frames, query, target, target_id, group_id}` of all sources, end to end.
+
+    `dataset[row + visit * VISIT]` is a row at a later visit: the same, but in an augmented source.
 
     `buckets` are the parts from which a batch may be drawn: rows of one source whose clips have
     one length, so that visual tokens need no padding and negatives come from one domain.
@@ -132,6 +150,7 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         self.crop = crop
         self.clip_of = {path: index for index, path in enumerate(clips["path"])}
         self.rows = [row for source in sources for row in source.rows]
+        self.augmented = np.array([s.arguments.augment for s in sources for _ in s.rows])
         self.buckets: list[tuple[float, np.ndarray]] = []
         start = 0
         for source in sources:
@@ -145,14 +164,14 @@ class ContrastiveDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, number: int) -> dict:
+        visit, index = divmod(number, VISIT)
         row = self.rows[index]
         group = row.get("group_id")
-        frames = self.clips[self.clip_of[media_of(row)]]["frames"]
+        stored = self.clips[self.clip_of[media_of(row)]]["frames"]
+        frames = torch.frombuffer(bytearray(stored), dtype=torch.uint8).view(-1, 3, *self.crop)
         return {
-            "frames": torch.frombuffer(bytearray(frames), dtype=torch.uint8).view(
-                -1, 3, *self.crop
-            ),
+            "frames": vary(frames, (index, visit)) if self.augmented[index] else frames,
             "query": row["query"],
             "target": row["target"],
             "target_id": text_id(row["target"]),
@@ -162,11 +181,11 @@ class ContrastiveDataset(torch.utils.data.Dataset):
 
 
 class MixtureSampler(Sampler[int]):
-    """Indices of `num_batches` global batches, each from one bucket, chosen by weight.
+    """Numbers of `num_batches` global batches, each from one bucket, chosen by weight.
 
     Every bucket is walked through in a random order, again and again in a new one, so that a
-    small source is repeated, never skipped. The sequence depends on the seed alone: not on the
-    number of processes, and a resumed run finds the same one.
+    small source is repeated, never skipped. A number is row + visit * VISIT. The sequence depends
+    on the seed alone: not on the number of processes, and a resumed run finds the same one.
     """
 
     def __init__(
@@ -188,12 +207,14 @@ class MixtureSampler(Sampler[int]):
         generator = np.random.default_rng(self.seed)
         weights = np.array([weight for weight, _ in self.buckets])
         left = [np.empty(0, dtype=np.int64) for _ in self.buckets]
+        visits = [0] * len(self.buckets)
         for choice in generator.choice(
             len(self.buckets), size=self.num_batches, p=weights / weights.sum()
         ):
             while len(left[choice]) < self.batch_size:
                 again = generator.permutation(self.buckets[choice][1])
-                left[choice] = np.concatenate([left[choice], again])
+                left[choice] = np.concatenate([left[choice], again + visits[choice] * VISIT])
+                visits[choice] += 1
             yield from left[choice][: self.batch_size].tolist()
             left[choice] = left[choice][self.batch_size :]
 
