@@ -49,6 +49,9 @@ class VLJEPAConfig(PreTrainedConfig):
             Logarithm of the inverse temperature. The paper gives no temperature; this is CLIP's.
         freeze_logit_scale (`bool`, *optional*, defaults to `False`):
             Keep the temperature fixed. The paper does not say whether it is learnt; CLIP's is.
+        logit_bias_init_value (`float`, *optional*):
+            Gives the model the learnt bias of the sigmoid loss (SigLIP starts it at -10). The
+            paper's loss has none.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the new projections. Each sub-network has its own.
     """
@@ -112,6 +115,7 @@ class VLJEPAConfig(PreTrainedConfig):
     freeze_token_embedding: bool = True
     logit_scale_init_value: float = math.log(1 / 0.07)
     freeze_logit_scale: bool = False
+    logit_bias_init_value: float | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):

@@ -1,13 +1,27 @@
-"""The objective: pure functions of two matrices, a scale and vectors of ids.
+"""The objective: pure functions of embeddings, a scale and vectors of ids.
 
-Shapes: B batch (of all processes together), D embedding size. Gathering the rows of other
-processes is not done here: see `training/distributed.py`.
+| function             | source                                                              |
+|----------------------|---------------------------------------------------------------------|
+| `info_nce`           | the paper's (section 3.2); CLIP, Radford et al. 2021                |
+| `sigmoid_loss`       | SigLIP, Zhai et al. 2023 (arXiv 2303.15343)                         |
+| `cosine_loss`, `l1_loss`, `l2_loss` | the paper's ablation 7c, with a frozen text encoder  |
+| `sigreg`             | LeJEPA, Balestriero and LeCun 2025 (arXiv 2511.08544)               |
+| `vicreg_terms`       | VICReg, Bardes et al. 2022 (arXiv 2105.04906)                       |
+
+Shapes: B batch (of all processes together), b rows of this process, K hard negatives, D embedding
+size, r rows of a tile. What belongs to other processes is gathered by the caller: see
+`training/objective.py`.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+TILE_ELEMENTS = 2**23  # of one tile of logits: 32 MiB in fp32
 
 
 @dataclass
@@ -15,7 +29,7 @@ class InfoNCE:
     """The loss and what to read beside it; only `loss` is differentiated.
 
     Attributes:
-        loss (`torch.Tensor` of shape `()`): mean of both directions.
+        loss (`torch.Tensor` of shape `()`): mean of both directions, over the rows given.
         chance_loss (`torch.Tensor` of shape `()`): what a model that knows nothing gets: the mean
             of ln(1 + negatives), ln B only where no row is masked.
         accuracy (`torch.Tensor` of shape `()`): share of predictions closer to their own target
@@ -28,12 +42,197 @@ class InfoNCE:
     accuracy: torch.Tensor
 
 
-def interchangeable(ids: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:
-    """Pairs of rows `(B, B)` that share an id, the diagonal left out."""
-    if ids is None:
-        return torch.zeros(size, size, dtype=torch.bool, device=device)
-    same = ids.unsqueeze(0) == ids.unsqueeze(1)
-    return same.fill_diagonal_(False)
+def count_equal(ids: torch.Tensor) -> torch.Tensor:
+    """How many of the ids `(B,)` or `(B, 2)` equal each one, itself included."""
+    _, place, counts = ids.unique(dim=0, return_inverse=True, return_counts=True)
+    return counts[place]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which rows may not be pushed apart, from vectors of ids: never a B x B matrix.
+
+    Attributes:
+        target_ids (`torch.LongTensor` of shape `(B,)`): equal for equal target texts.
+        group_ids (`torch.LongTensor` of shape `(B,)`): equal for interchangeable targets.
+        negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): of the hard negatives'
+            texts; -1 stands where a row has fewer of them than another.
+        first_row: prediction i belongs to target `first_row + i`.
+    """
+
+    target_ids: torch.Tensor
+    group_ids: torch.Tensor
+    negative_ids: torch.Tensor | None
+    first_row: int
+
+    def own(self, rows: range) -> torch.Tensor:
+        """The columns `(r,)` in which these predictions have their own targets."""
+        first = self.first_row + rows.start
+        return torch.arange(first, first + len(rows), device=self.target_ids.device)
+
+    def interchangeable(self, rows: range) -> torch.Tensor:
+        """Targets `(r, B)` that share a text or a group with the row's own, which is left out."""
+        own = self.own(rows)
+        alike = self.target_ids[own, None] == self.target_ids
+        alike |= self.group_ids[own, None] == self.group_ids
+        return alike.scatter_(1, own[:, None], False)
+
+    def no_negatives(self, rows: range) -> torch.Tensor:
+        """Hard negatives `(r, K)` whose text is right for the row, and those that fill up."""
+        own_ids = self.target_ids[self.own(rows), None]
+        return (own_ids == self.negative_ids) | (self.negative_ids == -1)
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """Targets `(B,)` that are right for each row, its own among them."""
+        both = torch.stack([self.target_ids, self.group_ids], dim=1)
+        return count_equal(self.target_ids) + count_equal(self.group_ids) - count_equal(both)
+
+    @property
+    def hard_counts(self) -> torch.Tensor | int:
+        """Hard negatives `(B,)` of each row."""
+        if self.negative_ids is None:
+            return 0
+        ids = self.negative_ids[self.negative_ids != -1].sort().values
+        own = torch.searchsorted(ids, self.target_ids, right=True)
+        return len(ids) - own + torch.searchsorted(ids, self.target_ids)
+
+
+def tiles(rows: int, columns: int, elements: int) -> Iterator[range]:
+    """Rows in runs of which each makes at most so many elements, or a single row."""
+    step = max(1, elements // max(1, columns))
+    return (range(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def tile_of_logits(
+    predicted: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor,
+    alike: torch.Tensor,
+    as_positives: bool,
+) -> torch.Tensor:
+    """`(r, D)` and `(B, D)` to logits `(r, B)`, without what is no negative."""
+    logits = (predicted @ targets.T).mul_(scale)
+    return logits if as_positives else logits.masked_fill_(alike, -torch.inf)
+
+
+def tile_of_negatives(
+    predicted: torch.Tensor,
+    negatives: torch.Tensor,
+    scale: torch.Tensor,
+    matches: Matches,
+    rows: range,
+) -> torch.Tensor:
+    """`(r, D)` and `(K, D)` to logits `(r, K)`."""
+    logits = (predicted @ negatives.T).mul_(scale)
+    return logits.masked_fill_(matches.no_negatives(rows), -torch.inf)
+
+
+def attraction_of(matches: Matches, alike: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Share `(r, B)` of each positive among those of its row, and of its column."""
+    share = 1 / matches.counts.to(torch.get_default_dtype())  # (B,)
+    return alike.scatter(1, own, True) * (share[own] + share)
+
+
+class TiledInfoNCE(torch.autograd.Function):
+    """InfoNCE over a block of rows of the B x B logits, of which one tile exists at a time.
+
+    The forward pass keeps the log-sum-exp of each row and column; the backward pass makes each
+    tile again and from it the gradient of both sides. That is four matrix products where a
+    stored matrix of logits would take three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        predicted: torch.Tensor,
+        targets: torch.Tensor,
+        scale: torch.Tensor,
+        negatives: torch.Tensor | None,
+        matches: Matches,
+        as_positives: bool,
+        over_processes: Callable[[torch.Tensor], torch.Tensor],
+        elements: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows_lse = predicted.new_empty(len(predicted))  # (b,)
+        columns_lse = predicted.new_full((len(targets),), -torch.inf)  # (B,)
+        attraction = predicted.new_empty(len(predicted))  # (b,), of both directions
+        right = predicted.new_empty(len(predicted))  # (b,)
+        for rows in tiles(len(predicted), len(targets), elements):
+            part = slice(rows.start, rows.stop)
+            own = matches.own(rows)[:, None]  # (r, 1)
+            alike = matches.interchangeable(rows)  # (r, B)
+            logits = tile_of_logits(predicted[part], targets, scale, alike, as_positives)
+            own_logits = logits.gather(1, own)[:, 0]  # (r,)
+            rows_lse[part] = logits.logsumexp(dim=1)
+            columns_lse = torch.logaddexp(columns_lse, logits.logsumexp(dim=0))
+            attraction[part] = 2 * own_logits
+            if as_positives:
+                attraction[part] = (attraction_of(matches, alike, own) * logits).sum(dim=1)
+                logits.masked_fill_(alike, -torch.inf)
+            hardest = logits.scatter_(1, own, -torch.inf).amax(dim=1)  # (r,)
+            if negatives is not None:
+                hard = tile_of_negatives(predicted[part], negatives, scale, matches, rows)
+                rows_lse[part] = torch.logaddexp(rows_lse[part], hard.logsumexp(dim=1))
+                hardest = torch.maximum(hardest, hard.amax(dim=1))
+            right[part] = (own_logits > hardest).to(right.dtype)
+        columns_lse = over_processes(columns_lse)  # (B,)
+        ctx.save_for_backward(predicted, targets, scale, negatives, rows_lse, columns_lse)
+        ctx.matches, ctx.as_positives, ctx.elements = matches, as_positives, elements
+        accuracy = right.mean()
+        ctx.mark_non_differentiable(accuracy)
+        columns_lse = columns_lse[matches.own(range(len(predicted)))]  # (b,)
+        return (rows_lse + columns_lse - attraction).mean() / 2, accuracy
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+        predicted, targets, scale, negatives, rows_lse, columns_lse = ctx.saved_tensors
+        matches = ctx.matches
+        factor = gradient * scale / (2 * len(predicted))
+        to_predicted = torch.empty_like(predicted)
+        to_targets = torch.zeros_like(targets) if ctx.needs_input_grad[1] else None
+        to_negatives = None if negatives is None else torch.zeros_like(negatives)
+        for rows in tiles(len(predicted), len(targets), ctx.elements):
+            part = slice(rows.start, rows.stop)
+            own = matches.own(rows)[:, None]  # (r, 1)
+            alike = matches.interchangeable(rows)  # (r, B)
+            logits = tile_of_logits(predicted[part], targets, scale, alike, ctx.as_positives)
+            push = (logits - columns_lse).exp_()  # (r, B)
+            push += logits.sub_(rows_lse[part, None]).exp_()
+            if ctx.as_positives:
+                push -= attraction_of(matches, alike, own)
+            else:
+                push.scatter_add_(1, own, push.new_full(own.shape, -2))
+            push *= factor
+            torch.matmul(push, targets, out=to_predicted[part])
+            if to_targets is not None:
+                to_targets.addmm_(push.T, predicted[part])
+            if negatives is not None:
+                hard = tile_of_negatives(predicted[part], negatives, scale, matches, rows)
+                hard.sub_(rows_lse[part, None]).exp_().mul_(factor)
+                to_predicted[part].addmm_(hard, negatives)
+                to_negatives.addmm_(hard.T, predicted[part])
+        # The scale meets every cosine that a prediction meets, and all of them at once.
+        to_scale = (to_predicted * predicted).sum().div(scale).view_as(scale)
+        return to_predicted, to_targets, to_scale, to_negatives, None, None, None, None
+
+
+def find_matches(
+    size: int,
+    device: torch.device,
+    target_ids: torch.Tensor | None,
+    group_ids: torch.Tensor | None,
+    negative_ids: torch.Tensor | None,
+    first_row: int,
+) -> Matches:
+    """`Matches` in which a vector that is not given makes no two rows alike."""
+    different = torch.arange(size, device=device)
+    return Matches(
+        different if target_ids is None else target_ids,
+        different if group_ids is None else group_ids,
+        negative_ids,
+        first_row,
+    )
 
 
 def info_nce(
@@ -42,34 +241,184 @@ def info_nce(
     scale: torch.Tensor,
     target_ids: torch.Tensor | None = None,
     group_ids: torch.Tensor | None = None,
+    negative_embeds: torch.Tensor | None = None,
+    negative_ids: torch.Tensor | None = None,
+    *,
+    as_positives: bool = False,
+    first_row: int = 0,
+    over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda columns_lse: columns_lse,
+    tile_elements: int = TILE_ELEMENTS,
 ) -> InfoNCE:
     """Bi-directional InfoNCE over in-batch negatives (paper section 3.2, Radford et al. 2021).
 
     Two rows that share a target text or a group are not each other's negatives: to push apart
-    "yes" and "yes" would teach the model that its right answer is wrong.
+    "yes" and "yes" would teach the model that its right answer is wrong. They are left out or,
+    with `as_positives`, share the attraction in equal parts (Khosla et al. 2020, arXiv
+    2004.11362, L_out).
+
+    A process that holds some of the predictions gives these and the targets of all; the mean of
+    the processes' losses is then the loss of the whole batch, and so is its gradient.
 
     Args:
-        predicted_embeds (`torch.Tensor` of shape `(B, D)`): unit vectors.
-        target_embeds (`torch.Tensor` of shape `(B, D)`): unit vectors; row i belongs to row i.
-        scale (`torch.Tensor`): the inverse temperature.
+        predicted_embeds (`torch.Tensor` of shape `(b, D)`): unit vectors.
+        target_embeds (`torch.Tensor` of shape `(B, D)`): unit vectors.
+        scale (`torch.Tensor` of shape `()` or `(1,)`): the inverse temperature.
         target_ids (`torch.LongTensor` of shape `(B,)`, *optional*): equal for equal target texts.
         group_ids (`torch.LongTensor` of shape `(B,)`, *optional*): equal for interchangeable
             targets, such as two captions of one clip.
+        negative_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): unit vectors of the hard
+            negatives of all rows; each is a negative of every prediction whose text it is not.
+            They have no predictions of their own, so the other direction does not know them.
+        negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): their texts, as in
+            `target_ids`; -1 for one that only fills up.
+        as_positives: see above.
+        first_row: prediction i belongs to target `first_row + i`.
+        over_processes: combines the log-sum-exp `(B,)` over this process's rows with the others'.
+        tile_elements: how many logits exist at a time.
     """
-    size, device = len(predicted_embeds), predicted_embeds.device
+    device = predicted_embeds.device
+    matches = find_matches(
+        len(target_embeds), device, target_ids, group_ids, negative_ids, first_row
+    )
     # Out of autocast: a logit of 100 rounded to bf16 is wrong by up to a quarter.
     with torch.autocast(device.type, enabled=False):
-        logits = scale * predicted_embeds @ target_embeds.T  # (B, B)
-    masked = interchangeable(target_ids, size, device) | interchangeable(group_ids, size, device)
-    logits = logits.masked_fill(masked, -torch.inf)
-    labels = torch.arange(size, device=device)
-    loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-    with torch.no_grad():
-        candidates = size - masked.sum(dim=1)  # (B,); the mask is symmetric
-        chance_loss = candidates.float().log().mean()
-        negatives = logits.masked_fill(torch.eye(size, dtype=torch.bool, device=device), -torch.inf)
-        accuracy = (logits.diagonal() > negatives.amax(dim=1)).float().mean()
+        loss, accuracy = TiledInfoNCE.apply(
+            predicted_embeds,
+            target_embeds,
+            scale,
+            negative_embeds,
+            matches,
+            as_positives,
+            over_processes,
+            tile_elements,
+        )
+    candidates = 1 + len(target_embeds) - matches.counts  # (B,)
+    chance_loss = (candidates.log() + (candidates + matches.hard_counts).log()).mean() / 2
     return InfoNCE(loss, chance_loss, accuracy)
 
 
-__all__ = ["InfoNCE", "info_nce"]
+def sigmoid_loss(
+    predicted_embeds: torch.Tensor,
+    target_embeds: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    target_ids: torch.Tensor | None = None,
+    group_ids: torch.Tensor | None = None,
+    *,
+    as_positives: bool = False,
+    first_row: int = 0,
+    tile_elements: int = TILE_ELEMENTS,
+) -> torch.Tensor:
+    """Each pair by itself: does this text belong to this prediction (SigLIP, arXiv 2303.15343)?
+
+    The sum over the pairs of a prediction, averaged over predictions. Rows that share a text or a
+    group are left out or, `as_positives`, pairs that belong together.
+
+    Args:
+        bias (`torch.Tensor` of shape `()` or `(1,)`): added to every logit; about -ln B says at
+            the start that most pairs do not belong together.
+
+    The other arguments are those of `info_nce`.
+    """
+    device = predicted_embeds.device
+    matches = find_matches(len(target_embeds), device, target_ids, group_ids, None, first_row)
+
+    def tile(
+        rows: range,
+        predicted: torch.Tensor,
+        targets: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> torch.Tensor:
+        logits = scale * (predicted @ targets.T) + bias  # (r, B)
+        alike = matches.interchangeable(rows)  # (r, B)
+        belongs = torch.zeros_like(alike).scatter_(1, matches.own(rows)[:, None], True)
+        if as_positives:
+            belongs |= alike
+        losses = -F.logsigmoid(torch.where(belongs, logits, -logits))  # (r, B)
+        return losses.sum() if as_positives else losses.masked_fill(alike, 0).sum()
+
+    # Each tile is made again in the backward pass, so that one exists at a time.
+    with torch.autocast(device.type, enabled=False):
+        losses = [
+            checkpoint(
+                tile,
+                rows,
+                predicted_embeds[rows.start : rows.stop],
+                target_embeds,
+                scale,
+                bias,
+                use_reentrant=False,
+            )
+            for rows in tiles(len(predicted_embeds), len(target_embeds), tile_elements)
+        ]
+    return torch.stack(losses).sum() / len(predicted_embeds)
+
+
+def cosine_loss(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of unit vectors `(b, D)`, averaged over rows."""
+    return 1 - (predicted_embeds * target_embeds).sum(dim=1).mean()
+
+
+def l1_loss(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
+    """Sum of absolute differences over dimensions `(b, D)`, averaged over rows."""
+    return (predicted_embeds - target_embeds).abs().sum(dim=1).mean()
+
+
+def l2_loss(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
+    """Euclidean distance of unit vectors `(b, D)`, averaged over rows.
+
+    The distance, not its square: that is twice the cosine loss on the unit sphere.
+    """
+    return torch.linalg.vector_norm(predicted_embeds - target_embeds, dim=1).mean()
+
+
+def sigreg(embeds: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """How far the embeddings are from an isotropic Gaussian (SIGReg, arXiv 2511.08544).
+
+    Along each direction, the Epps-Pulley distance between the sample's characteristic function
+    and the standard normal one, weighted by the latter and integrated from -5 to 5 over 17
+    points, times B; averaged over directions. Unit vectors are first stretched by the square
+    root of D, the length of a standard normal vector.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(B, D)`): unit vectors.
+        directions (`torch.Tensor` of shape `(D, S)`): unit columns, new at every step and the
+            same in every process.
+    """
+    with torch.autocast(embeds.device.type, enabled=False):
+        projected = embeds.shape[1] ** 0.5 * embeds @ directions  # (B, S)
+        points = torch.linspace(-5, 5, 17, device=embeds.device, dtype=embeds.dtype)
+        normal = (-points.square() / 2).exp()  # (17,)
+        angles = projected.unsqueeze(2) * points  # (B, S, 17)
+        distance = (angles.cos().mean(dim=0) - normal).square() + angles.sin().mean(dim=0).square()
+        statistic = torch.trapezoid(distance * normal, points, dim=1) * len(embeds)  # (S,)
+        return statistic.mean()
+
+
+def vicreg_terms(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Variance and covariance terms `()` of VICReg (arXiv 2105.04906, equations 1 and 3).
+
+    Unit vectors `(B, D)` are first stretched by the square root of D, so that the standard
+    deviation of 1 which the variance term asks of every dimension is within reach.
+    """
+    with torch.autocast(embeds.device.type, enabled=False):
+        size = embeds.shape[1]
+        centred = size**0.5 * (embeds - embeds.mean(dim=0))  # (B, D)
+        covariance = centred.T @ centred / (len(embeds) - 1)  # (D, D)
+        variances = covariance.diagonal()
+        variance_term = F.relu(1 - (variances + 1e-4).sqrt()).mean()
+        covariance_term = (covariance.square().sum() - variances.square().sum()) / size
+        return variance_term, covariance_term
+
+
+__all__ = [
+    "InfoNCE",
+    "cosine_loss",
+    "info_nce",
+    "l1_loss",
+    "l2_loss",
+    "sigmoid_loss",
+    "sigreg",
+    "vicreg_terms",
+]

@@ -53,6 +53,7 @@ class VLJEPAOutput(ModelOutput):
         visual_embeds (`torch.FloatTensor` of shape `(batch_size, tokens, vision_hidden_size)`):
             The X-Encoder's output, to be handed back in for the next question on the same input.
         logit_scale (`torch.FloatTensor` of shape `(1,)`): the inverse temperature.
+        logit_bias (`torch.FloatTensor` of shape `(1,)`, *optional*): of the sigmoid loss.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
             The Predictor's, of shape `(batch_size, tokens + query_length, hidden_size)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*, with `output_attentions=True`):
@@ -64,6 +65,7 @@ class VLJEPAOutput(ModelOutput):
     target_embeds: torch.FloatTensor | None = None
     visual_embeds: torch.FloatTensor | None = None
     logit_scale: torch.FloatTensor | None = None
+    logit_bias: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -82,6 +84,18 @@ class LogitScale(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.weight.float().exp().clamp(max=100.0)  # (1,)
+
+
+class LogitBias(nn.Module):
+    """What the sigmoid loss adds to every logit."""
+
+    def __init__(self, init_value: float):
+        super().__init__()
+        self.init_value = init_value
+        self.weight = nn.Parameter(torch.full((1,), init_value))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.float()  # (1,)
 
 
 # What transformers asks of a model's direct children, to place, shard, tie and load them.
@@ -158,6 +172,7 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
     | backbones inside x_encoder, predictor, y_encoder   | pretrained, or as their own class |
     | visual_projection and the projections of the heads | normal, std `initializer_range`   |
     | logit_scale                                        | `logit_scale_init_value`          |
+    | logit_bias, where there is one                     | `logit_bias_init_value`           |
     """
 
     config: VLJEPAConfig
@@ -178,10 +193,15 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
         (loaded[0] if kwargs.get("output_loading_info") else loaded).freeze()
         return loaded
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what trains: the first parameter, which upstream asks, may be a frozen encoder's."""
+        return next(p.dtype for name, p in self.named_parameters() if "logit_scale" in name)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LogitScale):
+        if isinstance(module, LogitScale | LogitBias):
             init.constant_(module.weight, module.init_value)
 
 
@@ -207,6 +227,9 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             self.y_encoder.output_size, config.embedding_dim, project=config.project_target
         )
         self.logit_scale = LogitScale(config.logit_scale_init_value)
+        self.logit_bias = None
+        if config.logit_bias_init_value is not None:
+            self.logit_bias = LogitBias(config.logit_bias_init_value)
         for box in (self.x_encoder, self.predictor, self.y_encoder):
             answer_for_backbone(box)
         self.post_init()
@@ -355,6 +378,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             target_embeds=target_embeds,
             visual_embeds=visual_embeds,
             logit_scale=scale,
+            logit_bias=None if self.logit_bias is None else self.logit_bias(),
             hidden_states=states.hidden_states,
             attentions=states.attentions,
         )

@@ -3,8 +3,9 @@
     {"video": "clips/0001.mp4", "query": "What is poured?", "target": "milk"}
     {"image": "photos/7.jpg", "target": "a red bicycle against a wall"}
 
-`video` or `image` is a path, relative to the JSONL file's folder. `query` may be left out.
-Other columns (`group_id`, `negatives`, ...) are handed on as they are.
+`video` or `image` is a path, relative to the JSONL file's folder. `query` may be left out, and so
+may `negatives`, a list of texts that are wrong here though they come close. Other columns
+(`group_id`, ...) are handed on as they are.
 """
 
 import json
@@ -96,11 +97,27 @@ def _row(line: bytes, folder: Path) -> dict:
     if row["query"].strip().casefold() == row["target"].strip().casefold():
         raise _RowError("query equals target: the answer would leak into the input")
 
+    _check_negatives(row)
+
     media = "video" if "video" in row else "image"
     row[media] = os.path.abspath(folder / row[media])
     if not os.path.isfile(row[media]):
         raise _RowError(f"{media} file is missing: {row[media]}")
     return row
+
+
+def _check_negatives(row: dict) -> None:
+    """Leave `negatives` out where it is `null`, and refuse what is no list of wrong texts."""
+    if row.get("negatives") is None:
+        row.pop("negatives", None)
+        return
+    negatives = row["negatives"]
+    if not isinstance(negatives, list) or not all(
+        isinstance(text, str) and text.strip() for text in negatives
+    ):
+        raise _RowError("negatives is not a list of texts")
+    if row["target"] in negatives:
+        raise _RowError("negatives hold the target itself")
 
 
 __all__ = ["BadRow", "bad_rows_report", "read_rows"]

@@ -322,11 +322,37 @@ def test_a_missing_rows_file_is_named(tmp_path):
 # -- the collator --------------------------------------------------------------------------
 
 
-def sample(query: str, target: str, frames: torch.Tensor | None = None) -> dict:
+def sample(
+    query: str, target: str, frames: torch.Tensor | None = None, negatives: tuple[str, ...] = ()
+) -> dict:
     if frames is None:
         frames = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     ids = {"target_id": data.text_id(target), "group_id": -1}
-    return {"frames": frames, "query": query, "target": target, **ids}
+    texts = {"query": query, "target": target, "negatives": [*negatives]}
+    return {"frames": frames, **texts, **ids}
+
+
+def test_hard_negatives_are_texts_of_the_batch(processor):
+    """Each distinct text is encoded once, be it a target, a negative or both."""
+    samples = [
+        sample("a", "red", negatives=("blue", "green", "grey")),
+        sample("b", "blue"),
+        sample("c", "red", negatives=("pink",)),
+    ]
+    batch = ContrastiveCollator(processor, hard_negatives=2)(samples)
+    texts = ["red", "blue", "green", "pink"]
+    expected = processor(targets=texts)["target_input_ids"]
+    assert torch.equal(batch["target_input_ids"], expected)
+    assert batch["target_index"].tolist() == [0, 1, 0]
+    ids = {text: data.text_id(text) for text in texts}
+    assert batch["negative_ids"].tolist() == [
+        [ids["blue"], ids["green"]],
+        [-1, -1],
+        [ids["pink"], -1],
+    ]
+    assert batch["negative_index"][0].tolist() == [1, 2]
+    assert batch["negative_index"][2, 0] == 3
+    assert "negative_ids" not in ContrastiveCollator(processor)(samples)
 
 
 def test_pixels_equal_the_processors_own(folder, processor):

@@ -1,4 +1,4 @@
-"""InfoNCE against closed forms and a loop over rows in numpy."""
+"""The objectives against closed forms and loops over pairs in numpy."""
 
 import math
 
@@ -7,11 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_vljepa.losses import info_nce
+from modeling_vljepa.losses import (
+    InfoNCE,
+    cosine_loss,
+    info_nce,
+    l1_loss,
+    l2_loss,
+    sigmoid_loss,
+    sigreg,
+    vicreg_terms,
+)
 
 SIZE = 6
 TARGET_IDS = torch.tensor([3, 5, 3, 8, 9, 5])  # rows 0 and 2, rows 1 and 5
 GROUP_IDS = torch.tensor([-1, -2, -3, 7, 7, -6])  # rows 3 and 4
+NEGATIVE_IDS = torch.tensor([20, 3, -1, 9, 21])  # of rows 0 and 2, nothing, of row 4
+IDS = {"target_ids": TARGET_IDS, "group_ids": GROUP_IDS}
 
 
 def unit(rows: int, seed: int, width: int = 16) -> torch.Tensor:
@@ -19,19 +30,61 @@ def unit(rows: int, seed: int, width: int = 16) -> torch.Tensor:
     return F.normalize(torch.randn(rows, width, generator=generator, dtype=torch.float64), dim=1)
 
 
+def scale_of(value: float) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.float64)
+
+
+def interchangeable(size: int, with_ids: bool) -> np.ndarray:
+    """`same[i, j]`: rows i and j, two of them, share a target or a group."""
+    same = np.zeros((size, size), dtype=bool)
+    for i in range(size):
+        for j in range(size):
+            same[i, j] = with_ids and i != j and any(ids[i] == ids[j] for ids in IDS.values())
+    return same
+
+
+def log_sum_exp(values: list[float]) -> float:
+    most = max(values)
+    return most + math.log(sum(math.exp(value - most) for value in values))
+
+
 def loop(
-    predicted: np.ndarray, target: np.ndarray, scale: float, same: np.ndarray
+    predicted: np.ndarray,
+    target: np.ndarray,
+    scale: float,
+    same: np.ndarray,
+    *,
+    as_positives: bool = False,
+    negatives: np.ndarray | None = None,
 ) -> tuple[float, float, float]:
-    """Loss, chance loss and accuracy, candidate by candidate; `same[i, j]` is no negative."""
-    losses, chances, right = [], [], []
+    """Loss, chance loss and accuracy, candidate by candidate."""
+    size, losses, chances, right = len(predicted), [], [], []
     for queries, keys in ((predicted, target), (target, predicted)):
-        for i in range(len(queries)):
-            candidates = [j for j in range(len(keys)) if j == i or not same[i, j]]
-            logits = {j: scale * sum(queries[i] * keys[j]) for j in candidates}
-            losses.append(math.log(sum(math.exp(logits[j]) for j in candidates)) - logits[i])
-            chances.append(math.log(len(candidates)))
-            right.append(all(logits[i] > logits[j] for j in candidates if j != i))
-    return np.mean(losses), np.mean(chances), np.mean(right[: len(predicted)])
+        for i in range(size):
+            logits = [scale * float(queries[i] @ keys[j]) for j in range(size)]
+            pushed = [j for j in range(size) if as_positives or not same[i, j]]
+            candidates = [logits[j] for j in pushed]
+            wrong = [logits[j] for j in range(size) if j != i and not same[i, j]]
+            if negatives is not None and queries is predicted:
+                ids = NEGATIVE_IDS.tolist()
+                hard = [k for k in range(len(ids)) if ids[k] not in (-1, TARGET_IDS[i].item())]
+                candidates += [scale * float(queries[i] @ negatives[k]) for k in hard]
+                wrong += [scale * float(queries[i] @ negatives[k]) for k in hard]
+            pulled = [j for j in range(size) if j == i or (as_positives and same[i, j])]
+            losses.append(log_sum_exp(candidates) - np.mean([logits[j] for j in pulled]))
+            chances.append(math.log(1 + len(wrong)))
+            if queries is predicted:
+                right.append(all(logits[i] > other for other in wrong))
+    return np.mean(losses), np.mean(chances), np.mean(right)
+
+
+def check(result: InfoNCE, expected: tuple[float, float, float]) -> None:
+    assert result.loss.item() == pytest.approx(expected[0], rel=1e-12, abs=1e-12)
+    assert result.chance_loss.item() == pytest.approx(expected[1], abs=1e-6)
+    assert result.accuracy.item() == pytest.approx(expected[2], abs=1e-6)
+
+
+# -- InfoNCE: its value --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 32])
@@ -47,30 +100,125 @@ def test_no_knowledge_costs_log_batch_size(size):
 @pytest.mark.parametrize("size", [1, 2, SIZE])
 def test_equals_the_loop(size, scale, with_ids):
     predicted, target = unit(size, 0), unit(size, 1)
-    same = np.zeros((size, size), dtype=bool)
-    ids = {}
-    if with_ids:
-        ids = {"target_ids": TARGET_IDS[:size], "group_ids": GROUP_IDS[:size]}
-        for i in range(size):
-            for j in range(size):
-                same[i, j] = any(values[i] == values[j] for values in ids.values())
-    result = info_nce(predicted, target, torch.tensor([scale], dtype=torch.float64), **ids)
-    expected = loop(predicted.numpy(), target.numpy(), scale, same)
-    assert result.loss.item() == pytest.approx(expected[0], rel=1e-12, abs=1e-12)
-    assert result.chance_loss.item() == pytest.approx(expected[1], abs=1e-6)
-    assert result.accuracy.item() == pytest.approx(expected[2], abs=1e-6)
+    same = interchangeable(size, with_ids)
+    ids = {name: values[:size] for name, values in IDS.items()} if with_ids else {}
+    result = info_nce(predicted, target, scale_of(scale), **ids)
+    check(result, loop(predicted.numpy(), target.numpy(), scale, same))
+
+
+@pytest.mark.parametrize("as_positives", [False, True])
+@pytest.mark.parametrize("with_negatives", [False, True])
+def test_options_equal_the_loop(as_positives, with_negatives):
+    predicted, target, hard = unit(SIZE, 0), unit(SIZE, 1), unit(len(NEGATIVE_IDS), 2)
+    negatives = {"negative_embeds": hard, "negative_ids": NEGATIVE_IDS} if with_negatives else {}
+    result = info_nce(
+        predicted, target, scale_of(9.0), **IDS, **negatives, as_positives=as_positives
+    )
+    same = interchangeable(SIZE, True)
+    options = {"as_positives": as_positives, "negatives": hard.numpy() if with_negatives else None}
+    check(result, loop(predicted.numpy(), target.numpy(), 9.0, same, **options))
+    plain = info_nce(predicted, target, scale_of(9.0), **IDS)
+    differs = as_positives or with_negatives
+    assert (abs(result.loss - plain.loss) > 0.01) == differs  # positive control
+
+
+def test_equals_cross_entropy_of_the_whole_matrix():
+    """½ (cross_entropy(S) + cross_entropy(Sᵀ)) in value and in every gradient, to rounding."""
+    same = torch.from_numpy(interchangeable(SIZE, True))
+    labels = torch.arange(SIZE)
+
+    def gradients(tiled: bool) -> list[torch.Tensor]:
+        leaves = [unit(SIZE, 0), unit(SIZE, 1), scale_of(20.0)]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        predicted, target, scale = leaves
+        if tiled:
+            loss = info_nce(predicted, target, scale, **IDS, tile_elements=2 * SIZE).loss
+        else:
+            logits = (scale * predicted @ target.T).masked_fill(same, -torch.inf)
+            loss = F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
+            loss = loss / 2
+        loss.backward()
+        return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("as_positives", [False, True])
+def test_gradients_are_those_of_finite_differences(as_positives):
+    def loss(predicted, target, scale, hard):
+        return info_nce(
+            predicted,
+            target,
+            scale,
+            **IDS,
+            negative_embeds=hard,
+            negative_ids=NEGATIVE_IDS,
+            as_positives=as_positives,
+            tile_elements=4 * SIZE,
+        ).loss
+
+    leaves = [unit(SIZE, 0), unit(SIZE, 1), scale_of(5.0), unit(len(NEGATIVE_IDS), 2)]
+    assert torch.autograd.gradcheck(loss, [leaf.requires_grad_() for leaf in leaves])
+
+
+@pytest.mark.parametrize("elements", [1, 3 * SIZE, 5 * SIZE, 1000])
+def test_tiles_of_any_size_give_one_result(elements):
+    """Whole rows, the last tile shorter, or one row at a time."""
+    predicted, target = unit(SIZE, 0).requires_grad_(), unit(SIZE, 1).requires_grad_()
+    results = []
+    for tile_elements in (elements, 10**9):
+        result = info_nce(predicted, target, scale_of(14.0), **IDS, tile_elements=tile_elements)
+        gradients = torch.autograd.grad(result.loss, [predicted, target])
+        results.append([result.loss, result.accuracy, *gradients])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_halves_of_the_rows_average_to_the_whole():
+    """What two processes do: each has its own predictions and the targets of both, and learns
+    from the other the log-sum-exp of its columns."""
+    predicted, target = unit(SIZE, 0).requires_grad_(), unit(SIZE, 1).requires_grad_()
+    scale, half = scale_of(14.0).requires_grad_(), SIZE // 2
+    leaves = [predicted, target, scale]
+    whole = info_nce(predicted, target, scale, **IDS)
+    logits = (14.0 * predicted @ target.T).detach()
+    logits[torch.from_numpy(interchangeable(SIZE, True))] = -torch.inf
+    columns_lse, seen = logits.logsumexp(dim=0), []
+    halves = [
+        info_nce(
+            predicted[first : first + half],
+            target,
+            scale,
+            **IDS,
+            first_row=first,
+            over_processes=lambda own: seen.append(own) or columns_lse,
+        )
+        for first in (0, half)
+    ]
+    torch.testing.assert_close(torch.stack(seen).logsumexp(dim=0), columns_lse)
+    mean = (halves[0].loss + halves[1].loss) / 2
+    torch.testing.assert_close(mean, whole.loss, rtol=1e-12, atol=0)
+    assert (halves[0].accuracy + halves[1].accuracy) / 2 == whole.accuracy
+    for found, expected in zip(
+        torch.autograd.grad(mean, leaves), torch.autograd.grad(whole.loss, leaves), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
 def test_both_directions_count_alike():
     predicted, target = unit(SIZE, 0), unit(SIZE, 1)
-    ids = {"target_ids": TARGET_IDS, "group_ids": GROUP_IDS}
-    scale = torch.tensor([20.0], dtype=torch.float64)
-    loss = info_nce(predicted, target, scale, **ids).loss
-    swapped = info_nce(target, predicted, scale, **ids).loss
+    scale = scale_of(20.0)
+    loss = info_nce(predicted, target, scale, **IDS).loss
+    swapped = info_nce(target, predicted, scale, **IDS).loss
     torch.testing.assert_close(loss, swapped, rtol=1e-12, atol=0)
     # Positive control: the two directions differ, so that one alone would be seen.
     logits, labels = scale * predicted @ target.T, torch.arange(SIZE)
     assert abs(F.cross_entropy(logits, labels) - F.cross_entropy(logits.T, labels)) > 0.01
+
+
+# -- InfoNCE: what it learns from ----------------------------------------------------------
 
 
 def test_rows_that_share_a_target_or_a_group_do_not_push_each_other():
@@ -86,21 +234,47 @@ def test_rows_that_share_a_target_or_a_group_do_not_push_each_other():
         info_nce(predicted, target, torch.tensor([3.0]), **ids).loss.backward()
         return predicted.grad, target.grad
 
-    for gradient in pull(target_ids=TARGET_IDS, group_ids=GROUP_IDS):
+    for gradient in pull(**IDS):
         zeros = [(i, j) for i in range(SIZE) for j in range(SIZE) if gradient[i, j] == 0]
         assert sorted(zeros) == sorted(same)
     for gradient in pull():  # positive control
         assert (gradient != 0).all()
 
 
+def test_rows_counted_as_positives_pull_each_other():
+    def pull(as_positives: bool) -> torch.Tensor:
+        predicted = torch.eye(SIZE).requires_grad_()
+        result = info_nce(
+            predicted, torch.eye(SIZE), torch.tensor([3.0]), **IDS, as_positives=as_positives
+        )
+        result.loss.backward()
+        return predicted.grad
+
+    pulled = {(i, j) for i, j in (pull(True) < 0).nonzero().tolist() if i != j}
+    assert pulled == {(0, 2), (2, 0), (1, 5), (5, 1), (3, 4), (4, 3)}
+    assert not (pull(False) < 0).fill_diagonal_(False).any()
+
+
+def test_a_hard_negative_pushes_every_prediction_but_those_it_is_right_for():
+    hard = torch.eye(8)[SIZE : SIZE + 1]  # orthogonal to all targets
+    predicted = torch.eye(8)[:SIZE].clone().requires_grad_()
+    ids = {"negative_embeds": hard, "negative_ids": TARGET_IDS[:1]}
+    info_nce(predicted, torch.eye(8)[:SIZE], torch.tensor([3.0]), **IDS, **ids).loss.backward()
+    pushed = (predicted.grad[:, SIZE] > 0).tolist()
+    assert pushed == [False, True, False, True, True, True]  # rows 0 and 2 have this text
+
+
 def test_chance_loss_counts_the_negatives_that_are_left():
-    result = info_nce(unit(4, 0), unit(4, 1), torch.tensor(1.0), torch.tensor([7, 7, 7, 1]))
+    result = info_nce(unit(4, 0), unit(4, 1), scale_of(1.0), torch.tensor([7, 7, 7, 1]))
     assert result.chance_loss.item() == pytest.approx((3 * math.log(2) + math.log(4)) / 4)
     blind = torch.zeros(SIZE, 8)
-    ids = {"target_ids": TARGET_IDS, "group_ids": GROUP_IDS}
-    result = info_nce(blind, blind, torch.tensor(1.0), **ids)
-    assert result.loss.item() == pytest.approx(result.chance_loss.item(), abs=1e-6)
-    assert result.chance_loss.item() < math.log(SIZE) - 0.1
+    for negatives in (
+        {},
+        {"negative_embeds": torch.zeros(5, 8), "negative_ids": NEGATIVE_IDS},
+    ):
+        result = info_nce(blind, blind, torch.tensor([1.0]), **IDS, **negatives)
+        assert result.loss.item() == pytest.approx(result.chance_loss.item(), abs=1e-6)
+    assert info_nce(blind, blind, torch.tensor([1.0]), **IDS).chance_loss < math.log(SIZE) - 0.1
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([0, 0, 1, 1])])
@@ -108,22 +282,92 @@ def test_a_collapsed_model_is_never_right(ids):
     """All rows tie. To take the first of them would count some as right, more than chance where
     rows are masked; here a tie is wrong."""
     point = torch.eye(4)[[0, 0, 0, 0]]
-    assert info_nce(point, point, torch.tensor(10.0), ids).accuracy == 0
+    assert info_nce(point, point, torch.tensor([10.0]), ids).accuracy == 0
     apart = unit(4, 0)
-    assert info_nce(apart, apart, torch.tensor(10.0), ids).accuracy == 1
+    assert info_nce(apart, apart, scale_of(10.0), ids).accuracy == 1
 
 
 def test_one_text_for_all_rows_leaves_nothing_to_learn():
     predicted = unit(4, 0).requires_grad_()
-    result = info_nce(predicted, unit(4, 1), torch.tensor(10.0), torch.zeros(4))
+    result = info_nce(predicted, unit(4, 1), scale_of(10.0), torch.zeros(4))
     result.loss.backward()
-    assert (result.loss, result.chance_loss, result.accuracy) == (0, 0, 1)
-    assert (predicted.grad == 0).all()
+    assert result.loss.item() == pytest.approx(0, abs=1e-12)
+    assert (result.chance_loss, result.accuracy) == (0, 1)
+    assert predicted.grad.abs().max() < 1e-12
 
 
 def test_autocast_does_not_round_the_logits():
-    predicted, target, scale = unit(SIZE, 0).float(), unit(SIZE, 1).float(), torch.tensor(100.0)
+    predicted, target, scale = unit(SIZE, 0).float(), unit(SIZE, 1).float(), torch.tensor([100.0])
     expected = info_nce(predicted, target, scale).loss
     with torch.autocast("cpu", torch.bfloat16):
         assert (100 * predicted @ target.T).dtype == torch.bfloat16  # positive control
         assert torch.equal(info_nce(predicted, target, scale).loss, expected)
+
+
+# -- the other objectives ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elements", [2 * SIZE, 1000])
+@pytest.mark.parametrize("as_positives", [False, True])
+def test_sigmoid_loss_equals_the_loop(as_positives, elements):
+    predicted, target = unit(SIZE, 0).requires_grad_(), unit(SIZE, 1)
+    scale, bias = scale_of(10.0), scale_of(-3.0).requires_grad_()
+    loss = sigmoid_loss(
+        predicted, target, scale, bias, **IDS, as_positives=as_positives, tile_elements=elements
+    )
+    same, total = interchangeable(SIZE, True), 0.0
+    for i in range(SIZE):
+        for j in range(SIZE):
+            if same[i, j] and not as_positives:
+                continue
+            sign = 1 if i == j or same[i, j] else -1
+            logit = sign * (10.0 * (predicted[i] @ target[j]).item() - 3.0)
+            total += math.log1p(math.exp(-logit))
+    assert loss.item() == pytest.approx(total / SIZE, rel=1e-12)
+    whole = torch.autograd.grad(loss, [predicted, bias])
+    again = sigmoid_loss(predicted, target, scale, bias, **IDS, as_positives=as_positives)
+    for found, expected in zip(whole, torch.autograd.grad(again, [predicted, bias]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_distances_of_pairs_equal_numpy():
+    predicted, target = unit(SIZE, 0), unit(SIZE, 1)
+    p, t = predicted.numpy(), target.numpy()
+    expected = {
+        cosine_loss: np.mean([1 - p[i] @ t[i] for i in range(SIZE)]),
+        l1_loss: np.mean([np.abs(p[i] - t[i]).sum() for i in range(SIZE)]),
+        l2_loss: np.mean([np.sqrt(((p[i] - t[i]) ** 2).sum()) for i in range(SIZE)]),
+    }
+    for loss, value in expected.items():
+        assert loss(predicted, target).item() == pytest.approx(value, rel=1e-12)
+        assert loss(target, target).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_sigreg_equals_numpy_and_tells_a_gaussian_from_a_point():
+    embeds, directions = unit(50, 0, width=8), unit(12, 1, width=8).T
+    projected = math.sqrt(8) * embeds.numpy() @ directions.numpy()  # (50, 12)
+    points = np.linspace(-5, 5, 17)
+    statistics = []
+    for column in projected.T:
+        function = np.array([np.exp(1j * t * column).mean() for t in points])
+        normal = np.exp(-(points**2) / 2)
+        distance = np.abs(function - normal) ** 2 * normal
+        statistics.append(50 * np.trapezoid(distance, points))
+    assert sigreg(embeds, directions).item() == pytest.approx(np.mean(statistics), rel=1e-12)
+
+    directions = unit(64, 1, width=128).T
+    spread, point = unit(500, 0, width=128), unit(1, 0, width=128).expand(500, 128)
+    assert sigreg(spread, directions) < 3 < 50 < sigreg(point, directions)
+
+
+def test_vicreg_terms_equal_numpy():
+    embeds = unit(50, 0, width=8)
+    stretched = math.sqrt(8) * embeds.numpy()
+    covariance = np.cov(stretched, rowvar=False)
+    deviations = np.sqrt(np.diag(covariance) + 1e-4)
+    variance_term, covariance_term = vicreg_terms(embeds)
+    assert variance_term.item() == pytest.approx(np.maximum(0, 1 - deviations).mean(), rel=1e-12)
+    off = covariance - np.diag(np.diag(covariance))
+    assert covariance_term.item() == pytest.approx((off**2).sum() / 8, rel=1e-12)
+    point = unit(1, 0, width=8).expand(50, 8)
+    assert vicreg_terms(point)[0].item() == pytest.approx(0.99, abs=1e-6)

@@ -1,7 +1,8 @@
 """What a recipe may say, and the sentence a user reads when it says something else.
 
-A recipe is a YAML file of four sections, `model`, `processor`, `data` and `training`; every key
-is a field of a dataclass below, and each default lives there alone.
+A recipe is a YAML file of the sections `model`, `data` and `training`, and where they are needed
+`processor` and `evaluation`; every key is a field of a dataclass below, and each default lives
+there alone.
 """
 
 import difflib
@@ -36,6 +37,9 @@ class ModelArguments:
         vocab_size: size of the query tokenizer trained on the recipe's own texts.
         tokenizer_rows: JSONL files whose texts it learns from as well: the questions of a later
             stage, which it would otherwise spell out.
+        lora: settings of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`: the Predictor's
+            layers stay as they are and adapters beside them train, with the projections, the
+            temperature and, unless `freeze_text`, the Y-Encoder.
     """
 
     checkpoint: str | None = None
@@ -43,6 +47,7 @@ class ModelArguments:
     text_encoder: str | None = None
     vocab_size: int = 2000
     tokenizer_rows: list[str] = field(default_factory=list)
+    lora: dict | None = None
 
 
 @dataclass(kw_only=True)
@@ -95,6 +100,7 @@ class DataArguments:
         num_workers: processes that decode media before training.
         cache_targets: encode every distinct target once before training; only with a frozen
             Y-Encoder, and with as many texts as fit into memory.
+        hard_negatives: how many of a row's `negatives` join the batch's texts.
     """
 
     sources: list
@@ -102,12 +108,35 @@ class DataArguments:
     cache_dir: str = "data/cache"
     num_workers: int = os.cpu_count() or 1
     cache_targets: bool = False
+    hard_negatives: int = 0
 
     def __post_init__(self):
         if not 0 <= self.max_bad_share <= 1:
             raise RecipeError(f"data.max_bad_share: {self.max_bad_share} is no share from 0 to 1.")
         if self.num_workers < 1:
             raise RecipeError("data.num_workers: at least one process has to decode.")
+        if self.hard_negatives < 0:
+            raise RecipeError("data.hard_negatives: give 0 or more.")
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments:
+    """What is measured during training, on data held out from it.
+
+    Attributes:
+        tasks: names in the file of benchmarks. `training.eval_strategy` and `eval_steps` say
+            when; `training.metric_for_best_model` names a score as the log does.
+        benchmarks: that file.
+        limit: only the first so many rows of each.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    benchmarks: str = "eval/benchmarks.yaml"
+    limit: int | None = None
+
+
+OBJECTIVES = ("info_nce", "sigmoid", "cosine", "l1", "l2")
+INTERCHANGEABLE = ("masked", "positives")
 
 
 @dataclass(kw_only=True)
@@ -118,24 +147,49 @@ class VLJEPATrainingArguments(TrainingArguments):
     Attributes:
         global_batch_size: rows of one step over all processes: the in-batch negatives. A
             learning rate belongs to it, so it is fixed and the per-device batch follows.
-        precision: compute in "fp32" or "bf16" (weights stay fp32), or "auto": bf16 where
-            this machine multiplies matrices faster in it.
+            With `gradient_accumulation_steps` it is the sum over these, and the negatives are
+            those of one of them: accumulation adds none, `gradient_cache_rows` does.
+        gradient_cache_rows: rows of a process that go through the model at a time, by GradCache:
+            the loss is that of the whole batch, the memory that of these rows.
+        objective: "info_nce"; "sigmoid" (SigLIP's; the model needs a `logit_bias_init_value`);
+            or "cosine", "l1", "l2", which only a Y-Encoder that cannot move survives.
+        interchangeable: what rows with one target text or group are to each other: "masked" (no
+            negatives) or "positives".
+        sigreg_weight, variance_weight, covariance_weight: of the terms of LeJEPA and VICReg.
+        precision: compute in "fp32" or "bf16" (weights stay fp32, those of frozen encoders apart),
+            or "auto": bf16 where this machine multiplies matrices faster in it.
         text_learning_rate_scale: factor on a Y-Encoder's backbone (paper section 3.2: 0.05 for
             a pretrained one; a random one needs 1).
+        vision_learning_rate_scale: factor on an X-Encoder that is trained.
+        resume_from_checkpoint: true for the last one in `output_dir`, if there is one yet; or a
+            folder.
+        device_tflops: what a device can do at most, in 10^12 operations a second at this
+            precision, from its data sheet: the denominator of `mfu` in the log. Default: what a
+            large matrix product reaches here.
         world_size_expected: number of processes the recipe is meant for, checked at start-up.
     """
 
     output_dir: str = field()  # `field()`: or the parent's default would make it optional
     max_steps: int = field()
     global_batch_size: int
+    gradient_cache_rows: int | None = None
+    objective: str = "info_nce"
+    interchangeable: str = "masked"
+    sigreg_weight: float = 0.0
+    variance_weight: float = 0.0
+    covariance_weight: float = 0.0
     precision: str = "auto"
     text_learning_rate_scale: float = 0.05
+    vision_learning_rate_scale: float = 1.0
+    resume_from_checkpoint: str | bool | None = None
+    device_tflops: float | None = None
     world_size_expected: int | None = None
     max_grad_norm: float = 1.0
     logging_steps: float = 20
     save_strategy: str = "no"
     adam_beta2: float = 0.98
     disable_tqdm: bool = True
+    logging_nan_inf_filter: bool = False  # a loss that is no number is shown as such
     remove_unused_columns: bool = False
     dataloader_drop_last: bool = True
     dataloader_pin_memory: bool = False
@@ -150,8 +204,23 @@ class VLJEPATrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.max_steps < 1:
             raise RecipeError(f"training.max_steps: {self.max_steps} is no number of steps.")
+        for name, choices in (("objective", OBJECTIVES), ("interchangeable", INTERCHANGEABLE)):
+            if vars(self)[name] not in choices:
+                raise RecipeError(
+                    f"training.{name}: {vars(self)[name]!r} is none of {', '.join(choices)}."
+                )
+        if self.gradient_cache_rows is not None and self.gradient_cache_rows < 1:
+            raise RecipeError("training.gradient_cache_rows: give at least one row at a time.")
+        by_loss = self.metric_for_best_model in (None, "loss", "eval_loss")
+        if by_loss and (self.load_best_model_at_end or self.save_strategy == "best"):
+            raise RecipeError(
+                "training.metric_for_best_model: name a score of the section 'evaluation'. The "
+                "loss goes on falling while retrieval gets worse."
+            )
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = use_bf16(self.precision, torch.device("cpu") if self.use_cpu else None)
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # of a launcher; the recipe decides
+            os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"
         super().__post_init__()
         per_device, rest = divmod(
             self.global_batch_size, self.world_size * self.gradient_accumulation_steps
@@ -192,6 +261,7 @@ class Recipe:
     processor: ProcessorArguments
     data: DataArguments
     training: VLJEPATrainingArguments
+    evaluation: EvaluationArguments
     given: dict
 
 
@@ -208,7 +278,8 @@ def check_keys(given: Any, cls: type, where: str) -> dict:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise RecipeError(f"{name}: no such key.{hint}")
-        if hints[key] is float and type(value) is int:
+        kinds = {hints[key], *typing.get_args(hints[key])}
+        if type(value) is int and float in kinds and int not in kinds:
             value = float(value)
         try:
             type_validator(name, value, hints[key])
@@ -271,7 +342,7 @@ def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: a recipe has sections model, processor, data and training.")
     for override in overrides:
         apply_override(given, override)
-    given = {"processor": {}, **given}
+    given = {"processor": {}, "evaluation": {}, **given}
     sections = {f.name for f in fields(Recipe)} - {"given"}
     unknown, absent = set(given) - sections, sections - set(given)
     if unknown:
@@ -292,5 +363,8 @@ def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
         ),
         data=data,
         training=training_arguments(given["training"]),
+        evaluation=EvaluationArguments(
+            **check_keys(given["evaluation"], EvaluationArguments, "evaluation")
+        ),
         given=given,
     )

@@ -137,7 +137,7 @@ def vary(frames: torch.Tensor, seed: tuple[int, int]) -> torch.Tensor:
 
 
 class ContrastiveDataset(torch.utils.data.Dataset):
-    """Samples `{frames, query, target, target_id, group_id}` of all sources, end to end.
+    """Samples `{frames, query, target, target_id, group_id, negatives}` of all sources, end to end.
 
     `dataset[row + visit * VISIT]` is a row at a later visit: the same, but in an augmented source.
 
@@ -177,6 +177,7 @@ class ContrastiveDataset(torch.utils.data.Dataset):
             "target_id": text_id(row["target"]),
             # A row without a group, or with `null` for one, is alone in its own.
             "group_id": -1 - index if group is None else text_id(str(group)),
+            "negatives": row.get("negatives", []),
         }
 
 

@@ -12,6 +12,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """Rows of every process in rank order: `(B, …)` to `(world x B, …)`, without gradient."""
     if world_size() == 1:
@@ -19,6 +23,16 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     gathered = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(gathered, tensor.contiguous())
     return torch.cat(gathered)
+
+
+def all_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean over processes, without gradient."""
+    return all_gather(tensor.detach()[None]).mean(dim=0)
+
+
+def all_logsumexp(columns_lse: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp `(B,)` over each process's rows to that over all rows, without gradient."""
+    return all_gather(columns_lse[None]).logsumexp(dim=0)
 
 
 class GatherWithGradient(torch.autograd.Function):
@@ -40,10 +54,10 @@ class GatherWithGradient(torch.autograd.Function):
 def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
     """Rows of every process, differentiable.
 
-    When every process computes the same global loss from the result, and data parallelism then
-    averages the gradients of the parameters, that average is the gradient of one process that
-    holds the whole batch, for the parameters behind the rows and for those, like the
-    temperature, that enter the loss directly.
+    When the mean over processes of what each makes of the result is the global loss, and data
+    parallelism averages the gradients of the parameters, that average is the gradient of one
+    process that holds the whole batch, for the parameters behind the rows and for those, like
+    the temperature, that enter the loss directly.
     """
     return tensor if world_size() == 1 else GatherWithGradient.apply(tensor)
 

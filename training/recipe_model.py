@@ -1,9 +1,11 @@
-"""A model and its processor at the start of training: from a checkpoint, or new."""
+"""A model and its processor at the start of training: from a checkpoint, or new; and what of it
+trains."""
 
 import copy
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CONFIG_MAPPING,
@@ -14,11 +16,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from modeling_vljepa import (
+    LORA_MODULES_TO_SAVE,
+    LORA_TARGET_MODULES,
+    VLJEPAConfig,
+    VLJEPAModel,
+)
 from processing import VLJEPAProcessor, VLJEPAVideoProcessor
 
-from .arguments import ModelArguments, ProcessorArguments, RecipeError
+from .arguments import ModelArguments, ProcessorArguments, RecipeError, VLJEPATrainingArguments
 from .backbones import TextBackbone, load, read_text
+from .objective import PAIRWISE
 
 # Llama 3's own names, so that a trained-from-scratch predictor has the tokenizer of a real one.
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
@@ -138,8 +146,10 @@ def new_model(
     return model, processor
 
 
-def load_checkpoint(arguments: ModelArguments) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """The model and processor of `checkpoint`, its configuration changed as `config` says."""
+def load_checkpoint(
+    arguments: ModelArguments, processing: ProcessorArguments
+) -> tuple[VLJEPAModel, VLJEPAProcessor]:
+    """The model and processor of `checkpoint`, changed as the recipe says."""
     check_config(arguments.config)
     config = load(AutoConfig, "model.checkpoint", arguments.checkpoint)
     for name, value in arguments.config.items():
@@ -151,4 +161,71 @@ def load_checkpoint(arguments: ModelArguments) -> tuple[VLJEPAModel, VLJEPAProce
     model = load(
         AutoModel, "model.checkpoint", arguments.checkpoint, config=config, dtype=torch.float32
     )
-    return model, load(AutoProcessor, "model.checkpoint", arguments.checkpoint)
+    processor = load(AutoProcessor, "model.checkpoint", arguments.checkpoint)
+    video = processor.video_processor
+    video.num_frames = processing.num_frames
+    if processing.image_size is not None:
+        video.crop_size = {"height": processing.image_size, "width": processing.image_size}
+    if processing.shortest_edge is not None:
+        video.size = {"shortest_edge": processing.shortest_edge}
+    return model, processor
+
+
+def check_objective(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
+    """Stop at an objective that this model cannot be trained with; keep still what it leaves out.
+
+    Raises:
+        RecipeError: a loss without negatives would pull all embeddings into one point, if the
+            side of the targets can move (paper section 4.6, 7c); the sigmoid loss lacks its bias.
+    """
+    name = f"training.objective: {args.objective!r}"
+    kept_apart = args.sigreg_weight or args.variance_weight
+    moves = [name for name in ("y_encoder", "y_head") if any_trains(getattr(model, name))]
+    if args.objective in PAIRWISE and moves and not kept_apart:
+        raise RecipeError(
+            f"{name} has no negatives, and the targets' {moves[0]} trains: everything would "
+            "become one point. Set model.config.freeze_text to true and project_target to false, "
+            "or give training.sigreg_weight or training.variance_weight."
+        )
+    if args.objective == "sigmoid" and model.logit_bias is None:
+        raise RecipeError(f"{name} learns a bias: set model.config.logit_bias_init_value (-10).")
+    if args.objective in PAIRWISE:
+        model.logit_scale.requires_grad_(False)
+    if args.objective != "sigmoid" and model.logit_bias is not None:
+        model.logit_bias.requires_grad_(False)
+
+
+def any_trains(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def store_frozen_in_bf16(model: VLJEPAModel) -> None:
+    """Half the memory for encoders and tables that no optimizer will touch; those that train stay
+    in fp32, because bf16 would round most of their small steps away."""
+    table = model.get_input_embeddings()
+    for part in (model.x_encoder, model.y_encoder, table):
+        if not any_trains(part):
+            part.to(torch.bfloat16)
+
+
+def add_adapters(model: VLJEPAModel, lora: dict) -> PeftModel:
+    """Freeze the Predictor's layers and put low-rank adapters beside them; what else trains does
+    so as before, and is saved with them."""
+    others = (*LORA_MODULES_TO_SAVE, "logit_bias", "x_encoder", "y_encoder")
+    modules = {path.split(".")[-1]: module for path, module in model.named_modules()}
+    whole = [name for name in others if name in modules and any_trains(modules[name])]
+    try:
+        config = LoraConfig(**lora, target_modules=LORA_TARGET_MODULES, modules_to_save=whole)
+    except TypeError as error:
+        raise RecipeError(f"model.lora: {error}") from error
+    return get_peft_model(model, config)
+
+
+def prepare_for_training(
+    model: VLJEPAModel, lora: dict | None, args: VLJEPATrainingArguments
+) -> VLJEPAModel | PeftModel:
+    """Freeze what the objective leaves out, add adapters, and store in bf16 what stays as it is."""
+    check_objective(model, args)
+    if args.bf16:
+        store_frozen_in_bf16(model)
+    return model if lora is None else add_adapters(model, lora)

@@ -27,7 +27,7 @@ def encode_target_states(
     states = {}
     for start in tqdm(range(0, len(distinct), batch_size), desc="Encoding targets"):
         part = distinct[start : start + batch_size]
-        batch = processor(targets=part)
+        batch = processor(targets=part).to(model.device)
         pooled = model.y_encoder(batch["target_input_ids"], batch["target_attention_mask"])
-        states |= zip(part, pooled, strict=True)  # (U, Dt)
+        states |= zip(part, pooled.cpu(), strict=True)  # (U, Dt)
     return states

@@ -12,30 +12,52 @@ import math
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import PrinterCallback, set_seed
 
+from eval.benchmarks import Benchmark, load_benchmarks
 from modeling_vljepa import VLJEPAModel
 
 from .arguments import (
+    EvaluationArguments,
     Recipe,
     RecipeError,
     SourceArguments,
     VLJEPATrainingArguments,
     read_recipe,
 )
-from .callbacks import ProgressLine
+from .callbacks import CollapseWarning, ProgressLine
+from .checkpoints import checkpoint_to_resume
 from .collator import ContrastiveCollator
 from .data import Source, build_dataset, read_source, texts_of
 from .distributed import check_world_size
 from .parameters import parameter_table
-from .recipe_model import load_checkpoint, new_model
+from .recipe_model import load_checkpoint, new_model, prepare_for_training
+from .speed import reachable_flops
 from .target_states import encode_target_states
 from .trainer import VLJEPATrainer
 
 
-def start_report(model: VLJEPAModel, args: VLJEPATrainingArguments, sources: list[Source]) -> str:
+def read_benchmarks(
+    arguments: EvaluationArguments, args: VLJEPATrainingArguments
+) -> list[Benchmark]:
+    """What to measure during training; checked before anything is loaded."""
+    if not arguments.tasks:
+        if args.eval_strategy != "no":
+            raise RecipeError("evaluation.tasks: training.eval_strategy asks for some; name them.")
+        return []
+    try:
+        return load_benchmarks(Path(arguments.benchmarks), arguments.tasks)
+    except (FileNotFoundError, ValueError) as error:
+        raise RecipeError(f"evaluation: {error}") from error
+
+
+def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source]) -> str:
     """What a person checks before leaving a run alone."""
+    args = recipe.training
+    rows = args.global_batch_size // args.gradient_accumulation_steps
+    texts = rows * (1 + recipe.data.hard_negatives)
     lines = [parameter_table(model), ""]
     for source in sources:
         path, weight = source.arguments.rows, source.arguments.weight
@@ -46,9 +68,9 @@ def start_report(model: VLJEPAModel, args: VLJEPATrainingArguments, sources: lis
         f"{args.global_batch_size} rows · {'bf16' if args.bf16 else 'fp32'} compute, fp32 weights"
     )
     lines.append(
-        f"chance loss at most ln({args.global_batch_size}) = "
-        f"{math.log(args.global_batch_size):.3f}; less where rows of a batch share a target "
-        "(each line gives its own)"
+        f"chance loss of {rows} rows and {texts} texts at most "
+        f"{(math.log(rows) + math.log(texts)) / 2:.3f}; less where rows share a target (each line "
+        "gives its own)"
     )
     return "\n".join(lines)
 
@@ -73,7 +95,10 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     check_world_size(args.world_size, args.world_size_expected)
     set_seed(args.seed)
 
-    # 2. Rows
+    resume_from = checkpoint_to_resume(args)
+
+    # 2. Rows, and what is measured on others
+    benchmarks = read_benchmarks(recipe.evaluation, args)
     sources = [read_source(source) for source in recipe.data.sources]
 
     # 3. Processor and model, new or from a checkpoint
@@ -82,36 +107,49 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
         texts = texts_of(sources + more)
         model, processor = new_model(recipe.model, recipe.processor, texts, args.seed)
     else:
-        model, processor = load_checkpoint(recipe.model)
-        processor.video_processor.num_frames = recipe.processor.num_frames
+        model, processor = load_checkpoint(recipe.model, recipe.processor)
 
     # 4. Clips, decoded once, by the first process for all; targets, if they stay the same
     with args.main_process_first(desc="reading clips"):
         dataset = build_dataset(sources, processor.video_processor, recipe.data)
     states = None
     if recipe.data.cache_targets:
-        targets = [row["target"] for row in dataset.rows]
-        states = encode_target_states(model, processor, targets)
+        texts = [t for row in dataset.rows for t in (row["target"], *row.get("negatives", []))]
+        states = encode_target_states(model.to(args.device), processor, texts)
 
     # 5. Train
+    base, model = model, prepare_for_training(model, recipe.model.lora, args)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    measured = None if args.device_tflops else reachable_flops(args.device, dtype)
     trainer = VLJEPATrainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=ContrastiveCollator(processor, states),
+        data_collator=ContrastiveCollator(processor, states, recipe.data.hard_negatives),
         processing_class=processor,
-        callbacks=[ProgressLine()],
+        callbacks=[ProgressLine(), CollapseWarning()],
+        benchmarks=benchmarks,
+        limit=recipe.evaluation.limit,
+        peak_flops=measured or args.device_tflops * 1e12,
     )
     trainer.remove_callback(PrinterCallback)  # its dictionary says less than the progress line
     if trainer.is_world_process_zero():
-        print(start_report(model, args, sources), flush=True)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        print(start_report(base, recipe, sources), flush=True)
+        if args.resume_from_checkpoint:
+            print(f"resuming from {resume_from or 'the beginning: no checkpoint is there yet'}")
+    trainer.train(resume_from_checkpoint=resume_from)
 
-    # 6. Save what a user loads: the log for the report, the recipes for the card, model and
-    #    processor; these last, because with `push_to_hub` they take the others along
+    # 6. Save what a user loads: the log for the report, the recipes for the card, adapters and
+    #    the model with these in its weights, processor; the last two take the others along with
+    #    `push_to_hub`
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_recipes(recipe)
+    if recipe.model.lora is not None:
+        trainer.model.save_pretrained(
+            Path(args.output_dir, "adapter"), is_main_process=trainer.is_world_process_zero()
+        )
+        trainer.model = trainer.model.merge_and_unload()
     trainer.save_model()
     return trainer
 

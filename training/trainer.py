@@ -1,57 +1,114 @@
 """The Trainer: transformers' own, with this objective, its parameter groups and its batches."""
 
+import time
 from collections import defaultdict
 
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from modeling_vljepa.losses import info_nce
+from eval.benchmarks import Benchmark
+from eval.evaluate import TASKS
 
+from .checkpoints import AtomicCheckpoints
 from .data import MixtureSampler
-from .distributed import all_gather, gather_with_gradient
+from .distributed import all_mean
+from .grad_cache import cached_step
+from .objective import Embeds, Ids, Objective
 from .publish import publish
+from .speed import peak_memory, training_flops
 
 
-class VLJEPATrainer(Trainer):
+class VLJEPATrainer(AtomicCheckpoints, Trainer):
     """Contrastive training of a [`VLJEPAModel`] over one or many processes.
 
-    It overrides what it must: the loss (in-batch negatives of all processes), the optimizer's
-    groups (the Y-Encoder's own rate), the sampler (a mixture of sources) and the log (the parts
-    of the loss by name).
+    It overrides what it must: the loss (in-batch negatives of all processes), the step (GradCache),
+    the optimizer's groups (a rate for each encoder), the sampler (a mixture of sources), the
+    evaluation (benchmarks), the log (the parts of the loss by name) and how checkpoints are
+    written (whole or not at all).
+
+    Args:
+        benchmarks: measured by `evaluate`.
+        limit: only the first so many rows of each.
+        peak_flops: what one device can do in a second.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *args,
+        benchmarks: list[Benchmark] = (),
+        limit: int | None = None,
+        peak_flops: float | None = None,
+        **kwargs,
+    ):
+        # What stands for the dataset that Trainer asks for where it is to evaluate.
+        super().__init__(*args, eval_dataset=list(benchmarks) or None, **kwargs)
+        self.benchmarks, self.limit, self.peak_flops = benchmarks, limit, peak_flops
+        self.objective = Objective(
+            name=self.args.objective,
+            as_positives=self.args.interchangeable == "positives",
+            sigreg_weight=self.args.sigreg_weight,
+            variance_weight=self.args.variance_weight,
+            covariance_weight=self.args.covariance_weight,
+        )
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._since = (0, 0.0, time.monotonic())  # step, operations and time of the last line
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            # It would round the model's outputs to bf16; autocast alone leaves them in fp32.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+    def _prepare_for_training(self, *args, **kwargs):
+        model, dataloader = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:  # what an evaluation calls has to collect the weights, too
+            for name in ("encode_video", "predict", "encode_target"):
+                register_fsdp_forward_method(model, name)
+        return model, dataloader
+
+    # -- the step --------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        target_ids, group_ids = inputs.pop("target_ids"), inputs.pop("group_ids")
+        ids = take_ids(inputs)
         outputs = model(**inputs)
-        result = info_nce(
-            gather_with_gradient(outputs.predicted_embeds),  # (B, D), B of all processes
-            gather_with_gradient(outputs.target_embeds),  # (B, D)
+        embeds = Embeds(
+            outputs.predicted_embeds,  # (b, D)
+            outputs.target_embeds,  # (U, D)
             outputs.logit_scale,
-            target_ids=all_gather(target_ids),  # (B,)
-            group_ids=all_gather(group_ids),  # (B,)
+            outputs.logit_bias,
         )
-        parts = {
-            "chance_loss": result.chance_loss,
-            "accuracy": result.accuracy,
-            "logit_scale": outputs.logit_scale.mean(),
-        }
+        loss = self.loss_of(embeds, ids)
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_of(self, embeds: Embeds, ids: Ids) -> torch.Tensor:
+        loss, parts = self.objective(embeds, ids, seed=self.state.global_step)
         for name, value in parts.items():
             self._parts[name].append(value.detach())
-        return (result.loss, outputs) if return_outputs else result.loss
+        return loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss, averaged since the last line."""
-        parts = {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
-        self._parts.clear()
-        super().log({**logs, **parts}, start_time)
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        if self.args.gradient_cache_rows is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        ids = take_ids(inputs)
+        return cached_step(
+            model,
+            inputs,
+            rows=self.args.gradient_cache_rows,
+            loss_of=lambda embeds: (
+                self.loss_of(embeds, ids) / self.current_gradient_accumulation_steps
+            ),
+            backward=self.accelerator.backward,
+            no_sync=lambda: self.accelerator.no_sync(model),
+        )
+
+    # -- the optimizer ---------------------------------------------------------------------
 
     def create_optimizer(self, model=None):
-        """AdamW over four groups: with and without weight decay, the Y-Encoder at its own rate.
+        """Groups of one rate and with or without weight decay: each encoder has a rate of its own.
 
         The Y-Encoder's new head is no part of its pretrained weights: it trains at the full rate.
         """
@@ -60,23 +117,84 @@ class VLJEPATrainer(Trainer):
         groups = defaultdict(list)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups["y_encoder." in name, name in decayed].append(parameter)
-        scale = self.args.text_learning_rate_scale
+                groups[self.learning_rate_of(name), name in decayed].append(parameter)
         parameters = [
-            {
-                "params": group,
-                "lr": self.args.learning_rate * (scale if in_text_encoder else 1),
-                "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-            }
-            for (in_text_encoder, is_decayed), group in groups.items()
+            {"params": group, "lr": rate, "weight_decay": self.args.weight_decay * is_decayed}
+            for (rate, is_decayed), group in groups.items()
         ]
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = optimizer_class(parameters, **arguments)
         return self.optimizer
 
+    def learning_rate_of(self, name: str) -> float:
+        """The peak rate of a parameter."""
+        if "y_encoder." in name:
+            return self.args.learning_rate * self.args.text_learning_rate_scale
+        if "x_encoder." in name:
+            return self.args.learning_rate * self.args.vision_learning_rate_scale
+        return self.args.learning_rate
+
     def get_decay_parameter_names(self, model) -> list[str]:
         """Matrices decay; norms, biases and the temperature do not."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    # -- evaluation and the log ------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> dict[str, float]:
+        """Scores on the benchmarks, such as `eval_babyai_vqa_accuracy`, with their chance levels.
+
+        Every process measures everything: a model whose weights are spread over processes needs
+        all of them for each forward pass, and nobody has to wait.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = {}
+        for benchmark in self.benchmarks if eval_dataset is None else eval_dataset:
+            with self.accelerator.autocast():
+                result = TASKS[benchmark.task](
+                    model, self.processing_class, benchmark, limit=self.limit
+                )
+            for name, score in result.scores.items():
+                key = f"{metric_key_prefix}_{benchmark.name}_{name}".replace(" ", "_")
+                metrics |= {key: score.value, f"{key}_chance": score.baselines["chance"]}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, averaged over steps and processes since the last line, and
+        how fast and in how much memory these were made."""
+        if "loss" in logs:  # and not an evaluation, or the summary of a whole run
+            logs = logs | {
+                name: all_mean(torch.stack(values).mean()).item()
+                for name, values in self._parts.items()
+            }
+            self._parts.clear()
+            logs |= self.speed()
+        super().log(logs, start_time)
+
+    def speed(self) -> dict[str, float]:
+        """Rows a second of all processes; operations a second, in 10^12, and their share of the
+        possible, of one device; the most memory that this process has held, in GiB."""
+        step, operations, since = self._since
+        self._since = (self.state.global_step, self.state.total_flos, time.monotonic())
+        seconds = self._since[2] - since
+        rows = (self._since[0] - step) * self.args.global_batch_size
+        flops = (self._since[1] - operations) / seconds / self.args.world_size
+        speed = {
+            "samples_per_second": rows / seconds,
+            "tflops": flops / 1e12,
+            "peak_memory_gib": peak_memory(self.args.device) / 2**30,
+        }
+        return speed if self.peak_flops is None else speed | {"mfu": flops / self.peak_flops}
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        return training_flops(self.accelerator.unwrap_model(self.model), inputs)
+
+    # -- publication and data --------------------------------------------------------------
 
     def push_to_hub(
         self,
@@ -106,3 +224,11 @@ class VLJEPATrainer(Trainer):
             num_batches=self.args.max_steps,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
+
+
+def take_ids(inputs: dict[str, torch.Tensor]) -> Ids:
+    """Take out of the batch what the model does not read."""
+    return Ids(**{name: inputs.pop(name) for name in Ids.__dataclass_fields__ if name in inputs})
+
+
+__all__ = ["VLJEPATrainer"]

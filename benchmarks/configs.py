@@ -1,0 +1,43 @@
+"""The size at which training is measured on a machine without accelerators."""
+
+from modeling_vljepa import VLJEPAConfig
+
+MID = {
+    "vision_config": {
+        "model_type": "vjepa2",
+        "crop_size": 256,
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "pred_hidden_size": 32,
+        "pred_num_hidden_layers": 1,
+        "pred_num_attention_heads": 2,
+    },
+    "predictor_config": {
+        "model_type": "llama",
+        "vocab_size": 32_000,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+    "text_config": {
+        "model_type": "gemma3_text",
+        "vocab_size": 32_000,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "use_bidirectional_attention": True,
+    },
+}
+
+
+def mid_config() -> VLJEPAConfig:
+    """V-JEPA 2 of 12 layers of 384, Llama of 8 of 512, Gemma of 12 of 256; a 1,536-d space."""
+    return VLJEPAConfig(**MID)

@@ -1,0 +1,83 @@
+"""GradCache's memory and time: `python -m benchmarks.grad_cache --size 4096`.
+
+Three steps of the model of `benchmarks/configs.py`, each in a process of its own: a small batch as
+it is, the large batch with GradCache, and the samples of the large batch in small batches as they
+are (another loss; the same samples, and what time they take at least).
+"""
+
+import argparse
+
+import torch
+
+from benchmarks.configs import mid_config
+from benchmarks.measure import Cost, cost, in_own_process
+from modeling_vljepa import VLJEPAModel
+from training.grad_cache import cached_step
+from training.objective import Embeds, Ids, Objective
+
+FRAMES, LENGTH = 2, 32
+
+
+def make_batch(size: int) -> dict[str, torch.Tensor]:
+    """Clips of two frames at 256 pixels, queries and targets of 32 tokens, without padding."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "pixel_values_videos": torch.randn(size, FRAMES, 3, 256, 256, generator=generator),
+        "input_ids": torch.randint(3, 32_000, (size, LENGTH), generator=generator),
+        "target_input_ids": torch.randint(3, 32_000, (size, LENGTH), generator=generator),
+    }
+
+
+def loss_of(embeds: Embeds) -> torch.Tensor:
+    rows = torch.arange(len(embeds.predicted))
+    return Objective()(embeds, Ids(target_index=rows, target_ids=rows, group_ids=rows))[0]
+
+
+def plain_step(model: VLJEPAModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    output = model(**batch)
+    loss = loss_of(Embeds(output.predicted_embeds, output.target_embeds, output.logit_scale))
+    loss.backward()
+    return loss.detach()
+
+
+def measure(name: str, size: int, rows: int) -> Cost:
+    torch.manual_seed(0)
+    model = VLJEPAModel(mid_config()).train()
+    plain_step(model, make_batch(1))  # gradients and workspaces are there before
+    model.zero_grad(set_to_none=False)
+    batch = make_batch(size)
+
+    def small_batches() -> torch.Tensor:
+        for start in range(0, size, rows):
+            part = {key: value[start : start + rows] for key, value in batch.items()}
+            loss = plain_step(model, part)
+        return loss
+
+    def cached() -> torch.Tensor:
+        return cached_step(model, batch, rows, loss_of)
+
+    return cost({"plain": small_batches, "cached": cached}[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grad_cache", description=__doc__)
+    parser.add_argument("--size", type=int, default=4096, help="rows of the large batch")
+    parser.add_argument("--rows", type=int, default=64, help="rows of the small one, and of a part")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    found = {
+        f"{name} {size}": in_own_process(measure, name, size, args.rows, threads=args.threads)
+        for name, size in (("plain", args.rows), ("cached", args.size), ("plain", args.size))
+    }
+    print(f"mid config, fp32, {FRAMES} frames, {args.rows} rows at a time, {args.threads} threads")
+    print(f"{'':<14}{'CPU-seconds':>12}{'peak GiB':>10}")
+    for name, one in found.items():
+        print(f"{name:<14}{one.cpu_seconds:>12.1f}{one.peak_bytes / 2**30:>10.2f}")
+    small, cached, plain = found.values()
+    print(f"memory of cached / plain of {args.rows}: {cached.peak_bytes / small.peak_bytes:.2f}")
+    print(f"CPU-seconds of cached / plain: {cached.cpu_seconds / plain.cpu_seconds:.2f}")
+    print("memory: beyond the model, its gradients and the batch's own tensors")
+
+
+if __name__ == "__main__":
+    main()

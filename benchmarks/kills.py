@@ -1,0 +1,245 @@
+"""Kill training runs at random moments, resume them, and compare with a run that nobody killed.
+
+    python -m benchmarks.kills --kills 20
+
+A run is killed with SIGKILL: all of its processes or one of them, at any time from its start (so
+before its first checkpoint, too) or while a checkpoint is being written. It is then resumed as
+`training.resume_from_checkpoint=true` does it, and must end with the same weights, bit for bit,
+and the same losses.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import socket
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+
+from training.checkpoints import INCOMPLETE
+from training.train import main as train
+
+CONTEXT = get_context("forkserver")
+STEPS, SAVE_STEPS = 12, 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: by how many processes, and with GradCache or without."""
+
+    processes: int
+    gradient_cache_rows: int | None
+
+
+SETTINGS = [Setting(1, None), Setting(2, None), Setting(1, 1), Setting(2, 1)]
+
+
+def write_recipe(folder: Path) -> Path:
+    """Twelve small images, and a model whose dropout needs its random state back."""
+    generator = random.Random(0)
+    rows = []
+    for number in range(12):
+        pixels = generator.randbytes(32 * 32 * 3)
+        Image.frombytes("RGB", (32, 32), pixels).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "query": "what ?", "target": f"number {number}"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    recipe = {
+        "model": {
+            "vocab_size": 300,
+            "config": {
+                "embedding_dim": 16,
+                "vision_config": {
+                    "model_type": "vjepa2",
+                    **sizes,
+                    "pred_hidden_size": 16,
+                    "pred_num_hidden_layers": 1,
+                    "pred_num_attention_heads": 2,
+                },
+                "predictor_config": {
+                    "model_type": "llama",
+                    **sizes,
+                    "intermediate_size": 64,
+                    "num_key_value_heads": 2,
+                    "head_dim": 16,
+                    "attention_dropout": 0.2,
+                },
+                "text_config": {"model_type": "bert", **sizes, "intermediate_size": 64},
+            },
+        },
+        "processor": {"image_size": 32},
+        "data": {
+            "sources": [{"rows": str(folder / "rows.jsonl"), "augment": True}],
+            "cache_dir": str(folder / "cache"),
+            "num_workers": 1,
+        },
+        "training": {
+            "output_dir": str(folder / "out"),
+            "max_steps": STEPS,
+            "global_batch_size": 4,
+            "learning_rate": 1.0e-3,
+            "precision": "fp32",
+            "use_cpu": True,
+            "logging_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": SAVE_STEPS,
+            "save_total_limit": 2,
+            "report_to": "none",
+            "resume_from_checkpoint": True,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def work(rank: int, setting: Setting, port: int, arguments: list[str], log: Path) -> None:
+    """One process of a run, as torchrun would start it, with one thread."""
+    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(number, 1), os.dup2(number, 2)
+    if setting.processes > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(setting.processes),
+            "LOCAL_WORLD_SIZE": str(setting.processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    torch.set_num_threads(1)
+    train(arguments)
+
+
+def start(setting: Setting, recipe: Path, output: Path) -> list[BaseProcess]:
+    arguments = [str(recipe), f"training.output_dir={output}"]
+    if setting.gradient_cache_rows is not None:
+        arguments.append(f"training.gradient_cache_rows={setting.gradient_cache_rows}")
+    log, port = output.with_suffix(".log"), free_port()
+    processes = [
+        CONTEXT.Process(target=work, args=(rank, setting, port, arguments, log))
+        for rank in range(setting.processes)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[BaseProcess], seconds: float = 120) -> None:
+    """Wait for a run to end well.
+
+    Raises:
+        RuntimeError: it ended otherwise, or not at all.
+    """
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    kill(processes)
+    if codes != [0] * len(processes):
+        raise RuntimeError(f"a run ended with {codes}")
+
+
+def kill(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def result(output: Path) -> tuple[bytes, list[float]]:
+    """The weights, and the loss of every step."""
+    state = json.loads((output / "trainer_state.json").read_text())
+    losses = [line["loss"] for line in state["log_history"] if "loss" in line]
+    return (output / "model.safetensors").read_bytes(), losses
+
+
+def kill_once(
+    setting: Setting, recipe: Path, output: Path, duration: float, chance: random.Random
+) -> str:
+    """Start a run and kill it; say when and how."""
+    processes = start(setting, recipe, output)
+    begun = time.monotonic()
+    moment = chance.uniform(0, duration)
+    while_writing = chance.random() < 0.5
+    while time.monotonic() - begun < 2 * duration:
+        if while_writing and (output / INCOMPLETE).exists() and chance.random() < 0.3:
+            break
+        if not while_writing and time.monotonic() - begun > moment:
+            break
+        if not any(process.is_alive() for process in processes):
+            break
+        time.sleep(0.001)
+    alone = setting.processes > 1 and chance.random() < 0.5
+    seconds = time.monotonic() - begun
+    writing = (output / INCOMPLETE).exists()
+    kill([chance.choice(processes)] if alone else processes)
+    time.sleep(0.2 * alone)  # the others see that they are alone, before the launcher ends them
+    kill(processes)
+    checkpoints = sorted(path.name for path in output.glob("checkpoint-*"))
+    return (
+        f"{setting} killed {'one process' if alone else 'whole'} after {seconds:.2f} s"
+        f"{', in the writing of a checkpoint' if writing else ''}, with {checkpoints}"
+    )
+
+
+def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> list[str]:
+    """Kill so many runs of each setting in turn; one line for each.
+
+    Raises:
+        AssertionError: a resumed run ended with other weights or losses.
+    """
+    CONTEXT.set_forkserver_preload([__name__])
+    chance, lines, expected = random.Random(seed), [], {}
+    recipe = write_recipe(folder)
+    for number in range(kills):
+        setting = SETTINGS[number % len(SETTINGS)]
+        if setting not in expected:
+            output = folder / f"whole-{setting.processes}-{setting.gradient_cache_rows}"
+            finish(start(setting, recipe, output))  # warms the cache of clips up
+            begun = time.monotonic()
+            shutil.rmtree(output)
+            finish(start(setting, recipe, output))
+            expected[setting] = (*result(output), time.monotonic() - begun)
+        weights, losses, duration = expected[setting]
+        output = folder / f"killed-{number}"
+        lines.append(kill_once(setting, recipe, output, duration, chance))
+        finish(start(setting, recipe, output))
+        assert result(output) == (weights, losses), lines[-1]
+        shutil.rmtree(output)
+        print(lines[-1], "- resumed: same weights, same losses", flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        lines = kill_and_resume(Path(folder), args.kills, args.seed)
+    writing = sum("in the writing" in line for line in lines)
+    early = sum("with []" in line for line in lines)
+    alone = sum("one process" in line for line in lines)
+    print(
+        f"{len(lines)} kills, {alone} of one process alone, {writing} in the writing of a "
+        f"checkpoint, {early} before the first: every run ended with the weights of the "
+        "uninterrupted one, bit for bit"
+    )
+
+
+if __name__ == "__main__":
+    main()

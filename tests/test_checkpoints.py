@@ -1,0 +1,101 @@
+"""Checkpoints are whole or not there; a run that was killed goes on as if it had not been."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.kills import kill_and_resume
+from tests.tiny import tiny_recipe, tiny_rows
+from training.arguments import RecipeError
+from training.checkpoints import INCOMPLETE
+from training.train import main
+from training.trainer import VLJEPATrainer
+
+SAVED = {
+    *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt"),
+    *("rng_state.pth", "trainer_state.json"),
+}
+
+
+def weights(trainer: VLJEPATrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A run of four steps that saves every one of them, and keeps two."""
+    recipe = tiny_recipe(
+        tiny_rows(tmp_path), save_strategy="steps", save_steps=1, save_total_limit=2
+    )
+    return [str(recipe)]
+
+
+def test_checkpoints_are_complete_and_old_ones_go(arguments, tmp_path):
+    main(arguments)
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert {"checkpoint-3", "checkpoint-4"} <= folders
+    assert not {"checkpoint-1", "checkpoint-2", INCOMPLETE} & folders
+    for number in (3, 4):
+        folder = tmp_path / "out" / f"checkpoint-{number}"
+        assert {path.name for path in folder.iterdir()} >= SAVED
+        assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == number
+
+
+@pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_an_interrupted_checkpoint_is_never_found(arguments, tmp_path, monkeypatch, part):
+    """Stopped in the middle of the third one: what is there is the second, whole; the rest of the
+    third lies under another name, and the next run removes it."""
+    expected = weights(main(arguments))
+    shutil.rmtree(tmp_path / "out")
+
+    def stop(trainer: VLJEPATrainer, *_) -> None:
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        original(trainer, *_)
+
+    original = getattr(VLJEPATrainer, part)
+    with monkeypatch.context() as patch:
+        patch.setattr(VLJEPATrainer, part, stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    folders = {path.name for path in (tmp_path / "out").iterdir()}
+    assert folders == {"checkpoint-1", "checkpoint-2", INCOMPLETE}
+    assert (tmp_path / "out" / INCOMPLETE / "model.safetensors").is_file()
+
+    resumed = main([*arguments, "training.resume_from_checkpoint=true"])
+    assert len(resumed.state.log_history) >= 4
+    for name, parameter in weights(resumed).items():
+        assert torch.equal(parameter, expected[name]), name
+    assert not (tmp_path / "out" / INCOMPLETE).exists()
+
+
+def test_resuming_means_the_last_checkpoint_or_the_beginning(arguments, tmp_path, capsys):
+    resume = "training.resume_from_checkpoint=true"
+    first = weights(main([*arguments, resume]))
+    assert "resuming from the beginning: no checkpoint is there yet" in capsys.readouterr().out
+    again = main([*arguments, resume])  # at its end already
+    assert f"resuming from {tmp_path / 'out' / 'checkpoint-4'}" in capsys.readouterr().out
+    for name, parameter in weights(again).items():
+        assert torch.equal(parameter, first[name])
+
+
+@pytest.mark.parametrize("name", ["checkpoint-9", INCOMPLETE, "empty"])
+def test_what_is_no_checkpoint_is_refused(arguments, tmp_path, name):
+    folder = tmp_path / "out" / name
+    if name != "checkpoint-9":
+        folder.mkdir(parents=True)
+    if name == INCOMPLETE:  # even where all but the renaming was done
+        (folder / "trainer_state.json").write_text("{}")
+    with pytest.raises(RecipeError, match=f"{name} is no complete checkpoint. Give one of"):
+        main([*arguments, f"training.resume_from_checkpoint={folder}"])
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_if_nobody_had_killed_them(tmp_path):
+    """`python -m benchmarks.kills` does twenty; these are two of each setting."""
+    lines = kill_and_resume(tmp_path, kills=8)
+    assert len(lines) == 8
+    assert any("one process" in line for line in lines)

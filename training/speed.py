@@ -1,0 +1,100 @@
+"""How fast and in how much memory a model trains: the numbers beside the loss in the log."""
+
+import resource
+import sys
+import time
+
+import torch
+from torch import nn
+
+from modeling_vljepa import VLJEPAModel
+
+PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held: of the accelerator's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024  # bytes there, KiB elsewhere
+
+
+def reachable_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product: the best of ten."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def forward_flops(box: nn.Module, sequences: int, length: int, attention_width: int) -> int:
+    """Operations of a transformer on so many sequences of one length.
+
+    Every weight of a matrix product is used once for each token, and attention multiplies each
+    pair of tokens twice; the rest does not count (Chowdhery et al. 2022, appendix B).
+    """
+    weights = sum(m.weight.numel() for m in box.modules() if isinstance(m, PRODUCTS))
+    layers = box.backbone.config.num_hidden_layers
+    return 2 * sequences * length * (weights + 2 * layers * length * attention_width)
+
+
+def passes(box: nn.Module, through: bool = False) -> float:
+    """One for forward; where a gradient goes through, one for it and one to the trained weights.
+
+    It goes through a box that is trained, and through one that stands before another.
+    """
+    weights = [m.weight for m in box.modules() if isinstance(m, PRODUCTS)]
+    trained = sum(w.numel() for w in weights if w.requires_grad)
+    return 1 + (through or trained > 0) + trained / sum(w.numel() for w in weights)
+
+
+def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
+    """Operations of a step on these inputs, forward and backward, that the model asks for.
+
+    What is computed twice to save memory counts once, so that the rate made of this is a model's
+    (MFU), not a machine's. Padding counts: the machine does not skip it. Class and register
+    tokens of an image tower do not.
+    """
+    total = 0
+    if "visual_embeds" in inputs:
+        rows, tokens = inputs["visual_embeds"].shape[:2]
+    else:
+        rows, frames, _, height, width = inputs["pixel_values_videos"].shape
+        vision = model.x_encoder.backbone.config
+        patches = (height // vision.patch_size) * (width // vision.patch_size)
+        if model.x_encoder.is_video:
+            tokens = -(-frames // vision.tubelet_size) * patches
+            flops = forward_flops(model.x_encoder, rows, tokens, vision.hidden_size)
+        else:
+            tokens = frames * patches
+            flops = forward_flops(model.x_encoder, rows * frames, patches, vision.hidden_size)
+        total += flops * passes(model.x_encoder)
+
+    queries = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    llama = model.predictor.backbone.config
+    width = llama.num_attention_heads * llama.head_dim
+    flops = forward_flops(model.predictor, rows, tokens + queries, width)
+    total += flops * passes(model.predictor, through=True)
+
+    if "target_input_ids" in inputs:
+        texts, length = inputs["target_input_ids"].shape
+        text = model.y_encoder.backbone.config
+        flops = forward_flops(model.y_encoder, texts, length, text.hidden_size)
+        total += flops * passes(model.y_encoder)
+    return round(total)
+
+
+__all__ = ["peak_memory", "reachable_flops", "training_flops"]
