@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "modeling_vljepa").glob("[!_]*.py")) + sorted(
     (ROOT / "processing").glob("[!_]*.py")
 )
-OWN = {"modeling_vljepa", "processing", "training", "eval", "tests"}
+OWN = {"modeling_vljepa", "processing", "training", "eval", "benchmarks", "tests"}
 PACKAGES = {"torch", "transformers", "numpy", "PIL"}
 OPTIONAL = {"av", "datasets"}  # under `if is_..._available():`
 # Home folders and common working folders, none of which a manual would name.
@@ -69,6 +69,7 @@ def test_imports_are_seen():
         ("processing", set()),
         ("training", {"modeling_vljepa", "processing", "eval"}),
         ("eval", {"modeling_vljepa", "processing"}),
+        ("benchmarks", {"modeling_vljepa", "processing", "training", "eval"}),
     ],
 )
 def test_the_direction_of_imports(folder, allowed):

@@ -8,11 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from modeling_vljepa import VLJEPAConfig
-from tests.tiny import tiny_config, tiny_recipe, tiny_rows
+from tests.tiny import noise, tiny_config, tiny_recipe, write_rows
 from training import memory
 from training.arguments import RecipeError
+from training.grad_cache import cached_step
 from training.memory import (
     SETTINGS,
     HeldMemory,
@@ -26,6 +28,7 @@ from training.memory import (
     training_step,
     waiting_row,
 )
+from training.objective import Ids, Objective
 from training.parameters import count_parameters
 from training.speed import peak_memory
 from training.train import main as train
@@ -104,27 +107,32 @@ def test_fake_tensors_hold_what_real_ones_do(name, bf16):
             training_step(model, random_batch(tiny_config(), size, 4, *LENGTHS), bf16)
         grown.append(held.peak - before)
     assert grown[1] == pytest.approx(estimate, rel=0.01)
-    assert grown[0] < estimate / 2  # positive control
+    assert grown[0] < 0.7 * estimate  # positive control
 
 
-def test_the_step_is_the_trainers(tmp_path):
-    """Peak memory of `VLJEPATrainer.training_step`, on a batch of four."""
-    recipe = tiny_recipe(tiny_rows(tmp_path), global_batch_size=4, max_steps=1)
-    trainer = train([str(recipe), "training.gradient_cache_rows=4"])
+@pytest.mark.parametrize("changes", [[], ["training.gradient_cache_rows=4"]], ids=["", "cached"])
+def test_the_step_is_the_trainers(tmp_path, changes):
+    """Peak memory of `VLJEPATrainer.training_step`, on a batch of four images."""
+    rows = []
+    for number, text in enumerate(("red", "a cat", "two dogs", "he rides a bike")):
+        Image.fromarray(noise(40 + number, 40, 3)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "query": f"is it {text} ?", "target": text})
+    recipe = tiny_recipe(
+        write_rows(tmp_path / "rows.jsonl", rows), global_batch_size=4, max_steps=1
+    )
+    trainer = train([str(recipe), *changes])
     batch = next(iter(trainer.get_train_dataloader()))
     lengths = tuple(batch[f"{side}input_ids"].shape[1] for side in ("", "target_"))
-    frames = batch["pixel_values_videos"].shape[1]
-    for parameter in trainer.model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     with HeldMemory() as held:
         held.count([*trainer.model.parameters(), *trainer.model.buffers()])
-        held.count([p.grad for p in trainer.model.parameters()])
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         before = held.held
         held.count(batch)
         trainer.training_step(trainer.model, batch)
     # Last, for this makes arguments of its own, and those of a trainer share what accelerate knows.
-    need = measure(trainer.model.config, BY_NAME["full"], frames, lengths, rows=[4], bf16=False)
-    assert held.peak - before == pytest.approx(need.steps[4], rel=0.05)
+    need = measure(trainer.model.config, BY_NAME["full"], 1, lengths, rows=[4], bf16=False)
+    assert held.peak - before == pytest.approx(need.steps[4], rel=0.02)
 
 
 def held_by_a_real_step(name: str) -> int:
@@ -195,9 +203,20 @@ def test_between_and_beyond_the_steps_that_run_no_row_too_many_fits(needs, rows)
 
 
 def test_a_row_that_waits_is_its_pixels_ids_masks_and_embeddings():
-    assert waiting_row(tiny_config(), 4, LENGTHS) == (
-        4 * (4 * 3 * 32 * 32) + 2 * 8 * (5 + 12) + 2 * 2 * 4 * 24
-    )
+    """In GradCache, two rows at a time; the first step makes the gradients."""
+    bytes_of_it = waiting_row(tiny_config(), 4, LENGTHS)
+    assert bytes_of_it == 4 * (4 * 3 * 32 * 32) + 2 * 8 * (5 + 12) + 2 * 2 * 4 * 24
+    torch.manual_seed(0)
+    model, peaks = model_to_train(tiny_config(), BY_NAME["full"], bf16=False), {}
+    for size in (2, 8, 24):
+        batch, places = random_batch(tiny_config(), size, 4, *LENGTHS), torch.arange(size)
+        ids = Ids(target_index=places, target_ids=places, group_ids=places)
+        with HeldMemory() as held:
+            held.count([*model.parameters(), *model.buffers(), batch])
+            held.count([p.grad for p in model.parameters()])
+            cached_step(model, batch, 2, lambda embeds, ids=ids: Objective()(embeds, ids)[0])
+        peaks[size] = held.peak
+    assert (peaks[24] - peaks[8]) / 16 == pytest.approx(bytes_of_it, rel=0.02)
 
 
 # -- what is said --------------------------------------------------------------------------
@@ -222,6 +241,7 @@ def test_the_table_says_what_fits():
     assert markdown([["a", "bcd"], ["efg", "h"]]) == "| a   | bcd |\n| --- | --- |\n| efg | h   |"
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_for_each_setting_and_number_of_frames(
     tmp_path, capsys, monkeypatch
 ):

@@ -60,6 +60,9 @@ def test_good_rows(folder):
         ({"image": "b.png"}, "target is missing"),
         ({"image": "b.png", "target": None}, "target is missing"),
         ({"image": "b.png", "target": " \n"}, "target is empty"),
+        ({"image": "b.png", "target": "x", "negatives": "y"}, "negatives is not a list of texts"),
+        ({"image": "b.png", "target": "x", "negatives": ["y", " "]}, "negatives is not a list"),
+        ({"image": "b.png", "target": "x", "negatives": ["x"]}, "negatives hold the target"),
         # A query that holds the answer teaches the model to copy text and look at nothing.
         ({"image": "b.png", "query": " A Cat", "target": "a cat "}, "query equals target"),
     ],

@@ -15,6 +15,7 @@ from peft import PeftModel
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import is_torchao_available
 
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
@@ -458,6 +459,9 @@ def test_rates_and_decay_of_each_parameter(recipe):
 
 
 @pytest.mark.slow  # torchao compiles the step
+@pytest.mark.skipif(
+    not is_torchao_available(), reason="torchao is not installed: pip install '.[eight-bit]'"
+)
 def test_optimizer_states_of_eight_bits(recipe):
     trainer = run_with(
         recipe,

@@ -89,20 +89,22 @@ def cached_step(
     parts = split(batch, rows)
 
     # 1. Embeddings, without a graph
-    states, outputs = [], []
+    states, predicted, targets = [], [], []
     with torch.no_grad():
         for part in parts:
             states.append(RandomState(part))
-            outputs.append(model(**part))
+            output = model(**part)
+            predicted.append(output.predicted_embeds)
+            targets.append(output.target_embeds)
     texts = next(len(value) for name, value in batch.items() if name in TEXTS)
-    bias = outputs[-1].logit_bias
+    bias = output.logit_bias
     embeds = Embeds(
-        predicted=torch.cat([output.predicted_embeds for output in outputs]),  # (b, D)
-        texts=torch.cat([output.target_embeds for output in outputs])[:texts],  # (U, D)
-        logit_scale=outputs[-1].logit_scale.detach(),  # (1,)
+        predicted=torch.cat(predicted),  # (b, D)
+        texts=torch.cat(targets)[:texts],  # (U, D)
+        logit_scale=output.logit_scale.detach(),  # (1,)
         logit_bias=None if bias is None else bias.detach(),  # not the parameter itself
     )
-    del outputs
+    del output  # with the visual tokens of its part
 
     # 2. Loss, and its gradient at the embeddings
     leaves = [leaf.requires_grad_() for leaf in vars(embeds).values() if leaf is not None]

@@ -26,6 +26,7 @@ Shapes: B rows of a batch, T frames, C channels, L query tokens, Ly target token
 
 import argparse
 import copy
+import os
 import sys
 import weakref
 from collections.abc import Iterable
@@ -285,7 +286,6 @@ def main(argv: list[str] | None = None) -> None:
         raise RecipeError("--frames, --query-length, --target-length: give 1 or more.")
 
     # 1. The model's configuration
-    logging.set_verbosity_error()
     config, lengths = VLJEPAConfig(), (args.query_length, args.target_length)
     if args.config is not None:
         config = load(VLJEPAConfig, "--config", args.config)
@@ -294,7 +294,11 @@ def main(argv: list[str] | None = None) -> None:
     header = ["trains", "frames", "fixed, GiB", "a row, MiB"]
     rows = [header + [f"{card} GB" for card in args.cards]]
     jobs = list(product(SETTINGS, args.frames))
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        min(8, os.cpu_count() or 1),
+        mp_context=get_context("spawn"),
+        initializer=logging.set_verbosity_error,
+    ) as pool:
         needs = pool.map(measure, repeat(config), *zip(*jobs, strict=True), repeat(lengths))
         for (setting, frames), need in zip(jobs, tqdm(needs, total=len(jobs)), strict=True):
             rows.append(table_line(setting, frames, need, args.cards, args.reserve_gib))
