@@ -41,6 +41,9 @@ class Setting:
 
 
 SETTINGS = [Setting(1, None), Setting(2, None), Setting(1, 1), Setting(2, 1)]
+# How, in turn: in the writing of a checkpoint or between two; one process alone or all. The moment
+# itself is left to chance.
+MANNERS = [(False, False), (True, True), (False, True), (True, False)]
 
 
 def write_recipe(folder: Path) -> Path:
@@ -173,11 +176,18 @@ def last_checkpoint(output: Path) -> int:
 
 
 def kill_once(
-    setting: Setting, recipe: Path, output: Path, duration: float, chance: random.Random
+    setting: Setting,
+    recipe: Path,
+    output: Path,
+    duration: float,
+    turn: int,
+    chance: random.Random,
 ) -> str:
     """Start a run and kill it; say when and how."""
-    saved = chance.randrange(STEPS // SAVE_STEPS)  # checkpoints to wait for
-    while_writing = chance.random() < 0.5
+    while_writing, alone = MANNERS[turn % len(MANNERS)]
+    alone = alone and setting.processes > 1
+    # Checkpoints to wait for: the first turn kills before there is one.
+    saved = chance.randrange(STEPS // SAVE_STEPS) if turn else 0
     delay = chance.uniform(0, duration if saved == 0 else duration / 10)
     processes = start(setting, recipe, output)
     begun = time.monotonic()
@@ -189,7 +199,6 @@ def kill_once(
         time.sleep(chance.uniform(0, 0.01))
     else:
         time.sleep(delay)
-    alone = setting.processes > 1 and chance.random() < 0.5
     seconds = time.monotonic() - begun
     writing = (output / INCOMPLETE).exists()
     kill([chance.choice(processes)] if alone else processes)
@@ -212,7 +221,8 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> list[str]:
     chance, lines, expected = random.Random(seed), [], {}
     recipe = write_recipe(folder)
     for number in range(kills):
-        setting = SETTINGS[number % len(SETTINGS)]
+        turn, place = divmod(number, len(SETTINGS))
+        setting = SETTINGS[place]
         if setting not in expected:
             output = folder / f"whole-{setting.processes}-{setting.gradient_cache_rows}"
             finish(start(setting, recipe, output))  # warms the cache of clips up
@@ -222,7 +232,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> list[str]:
             expected[setting] = (*result(output), time.monotonic() - begun)
         weights, losses, duration = expected[setting]
         output = folder / f"killed-{number}"
-        lines.append(kill_once(setting, recipe, output, duration, chance))
+        lines.append(kill_once(setting, recipe, output, duration, turn, chance))
         finish(start(setting, recipe, output))
         assert result(output) == (weights, losses), lines[-1]
         shutil.rmtree(output)
