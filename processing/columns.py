@@ -1,0 +1,429 @@
+"""Rows out of data whose columns have other names and nesting: a mapping says what stands where.
+
+    {"image": "image", "query": "{question}", "target": "answers[].answer"}
+
+A path is names joined by dots. `[]` behind one is every element of a list, `[0::2]` a slice of it,
+`[0]` one place, `[only]` the one element of a list that must not have more. Each element becomes a
+row; what stands outside of the list is the same for all of them, and lists of their own go side by
+side. A value with braces is a text with paths in it: `{page}/{id}.mp4`, `{image_id:012d}.jpg`.
+
+Nothing here opens a file or knows a data set by name.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import string
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+# Columns that are bytes, or a path, as `datasets` stores media that it does not decode.
+_STORED = {"bytes", "path"}
+_SEGMENT = re.compile(r"([^\[\]{}]+)((?:\[[^\[\]]*\])*)")
+_SLICE = re.compile(r"(-?\d+)?(?::(-?\d+)?)?(?::(-?\d+)?)?")
+_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d*)?)")
+
+Index = tuple[int, ...]  # a number for each list on the way to a value
+
+
+class ColumnError(ValueError):
+    """A mapping that does not fit its data; the message names the set, what it asked for and what
+    was found."""
+
+
+class ExampleError(ValueError):
+    """One example that is broken though its columns are the right ones."""
+
+
+# -- paths ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of a path: into a column, to every element of a list, or to one of them."""
+
+    column: str | None = None
+    every: slice | None = None
+    place: int | None = None  # of the only element: -1
+
+
+@cache
+def _steps(path: str) -> tuple[_Step, ...]:
+    steps = []
+    for segment in path.split("."):
+        match = _SEGMENT.fullmatch(segment)
+        if match is None:
+            raise ColumnError(f"{path!r} is no path; one looks like name.name[].name")
+        steps.append(_Step(column=match[1]))
+        steps += [_bracket(text, path) for text in re.findall(r"\[([^\]]*)\]", match[2])]
+    return tuple(steps)
+
+
+def _bracket(text: str, path: str) -> _Step:
+    match = _SLICE.fullmatch(text)
+    if text == "only":
+        return _Step(place=-1)
+    if text.isdecimal():
+        return _Step(place=int(text))
+    if match is None or text.startswith("-") and ":" not in text:
+        raise ColumnError(f"{path!r}: [{text}] is none of [], [0], [0::2] and [only]")
+    return _Step(every=slice(*(part and int(part) for part in match.groups())))
+
+
+def _walk(value: Any, steps: tuple[_Step, ...], where: str) -> Iterator[tuple[Index, Any]]:
+    """Every value at the end of a path, with its place in the lists on the way.
+
+    `null` on the way is `None` at its end; for a list it is one without elements.
+    """
+    if not steps:
+        yield (), value
+    elif value is None:
+        if all(step.every is None for step in steps):
+            yield (), None
+    elif steps[0].column is not None:
+        name = steps[0].column
+        columns = _object(value, where)
+        if name not in columns:
+            raise ColumnError(
+                f"{where or 'an example'} has no column {name!r}, but "
+                f"{', '.join(map(repr, columns)) or 'none'}.{_near(name, columns)}"
+            )
+        yield from _walk(columns[name], steps[1:], f"{where}.{name}" if where else name)
+    elif steps[0].every is not None:
+        for number, element in enumerate(_list(value, where)[steps[0].every]):
+            for index, end in _walk(element, steps[1:], f"{where}[]"):
+                yield (number, *index), end
+    else:
+        yield from _walk(_element(_list(value, where), steps[0].place, where), steps[1:], where)
+
+
+def _object(value: Any, where: str) -> Mapping:
+    """What has columns. A text where columns are asked for is read as JSON."""
+    if isinstance(value, str | bytes):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ExampleError(f"{where} is a text, and not JSON") from error
+    if not isinstance(value, Mapping):
+        raise ExampleError(f"{where or 'the example'} is a {type(value).__name__}, has no columns")
+    return value
+
+
+def _list(value: Any, where: str) -> list | tuple | np.ndarray:
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise ExampleError(f"{where} is a {type(value).__name__}, not a list")
+    return value
+
+
+def _element(values: list | tuple | np.ndarray, place: int, where: str) -> Any:
+    if place < 0 and len(values) != 1:
+        raise ExampleError(f"{where} has {len(values)} elements, exactly one is expected")
+    if place >= len(values):
+        raise ExampleError(f"{where} has {len(values)} elements, none at [{place}]")
+    return values[place]
+
+
+def _near(name: str, names: Iterable) -> str:
+    """The name that was meant, if one is like it."""
+    known = {str(other).casefold(): str(other) for other in names}
+    near = difflib.get_close_matches(name.casefold(), known, n=1)
+    return f" Did you mean {known[near[0]]!r}?" if near else ""
+
+
+# -- values ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What one part of a mapping finds in an example.
+
+    Attributes:
+        text: that part.
+        depth: how many lists its values stand in.
+        at: the values by their places in these.
+    """
+
+    text: str
+    depth: int
+    at: dict[Index, Any]
+
+
+def _path_values(example: Mapping, path: str) -> _Values:
+    steps = _steps(path)
+    depth = sum(step.every is not None for step in steps)
+    return _Values(path, depth, dict(_walk(example, steps, "")))
+
+
+@cache
+def _pieces(text: str) -> tuple[tuple[str, str | None, str], ...]:
+    """A text with braces as pieces of (what stands before, path, format)."""
+    try:
+        pieces = [(before, path, spec) for before, path, spec, _ in string.Formatter().parse(text)]
+    except ValueError as error:
+        raise ColumnError(f"{text!r}: {error}") from error
+    for _, path, _ in pieces:
+        if path is not None:
+            _steps(path)
+    return tuple(pieces)
+
+
+def _text_values(example: Mapping, text: str) -> _Values:
+    """The text with its paths filled in, once for each element; `None` where one is null."""
+    pieces = _pieces(text)
+    parts = {path: _path_values(example, path) for _, path, _ in pieces if path is not None}
+    depth = max((part.depth for part in parts.values()), default=0)
+    return _Values(
+        text, depth, {index: _filled(pieces, found) for index, found in _side_by_side(parts)}
+    )
+
+
+def _filled(pieces: tuple[tuple[str, str | None, str], ...], found: dict[str, Any]) -> str | None:
+    if None in found.values():
+        return None
+    return "".join(
+        before + ("" if path is None else _formatted(found[path], spec, path))
+        for before, path, spec in pieces
+    )
+
+
+def _values(example: Mapping, text: str) -> _Values:
+    return _text_values(example, text) if "{" in text else _path_values(example, text)
+
+
+def _formatted(value: Any, spec: str, path: str) -> str:
+    """A path's value within a text. `06d` takes a number from a CSV file, which is a text."""
+    try:
+        return format(int(value) if spec.endswith("d") else _text(value, path, True), spec)
+    except (TypeError, ValueError) as error:
+        raise ExampleError(f"{path} is {value!r}: {error}") from error
+
+
+def _side_by_side(parts: dict[str, _Values]) -> Iterator[tuple[Index, dict[str, Any]]]:
+    """Values that belong together, once for each element of the deepest lists."""
+    depth = max((values.depth for values in parts.values()), default=0)
+    deepest = [values for values in parts.values() if values.depth == depth]
+    places = deepest[0].at if deepest else {(): None}
+    for other in deepest[1:]:
+        if other.at.keys() != places.keys():
+            raise ExampleError(
+                f"{deepest[0].text} has {len(places)} values and {other.text} has {len(other.at)}: "
+                "they cannot go side by side"
+            )
+    for index in places:
+        together = {}
+        for name, values in parts.items():
+            if index[: values.depth] not in values.at:
+                raise ExampleError(f"{values.text} has fewer values than {deepest[0].text}")
+            together[name] = values.at[index[: values.depth]]
+        yield index, together
+
+
+def _text(value: Any, where: str, numbers: bool) -> str:
+    """A text, or a whole number where numbers are texts."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ExampleError(f"{where} is not UTF-8") from error
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        if not numbers:
+            raise ExampleError(
+                f"{where} is the number {value}, not a text. If it counts a class, hand on the "
+                "class's name; if it is the answer itself, the mapping says `numbers: true`"
+            )
+        return str(value)
+    if not isinstance(value, str):
+        raise ExampleError(f"{where} is a {type(value).__name__}, not a text")
+    return value
+
+
+def _seconds(value: Any, where: str) -> float:
+    """Seconds, from a number or from `00:01:02.5`."""
+    if isinstance(value, str) and (clock := _CLOCK.fullmatch(value.strip())):
+        hours, minutes, seconds = clock.groups(default="0")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ExampleError(f"{where} is {value!r}, not a time") from error
+
+
+def _media(value: Any, where: str) -> str | bytes:
+    """A path or a file's content, as it is handed on."""
+    if isinstance(value, Mapping) and value.keys() >= _STORED:
+        value = value["path"] if value["bytes"] is None else value["bytes"]
+    if value is None or isinstance(value, str | bytes) and not value:
+        raise ExampleError(f"{where} is empty")
+    if not isinstance(value, str | bytes):
+        raise ExampleError(
+            f"{where} is a {type(value).__name__}, neither a path nor bytes. Of a column of "
+            "`datasets`, take the feature with `decode=False`"
+        )
+    return value
+
+
+def _named(media: str | bytes) -> tuple[str | bytes, str]:
+    """A clip and a name that is its own: bytes have none, in every set is a 000000000.jpg."""
+    return media, media if isinstance(media, str) else hashlib.sha256(media).hexdigest()[:32]
+
+
+# -- the mapping -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Where the parts of a row stand in the examples of one data set.
+
+    Attributes:
+        name: of the set, for messages and group ids.
+        image, video: one of them; a path string, bytes, or what `datasets` stores undecoded.
+        query: a constant, or a text with paths in braces.
+        target: paths or texts with braces; each makes rows of its own.
+        start, end: of the clip, in seconds or as `00:01:02.5`.
+        moment, seconds: instead of these, a moment and how long a clip around it is.
+        negatives: a list of texts that are wrong.
+        where: only rows on which a path has this value, or one of these.
+        absent: targets that mean that there is none.
+        remove: what is cut out of queries and targets.
+        numbers: whether a whole number is a target. Else it is an error: most often it counts a
+            class whose name is meant.
+    """
+
+    name: str
+    target: tuple[str, ...]
+    image: str | None = None
+    video: str | None = None
+    query: str = ""
+    start: str | None = None
+    end: str | None = None
+    moment: str | None = None
+    seconds: float | None = None
+    negatives: str | None = None
+    where: dict[str, Any] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    numbers: bool = False
+
+    @classmethod
+    def from_mapping(cls, name: str, mapping: Mapping[str, Any]) -> "Columns":
+        """
+        Raises:
+            ColumnError: an unknown key, a part that is missing or no path.
+        """
+        known = {item.name for item in fields(cls)} - {"name"}
+        try:
+            for key in mapping:
+                if key not in known:
+                    raise ColumnError(f"no {key!r} in a mapping.{_near(key, known)}")
+            listed = {
+                key: (value,) if isinstance(value, str) else tuple(value)
+                for key in ("target", "absent", "remove")
+                if (value := mapping.get(key)) is not None
+            }
+            return cls(name=name, **{"target": (), **mapping, **listed})
+        except ColumnError as error:
+            raise ColumnError(f"{name}: {error}") from error
+
+    def __post_init__(self):
+        if (self.image is None) == (self.video is None):
+            raise ColumnError("give image or video, and not both.")
+        if not self.target:
+            raise ColumnError("target is missing.")
+        if (self.moment is None) != (self.seconds is None):
+            raise ColumnError("moment and seconds go together.")
+        if self.moment is not None and (self.start is not None or self.end is not None):
+            raise ColumnError("give start and end, or a moment, and not both.")
+        paths = [self.image or self.video, self.start, self.end, self.moment, self.negatives]
+        for text in (*filter(None, paths), *self.target, *self.where):
+            _pieces(text) if "{" in text else _steps(text)
+        _pieces(self.query)
+
+    def rows(self, example: Mapping[str, Any]) -> list[dict]:
+        """The rows of one example: `image` or `video`, `query`, `target`, `group_id` and, where
+        the mapping has them, `start`, `end` (seconds) and `negatives`.
+
+        Rows that answer one query about one clip share a `group_id`: their targets are
+        interchangeable. No row is made of a target that is null or `absent`.
+
+        Raises:
+            ColumnError: a column of the mapping is not there.
+            ExampleError: this example is broken.
+        """
+        try:
+            parts = self._parts(example)
+            return [row for target in self.target for row in self._rows(example, target, parts)]
+        except (ColumnError, ExampleError) as error:
+            raise type(error)(f"{self.name}: {error}") from error
+
+    def _parts(self, example: Mapping[str, Any]) -> dict[str, _Values]:
+        """What the mapping finds, but for the targets."""
+        texts = {
+            "start": self.start,
+            "end": self.end,
+            "moment": self.moment,
+            "negatives": self.negatives,
+            **{f"where {path}": path for path in self.where},
+        }
+        parts = {name: _values(example, text) for name, text in texts.items() if text is not None}
+        media = _values(example, self.image or self.video)
+        named = {index: _named(_media(value, media.text)) for index, value in media.at.items()}
+        return parts | {
+            "media": _Values(media.text, media.depth, named),
+            "query": _text_values(example, self.query),
+        }
+
+    def _rows(
+        self, example: Mapping[str, Any], target: str, parts: dict[str, _Values]
+    ) -> Iterator[dict]:
+        for _, found in _side_by_side(parts | {"target": _values(example, target)}):
+            if self._wanted(found) and (text := self._target(found["target"], target)) is not None:
+                yield self._row(found, text)
+
+    def _wanted(self, found: dict[str, Any]) -> bool:
+        return all(
+            found[f"where {path}"] in (values if isinstance(values, list) else [values])
+            for path, values in self.where.items()
+        )
+
+    def _target(self, value: Any, where: str) -> str | None:
+        text = None if value is None else self._clean(_text(value, where, self.numbers))
+        return None if text in self.absent else text
+
+    def _clean(self, text: str) -> str:
+        for part in self.remove:
+            text = text.replace(part, "")
+        return text.strip()
+
+    def _row(self, found: dict[str, Any], target: str) -> dict:
+        media, name = found["media"]
+        if found["query"] is None:
+            raise ExampleError(f"the query {self.query} is null")
+        query = self._clean(found["query"])
+        span = self._span(found)
+        group = [self.name, name, *map(str, span.values()), query]
+        row = {"image" if self.video is None else "video": media, "query": query, "target": target}
+        if found.get("negatives") is not None:
+            row["negatives"] = [
+                _text(text, self.negatives, self.numbers)
+                for text in _list(found["negatives"], self.negatives)
+            ]
+        return row | span | {"group_id": " | ".join(group)}
+
+    def _span(self, found: dict[str, Any]) -> dict[str, float]:
+        """`start` and `end`, those of them that are known."""
+        if self.moment is not None:
+            moment, half = _seconds(found["moment"], self.moment), self.seconds / 2
+            return {"start": max(0.0, moment - half), "end": moment + half}
+        return {
+            name: _seconds(found[name], name)
+            for name in ("start", "end")
+            if found.get(name) is not None
+        }
+
+
+__all__ = ["ColumnError", "Columns", "ExampleError"]

@@ -1,0 +1,246 @@
+"""Rows of sources that are read as they are needed, and where reading them has got to.
+
+A streamed source is dealt to a fixed number of lanes, and every global batch takes equally many
+rows of each. A process reads some of the lanes, so the rows of a step are the same whether one
+process reads all of them or many read a few each.
+
+    blocks     some hundred rows of a lane, as they lie in the files
+    lane       block after block, each in a random order; where one source ends it begins again
+    position   of a lane: the block, and how many of its rows were taken
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.distributed import split_dataset_by_node
+
+from processing.rows import BadRow, RowError, parse_line
+
+from .arguments import RecipeError
+
+CHUNKS = 8  # of a JSONL file in a block: more of them mix better, and are more places to read
+
+
+class Blocks:
+    """The rows of a lane, a block at a time, endlessly.
+
+    A subclass's `read` returns the rows of the next block and what of it is no row; `position`
+    says, as JSON, where that block begins, and `seek` goes there.
+    """
+
+    name: str
+
+    def read(self) -> tuple[list[dict], list[BadRow]]:
+        raise NotImplementedError
+
+    def position(self) -> Any:
+        raise NotImplementedError
+
+    def seek(self, position: Any) -> None:
+        raise NotImplementedError
+
+
+@cache
+def chunk_order(chunks: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(chunks)
+
+
+class JSONLBlocks(Blocks):
+    """Of JSONL files. They are cut into chunks of so many bytes, which are read in a new random
+    order in every epoch and dealt to the lanes in turn.
+
+    Args:
+        rows: of a block, roughly.
+    """
+
+    def __init__(self, paths: list[Path], lane: int, lanes: int, rows: int, seed: int):
+        self.paths, self.lane, self.lanes, self.seed = paths, lane, lanes, seed
+        self.name = str(paths[0])
+        self.ends = np.cumsum([path.stat().st_size for path in paths])
+        if not self.ends[-1]:
+            raise RecipeError(f"{self.name}: the file holds no row. Write one JSON object per line.")
+        with open(paths[0], "rb") as file:
+            head = file.read(2**16)
+        row_bytes = len(head) / max(head.count(b"\n"), 1)
+        self.size = max(int(rows / CHUNKS * row_bytes), 1)
+        self.chunks = -(-int(self.ends[-1]) // self.size)
+        self.block = 0
+
+    def position(self) -> int:
+        return self.block
+
+    def seek(self, position: int) -> None:
+        self.block = position
+
+    def read(self) -> tuple[list[dict], list[BadRow]]:
+        rows, bad = [], []
+        for number in range(CHUNKS * self.block, CHUNKS * (self.block + 1)):
+            epoch, place = divmod(number * self.lanes + self.lane, self.chunks)
+            chunk = int(chunk_order(self.chunks, self.seed, epoch)[place])
+            for path, start, line in self.lines(chunk * self.size, (chunk + 1) * self.size):
+                if not line.strip(b"\xef\xbb\xbf \t\r\n"):
+                    continue
+                try:
+                    rows += parse_line(line, path.parent, where=(str(path), start))
+                except RowError as error:
+                    bad.append(BadRow(str(path), line_number(path, start), str(error)))
+        self.block += 1
+        return rows, bad
+
+    def lines(self, start: int, end: int) -> Iterator[tuple[Path, int, bytes]]:
+        """The lines that begin in these bytes of all files end to end, and the place in its file
+        where each begins."""
+        first = 0  # byte of the file
+        for path, last in zip(self.paths, self.ends.tolist(), strict=True):
+            if start < last and first < end:
+                with open(path, "rb") as file:
+                    # A line that begins before is another chunk's.
+                    file.seek(max(start - first - 1, 0))
+                    if start > first:
+                        file.readline()
+                    while (place := file.tell()) < min(end, last) - first:
+                        yield path, place, file.readline()
+            first = last
+
+
+def line_number(path: Path, place: int) -> int:
+    """Of the line that begins at this byte, from 1."""
+    with open(path, "rb") as file:
+        return 1 + sum(
+            part.count(b"\n") for part in iter(lambda: file.read(min(2**20, place - file.tell())), b"")
+        )
+
+
+class DatasetBlocks(Blocks):
+    """Of a streamed dataset of the library `datasets`: files of any of its formats, or the Hub.
+
+    Its shards are shuffled anew in every epoch and dealt to the lanes; where there are fewer of
+    them than lanes, a lane takes every so many-th example.
+
+    Args:
+        samples_of: the rows of one example; `RowError` where it is none.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        name: str,
+        samples_of: Callable[[dict, tuple[str, int]], list[dict]],
+        lane: int,
+        lanes: int,
+        rows: int,
+        seed: int,
+    ):
+        if dataset.num_shards % lanes:
+            dataset = dataset.reshard()
+        self.dataset, self.samples_of = dataset, samples_of
+        self.lane, self.lanes, self.rows, self.seed = lane, lanes, rows, seed
+        self.name = f"{name} (lane {lane} of {lanes})"
+        self.begin(epoch=0)
+
+    def begin(self, epoch: int, state: dict | None = None, number: int = 0) -> None:
+        """Go to the beginning of an epoch, or to a place within."""
+        # One that shuffles examples, too, would not find its way back into its buffer.
+        shuffled = self.dataset.shuffle(seed=self.seed + epoch, buffer_size=1)
+        self.part = split_dataset_by_node(shuffled, self.lane, self.lanes)
+        if state is not None:
+            self.part.load_state_dict(state)
+        self.epoch, self.number, self.examples = epoch, number, iter(self.part)
+        self.state = state
+
+    def position(self) -> dict:
+        return {"epoch": self.epoch, "number": self.number, "state": self.state}
+
+    def seek(self, position: dict) -> None:
+        self.begin(**position)
+
+    def read(self) -> tuple[list[dict], list[BadRow]]:
+        rows, bad = [], []
+        for _ in range(self.rows):
+            try:
+                example = next(self.examples)
+            except StopIteration:
+                self.begin(self.epoch + 1)
+                return rows, bad
+            self.number += 1
+            where = (self.name, self.number)
+            try:
+                rows += self.samples_of(example, where)
+            except RowError as error:
+                bad.append(BadRow(*where, str(error)))
+        self.state = copy.deepcopy(self.part.state_dict())
+        return rows, bad
+
+
+class Lane:
+    """The rows of a lane in the order of training.
+
+    Args:
+        kind: "video" or "image", which all rows of a batch have to be.
+    """
+
+    def __init__(self, blocks: Blocks, kind: str, seed: int):
+        self.blocks, self.kind, self.seed = blocks, kind, seed
+        self.rows: list[dict] = []
+        self.block, self.offset = -1, 0  # the number of blocks before this one, rows taken of it
+        self.start: Any = None
+        self.bad: list[BadRow] = []  # that were met since they were last asked for
+
+    def next_block(self) -> None:
+        """Read on to the next row that is good.
+
+        Raises:
+            RecipeError: a hundred blocks had none.
+        """
+        for _ in range(100):
+            self.start = self.blocks.position()
+            rows, bad = self.blocks.read()
+            others = [row for row in rows if self.kind not in row]
+            bad += [
+                BadRow(self.blocks.name, row["line"], f"no {self.kind}, as the others are")
+                for row in others
+            ]
+            rows = [row for row in rows if self.kind in row]
+            self.block += 1
+            self.offset = 0
+            self.bad += bad
+            order = np.random.default_rng((self.seed, self.block)).permutation(len(rows))
+            self.rows = [rows[place] for place in order]
+            if self.rows:
+                return
+        few = "".join(f"\n  {row}" for row in self.bad[:20])
+        raise RecipeError(f"{self.blocks.name}: no usable row in a hundred blocks.{few}")
+
+    def take(self, count: int) -> list[dict]:
+        """The next rows; `look` numbers every row that this lane ever gave."""
+        taken = []
+        while len(taken) < count:
+            taken.append({**self.peek(), "look": [self.block, self.offset]})
+            self.offset += 1
+        return taken
+
+    def peek(self) -> dict:
+        """The row that is taken next."""
+        if self.offset == len(self.rows):
+            self.next_block()
+        return self.rows[self.offset]
+
+    def position(self) -> dict:
+        return {"start": self.start, "block": self.block, "offset": self.offset}
+
+    def seek(self, position: dict) -> None:
+        """Go on where another lane of this number was."""
+        self.block = position["block"]
+        if self.block < 0:
+            return
+        self.blocks.seek(position["start"])
+        self.block -= 1
+        self.next_block()
+        self.offset = position["offset"]
+        self.bad = []  # met before, and counted then
