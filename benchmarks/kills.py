@@ -47,7 +47,8 @@ MANNERS = [(False, False), (True, True), (False, True), (True, False)]
 
 
 def write_recipe(folder: Path) -> Path:
-    """Twelve small images, and a model whose dropout needs its random state back."""
+    """Twelve small images, held and streamed, and a model whose dropout needs its random state
+    back."""
     generator = random.Random(0)
     rows = []
     for number in range(12):
@@ -81,7 +82,10 @@ def write_recipe(folder: Path) -> Path:
         },
         "processor": {"image_size": 32},
         "data": {
-            "sources": [{"rows": str(folder / "rows.jsonl"), "augment": True}],
+            "sources": [
+                {"rows": str(folder / "rows.jsonl"), "augment": True},
+                {"rows": str(folder / "rows.jsonl"), "streaming": True, "shuffle_rows": 8},
+            ],
             "cache_dir": str(folder / "cache"),
             "num_workers": 1,
         },

@@ -3,17 +3,26 @@
     {"video": "clips/0001.mp4", "query": "What is poured?", "target": "milk"}
     {"image": "photos/7.jpg", "target": "a red bicycle against a wall"}
 
-`video` or `image` is a path, relative to the JSONL file's folder. `query` may be left out, and so
-may `negatives`, a list of texts that are wrong here though they come close. Other columns
-(`group_id`, ...) are handed on as they are.
+| field        | holds                                                                          |
+|--------------|--------------------------------------------------------------------------------|
+| `video`      | a file, or a folder of images in the order of their names; relative to the     |
+| or `image`   | JSONL file's folder                                                            |
+| `query`      | what is asked; may be left out                                                 |
+| `target`     | a text, or a list of texts of which any is right: as many samples, of one group |
+| `start`, `end` | seconds of a video, where the sample is a part of it                         |
+| `negatives`  | a list of texts that are wrong here though they come close; may be left out    |
+| `group_id`   | equal for samples whose targets are interchangeable; may be left out           |
+
+Other columns are handed on as they are.
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-_FIELDS = ("video", "image", "query", "target")
+_FIELDS = ("video", "image", "query", "target", "negatives", "start", "end", "group_id")
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,11 @@ def read_rows(path: str | os.PathLike) -> tuple[list[dict], list[BadRow]]:
     rows, bad = [], []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
                 continue
             try:
-                rows.append(_row(line, path.parent) | {"line": number})
-            except _RowError as error:
+                rows += parse_line(line, path.parent, where=(str(path), number))
+            except RowError as error:
                 bad.append(BadRow(str(path), number, str(error)))
     if not rows and not bad:
         raise ValueError(f"{path}: the file holds no row. Write one JSON object per line.")
@@ -69,55 +76,107 @@ def bad_rows_report(bad: list[BadRow], total: int, max_share: float) -> str:
     return report
 
 
-class _RowError(ValueError):
-    """Why a line is no sample."""
+class RowError(ValueError):
+    """Why a line or an example is no sample."""
 
 
-def _row(line: bytes, folder: Path) -> dict:
-    """Parse and check one line; `null` counts as a column left out."""
+def parse_line(line: bytes, folder: Path, where: tuple[str, int]) -> list[dict]:
+    """The samples of one line of a JSONL file in `folder`.
+
+    Args:
+        where: the file's name and the line's number.
+    Raises: `RowError`.
+    """
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _RowError("not UTF-8") from error
+        raise RowError("not UTF-8") from error
     except json.JSONDecodeError as error:
-        raise _RowError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+        raise RowError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise RowError("not valid JSON (nested too deep)") from error
     if not isinstance(row, dict):
-        raise _RowError(f"not a JSON object but a {type(row).__name__}")
+        raise RowError(f"not a JSON object but a {type(row).__name__}")
+    return samples_of(row, where, folder)
 
+
+def samples_of(row: dict, where: tuple[str, int], folder: Path | None = None) -> list[dict]:
+    """A row with one or several targets to checked samples of one target each.
+
+    Args:
+        where: what the row comes from and its number there, the samples' `line`.
+        folder: of its media files, which have to be there; `None` where media are no files.
+    Raises: `RowError`.
+    """
     row = {name: value for name, value in row.items() if name not in _FIELDS or value is not None}
-    for name in _FIELDS:
-        if name in row and not isinstance(row[name], str):
-            raise _RowError(f"{name} is not a string but a {type(row[name]).__name__}")
     if ("video" in row) == ("image" in row):
         both = "both video and image are" if "video" in row else "neither video nor image is"
-        raise _RowError(f"{both} given, exactly one is needed")
+        raise RowError(f"{both} given, exactly one is needed")
     row.setdefault("query", "")
-    if not row.get("target", "").strip():
-        raise _RowError("target is empty" if "target" in row else "target is missing")
+    if folder is not None:
+        for name in ("video", "image"):
+            _check_text(row, name)
+    _check_text(row, "query")
+    _check_times(row)
+    targets = row["target"] if isinstance(row.get("target"), list) else [row.get("target")]
+    if not targets:
+        raise RowError("target is empty")
+    rows = [{**row, "target": target} for target in targets]
+    for each in rows:
+        _check_target(each)
+        _check_negatives(each)
+    if folder is not None:
+        media = "video" if "video" in row else "image"
+        path = os.path.abspath(folder / row[media])
+        if not (os.path.isfile(path) or (media == "video" and os.path.isdir(path))):
+            raise RowError(f"{media} file is missing: {path}")
+        rows = [{**each, media: path} for each in rows]
+    if len(rows) > 1:
+        rows = [{"group_id": "{}:{}".format(*where), **each} for each in rows]
+    return [{**each, "line": where[1]} for each in rows]
+
+
+def _check_text(row: dict, name: str) -> None:
+    if name in row and not isinstance(row[name], str):
+        raise RowError(f"{name} is not a string but a {type(row[name]).__name__}")
+
+
+def _check_target(row: dict) -> None:
+    if row["target"] is None:
+        raise RowError("target is missing")
+    _check_text(row, "target")
+    if not row["target"].strip():
+        raise RowError("target is empty")
     if row["query"].strip().casefold() == row["target"].strip().casefold():
-        raise _RowError("query equals target: the answer would leak into the input")
+        raise RowError("query equals target: the answer would leak into the input")
 
-    _check_negatives(row)
 
-    media = "video" if "video" in row else "image"
-    row[media] = os.path.abspath(folder / row[media])
-    if not os.path.isfile(row[media]):
-        raise _RowError(f"{media} file is missing: {row[media]}")
-    return row
+def _check_times(row: dict) -> None:
+    """`start` and `end` are seconds, in this order, and of a video."""
+    given = [name for name in ("start", "end") if name in row]
+    for name in given:
+        value = row[name]
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise RowError(f"{name} is no number of seconds but {value!r}")
+    if given and "image" in row:
+        raise RowError(f"{given[0]} is given, but an image has no times")
+    if row.get("start", 0) < 0 or row.get("start", 0) >= row.get("end", math.inf):
+        raise RowError(f"start {row.get('start', 0)} and end {row.get('end')} hold no time")
 
 
 def _check_negatives(row: dict) -> None:
-    """Leave `negatives` out where it is `null`, and refuse what is no list of wrong texts."""
-    if row.get("negatives") is None:
-        row.pop("negatives", None)
-        return
-    negatives = row["negatives"]
+    """Refuse what is no list of wrong texts."""
+    negatives = row.get("negatives", [])
     if not isinstance(negatives, list) or not all(
         isinstance(text, str) and text.strip() for text in negatives
     ):
-        raise _RowError("negatives is not a list of texts")
+        raise RowError("negatives is not a list of texts")
     if row["target"] in negatives:
-        raise _RowError("negatives hold the target itself")
+        raise RowError("negatives hold the target itself")
 
 
-__all__ = ["BadRow", "bad_rows_report", "read_rows"]
+__all__ = ["BadRow", "RowError", "bad_rows_report", "parse_line", "read_rows", "samples_of"]

@@ -47,6 +47,20 @@ class Clip:
     timestamps: np.ndarray
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """A part of a video, wherever a video is taken: what `read_clip` reads from `start` to `end`.
+
+    Attributes:
+        video (`str`, `os.PathLike` or `bytes`): path of a video file, or its content.
+        start, end (`float`, *optional*): seconds since the video's first frame.
+    """
+
+    video: Source
+    start: float | None = None
+    end: float | None = None
+
+
 def uniform_indices(total: int, num_frames: int) -> np.ndarray:
     """Indices of `num_frames` frames spread evenly over `total`, the first and last included.
 
@@ -251,4 +265,4 @@ def _decode(
     return pictures, seconds - seconds[0]
 
 
-__all__ = ["Clip", "MediaError", "read_clip", "read_image", "uniform_indices"]
+__all__ = ["Clip", "Excerpt", "MediaError", "read_clip", "read_image", "uniform_indices"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from benchmarks.kills import kill_and_resume
 from tests.tiny import tiny_recipe, tiny_rows
@@ -16,7 +17,7 @@ from training.trainer import VLJEPATrainer
 
 SAVED = {
     *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt"),
-    *("rng_state.pth", "trainer_state.json"),
+    *("rng_state.pth", "trainer_state.json", "positions_0.json"),
 }
 
 
@@ -91,6 +92,70 @@ def test_what_is_no_checkpoint_is_refused(arguments, tmp_path, name):
         (folder / "trainer_state.json").write_text("{}")
     with pytest.raises(RecipeError, match=f"{name} is no complete checkpoint. Give one of"):
         main([*arguments, f"training.resume_from_checkpoint={folder}"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streamed_source_is_taken_up_where_it_was_left(tmp_path, workers):
+    """With broken rows, which are counted once; the workers have read ahead of the training."""
+    tiny_rows(tmp_path)
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    images = [line for line in lines if "image" in line]
+    bad = ['{"image": "torn.png", "target": "torn"}', "{oops"]
+    (tmp_path / "stream.jsonl").write_text("\n".join([*images, *bad, *images]) + "\n")
+    recipe = tiny_recipe(
+        tmp_path / "rows.jsonl",
+        save_strategy="steps",
+        save_steps=3,
+        max_steps=7,
+        dataloader_num_workers=workers,
+    )
+    content = yaml.safe_load(recipe.read_text())
+    content["data"]["sources"].append(
+        {"rows": str(tmp_path / "stream.jsonl"), "streaming": True, "shuffle_rows": 4, "weight": 3}
+    )
+    content["data"]["max_bad_share"] = 0.9
+    recipe.write_text(yaml.safe_dump(content))
+
+    expected = main([str(recipe)])
+    assert expected.bad[0] == 0 and expected.bad[1] >= 2
+    named = (tmp_path / "out" / "bad_rows.txt").read_text()
+    assert "stream.jsonl:4: not valid JSON" in named
+    assert "torn.png: not an image" in named
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    resumed = main([str(recipe), "training.resume_from_checkpoint=true"])
+    assert (resumed.seen, resumed.bad) == (expected.seen, expected.bad)
+    losses = [[line.get("loss") for line in r.state.log_history] for r in (expected, resumed)]
+    assert losses[0] == losses[1]
+    for name, parameter in weights(resumed).items():
+        assert torch.equal(parameter, weights(expected)[name]), name
+    positions = tmp_path / "out" / "checkpoint-3" / "positions_0.json"
+    content = json.loads(positions.read_text())
+    content["positions"] = {}  # positive control: from the beginning of the stream, it is another
+    positions.write_text(json.dumps(content))
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    other = main([str(recipe), "training.resume_from_checkpoint=true"])
+    assert [line.get("loss") for line in other.state.log_history] != losses[0]
+
+
+def test_too_many_bad_rows_stop_a_training(tmp_path):
+    """Which were not known before, because they are read as they are needed."""
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    tiny_rows(tmp_path)
+    rows = [{"image": "wide.png", "target": "a"}, {"image": "torn.png", "target": "b"}]
+    (tmp_path / "stream.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    recipe = tiny_recipe(tmp_path / "stream.jsonl", max_steps=7, logging_steps=2)
+    content = yaml.safe_load(recipe.read_text())
+    content["data"]["sources"][0] |= {"streaming": True}
+    recipe.write_text(yaml.safe_dump(content))
+    with pytest.raises(
+        RecipeError, match="stream.jsonl: [1-9] of [0-9]+ rows are unusable"
+    ) as error:
+        main([str(recipe)])
+    assert "torn.png: not an image" in str(error.value)
+    assert "At most 0.0% may be (data.max_bad_share)" in str(error.value)
 
 
 @pytest.mark.slow

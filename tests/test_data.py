@@ -12,19 +12,17 @@ from PIL import Image
 from processing import VLJEPAProcessor
 from tests.tiny import noise, tiny_processor, tiny_rows, tiny_tokenizer, write_clip, write_rows
 from training import data
-from training.arguments import DataArguments, RecipeError, SourceArguments, VLJEPATrainingArguments
+from training.arguments import DataArguments, RecipeError, SourceArguments
 from training.collator import ContrastiveCollator
-from training.data import (
-    VISIT,
-    ContrastiveDataset,
-    MixtureSampler,
-    build_dataset,
-    read_source,
-    vary,
-)
-from training.trainer import VLJEPATrainer
+from training.data import ContrastiveDataset, build_dataset, vary
+from training.mixture import VISIT, Bucket, MixtureSampler
+from training.sources import read_source
 
-BUCKETS = [(3.0, np.arange(0, 50)), (1.0, np.arange(100, 107)), (2.0, np.arange(200, 230))]
+BUCKETS = [
+    Bucket(3.0, rows=np.arange(0, 50)),
+    Bucket(1.0, rows=np.arange(100, 107)),
+    Bucket(2.0, rows=np.arange(200, 230)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +55,14 @@ def build(
 # -- the mixture ---------------------------------------------------------------------------
 
 
+def numbers_of(sampler: MixtureSampler) -> list[list[int]]:
+    """Of every batch, lane after lane."""
+    return [[number for lane in step.rows for number in lane] for step in sampler]
+
+
 def batches(size: int = 8, number: int = 600, seed: int = 0) -> list[list[int]]:
-    indices = [number % VISIT for number in MixtureSampler(BUCKETS, size, number, seed)]
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
+    sampler = MixtureSampler(BUCKETS, size, number, seed)
+    return [[number % VISIT for number in batch] for batch in numbers_of(sampler)]
 
 
 def bucket_of(index: int) -> int:
@@ -68,10 +71,10 @@ def bucket_of(index: int) -> int:
 
 def test_the_sequence_depends_on_the_seed_alone():
     sampler = MixtureSampler(BUCKETS, 8, 20, seed=1)
-    first = list(sampler)
-    assert first == list(sampler) == list(MixtureSampler(BUCKETS, 8, 20, seed=1))
-    assert len(sampler) == len(first) == 160
-    assert first != list(MixtureSampler(BUCKETS, 8, 20, seed=2))
+    first = numbers_of(sampler)
+    assert first == numbers_of(sampler) == numbers_of(MixtureSampler(BUCKETS, 8, 20, seed=1))
+    assert len(sampler) == len(first) == 20 and {len(batch) for batch in first} == {8}
+    assert first != numbers_of(MixtureSampler(BUCKETS, 8, 20, seed=2))
 
 
 def test_a_batch_comes_from_one_bucket_and_buckets_follow_their_weights():
@@ -80,12 +83,13 @@ def test_a_batch_comes_from_one_bucket_and_buckets_follow_their_weights():
         assert len({bucket_of(index) for index in batch}) == 1
         counts[bucket_of(batch[0])] += 1
     # 600 draws: three standard deviations are 0.06.
-    for bucket, (weight, _) in enumerate(BUCKETS):
-        assert counts[bucket] / 600 == pytest.approx(weight / 6, abs=0.06)
+    for number, bucket in enumerate(BUCKETS):
+        assert counts[number] / 600 == pytest.approx(bucket.weight / 6, abs=0.06)
 
 
 def test_small_buckets_are_repeated_and_no_row_is_skipped():
-    for number, (_, rows) in enumerate(BUCKETS):
+    for number, bucket in enumerate(BUCKETS):
+        rows = bucket.rows
         drawn = [i for batch in batches() for i in batch if bucket_of(i) == number]
         times, rest = divmod(len(drawn), len(rows))
         assert times >= 10
@@ -96,37 +100,33 @@ def test_small_buckets_are_repeated_and_no_row_is_skipped():
 
 
 def test_numbers_tell_the_visits_of_a_row_apart():
-    numbers = list(MixtureSampler(BUCKETS, 8, 600, seed=0))
+    numbers = sum(numbers_of(MixtureSampler(BUCKETS, 8, 600, seed=0)), [])
     assert len(set(numbers)) == len(numbers) == 4800
     seen = Counter(number % VISIT for number in numbers)
     for row, times in seen.items():
         assert sorted(n // VISIT for n in numbers if n % VISIT == row) == list(range(times))
 
 
-def test_the_sequence_is_the_same_for_any_number_of_processes(monkeypatch, tmp_path):
-    """The rows of a step, and so its negatives, must not change with the machine."""
+def test_batches_of_like_lengths_lose_no_row():
+    """Padding goes, and the walk through the rows is as whole as without."""
+    lengths = np.random.default_rng(0).integers(1, 100, size=1000)
+    rows = np.arange(1000)
 
-    class Shell(VLJEPATrainer):
-        def __init__(self, args: VLJEPATrainingArguments):
-            self.args = args
+    def spread(bucket: Bucket) -> tuple[list[int], float]:
+        drawn = numbers_of(MixtureSampler([bucket], 10, 100, seed=0))
+        spreads = [np.ptp(lengths[np.array(batch) % VISIT]) for batch in drawn]
+        return sorted(number for batch in drawn for number in batch), float(np.mean(spreads))
 
-    class Mixture:
-        buckets = BUCKETS
+    plain, wide = spread(Bucket(1.0, rows=rows))
+    grouped, narrow = spread(Bucket(1.0, rows=rows, lengths=lengths))
+    assert plain == grouped == rows.tolist()
+    assert narrow < 5 < 70 < wide
+    order = numbers_of(MixtureSampler([Bucket(1.0, rows=rows, lengths=lengths)], 10, 100, seed=0))
+    means = [lengths[batch].mean() for batch in order]
+    assert abs(np.corrcoef(means, range(100))[0, 1]) < 0.2  # not from short to long
 
-    sequences = []
-    for processes, accumulation in ((1, 1), (2, 1), (4, 3)):
-        monkeypatch.setattr(VLJEPATrainingArguments, "world_size", processes)
-        args = VLJEPATrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=5,
-            global_batch_size=12,
-            gradient_accumulation_steps=accumulation,
-            precision="fp32",
-            use_cpu=True,
-        )
-        sequences.append(list(Shell(args)._get_train_sampler(Mixture())))
-    assert len(sequences[0]) == 60
-    assert sequences[0] == sequences[1] == sequences[2]
+
+# More of the mixture, and of streams in it, is in test_mixture.py.
 
 
 # -- samples -------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_samples_hold_their_own_frames(folder, processor):
             expected = processor.video_processor(folder / row["video"], **raw)
         assert torch.equal(sample["frames"], expected["pixel_values_videos"][0])
     assert [len(sample["frames"]) for sample in dataset] == [1, 1, 4, 4]
-    assert [indices.tolist() for _, indices in dataset.buckets] == [[2, 3], [0, 1]]
+    assert [bucket.rows.tolist() for bucket in dataset.buckets] == [[2, 3], [0, 1]]
 
 
 def test_an_augmented_source_looks_different_at_every_visit(folder, processor):
@@ -192,7 +192,7 @@ def test_buckets_share_their_sources_weight(folder, processor):
         SourceArguments(rows=str(one), weight=1.0, query="what ?"),
         SourceArguments(rows=str(both), weight=2.0),
     )
-    shares = [(share, indices.tolist()) for share, indices in dataset.buckets]
+    shares = [(bucket.weight, bucket.rows.tolist()) for bucket in dataset.buckets]
     assert shares == [(1.0, [0, 1, 2]), (0.5, [6]), (1.5, [3, 4, 5])]
     assert [sample["query"] for sample in dataset] == ["what ?"] * 3 + [""] * 4
 

@@ -56,7 +56,20 @@ def test_good_rows(folder):
         ({"image": "b.png", "query": 1, "target": "x"}, "query is not a string but a int"),
         ({"image": "b.png", "target": {}}, "target is not a string but a dict"),
         ({"image": "gone.png", "target": "x"}, "image file is missing: "),
-        ({"video": "clips", "target": "x"}, "video file is missing: "),
+        ({"image": "clips", "target": "x"}, "image file is missing: "),
+        ({"video": "a.mp4", "target": "x"}, "video file is missing: "),
+        ({"video": "clips/a.mp4", "target": "x", "end": "2"}, "end is no number of seconds but"),
+        ({"video": "clips/a.mp4", "target": "x", "start": True}, "start is no number of seconds"),
+        (b'{"video": "clips/a.mp4", "target": "x", "start": NaN}', "start is no number of seconds"),
+        (
+            {"video": "clips/a.mp4", "target": "x", "start": 3, "end": 3},
+            "start 3 and end 3 hold no",
+        ),
+        ({"video": "clips/a.mp4", "target": "x", "start": -1}, "start -1 and end None hold no"),
+        ({"image": "b.png", "target": "x", "end": 2}, "end is given, but an image has no times"),
+        ({"image": "b.png", "target": []}, "target is empty"),
+        ({"image": "b.png", "target": ["x", 3]}, "target is not a string but a int"),
+        ("[" * 100000, "not valid JSON"),
         ({"image": "b.png"}, "target is missing"),
         ({"image": "b.png", "target": None}, "target is missing"),
         ({"image": "b.png", "target": " \n"}, "target is empty"),
@@ -74,6 +87,23 @@ def test_bad_rows_are_named(folder, line, reason):
     assert [row["line"] for row in rows] == [1, 3]
     assert [row.line for row in bad] == [2]
     assert str(bad[0]).startswith(f"{path}:2: {reason}")
+
+
+def test_several_targets_are_as_many_samples_of_one_group(folder):
+    """Any of them is right, so none may be a negative of another."""
+    path = write(
+        folder,
+        {"image": "b.png", "target": ["x", "y"]},
+        {"image": "b.png", "target": ["x", "z"], "group_id": 5},
+        {"video": "clips", "target": ["x"], "start": 0.5, "end": 2},
+    )
+    rows, bad = read_rows(path)
+    assert bad == []
+    texts = [(row["target"], row.get("group_id"), row["line"]) for row in rows]
+    first = f"{path}:1"
+    expected = [("x", first, 1), ("y", first, 1), ("x", 5, 2), ("z", 5, 2), ("x", None, 3)]
+    assert texts == expected
+    assert (rows[4]["start"], rows[4]["end"]) == (0.5, 2)
 
 
 def test_files_without_rows(folder):

@@ -68,25 +68,71 @@ class ProcessorArguments:
 
 @dataclass(kw_only=True)
 class SourceArguments:
-    """One JSONL file of rows.
+    """Where rows come from: `rows` or `dataset`.
 
     Attributes:
-        rows: the file; `processing/rows.py` says what a row holds.
+        rows: a JSONL file, or a pattern such as `data/*.jsonl`; `processing/rows.py` says what a
+            row holds.
+        dataset: what `datasets.load_dataset` takes: a Hub id, a folder, or a format such as
+            `parquet` or `webdataset`, whose files are then `data_files`.
+        config, split, data_files, revision: of the dataset.
+        columns: where the parts of a row stand in its examples: the name of a public set
+            (`training/public_sets.yaml`), or a mapping (`processing/columns.py`). Default: those
+            of the public set with this Hub id.
+        media_folder: of media that are named by relative paths in a dataset.
+        streaming: read rows as they are needed, instead of all before training starts.
+        shuffle_rows: of a streamed source, how many are in memory and mixed.
         weight: share of the global batches drawn from this source, relative to the others.
         query: asked of every row in place of its own query.
         augment: mirror and shift its frames at random. Not for texts that name places or sides.
+        group_by_length: make batches of texts of about one length, to save padding. Their
+            negatives are then of that length, too.
     """
 
-    rows: str
+    rows: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    data_files: str | list[str] | None = None
+    revision: str | None = None
+    columns: str | dict | None = None
+    media_folder: str | None = None
+    streaming: bool = False
+    shuffle_rows: int = 10_000
     weight: float = 1.0
     query: str | None = None
     augment: bool = False
+    group_by_length: bool = False
 
     def __post_init__(self):
+        if (self.rows is None) == (self.dataset is None):
+            raise RecipeError("data.sources: a source has rows or a dataset, exactly one of them.")
         if not self.weight > 0:
             raise RecipeError(
-                f"data.sources: {self.rows} has weight {self.weight}; give more than 0."
+                f"data.sources: {self.name} has weight {self.weight}; give more than 0."
             )
+        if self.shuffle_rows < 1:
+            raise RecipeError(f"data.sources: {self.name}: shuffle_rows: give at least 1.")
+        if self.streaming and self.group_by_length:
+            raise RecipeError(
+                f"data.sources: {self.name}: group_by_length needs all rows; a streamed source has "
+                "a few at a time."
+            )
+        if self.rows is not None:
+            given = ("config", "data_files", "revision", "columns", "media_folder")
+            for name in given:
+                if vars(self)[name] is not None:
+                    raise RecipeError(
+                        f"data.sources: {self.name}: {name} belongs to a dataset, not to rows."
+                    )
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        if self.rows is not None:
+            return self.rows
+        files = [] if self.data_files is None else [self.data_files]
+        return " ".join(map(str, [self.dataset, *filter(None, [self.config]), *files]))
 
 
 @dataclass(kw_only=True)
@@ -94,10 +140,16 @@ class DataArguments:
     """
     Attributes:
         sources: at least one.
-        max_bad_share: training refuses to start when more than this share of a source's rows
-            cannot be used.
+        max_bad_share: training stops when more than this share of a source's rows cannot be used:
+            before it starts where all rows are read then, else when it meets them.
+        decode_once: decode the media of sources that are not streamed before training, and keep
+            the frames in `cache_dir`. Else they are decoded as they are needed, by
+            `training.dataloader_num_workers` processes.
         cache_dir: where sampled, resized frames are kept between runs.
         num_workers: processes that decode media before training.
+        lanes: into how many parts a streamed source is dealt. The rows of every step depend on
+            it, and not on the number of processes, which has to divide it. Default: 8, or as many
+            of these as divide the batch.
         cache_targets: encode every distinct target once before training; only with a frozen
             Y-Encoder, and with as many texts as fit into memory.
         hard_negatives: how many of a row's `negatives` join the batch's texts.
@@ -105,8 +157,10 @@ class DataArguments:
 
     sources: list
     max_bad_share: float = 0.0
+    decode_once: bool = True
     cache_dir: str = "data/cache"
     num_workers: int = os.cpu_count() or 1
+    lanes: int | None = None
     cache_targets: bool = False
     hard_negatives: int = 0
 
@@ -115,6 +169,8 @@ class DataArguments:
             raise RecipeError(f"data.max_bad_share: {self.max_bad_share} is no share from 0 to 1.")
         if self.num_workers < 1:
             raise RecipeError("data.num_workers: at least one process has to decode.")
+        if self.lanes is not None and self.lanes < 1:
+            raise RecipeError("data.lanes: give at least 1.")
         if self.hard_negatives < 0:
             raise RecipeError("data.hard_negatives: give 0 or more.")
 

@@ -1,9 +1,10 @@
 """Rows and media files to training samples.
 
-1. rows      JSONL files -> checked rows (`processing/rows.py`)
-2. clips     each distinct media file -> sampled, resized uint8 frames, once, in an Arrow file
-3. samples   row + its clip's frames (`ContrastiveDataset`)
-4. batches   one source and one clip length per global batch (`MixtureSampler`)
+1. rows      sources -> rows (`sources.py`), all of them or as they are needed
+2. steps     which rows are the next global batch, and this process's share of it (`mixture.py`)
+3. clips     each media file -> sampled, resized uint8 frames: once, kept in an Arrow file, or in
+             the workers of the DataLoader, as they are needed
+4. samples   row + its clip's frames (`ContrastiveDataset`)
 5. tensors   `collator.py`
 
 Nothing here knows where rows come from.
@@ -11,7 +12,6 @@ Nothing here knows where rows come from.
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,102 +20,101 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets.fingerprint import Hasher
-from torch.utils.data import Sampler
 
-from processing.rows import BadRow, bad_rows_report, read_rows
-from processing.video_io import MediaError, read_image
+from processing.rows import BadRow, bad_rows_report
+from processing.video_io import Excerpt, MediaError, read_image
 from processing.video_processing_vljepa import VLJEPAVideoProcessor
 
-from .arguments import DataArguments, RecipeError, SourceArguments
+from .arguments import DataArguments, RecipeError
+from .mixture import VISIT, Bucket, Step
+from .sources import Source, StreamedSource
+from .streams import bad_row
 
-VISIT = 2**40  # more than there are rows
-
-
-@dataclass
-class Source:
-    """The rows of one file and what the recipe says about them."""
-
-    arguments: SourceArguments
-    rows: list[dict]
-    bad: list[BadRow]
-    report: str = ""
+Media = str | bytes | Excerpt
 
 
-def read_source(arguments: SourceArguments) -> Source:
-    """Read a source's rows, with the recipe's query in place of their own where it gives one."""
-    try:
-        rows, bad = read_rows(arguments.rows)
-    except (FileNotFoundError, ValueError) as error:
-        raise RecipeError(f"data.sources: {error}") from error
-    if not rows:
-        report = bad_rows_report(bad, len(bad), max_share=1.0)
-        raise RecipeError(f"{arguments.rows}: no row is usable. {report}")
-    if arguments.query is not None:
-        rows = [{**row, "query": arguments.query} for row in rows]
-    return Source(arguments, rows, bad)
+def media_of(row: dict) -> Media:
+    """What to read for a row: a file, its content, or a part of it."""
+    media = row["video"] if "video" in row else row["image"]
+    if "start" in row or "end" in row:
+        return Excerpt(media, row.get("start"), row.get("end"))
+    return media
 
 
-def texts_of(sources: list[Source]) -> list[str]:
-    """Every query and target: what a tokenizer learns from."""
-    return [row[name] for source in sources for row in source.rows for name in ("query", "target")]
+def identity(media: Media) -> tuple:
+    """What changes when the media does."""
+    if isinstance(media, Excerpt):
+        return (*identity(media.video), media.start, media.end)
+    if isinstance(media, bytes):
+        return (hashlib.blake2b(media, digest_size=16).hexdigest(),)
+    paths = sorted(Path(media).iterdir()) if os.path.isdir(media) else [media]
+    stats = [(str(path), os.stat(path)) for path in paths]
+    return tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
 
 
-def media_of(row: dict) -> str:
-    return row["video"] if "video" in row else row["image"]
+def read_frames(
+    media: Media, is_video: bool, video_processor: VLJEPAVideoProcessor
+) -> torch.Tensor:
+    """Sampled, resized and cropped frames `(T, 3, h, w)`, uint8.
 
-
-def decode(example: dict, video_processor: VLJEPAVideoProcessor, num_frames: int) -> dict:
-    """One media file to uint8 frames `(T, 3, h, w)` as bytes, or to the reason why not."""
-    torch.set_num_threads(1)  # one process per core already
+    Raises:
+        MediaError: it cannot be read.
+    """
     options = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    if is_video:
+        num_frames = video_processor.num_frames
+        clip = video_processor([media], num_frames=num_frames, **options)
+    else:
+        clip = video_processor([read_image(media)], do_sample_frames=False, **options)
+    return clip["pixel_values_videos"][0]
+
+
+def decode(
+    number: int, media: list[Media], are_videos: list[bool], video_processor: VLJEPAVideoProcessor
+) -> dict:
+    """One media file to its frames as bytes, or to the reason why not."""
+    torch.set_num_threads(1)  # one process per core already
     try:
-        if example["is_video"]:
-            clip = video_processor([example["path"]], num_frames=num_frames, **options)
-        else:
-            image = read_image(example["path"])
-            clip = video_processor([image], do_sample_frames=False, **options)
+        frames = read_frames(media[number], are_videos[number], video_processor)
     except MediaError as error:
         return {"frames": b"", "error": str(error)}
-    return {"frames": clip["pixel_values_videos"][0].numpy().tobytes(), "error": ""}
+    return {"frames": frames.numpy().tobytes(), "error": ""}
 
 
 def decode_clips(
     sources: list[Source], video_processor: VLJEPAVideoProcessor, arguments: DataArguments
-) -> datasets.Dataset:
+) -> tuple[dict[Media, int], datasets.Dataset]:
     """Decode every distinct media file once, with a progress bar and all cores.
 
     The result stays on disk, memory-mapped, under a name made from the files' identity and the
     processor's settings: a second run finds it, a changed file or setting makes a new one.
 
-    Returns: columns `path`, `frames` (bytes) and `error` ("" where it could be read).
+    Returns: the number of each clip, and columns `frames` (bytes) and `error` ("" where it could
+        be read).
     """
     media = {media_of(row): "video" in row for source in sources for row in source.rows}
-    stats = [os.stat(path) for path in media]
-    fingerprint = Hasher.hash(
-        (
-            [
-                (path, stat.st_size, stat.st_mtime_ns)
-                for path, stat in zip(media, stats, strict=True)
-            ],
-            video_processor.to_dict(),
-        )
-    )
-    clips = datasets.Dataset.from_dict({"path": list(media), "is_video": list(media.values())})
+    fingerprint = Hasher.hash(([identity(each) for each in media], video_processor.to_dict()))
+    clips = datasets.Dataset.from_dict({"number": range(len(media))})
     Path(arguments.cache_dir).mkdir(parents=True, exist_ok=True)
-    return clips.map(
+    decoded = clips.map(
         decode,
-        fn_kwargs={"video_processor": video_processor, "num_frames": video_processor.num_frames},
+        input_columns="number",
+        fn_kwargs={
+            "media": list(media),
+            "are_videos": list(media.values()),
+            "video_processor": video_processor,
+        },
         num_proc=min(arguments.num_workers, len(clips)),
         new_fingerprint=fingerprint,
         cache_file_name=str(Path(arguments.cache_dir) / f"clips-{fingerprint}.arrow"),
         features=datasets.Features(
-            path=datasets.Value("string"),
-            is_video=datasets.Value("bool"),
+            number=datasets.Value("int64"),
             frames=datasets.Value("large_binary"),
             error=datasets.Value("string"),
         ),
         desc="Reading clips",
     )
+    return {each: number for number, each in enumerate(media)}, decoded
 
 
 def text_id(text: str) -> int:
@@ -123,7 +122,7 @@ def text_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def vary(frames: torch.Tensor, seed: tuple[int, int]) -> torch.Tensor:
+def vary(frames: torch.Tensor, seed: tuple[int, ...]) -> torch.Tensor:
     """Mirror frames `(T, 3, h, w)` half of the time and shift them by up to an eighth of their
     size, all of a clip alike; what comes into view repeats the edge."""
     generator = np.random.default_rng(seed)
@@ -136,117 +135,176 @@ def vary(frames: torch.Tensor, seed: tuple[int, int]) -> torch.Tensor:
     return padded[..., top : top + height, left : left + width].to(frames.dtype)
 
 
-class ContrastiveDataset(torch.utils.data.Dataset):
-    """Samples `{frames, query, target, target_id, group_id, negatives}` of all sources, end to end.
+@dataclass
+class Batch:
+    """Samples of a step, and the rows that could have been among them but for their faults."""
 
-    `dataset[row + visit * VISIT]` is a row at a later visit: the same, but in an augmented source.
+    samples: list[dict]
+    bad: list[BadRow]
+    source: int
+
+
+class ContrastiveDataset(torch.utils.data.Dataset):
+    """Samples `{frames, query, target, target_id, group_id, negatives}` of all sources.
+
+    `dataset[row + visit * VISIT]` is a row that is held, at a later visit: the same, but in an
+    augmented source. `dataset.__getitems__(step)`, which a DataLoader calls, is a [`Batch`].
 
     `buckets` are the parts from which a batch may be drawn: rows of one source whose clips have
     one length, so that visual tokens need no padding and negatives come from one domain.
+
+    Args:
+        clips: the number of each clip that was decoded before, and these clips.
     """
 
-    def __init__(self, sources: list[Source], clips: datasets.Dataset, crop: tuple[int, int]):
-        self.clips = clips
-        self.crop = crop
-        self.clip_of = {path: index for index, path in enumerate(clips["path"])}
-        self.rows = [row for source in sources for row in source.rows]
-        self.augmented = np.array([s.arguments.augment for s in sources for _ in s.rows])
-        self.buckets: list[tuple[float, np.ndarray]] = []
-        start = 0
-        for source in sources:
+    def __init__(
+        self,
+        sources: list[Source | StreamedSource],
+        video_processor: VLJEPAVideoProcessor,
+        clips: tuple[dict[Media, int], datasets.Dataset] | None,
+    ):
+        self.sources, self.video_processor = sources, video_processor
+        self.clip_of, self.clips = clips or ({}, None)
+        self.rows: list[dict] = []
+        self.source_of: list[int] = []
+        self.buckets: list[Bucket] = []
+        for number, source in enumerate(sources):
+            weight = source.arguments.weight
+            if isinstance(source, StreamedSource):
+                self.buckets.append(Bucket(weight, number, stream=source))
+                continue
             is_video = np.array(["video" in row for row in source.rows], dtype=bool)
+            lengths = None
+            if source.arguments.group_by_length:
+                lengths = np.array([len(row["query"]) + len(row["target"]) for row in source.rows])
             for kind in (is_video, ~is_video):
                 if kind.any():
-                    share = source.arguments.weight * kind.mean()
-                    self.buckets.append((share, start + np.flatnonzero(kind)))
-            start += len(source.rows)
+                    self.buckets.append(
+                        Bucket(
+                            weight * kind.mean(),
+                            number,
+                            rows=len(self.rows) + np.flatnonzero(kind),
+                            lengths=None if lengths is None else lengths[kind],
+                        )
+                    )
+            self.rows += source.rows
+            self.source_of += [number] * len(source.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict:
         visit, index = divmod(number, VISIT)
-        row = self.rows[index]
+        # A row without a group, or with `null` for one, is alone in its own.
+        return self.sample(self.rows[index], self.source_of[index], (index, visit), -1 - index)
+
+    def sample(self, row: dict, source: int, seed: tuple[int, ...], alone: int) -> dict:
+        """
+        Args:
+            seed: of how the frames vary.
+            alone: id of the group of a row that has none.
+        """
         group = row.get("group_id")
-        stored = self.clips[self.clip_of[media_of(row)]]["frames"]
-        frames = torch.frombuffer(bytearray(stored), dtype=torch.uint8).view(-1, 3, *self.crop)
+        frames = self.frames(row)
         return {
-            "frames": vary(frames, (index, visit)) if self.augmented[index] else frames,
+            "frames": vary(frames, seed) if self.sources[source].arguments.augment else frames,
             "query": row["query"],
             "target": row["target"],
             "target_id": text_id(row["target"]),
-            # A row without a group, or with `null` for one, is alone in its own.
-            "group_id": -1 - index if group is None else text_id(str(group)),
+            "group_id": alone if group is None else text_id(str(group)),
             "negatives": row.get("negatives", []),
         }
 
+    def frames(self, row: dict) -> torch.Tensor:
+        """The clip `(T, 3, h, w)` of a row, uint8."""
+        media = media_of(row)
+        if media not in self.clip_of:
+            return read_frames(media, "video" in row, self.video_processor)
+        stored = self.clips[self.clip_of[media]]["frames"]
+        crop = self.video_processor.crop_size
+        frames = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+        return frames.view(-1, 3, crop["height"], crop["width"])
 
-class MixtureSampler(Sampler[int]):
-    """Numbers of `num_batches` global batches, each from one bucket, chosen by weight.
+    def __getitems__(self, step: Step) -> Batch:
+        """A process's share of a step. A row whose media cannot be read is replaced by the next
+        one of its lane that can.
 
-    Every bucket is walked through in a random order, again and again in a new one, so that a
-    small source is repeated, never skipped. A number is row + visit * VISIT. The sequence depends
-    on the seed alone: not on the number of processes, and a resumed run finds the same one.
-    """
+        Raises:
+            RecipeError: no row of a lane can.
+        """
+        samples, bad = [], list(step.bad)
+        for lane, rows, spare in zip(step.lanes, step.rows, step.spares, strict=True):
+            read: list[dict | None] = []
+            for place, row in enumerate(rows):
+                try:
+                    read.append(self.sample_of(step, lane, place, row))
+                except MediaError as error:
+                    read.append(None)
+                    bad.append(self.bad_row(step, row, error))
+            for place, sample in enumerate(read):
+                after = (read[place:] + read[:place]) if sample is None else [sample]
+                good = next((each for each in after if each is not None), None)
+                samples.append(good or self.spare(step, lane, spare, bad))
+        return Batch(samples, bad, step.source)
 
-    def __init__(
-        self,
-        buckets: list[tuple[float, np.ndarray]],
-        batch_size: int,
-        num_batches: int,
-        seed: int,
-    ):
-        self.buckets = buckets
-        self.batch_size = batch_size
-        self.num_batches = num_batches
-        self.seed = seed
+    def sample_of(self, step: Step, lane: int, place: int, row: int | dict) -> dict:
+        if isinstance(row, int):
+            return self[row]
+        return self.sample(row, step.source, (lane, *row["visit"]), alone=-1 - lane - 2**20 * place)
 
-    def __len__(self) -> int:
-        return self.batch_size * self.num_batches
+    def spare(self, step: Step, lane: int, row: int | dict, bad: list[BadRow]) -> dict:
+        try:
+            return self.sample_of(step, lane, 2**20, row)
+        except MediaError as error:
+            few = "".join(f"\n  {each}" for each in [*bad[-20:], error])
+            name = self.sources[step.source].arguments.name
+            raise RecipeError(
+                f"{name}: no row of a lane's part of a step is usable.{few}"
+            ) from error
 
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng(self.seed)
-        weights = np.array([weight for weight, _ in self.buckets])
-        left = [np.empty(0, dtype=np.int64) for _ in self.buckets]
-        visits = [0] * len(self.buckets)
-        for choice in generator.choice(
-            len(self.buckets), size=self.num_batches, p=weights / weights.sum()
-        ):
-            while len(left[choice]) < self.batch_size:
-                again = generator.permutation(self.buckets[choice][1])
-                left[choice] = np.concatenate([left[choice], again + visits[choice] * VISIT])
-                visits[choice] += 1
-            yield from left[choice][: self.batch_size].tolist()
-            left[choice] = left[choice][self.batch_size :]
+    def bad_row(self, step: Step, row: int | dict, error: MediaError) -> BadRow:
+        row = self.rows[row % VISIT] if isinstance(row, int) else row
+        return bad_row(row, self.sources[step.source].arguments.name, str(error))
 
 
 def build_dataset(
-    sources: list[Source], video_processor: VLJEPAVideoProcessor, arguments: DataArguments
+    sources: list[Source | StreamedSource],
+    video_processor: VLJEPAVideoProcessor,
+    arguments: DataArguments,
 ) -> ContrastiveDataset:
-    """Decode, set bad rows aside, say how many, and refuse when they are too many.
+    """Decode what the recipe wants decoded, set bad rows aside, say how many, and refuse when they
+    are too many.
 
     Raises:
         RecipeError: more than `max_bad_share` of a source's rows are bad, or all of them; the
             message names them.
     """
-    clips = decode_clips(sources, video_processor, arguments)
-    errors = {
-        path: error for path, error in zip(clips["path"], clips["error"], strict=True) if error
-    }
-    for source in sources:
-        total = len(source.rows) + len(source.bad)
-        source.bad += [
-            BadRow(source.arguments.rows, row["line"], errors[media_of(row)])
-            for row in source.rows
-            if media_of(row) in errors
-        ]
-        source.rows = [row for row in source.rows if media_of(row) not in errors]
-        source.bad.sort(key=lambda row: row.line)
-        try:
-            source.report = bad_rows_report(source.bad, total, arguments.max_bad_share)
-        except ValueError as error:
-            raise RecipeError(f"{source.arguments.rows}: {error}") from error
-        if not source.rows:
-            raise RecipeError(f"{source.arguments.rows}: no row is usable. {source.report}")
-    crop = video_processor.crop_size
-    return ContrastiveDataset(sources, clips, (crop["height"], crop["width"]))
+    held = [source for source in sources if isinstance(source, Source)]
+    clips, errors = None, {}
+    if held and arguments.decode_once:
+        clips = decode_clips(held, video_processor, arguments)
+        errors = {
+            media: error for media, error in zip(clips[0], clips[1]["error"], strict=True) if error
+        }
+    for source in held:
+        set_aside(source, errors, arguments.max_bad_share)
+    return ContrastiveDataset(sources, video_processor, clips)
+
+
+def set_aside(source: Source, errors: dict[Media, str], max_share: float) -> None:
+    """Count the rows of a source whose media could not be read among its bad ones."""
+    total = len(source.rows) + len(source.bad)
+    name = source.arguments.name
+    source.bad += [
+        BadRow(name, row["line"], errors[media_of(row)])
+        for row in source.rows
+        if media_of(row) in errors
+    ]
+    source.rows = [row for row in source.rows if media_of(row) not in errors]
+    source.bad.sort(key=lambda row: row.line)
+    try:
+        source.report = bad_rows_report(source.bad, total, max_share)
+    except ValueError as error:
+        raise RecipeError(f"{name}: {error}") from error
+    if not source.rows:
+        raise RecipeError(f"{name}: no row is usable. {source.report}")

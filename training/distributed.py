@@ -30,6 +30,11 @@ def all_mean(tensor: torch.Tensor) -> torch.Tensor:
     return all_gather(tensor.detach()[None]).mean(dim=0)
 
 
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, without gradient."""
+    return all_gather(tensor[None]).sum(dim=0)
+
+
 def all_logsumexp(columns_lse: torch.Tensor) -> torch.Tensor:
     """Log-sum-exp `(B,)` over each process's rows to that over all rows, without gradient."""
     return all_gather(columns_lse[None]).logsumexp(dim=0)

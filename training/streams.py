@@ -10,9 +10,8 @@ process reads all of them or many read a few each.
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from processing.rows import BadRow, RowError, parse_line
 
 from .arguments import RecipeError
 
+MIB = 2**20
 CHUNKS = 8  # of a JSONL file in a block: more of them mix better, and are more places to read
 
 
@@ -35,6 +35,7 @@ class Blocks:
     """
 
     name: str
+    epoch: int  # of the next block
 
     def read(self) -> tuple[list[dict], list[BadRow]]:
         raise NotImplementedError
@@ -64,13 +65,19 @@ class JSONLBlocks(Blocks):
         self.name = str(paths[0])
         self.ends = np.cumsum([path.stat().st_size for path in paths])
         if not self.ends[-1]:
-            raise RecipeError(f"{self.name}: the file holds no row. Write one JSON object per line.")
+            raise RecipeError(
+                f"{self.name}: the file holds no row. Write one JSON object per line."
+            )
         with open(paths[0], "rb") as file:
             head = file.read(2**16)
         row_bytes = len(head) / max(head.count(b"\n"), 1)
         self.size = max(int(rows / CHUNKS * row_bytes), 1)
         self.chunks = -(-int(self.ends[-1]) // self.size)
         self.block = 0
+
+    @property
+    def epoch(self) -> int:
+        return (CHUNKS * self.block * self.lanes + self.lane) // self.chunks
 
     def position(self) -> int:
         return self.block
@@ -81,15 +88,16 @@ class JSONLBlocks(Blocks):
     def read(self) -> tuple[list[dict], list[BadRow]]:
         rows, bad = [], []
         for number in range(CHUNKS * self.block, CHUNKS * (self.block + 1)):
-            epoch, place = divmod(number * self.lanes + self.lane, self.chunks)
-            chunk = int(chunk_order(self.chunks, self.seed, epoch)[place])
-            for path, start, line in self.lines(chunk * self.size, (chunk + 1) * self.size):
+            epoch, turn = divmod(number * self.lanes + self.lane, self.chunks)
+            chunk = int(chunk_order(self.chunks, self.seed, epoch)[turn])
+            for path, place, line in self.lines(chunk * self.size, (chunk + 1) * self.size):
                 if not line.strip(b"\xef\xbb\xbf \t\r\n"):
                     continue
                 try:
-                    rows += parse_line(line, path.parent, where=(str(path), start))
+                    parsed = parse_line(line, path.parent, where=(str(path), place))
+                    rows += [{**row, "file": str(path)} for row in parsed]
                 except RowError as error:
-                    bad.append(BadRow(str(path), line_number(path, start), str(error)))
+                    bad.append(BadRow(str(path), line_number(path, place), str(error)))
         self.block += 1
         return rows, bad
 
@@ -109,12 +117,28 @@ class JSONLBlocks(Blocks):
             first = last
 
 
-def line_number(path: Path, place: int) -> int:
-    """Of the line that begins at this byte, from 1."""
+@cache
+def lines_before(path: Path) -> np.ndarray:
+    """How many lines end before each MiB of a file."""
     with open(path, "rb") as file:
-        return 1 + sum(
-            part.count(b"\n") for part in iter(lambda: file.read(min(2**20, place - file.tell())), b"")
-        )
+        counts = [part.count(b"\n") for part in iter(partial(file.read, MIB), b"")]
+    return np.cumsum([0, *counts])
+
+
+def line_number(path: Path, place: int) -> int:
+    """Of the line that begins at this byte, from 1; wanted only of lines that are no rows."""
+    part, rest = divmod(place, MIB)
+    with open(path, "rb") as file:
+        file.seek(part * MIB)
+        return int(lines_before(path)[part]) + file.read(rest).count(b"\n") + 1
+
+
+def bad_row(row: dict, name: str, reason: str) -> BadRow:
+    """A row that turned out to be none; one of a streamed JSONL file has a place there, and its
+    line is counted now."""
+    if "file" in row:
+        return BadRow(row["file"], line_number(Path(row["file"]), row["line"]), reason)
+    return BadRow(name, row["line"], reason)
 
 
 class DatasetBlocks(Blocks):
@@ -146,8 +170,10 @@ class DatasetBlocks(Blocks):
 
     def begin(self, epoch: int, state: dict | None = None, number: int = 0) -> None:
         """Go to the beginning of an epoch, or to a place within."""
-        # One that shuffles examples, too, would not find its way back into its buffer.
-        shuffled = self.dataset.shuffle(seed=self.seed + epoch, buffer_size=1)
+        # The order of shards alone: a buffer of examples would be empty in a resumed run.
+        shuffled = self.dataset.shuffle(
+            seed=self.seed + epoch, buffer_size=1, max_buffer_input_shards=1
+        )
         self.part = split_dataset_by_node(shuffled, self.lane, self.lanes)
         if state is not None:
             self.part.load_state_dict(state)
@@ -183,53 +209,61 @@ class Lane:
 
     Args:
         kind: "video" or "image", which all rows of a batch have to be.
+        query: asked of every row in place of its own.
     """
 
-    def __init__(self, blocks: Blocks, kind: str, seed: int):
-        self.blocks, self.kind, self.seed = blocks, kind, seed
+    def __init__(self, blocks: Blocks, kind: str, seed: tuple[int, ...], query: str | None = None):
+        self.blocks, self.kind, self.seed, self.query = blocks, kind, seed, query
         self.rows: list[dict] = []
         self.block, self.offset = -1, 0  # the number of blocks before this one, rows taken of it
         self.start: Any = None
-        self.bad: list[BadRow] = []  # that were met since they were last asked for
+        self.bad: list[BadRow] = []
 
     def next_block(self) -> None:
         """Read on to the next row that is good.
 
         Raises:
-            RecipeError: a hundred blocks had none.
+            RecipeError: a whole epoch had none.
         """
-        for _ in range(100):
+        epoch = self.blocks.epoch
+        while self.blocks.epoch <= epoch + 1:
             self.start = self.blocks.position()
             rows, bad = self.blocks.read()
             others = [row for row in rows if self.kind not in row]
             bad += [
-                BadRow(self.blocks.name, row["line"], f"no {self.kind}, as the others are")
+                bad_row(row, self.blocks.name, f"no {self.kind}, as the others are")
                 for row in others
             ]
             rows = [row for row in rows if self.kind in row]
             self.block += 1
             self.offset = 0
             self.bad += bad
-            order = np.random.default_rng((self.seed, self.block)).permutation(len(rows))
+            order = np.random.default_rng((*self.seed, self.block)).permutation(len(rows))
             self.rows = [rows[place] for place in order]
             if self.rows:
                 return
         few = "".join(f"\n  {row}" for row in self.bad[:20])
-        raise RecipeError(f"{self.blocks.name}: no usable row in a hundred blocks.{few}")
+        raise RecipeError(f"{self.blocks.name}: no row of an epoch is usable.{few}")
 
     def take(self, count: int) -> list[dict]:
-        """The next rows; `look` numbers every row that this lane ever gave."""
+        """The next rows."""
         taken = []
         while len(taken) < count:
-            taken.append({**self.peek(), "look": [self.block, self.offset]})
+            taken.append(self.peek())
             self.offset += 1
         return taken
 
     def peek(self) -> dict:
-        """The row that is taken next."""
+        """The row that is taken next; `visit` tells all apart that this lane ever gives."""
         if self.offset == len(self.rows):
             self.next_block()
-        return self.rows[self.offset]
+        row = {**self.rows[self.offset], "visit": (self.block, self.offset)}
+        return row if self.query is None else {**row, "query": self.query}
+
+    def take_bad(self) -> list[BadRow]:
+        """What was met since this was last asked, and is no row."""
+        bad, self.bad = self.bad, []
+        return bad
 
     def position(self) -> dict:
         return {"start": self.start, "block": self.block, "offset": self.offset}

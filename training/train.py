@@ -30,10 +30,11 @@ from .arguments import (
 from .callbacks import CollapseWarning, ProgressLine
 from .checkpoints import checkpoint_to_resume
 from .collator import ContrastiveCollator
-from .data import Source, build_dataset, read_source, texts_of
+from .data import build_dataset
 from .distributed import check_world_size
 from .parameters import parameter_table
 from .recipe_model import load_checkpoint, new_model, prepare_for_training
+from .sources import Source, StreamedSource, read_source, texts_of
 from .speed import reachable_flops
 from .target_states import encode_target_states
 from .trainer import VLJEPATrainer
@@ -53,16 +54,15 @@ def read_benchmarks(
         raise RecipeError(f"evaluation: {error}") from error
 
 
-def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source]) -> str:
+def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source | StreamedSource]) -> str:
     """What a person checks before leaving a run alone."""
     args = recipe.training
     rows = args.global_batch_size // args.gradient_accumulation_steps
     texts = rows * (1 + recipe.data.hard_negatives)
     lines = [parameter_table(model), ""]
     for source in sources:
-        path, weight = source.arguments.rows, source.arguments.weight
-        lines.append(f"{path}: {len(source.rows)} rows, weight {weight:g}")
-        lines += [source.report] if source.bad else []
+        lines.append(str(source))
+        lines += [source.report] if isinstance(source, Source) and source.bad else []
     lines.append(
         f"{args.world_size} process(es) on {args.device} · {args.max_steps} steps of "
         f"{args.global_batch_size} rows · {'bf16' if args.bf16 else 'fp32'} compute, fp32 weights"
@@ -114,6 +114,11 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
         dataset = build_dataset(sources, processor.video_processor, recipe.data)
     states = None
     if recipe.data.cache_targets:
+        if any(isinstance(source, StreamedSource) for source in sources):
+            raise RecipeError(
+                "data.cache_targets: a streamed source has more texts than are known before. Set "
+                "it to false."
+            )
         texts = [t for row in dataset.rows for t in (row["target"], *row.get("negatives", []))]
         states = encode_target_states(model.to(args.device), processor, texts)
 
@@ -131,6 +136,8 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
         benchmarks=benchmarks,
         limit=recipe.evaluation.limit,
         peak_flops=measured or args.device_tflops * 1e12,
+        lanes=recipe.data.lanes,
+        max_bad_share=recipe.data.max_bad_share,
     )
     trainer.remove_callback(PrinterCallback)  # its dictionary says less than the progress line
     if trainer.is_world_process_zero():

@@ -1,23 +1,38 @@
 """The Trainer: transformers' own, with this objective, its parameter groups and its batches."""
 
+import json
+import math
 import time
 from collections import defaultdict
+from functools import partial
+from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 
 from eval.benchmarks import Benchmark
 from eval.evaluate import TASKS
+from processing.rows import BadRow
 
+from .arguments import RecipeError, VLJEPATrainingArguments
 from .checkpoints import AtomicCheckpoints
-from .data import MixtureSampler
-from .distributed import all_mean
+from .collator import ContrastiveCollator
+from .data import Batch
+from .distributed import all_mean, all_sum
 from .grad_cache import cached_step
+from .mixture import MixtureSampler, Positions
 from .objective import Embeds, Ids, Objective
 from .publish import publish
 from .speed import peak_memory, training_flops
+
+POSITIONS = "positions_{}.json"  # of each process, in a checkpoint
+BAD_ROWS = "bad_rows.txt"
+FEW_ROWS = 1000  # a share of fewer says little
+LANES = 8
 
 
 class VLJEPATrainer(AtomicCheckpoints, Trainer):
@@ -32,6 +47,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         benchmarks: measured by `evaluate`.
         limit: only the first so many rows of each.
         peak_flops: what one device can do in a second.
+        lanes, max_bad_share: of the section `data`.
     """
 
     def __init__(
@@ -40,6 +56,8 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         benchmarks: list[Benchmark] = (),
         limit: int | None = None,
         peak_flops: float | None = None,
+        lanes: int | None = None,
+        max_bad_share: float = 0.0,
         **kwargs,
     ):
         # What stands for the dataset that Trainer asks for where it is to evaluate.
@@ -53,6 +71,10 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             covariance_weight=self.args.covariance_weight,
         )
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.lanes, self.max_bad_share = lanes, max_bad_share
+        self.seen, self.bad = ([0] * len(self.train_dataset.sources) for _ in range(2))
+        self._new_bad: list[BadRow] = []
+        self._resumed: str | None = None
         self._since = (0, 0.0, time.monotonic())  # step, operations and time of the last line
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -89,6 +111,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self.count_rows(inputs)
         if self.args.gradient_cache_rows is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -174,6 +197,8 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             }
             self._parts.clear()
             logs |= self.speed()
+            self.report_bad_rows()
+            self.mixture.forget(self.state.global_step)
         super().log(logs, start_time)
 
     def speed(self) -> dict[str, float]:
@@ -215,15 +240,127 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             token = self.args.hub_token if token is None else token
             publish(self.args.output_dir, self.args.hub_model_id, private=private, token=token)
 
-    def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        return MixtureSampler(
-            train_dataset.buckets,
-            batch_size=self.args.train_batch_size
-            * self.args.world_size
-            * self.args.gradient_accumulation_steps,
-            num_batches=self.args.max_steps,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train; with a checkpoint, go on from it, in the data, too."""
+        self._resumed = resume_from_checkpoint
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.report_bad_rows()
+        return output
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's part of every batch, made by `dataloader_num_workers` processes."""
+        args = self.args
+        done, positions = 0, {}
+        if self._resumed is not None:
+            done = json.loads(Path(self._resumed, TRAINER_STATE_NAME).read_text())["global_step"]
+            positions, self.seen, self.bad = read_positions(
+                Path(self._resumed), len(self.seen), is_first=args.process_index == 0
+            )
+        self.mixture = MixtureSampler(
+            self.train_dataset.buckets,
+            batch_size=args.global_batch_size,
+            num_batches=args.max_steps,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            parts=args.gradient_accumulation_steps,
+            lanes=self.lanes or default_lanes(args),
+            rank=args.process_index,
+            world_size=args.world_size,
+            start=done,
+            positions=positions,
         )
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.mixture,
+            collate_fn=partial(collate, self.data_collator),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator().manual_seed(args.seed),  # not the model's
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """What a resumed run needs of every process: its random state, and its place in the
+        data."""
+        super()._save_rng_state(output_dir)
+        write_positions(
+            Path(output_dir, POSITIONS.format(self.args.process_index)),
+            self.mixture.position(self.state.global_step),
+            self.seen,
+            self.bad,
+        )
+
+    def count_rows(self, inputs: dict) -> None:
+        """Take the rows that were no samples out of a batch, and note them."""
+        source, bad = inputs.pop("source"), inputs.pop("bad_rows")
+        self.seen[source] += len(inputs["target_index"]) + len(bad)
+        self.bad[source] += len(bad)
+        self._new_bad += bad
+        if bad:
+            with open(Path(self.args.output_dir, BAD_ROWS), "a") as file:
+                file.writelines(f"{row}\n" for row in bad)
+
+    def report_bad_rows(self) -> None:
+        """Name what could not be used since the last line of the log, and stop if it is too much.
+
+        Raises:
+            RecipeError: in a source, more than `max_bad_share` of the rows that were read.
+        """
+        counts = all_sum(torch.tensor([self.seen, self.bad], device=self.args.device))
+        new, self._new_bad = gather_object(self._new_bad), []
+        if not new:
+            return
+        sources = self.train_dataset.sources
+        for source, seen, bad in zip(sources, *counts.tolist(), strict=True):
+            if not bad:
+                continue
+            few = "".join(f"\n  {row}" for row in new[:20])
+            report = (
+                f"{source.arguments.name}: {bad} of {seen} rows are unusable; all are named in "
+                f"{self.args.output_dir}/{BAD_ROWS}"
+            )
+            if bad > self.max_bad_share * max(seen, FEW_ROWS):
+                raise RecipeError(
+                    f"{report}{few}\nAt most {self.max_bad_share:.1%} may be "
+                    "(data.max_bad_share); correct the rows above."
+                )
+            if self.is_world_process_zero():
+                print(f"WARNING: {report}{few}", flush=True)
+
+
+def default_lanes(args: VLJEPATrainingArguments) -> int:
+    """As many as recipes are written for, whatever the number of processes; at least one each."""
+    lanes = math.gcd(args.global_batch_size // args.gradient_accumulation_steps, LANES)
+    return lanes if lanes % args.world_size == 0 else args.world_size
+
+
+def collate(collator: ContrastiveCollator, batch: Batch) -> dict:
+    """A batch's tensors, and beside them its source and the rows that it had to do without."""
+    return {**collator(batch.samples), "source": batch.source, "bad_rows": batch.bad}
+
+
+def write_positions(path: Path, positions: Positions, seen: list[int], bad: list[int]) -> None:
+    content = {"positions": positions, "seen": seen, "bad": bad}
+    path.write_text(json.dumps(content))
+
+
+def read_positions(
+    folder: Path, sources: int, is_first: bool
+) -> tuple[Positions, list[int], list[int]]:
+    """Where a checkpoint's run was in each lane, of all its processes, and what it had counted,
+    which the first process of this one goes on with."""
+    positions: Positions = {}
+    seen, bad = [0] * sources, [0] * sources
+    for path in sorted(folder.glob(POSITIONS.format("*"))):
+        content = json.loads(path.read_text())
+        for bucket, lanes in content["positions"].items():
+            positions.setdefault(int(bucket), {}).update(
+                {int(lane): position for lane, position in lanes.items()}
+            )
+        if is_first:
+            seen = [a + b for a, b in zip(seen, content["seen"], strict=True)]
+            bad = [a + b for a, b in zip(bad, content["bad"], strict=True)]
+    return positions, seen, bad
 
 
 def take_ids(inputs: dict[str, torch.Tensor]) -> Ids:

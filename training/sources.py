@@ -1,0 +1,216 @@
+"""The recipe's sources of rows: held in memory, or read as they are needed.
+
+|                      | held                              | streamed                              |
+|----------------------|-----------------------------------|---------------------------------------|
+| order                | all rows, shuffled                | shards or chunks, and rows of a block |
+| a row that is none   | named before training starts      | named when it is met, and counted     |
+| memory               | all rows                          | `shuffle_rows` of them                |
+"""
+
+import glob
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+
+from processing.columns import ColumnError, Columns, ExampleError
+from processing.rows import BadRow, RowError, bad_rows_report, read_rows, samples_of
+
+from .arguments import RecipeError, SourceArguments
+from .public_sets import load_columns, public_sets
+from .streams import Blocks, DatasetBlocks, JSONLBlocks, Lane
+
+SOME_ROWS = 20_000  # of a stream, for what wants an idea of its texts
+
+
+@dataclass
+class Source:
+    """Rows in memory, and what the recipe says about them."""
+
+    arguments: SourceArguments
+    rows: list[dict]
+    bad: list[BadRow]
+    report: str = ""
+
+    def some_rows(self) -> list[dict]:
+        """All of them."""
+        return self.rows
+
+    def __str__(self) -> str:
+        return f"{self.arguments.name}: {len(self.rows)} rows, weight {self.arguments.weight:g}"
+
+
+@dataclass
+class StreamedSource:
+    """Rows on disk or on the Hub. All are videos or all are images, as the first one is.
+
+    Attributes:
+        dataset: the examples; without it `arguments.rows` are JSONL files.
+    """
+
+    arguments: SourceArguments
+    dataset: datasets.IterableDataset | None
+    kind: str = field(init=False)
+
+    def __post_init__(self):
+        self.kind = "video" if "video" in self.some_rows(1)[0] else "image"
+
+    def blocks(self, lane: int, lanes: int, seed: int) -> Blocks:
+        rows = max(self.arguments.shuffle_rows // lanes, 1)
+        if self.dataset is None:
+            return JSONLBlocks(jsonl_files(self.arguments.rows), lane, lanes, rows, seed)
+        reader = ExampleReader(self.arguments)
+        return DatasetBlocks(self.dataset, self.arguments.name, reader, lane, lanes, rows, seed)
+
+    def lane(self, lane: int, lanes: int, seed: int) -> Lane:
+        """The rows of one lane of so many, in the order of training."""
+        blocks = self.blocks(lane, lanes, seed)
+        return Lane(blocks, self.kind, (seed, lane), self.arguments.query)
+
+    def some_rows(self, limit: int = SOME_ROWS) -> list[dict]:
+        """Rows from the beginning of the first epoch.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        blocks = self.blocks(lane=0, lanes=1, seed=0)
+        rows, bad = [], []
+        while len(rows) < limit and blocks.epoch == 0:
+            more, worse = blocks.read()
+            rows, bad = rows + more, bad + worse
+        if not rows:
+            report = bad_rows_report(bad, len(bad), max_share=1.0)
+            raise RecipeError(f"{self.arguments.name}: no row is usable. {report}")
+        return with_query(rows[:limit], self.arguments)
+
+    def __str__(self) -> str:
+        return f"{self.arguments.name}: streamed {self.kind}s, weight {self.arguments.weight:g}"
+
+
+class ExampleReader:
+    """An example of a dataset to rows, as its columns are mapped."""
+
+    def __init__(self, arguments: SourceArguments):
+        self.columns = columns_of(arguments)
+        self.folder = arguments.media_folder
+
+    def __call__(self, example: dict, where: tuple[str, int]) -> list[dict]:
+        """
+        Raises:
+            RowError: it is no row.
+            RecipeError: a column of the mapping is not there.
+        """
+        try:
+            rows = self.columns.rows(example)
+        except ColumnError as error:
+            raise RecipeError(f"data.sources: {error}") from error
+        except ExampleError as error:
+            raise RowError(str(error)) from error
+        samples = [sample for row in rows for sample in samples_of(row, where)]
+        for sample in samples if self.folder is not None else []:
+            media = "video" if "video" in sample else "image"
+            if isinstance(sample[media], str):
+                sample[media] = os.path.join(self.folder, sample[media])
+        return samples
+
+
+def with_query(rows: list[dict], arguments: SourceArguments) -> list[dict]:
+    """Rows under the recipe's query, where it gives one."""
+    if arguments.query is None:
+        return rows
+    return [{**row, "query": arguments.query} for row in rows]
+
+
+def columns_of(arguments: SourceArguments) -> Columns:
+    """The mapping that the recipe names or writes out, or that of the public set on the Hub."""
+    try:
+        if arguments.columns is not None:
+            return load_columns(arguments.columns)
+    except ColumnError as error:
+        raise RecipeError(f"data.sources: {arguments.name}: {error}") from error
+    for public in public_sets().values():
+        if public.hub == arguments.dataset:
+            return public.columns
+    raise RecipeError(
+        f"data.sources: {arguments.name}: columns is missing. Say where image or video, query and "
+        "target stand (processing/columns.py), or name a public set (training/public_sets.yaml)."
+    )
+
+
+def jsonl_files(pattern: str) -> list[Path]:
+    """The file of this name, or all files that a pattern such as `data/*.jsonl` means."""
+    found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+    paths = [Path(path) for path in found if os.path.isfile(path)]
+    if not paths:
+        raise RecipeError(f"data.sources: {pattern}: no such JSONL file. Give the path of one.")
+    return paths
+
+
+def load_dataset(arguments: SourceArguments) -> datasets.Dataset | datasets.IterableDataset:
+    """What `datasets` makes of the recipe's keys, its media undecoded.
+
+    Raises:
+        RecipeError: there is no such dataset, split or file.
+    """
+    try:
+        dataset = datasets.load_dataset(
+            arguments.dataset,
+            arguments.config,
+            split=arguments.split,
+            data_files=arguments.data_files,
+            revision=arguments.revision,
+            streaming=arguments.streaming,
+        )
+    # It raises what its builders, fsspec and the Hub do.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise RecipeError(f"data.sources: {arguments.name}: {error}") from error
+    return dataset
+
+
+def read_source(arguments: SourceArguments) -> Source | StreamedSource:
+    """Read the rows of a source, or enough of a streamed one to know what it is."""
+    if arguments.streaming:
+        dataset = None if arguments.dataset is None else load_dataset(arguments).decode(False)
+        return StreamedSource(arguments, dataset)
+    if arguments.dataset is None:
+        rows, bad = read_jsonl(jsonl_files(arguments.rows))
+    else:
+        rows, bad = read_examples(arguments)
+    if not rows:
+        report = bad_rows_report(bad, len(bad), max_share=1.0)
+        raise RecipeError(f"{arguments.name}: no row is usable. {report}")
+    return Source(arguments, with_query(rows, arguments), bad)
+
+
+def read_jsonl(paths: list[Path]) -> tuple[list[dict], list[BadRow]]:
+    rows, bad = [], []
+    for path in paths:
+        try:
+            more, worse = read_rows(path)
+        except ValueError as error:
+            raise RecipeError(f"data.sources: {error}") from error
+        rows, bad = rows + more, bad + worse
+    return rows, bad
+
+
+def read_examples(arguments: SourceArguments) -> tuple[list[dict], list[BadRow]]:
+    reader = ExampleReader(arguments)
+    rows, bad = [], []
+    examples = load_dataset(arguments).to_iterable_dataset().decode(False)
+    for number, example in enumerate(examples, start=1):
+        try:
+            rows += reader(example, (arguments.name, number))
+        except RowError as error:
+            bad.append(BadRow(arguments.name, number, str(error)))
+    return rows, bad
+
+
+def texts_of(sources: list[Source | StreamedSource]) -> list[str]:
+    """Queries and targets: what a tokenizer learns from."""
+    return [
+        row[name]
+        for source in sources
+        for row in source.some_rows()
+        for name in ("query", "target")
+    ]
