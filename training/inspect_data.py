@@ -256,7 +256,7 @@ def bins(values: list[int] | list[float]) -> np.ndarray:
     """Edges of at most 30 equal bins; of a few whole numbers, one around each."""
     low, high = min(values), max(values)
     if isinstance(high, int) and high - low < 30:
-        return np.arange(low - 0.5, high + 1)
+        return np.arange(low - 0.5, high + 1)  # whose last edge is high + 0.5
     return np.histogram_bin_edges(values, bins=30)
 
 
