@@ -1,21 +1,17 @@
 """Results for people: tables for the terminal, and one HTML file that needs no other file."""
 
-import base64
-import io
 import json
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
-from PIL import Image
 
+from eval.page import png, render, strip
 from eval.results import Score, TaskResult
 from processing import read_clip, read_image
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-FRAME_HEIGHT = 96  # pixels
 
 
 def percent(share: float) -> str:
@@ -41,16 +37,9 @@ def write_report(
     path: Path, model_name: str, results: list[TaskResult], trainer_state: Path
 ) -> None:
     """Write `report.html`; the loss curve comes from `trainer_state`, if there is that file."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    environment.filters["strip"] = frame_strip
-    environment.filters["protocol"] = _protocol_line
-    page = environment.get_template("report_template.html").render(
+    page = render(
+        Path(__file__).with_name("report_template.html"),
+        {"percent": percent, "strip": frame_strip, "protocol": _protocol_line},
         model_name=model_name,
         results=results,
         type_charts={result.name: type_chart(result.by_type) for result in results},
@@ -63,12 +52,7 @@ def write_report(
 def frame_strip(path: str, num_frames: int) -> str:
     """Frames of a clip side by side, or an image, as a data URI."""
     is_image = Path(path).suffix.lower() in IMAGE_SUFFIXES
-    frames = read_image(path) if is_image else read_clip(path, num_frames).frames
-    strip = Image.fromarray(np.concatenate(list(frames), axis=1))
-    strip = strip.resize((round(strip.width * FRAME_HEIGHT / strip.height), FRAME_HEIGHT))
-    buffer = io.BytesIO()
-    strip.save(buffer, "JPEG", quality=85)
-    return _data_uri("image/jpeg", buffer)
+    return strip(read_image(path) if is_image else read_clip(path, num_frames).frames)
 
 
 def type_chart(by_type: dict[str, Score]) -> str | None:
@@ -90,14 +74,14 @@ def type_chart(by_type: dict[str, Score]) -> str | None:
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy in %, with 95 % interval")
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def loss_curve(trainer_state: Path) -> str | None:
     """`loss_figure` of a saved training log, for a page."""
     history = json.loads(trainer_state.read_text(encoding="utf-8"))["log_history"]
     figure = loss_figure(history)
-    return None if figure is None else _png(figure)
+    return None if figure is None else png(figure)
 
 
 def loss_figure(history: list[dict]) -> Figure | None:
@@ -140,16 +124,6 @@ def _protocol_line(result: TaskResult) -> str:
         f"{name.replace('_', ' ')} {'(empty)' if value == '' else value}"
         for name, value in facts.items()
     )
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
-    return _data_uri("image/png", buffer)
-
-
-def _data_uri(kind: str, buffer: io.BytesIO) -> str:
-    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 __all__ = ["loss_figure", "percent", "text_tables", "write_report"]

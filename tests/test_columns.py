@@ -2,11 +2,13 @@
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 from PIL import Image
 
 from processing.columns import ColumnError, Columns, ExampleError
@@ -535,3 +537,12 @@ def test_every_set_says_where_its_columns_were_seen():
     for public in public_sets().values():
         assert public.seen.startswith("https://")
         assert public.about
+
+
+def test_the_sources_in_the_document_have_columns():
+    blocks = re.findall(r"```yaml\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    sources = [source for block in blocks for source in yaml.safe_load(block)["data"]["sources"]]
+    hubs = {public.hub for public in public_sets().values()}
+    assert len(sources) == 4
+    for source in sources:
+        assert source["dataset"] in hubs or load_columns(source["columns"]).target

@@ -161,6 +161,11 @@ def load_checkpoint(
     model = load(
         AutoModel, "model.checkpoint", arguments.checkpoint, config=config, dtype=torch.float32
     )
+    return model, load_processor(arguments, processing)
+
+
+def load_processor(arguments: ModelArguments, processing: ProcessorArguments) -> VLJEPAProcessor:
+    """The processor of `checkpoint`, changed as the recipe says."""
     processor = load(AutoProcessor, "model.checkpoint", arguments.checkpoint)
     video = processor.video_processor
     video.num_frames = processing.num_frames
@@ -168,7 +173,7 @@ def load_checkpoint(
         video.crop_size = {"height": processing.image_size, "width": processing.image_size}
     if processing.shortest_edge is not None:
         video.size = {"shortest_edge": processing.shortest_edge}
-    return model, processor
+    return processor
 
 
 def check_objective(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
