@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from PIL import Image
 from processing.video_io import read_image
 from tests.tiny import noise, tiny_processor, tiny_recipe, tiny_rows, write_rows
 from training.arguments import read_recipe
-from training.data import read_source
 from training.data_facts import (
     clip_seconds,
     leaks,
@@ -23,6 +23,7 @@ from training.data_facts import (
     sharing,
 )
 from training.inspect_data import count_tokens, main, samples_of
+from training.sources import read_source
 
 SCRIPT = "<script>alert(1)</script>"
 ROWS = [
@@ -105,6 +106,26 @@ def test_the_page_says_what_was_looked_into(folder, inspected):
     assert limited.read_text().count('class="card"') <= 2
     main([str(folder / "recipe.yaml"), *options[:-1], str(folder / "again.html")])
     assert (folder / "again.html").read_text() == limited.read_text()
+
+
+def test_of_a_stream_the_first_rows_are_shown(folder, capsys):
+    """Of a shard whose media are bytes, streamed as in training."""
+    content = (folder / "tall.jpg").read_bytes()
+    with tarfile.open(folder / "0.tar", "w") as shard:
+        for name, member in (("0.jpg", content), ("0.txt", b"a cat"), ("0.json", b"{}")):
+            info = tarfile.TarInfo(name)
+            info.size = len(member)
+            shard.addfile(info, io.BytesIO(member))
+    source = f"{{dataset: webdataset, data_files: {folder}/0.tar, columns: cc3m, streaming: true}}"
+    output = ["--output", str(folder / "stream.html")]
+    main([str(folder / "recipe.yaml"), f"data.sources=[{source}]", *output])
+    assert (
+        "1 rows of 1 media, 1 targets, 0 bad rows; the first of a stream" in capsys.readouterr().out
+    )
+    page = (folder / "stream.html").read_text()
+    assert "The source is streamed: its rows are here the first 1" in page
+    assert "cc3m | " in page  # its group
+    assert page.count('class="card"') == 1
 
 
 # -- samples as the model sees them -------------------------------------------------------------

@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.page import png, render, strip
 from processing.processing_vljepa import VLJEPAProcessor
+from processing.rows import BadRow
 
 from .arguments import Recipe, RecipeError, SourceArguments, read_recipe
 from .collator import ContrastiveCollator
-from .data import Source, build_dataset, read_source, texts_of
+from .data import build_dataset
 from .data_facts import (
     Header,
     Sharing,
@@ -40,6 +41,7 @@ from .data_facts import (
     sharing,
 )
 from .recipe_model import load_processor, new_model
+from .sources import Source, StreamedSource, read_source, texts_of
 
 TEXTS_AT_ONCE = 1000  # to a tokenizer, so that progress is seen
 
@@ -77,15 +79,17 @@ class SourceFacts:
     and whose files were opened: all of them, or as many as asked for, drawn at random.
 
     Attributes:
-        visits: how often the recipe draws each row.
+        whole: whether `rows` are all there are; of a streamed source they are its first.
+        visits: how often the recipe draws each row, if that is known.
         shared: by kind, because a batch holds videos or images.
     """
 
     arguments: SourceArguments
     rows: list[dict]
-    bad: list
+    whole: bool
+    bad: list[BadRow]
     looked_at: list[dict]
-    visits: float
+    visits: float | None
     queries: Lengths
     targets: Lengths
     headers: list[tuple[dict, Header]]
@@ -95,7 +99,7 @@ class SourceFacts:
 
     @property
     def name(self) -> str:
-        return self.arguments.rows
+        return self.arguments.name
 
     @cached_property
     def media(self) -> set[str]:
@@ -126,7 +130,7 @@ class SourceFacts:
 # -- reading as training does ------------------------------------------------------------------
 
 
-def read_sources(recipe: Recipe) -> tuple[list[Source], VLJEPAProcessor]:
+def read_sources(recipe: Recipe) -> tuple[list[Source | StreamedSource], VLJEPAProcessor]:
     """The recipe's rows and the processor it trains with."""
     sources = [read_source(source) for source in recipe.data.sources]
     if recipe.model.checkpoint is not None:
@@ -137,13 +141,18 @@ def read_sources(recipe: Recipe) -> tuple[list[Source], VLJEPAProcessor]:
 
 
 def samples_of(
-    source: Source, rows: list[dict], processor: VLJEPAProcessor, recipe: Recipe
+    source: Source | StreamedSource,
+    rows: list[dict],
+    processor: VLJEPAProcessor,
+    recipe: Recipe,
 ) -> tuple[list[Sample], list[tuple[str, str]]]:
     """Rows through the dataset and the collator of training, and those that did not get through
     with the reason."""
     part, collate = Source(source.arguments, rows, []), ContrastiveCollator(processor)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = replace(recipe.data, max_bad_share=1.0, cache_dir=folder, num_workers=1)
+        arguments = replace(
+            recipe.data, max_bad_share=1.0, cache_dir=folder, num_workers=1, decode_once=True
+        )
         try:
             dataset = build_dataset([part], processor.video_processor, arguments)
         except RecipeError as error:
@@ -204,7 +213,7 @@ def read_headers(
 
 
 def look_at(
-    source: Source,
+    source: Source | StreamedSource,
     processor: VLJEPAProcessor,
     recipe: Recipe,
     *,
@@ -213,7 +222,7 @@ def look_at(
     seed: int,
 ) -> SourceFacts:
     """Everything the page says of one source."""
-    args, rows = recipe.training, source.rows
+    args, rows, whole = recipe.training, source.some_rows(), isinstance(source, Source)
     draw = random.Random(seed)
     looked_at = rows if len(rows) <= limit else draw.sample(rows, limit)
     batch = args.global_batch_size // args.gradient_accumulation_steps
@@ -227,9 +236,10 @@ def look_at(
     return SourceFacts(
         arguments=source.arguments,
         rows=rows,
-        bad=source.bad,
+        whole=whole,
+        bad=source.bad if whole else [],
         looked_at=looked_at,
-        visits=args.max_steps * args.global_batch_size * share / len(rows),
+        visits=args.max_steps * args.global_batch_size * share / len(rows) if whole else None,
         queries=count_tokens(
             processor.tokenizer,
             [row["query"] for row in looked_at],
@@ -297,10 +307,12 @@ def shared_media(facts: list[SourceFacts]) -> list[tuple[str, str, int]]:
 
 def summary(facts: SourceFacts) -> str:
     """What the print says of a source."""
+    drawn = (
+        f"each row is drawn {facts.visits:.1f} times" if facts.whole else "the first of a stream"
+    )
     lines = [
         f"{facts.name}: {len(facts.rows)} rows of {len(facts.media)} media, "
-        f"{facts.distinct_targets} targets, {len(facts.bad)} bad rows; "
-        f"each row is drawn {facts.visits:.1f} times",
+        f"{facts.distinct_targets} targets, {len(facts.bad)} bad rows; {drawn}",
         f"  tokens: query at most {max(facts.queries.counts)} ({facts.queries.cut} cut), "
         f"target at most {max(facts.targets.counts)} ({facts.targets.cut} cut)",
         f"  {facts.repeated} repeated rows, {len(facts.leaking)} queries that hold their target, "

@@ -60,7 +60,7 @@ class StreamedSource:
         rows = max(self.arguments.shuffle_rows // lanes, 1)
         if self.dataset is None:
             return JSONLBlocks(jsonl_files(self.arguments.rows), lane, lanes, rows, seed)
-        reader = ExampleReader(self.arguments)
+        reader = ExampleReader(self.arguments, self.dataset.features)
         return DatasetBlocks(self.dataset, self.arguments.name, reader, lane, lanes, rows, seed)
 
     def lane(self, lane: int, lanes: int, seed: int) -> Lane:
@@ -89,30 +89,49 @@ class StreamedSource:
 
 
 class ExampleReader:
-    """An example of a dataset to rows, as its columns are mapped."""
+    """An example of a dataset to rows, as its columns are mapped. Numbers of classes become their
+    names.
 
-    def __init__(self, arguments: SourceArguments):
+    Args:
+        features: of the dataset, where they are known.
+    """
+
+    def __init__(self, arguments: SourceArguments, features: datasets.Features | None):
         self.columns = columns_of(arguments)
         self.folder = arguments.media_folder
+        self.labels = {
+            name: feature
+            for name, feature in (features or {}).items()
+            if isinstance(feature, datasets.ClassLabel)
+        }
 
-    def __call__(self, example: dict, where: tuple[str, int]) -> list[dict]:
-        """
+    def __call__(self, example: dict, where: tuple[str, int]) -> tuple[list[dict], list[BadRow]]:
+        """The rows of an example, and what of it is none.
+
         Raises:
-            RowError: it is no row.
             RecipeError: a column of the mapping is not there.
         """
+        names = {name: label.int2str(example[name]) for name, label in self.labels.items()}
         try:
-            rows = self.columns.rows(example)
+            rows = self.columns.rows({**example, **names})
         except ColumnError as error:
             raise RecipeError(f"data.sources: {error}") from error
         except ExampleError as error:
-            raise RowError(str(error)) from error
-        samples = [sample for row in rows for sample in samples_of(row, where)]
-        for sample in samples if self.folder is not None else []:
-            media = "video" if "video" in sample else "image"
-            if isinstance(sample[media], str):
-                sample[media] = os.path.join(self.folder, sample[media])
-        return samples
+            return [], [BadRow(*where, str(error))]
+        samples, bad = [], []
+        for row in rows:
+            try:
+                samples += samples_of(self.placed(row), where)
+            except RowError as error:
+                bad.append(BadRow(*where, str(error)))
+        return samples, bad
+
+    def placed(self, row: dict) -> dict:
+        """A row whose medium lies in the recipe's folder."""
+        media = "video" if "video" in row else "image"
+        if self.folder is None or not isinstance(row[media], str):
+            return row
+        return {**row, media: os.path.join(self.folder, row[media])}
 
 
 def with_query(rows: list[dict], arguments: SourceArguments) -> list[dict]:
@@ -195,14 +214,13 @@ def read_jsonl(paths: list[Path]) -> tuple[list[dict], list[BadRow]]:
 
 
 def read_examples(arguments: SourceArguments) -> tuple[list[dict], list[BadRow]]:
-    reader = ExampleReader(arguments)
+    dataset = load_dataset(arguments)
+    reader = ExampleReader(arguments, dataset.features)
     rows, bad = [], []
-    examples = load_dataset(arguments).to_iterable_dataset().decode(False)
-    for number, example in enumerate(examples, start=1):
-        try:
-            rows += reader(example, (arguments.name, number))
-        except RowError as error:
-            bad.append(BadRow(arguments.name, number, str(error)))
+    for number, example in enumerate(dataset.to_iterable_dataset().decode(False), start=1):
+        more, worse = reader(example, (arguments.name, number))
+        rows += more
+        bad += worse
     return rows, bad
 
 

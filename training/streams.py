@@ -71,7 +71,7 @@ class JSONLBlocks(Blocks):
         with open(paths[0], "rb") as file:
             head = file.read(2**16)
         row_bytes = len(head) / max(head.count(b"\n"), 1)
-        self.size = max(int(rows / CHUNKS * row_bytes), 1)
+        self.size = int(max(rows / CHUNKS, 2) * row_bytes)
         self.chunks = -(-int(self.ends[-1]) // self.size)
         self.block = 0
 
@@ -148,14 +148,14 @@ class DatasetBlocks(Blocks):
     them than lanes, a lane takes every so many-th example.
 
     Args:
-        samples_of: the rows of one example; `RowError` where it is none.
+        samples_of: an example to its rows, and what of it is none.
     """
 
     def __init__(
         self,
         dataset: datasets.IterableDataset,
         name: str,
-        samples_of: Callable[[dict, tuple[str, int]], list[dict]],
+        samples_of: Callable[[dict, tuple[str, int]], tuple[list[dict], list[BadRow]]],
         lane: int,
         lanes: int,
         rows: int,
@@ -195,11 +195,9 @@ class DatasetBlocks(Blocks):
                 self.begin(self.epoch + 1)
                 return rows, bad
             self.number += 1
-            where = (self.name, self.number)
-            try:
-                rows += self.samples_of(example, where)
-            except RowError as error:
-                bad.append(BadRow(*where, str(error)))
+            more, worse = self.samples_of(example, (self.name, self.number))
+            rows += more
+            bad += worse
         self.state = copy.deepcopy(self.part.state_dict())
         return rows, bad
 
@@ -225,8 +223,9 @@ class Lane:
         Raises:
             RecipeError: a whole epoch had none.
         """
-        epoch = self.blocks.epoch
-        while self.blocks.epoch <= epoch + 1:
+        epoch, block = self.blocks.epoch, self.block
+        # A block of a small source may be empty by chance, a hundred of them are not.
+        while self.blocks.epoch <= epoch + 1 or self.block < block + 100:
             self.start = self.blocks.position()
             rows, bad = self.blocks.read()
             others = [row for row in rows if self.kind not in row]
