@@ -250,9 +250,9 @@ class EvenSample:
                 if (each[0] - first) % self.stride == 0 or each[0] == place
             ]
 
-    def nearest(self, place: int, before: int) -> Any:
+    def nearest(self, place: int, before: int | None = None) -> Any:
         """The item nearest to a place, of those before another."""
-        found = [each for each in self.items if each[0] < before]
+        found = [each for each in self.items if before is None or each[0] < before]
         return min(found, key=lambda each: abs(each[0] - place))[1]
 
     def forget(self, before: int) -> None:
