@@ -103,16 +103,15 @@ def merge_order(points: np.ndarray) -> tuple[list[int], np.ndarray]:
     sums = points.astype(np.float64)
     ends = list(range(1, count + 1))  # of the segment that starts here, -1 if none does
     starts = list(range(-1, count))  # of the segment that ends here
-    gaps = sums[1:] - sums[:-1]
-    costs = 0.5 * np.einsum("ij,ij->i", gaps, gaps)
-    heap = [(cost, i, i + 1, i + 2) for i, cost in enumerate(costs.tolist())]
-    heapq.heapify(heap)
+    heap: list[tuple[float, int, int, int]] = []
 
     def offer(start: int, joint: int) -> None:
         end = ends[joint]
         cost = ward_cost(sums[start], sums[joint], joint - start, end - joint)
         heapq.heappush(heap, (cost, start, joint, end))
 
+    for start in range(count - 1):
+        offer(start, start + 1)
     joints, merged = [], []
     while heap:
         cost, start, joint, end = heapq.heappop(heap)

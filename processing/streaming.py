@@ -351,19 +351,26 @@ class FrameStream:
         while True:
             try:
                 packet = next(packets)
-                pictures = packet.decode()
             except StopIteration:
                 return
-            except (av.error.ExitError, av.error.TimeoutError):
-                self.end(f"nothing for {self.give_up_seconds:g} s: given up")
-                return
-            except (av.FFmpegError, OSError, ValueError) as error:
+            except av.error.InvalidDataError as error:
                 failures += 1
                 if failures > TRIES:
                     self.end(f"cannot be read any further ({reason(error)})")
                     return
                 self.broken(f"damaged after {count} frames ({reason(error)})")
                 packets = container.demux(stream)  # an error ends the former
+                continue
+            except (av.error.ExitError, av.error.TimeoutError):
+                self.end(f"nothing for {self.give_up_seconds:g} s: given up")
+                return
+            except (av.FFmpegError, OSError, ValueError) as error:
+                self.end(f"breaks off after {count} frames ({reason(error)})")
+                return
+            try:
+                pictures = packet.decode()
+            except av.FFmpegError as error:
+                self.broken(f"a packet after {count} frames ({reason(error)})")
                 continue
             for picture in pictures:
                 seconds = picture.time
