@@ -1,7 +1,7 @@
 """Segmentation of 10,000 embeddings: `python -m benchmarks.segmentation`.
 
 Offline: Ward's distance on a chain, ours and scikit-learn's, into a number of segments and under a
-threshold.
+threshold (`segments` makes them, the other two find boundaries).
 Online: milliseconds a step, and what the detector holds after each tenth of 100,000 steps. The
 streams have a new meaning every fifty steps, and noise.
 """
@@ -15,7 +15,7 @@ from scipy.sparse import diags
 from sklearn.cluster import AgglomerativeClustering
 
 from benchmarks.measure import Cost, cost, cpu_seconds, in_own_process, status
-from modeling_vljepa.segmentation import OnlineSegmenter, WardSegmenter
+from modeling_vljepa.segmentation import OnlineSegmenter, WardSegmenter, as_unit
 
 EVERY = 50  # steps of one meaning
 
@@ -30,6 +30,11 @@ def stream(count: int, width: int) -> np.ndarray:
 
 
 def ours(embeds: np.ndarray, settings: dict) -> list[int]:
+    return WardSegmenter(**settings).boundaries(as_unit(embeds))
+
+
+def segments(embeds: np.ndarray, settings: dict) -> list[int]:
+    """What a user calls: the boundaries, and what to decode in between."""
     return [each.start for each in WardSegmenter(**settings).segment(embeds)[1:]]
 
 
@@ -45,10 +50,13 @@ def scikit_learn(embeds: np.ndarray, settings: dict) -> list[int]:
     return (np.flatnonzero(np.diff(found.labels_)) + 1).tolist()
 
 
+FUNCTIONS = {"ours": ours, "scikit-learn": scikit_learn, "segments": segments}
+
+
 def offline(name: str, count: int, width: int, settings: dict) -> Cost:
     """The least CPU time of three; `value` is where segments begin."""
     embeds = stream(count, width)
-    function = {"ours": ours, "scikit-learn": scikit_learn}[name]
+    function = FUNCTIONS[name]
     function(embeds[:100], {"num_segments": 2})  # imports and first calls
     found = [cost(lambda: function(embeds, settings)) for _ in range(3)]
     return replace(found[0], cpu_seconds=min(each.cpu_seconds for each in found))
@@ -78,7 +86,7 @@ def main() -> None:
         print(*(f"{name} {value}" for name, value in settings.items()))
         found = {
             name: in_own_process(offline, name, args.count, args.width, settings, threads=1)
-            for name in ("ours", "scikit-learn")
+            for name in FUNCTIONS
         }
         for name, one in found.items():
             print(
@@ -88,11 +96,11 @@ def main() -> None:
         common = set(found["ours"].value) & set(found["scikit-learn"].value)
         print(f"  {len(common)} boundaries in common")
     one = in_own_process(online, args.steps, args.width, threads=1)
-    segments, held = one.value
+    closed, held = one.value
     growth = (held[-1] - held[0]) / 2**20
     print(
         f"online: {1000 * one.cpu_seconds / args.steps:.3f} ms a step over {args.steps} steps, "
-        f"{segments} segments; from the first tenth to the last, the process grew by "
+        f"{closed} segments; from the first tenth to the last, the process grew by "
         f"{growth:.2f} MiB"
     )
 

@@ -84,10 +84,10 @@ def check_time(time: float, last: float | None) -> None:
 # -- offline -------------------------------------------------------------------------------
 
 
-def ward_cost(left: np.ndarray, right: np.ndarray, n: float, m: float) -> float:
+def ward_cost(left: np.ndarray, right: np.ndarray, n: int, m: int) -> float:
     """By how much the squared distances to the mean grow when two segments become one, from the
-    sums of their n and m members: half the square of the Ward distance."""
-    gap = left / n - right / m
+    means of their n and m members: half the square of the Ward distance."""
+    gap = left - right
     return n * m / (n + m) * float(gap @ gap)
 
 
@@ -100,14 +100,14 @@ def merge_order(points: np.ndarray) -> tuple[list[int], np.ndarray]:
         one, can come closer to the other.
     """
     count = len(points)
-    sums = points.astype(np.float64)
+    means = points.astype(np.float64)  # of the segment that starts here
     ends = list(range(1, count + 1))  # of the segment that starts here, -1 if none does
     starts = list(range(-1, count))  # of the segment that ends here
     heap: list[tuple[float, int, int, int]] = []
 
     def offer(start: int, joint: int) -> None:
         end = ends[joint]
-        cost = ward_cost(sums[start], sums[joint], joint - start, end - joint)
+        cost = ward_cost(means[start], means[joint], joint - start, end - joint)
         heapq.heappush(heap, (cost, start, joint, end))
 
     for start in range(count - 1):
@@ -117,7 +117,7 @@ def merge_order(points: np.ndarray) -> tuple[list[int], np.ndarray]:
         cost, start, joint, end = heapq.heappop(heap)
         if ends[start] != joint or ends[joint] != end:
             continue  # one of the two has grown since
-        sums[start] += sums[joint]
+        means[start] += (end - joint) / (end - start) * (means[joint] - means[start])
         ends[start], ends[joint], starts[end] = end, -1, start
         joints.append(joint)
         merged.append(cost)
@@ -437,15 +437,13 @@ class OnlineSegmenter:
         """Close the open segment where the last steps part it best, and open the next."""
         times, recent = zip(*list(self.recent)[-self.length :], strict=True)
         after = np.cumsum(recent[::-1], axis=0)[::-1]  # sums of each and what follows it
-        # The first of a segment does not part it.
-        places = [i for i in range(len(recent)) if self.length > len(recent) or i > 0]
-        costs = [
-            ward_cost(
-                self.total - after[i], after[i], self.length - len(recent) + i, len(recent) - i
-            )
-            for i in places
-        ]
-        place = places[int(np.argmax(costs))]
+        costs = []
+        for place, right in enumerate(after):
+            m = len(recent) - place
+            n = self.length - m
+            # Before the first of a segment is nothing that could be closed.
+            costs.append(ward_cost((self.total - right) / n, right / m, n, m) if n else -1.0)
+        place = int(np.argmax(costs))
         boundary, time = self.count - len(recent) + place, times[place]
         segment = self.complete(boundary, time, self.total - after[place])
         self.closed += 1

@@ -76,7 +76,7 @@ class StreamEncoder:
     def tokens(self, query: str | None) -> dict[str, torch.Tensor]:
         if query is None:
             return {}
-        return dict(self.processor(text=[query]).to(self.model.device))
+        return dict(self.processor(text=[query]))
 
     @torch.no_grad()
     def embed(self, windows: list[FrameWindow]) -> list[EmbeddedWindow]:
@@ -113,7 +113,8 @@ class StreamEncoder:
 
     def predict(self, visual_embeds: torch.Tensor, query: dict[str, torch.Tensor]) -> torch.Tensor:
         """Ŝ_Y `(B, D)` of B visual inputs under one query."""
-        each = {name: ids.expand(len(visual_embeds), -1) for name, ids in query.items()}
+        device, count = visual_embeds.device, len(visual_embeds)
+        each = {name: ids.to(device).expand(count, -1) for name, ids in query.items()}
         return self.model.predict(visual_embeds=visual_embeds, **each)
 
     def move(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -244,7 +245,7 @@ class StreamSession:
         def cost(place: int) -> float:
             left, right = memories[place].segment, memories[place + 1].segment
             n, m = left.end - left.start, right.end - right.start
-            return ward_cost(n * left.mean.numpy(), m * right.mean.numpy(), n, m)
+            return ward_cost(left.mean.numpy(), right.mean.numpy(), n, m)
 
         place = min(range(len(memories) // 2), key=cost)
         memories[place : place + 2] = [merge(memories[place], memories[place + 1])]
