@@ -296,25 +296,50 @@ def test_a_change_without_a_budget_is_said_as_soon_as_there_is_one():
     assert second - 11 < closed[second].end <= second
 
 
+def test_a_segment_ends_where_ward_parts_it_best():
+    """Of its last `window + patience` steps, in noise that is closed again and again."""
+    stream = as_unit(np.random.default_rng(0).standard_normal((120, 6)))
+    online, start, checked = OnlineSegmenter(patience=2), 0, 0
+    for step, embedding in enumerate(stream):
+        for segment in online.push(embedding, float(step)):
+            seen = stream[start : step + 1]
+            places = range(max(1, len(seen) - 10), len(seen))
+            gains = [spread(seen) - spread(seen[:i]) - spread(seen[i:]) for i in places]
+            assert segment.end == start + places[int(np.argmax(gains))]
+            start, checked = segment.end, checked + 1
+    assert checked > 10
+
+
 def test_a_restored_state_goes_on_as_if_never_interrupted():
     stream = np.concatenate([meanings([30, 20, 45]), half_turn(120)])
     settings = {"decodes_per_second": 0.2, "burst": 3}
-    expected = OnlineSegmenter(**settings).segment(stream)
-    assert len(expected) > 4
-    for cut in (0, 1, 5, 31, 36, 60, 150, 214):
-        first = OnlineSegmenter(**settings)
-        found = [each for e in stream[:cut] for each in first.push(e, float(first.count))]
+
+    def push(online: OnlineSegmenter, start: int, end: int) -> list:
+        """The segments, each after the step that closed it."""
+        return [
+            (step, each)
+            for step in range(start, end)
+            for each in online.push(stream[step], float(step))
+        ]
+
+    expected = push(OnlineSegmenter(**settings), 0, len(stream))
+    assert len(expected) > 3
+    suspicions = 0
+    for cut in (0, 1, 5, 31, 32, 33, 36, 60, 150, 214):
+        first, second = OnlineSegmenter(**settings), OnlineSegmenter(**settings)
+        found = push(first, 0, cut)
+        suspicions += first.held > 0
         state = first.state_dict()
         if state:
             state = load(save(state))  # through safetensors
-        second = OnlineSegmenter(**settings)
         second.load_state_dict(state)
         first.push(stream[0], 1e6)  # what the first does now is none of the second's business
-        found += [each for e in stream[cut:] for each in second.push(e, float(second.count))]
-        found += second.close()
-        assert spans(found) == spans(expected)
-        for one, two in zip(found, expected, strict=True):
+        found += push(second, cut, len(stream))
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        for (_, one), (_, two) in zip(found, expected, strict=True):
+            assert (one.start, one.end) == (two.start, two.end)
             assert torch.equal(one.embedding, two.embedding) and one.mean.equal(two.mean)
+    assert suspicions > 0
 
 
 def test_what_is_kept_does_not_grow():

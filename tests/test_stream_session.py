@@ -241,6 +241,26 @@ def test_another_question_is_read_from_the_kept_tokens():
     assert {each["text"]: each["score"] for each in asked} == pytest.approx(same, abs=1e-4)
 
 
+def test_the_kept_tokens_are_of_a_window_near_the_middle():
+    """A new picture at every step, and a decode for every twelfth: short segments, far in."""
+    random = np.random.default_rng(0)
+    frames = [(i, random.integers(0, 256, (36, 36, 3), np.uint8)) for i in range(150)]
+    model = tiny_model()
+    session = StreamSession(
+        model,
+        PROCESSOR,
+        segmenter=quick(decodes_per_second=1 / 12, patience=1),
+        batch_size=8,
+    )
+    segments = list(session.run(cut(frames, size=2, stride=1)))
+    found = list(StreamEncoder(model, PROCESSOR).stream(cut(frames, size=2, stride=1), 8))
+    assert len(segments) > 8
+    for memory in session.memories:
+        apart = [(memory.visual_embeds - each.visual_embeds).abs().max() for each in found]
+        middle = (memory.segment.start + memory.segment.end - 1) / 2
+        assert abs(int(np.argmin(apart)) - middle) <= 5 and min(apart) < 1e-4
+
+
 def test_the_open_segment_is_asked_about_as_well():
     session = StreamSession(tiny_model(), PROCESSOR, segmenter=quick())
     running = session.run(cut(scenes([40, 30, 50])))
