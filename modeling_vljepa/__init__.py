@@ -17,6 +17,11 @@ from .modeling_vljepa import (
 )
 from .modeling_vljepa import VLJEPAModel as VLJEPAModel
 from .modeling_vljepa import VLJEPAOutput as VLJEPAOutput
+from .segmentation import OnlineSegmenter as OnlineSegmenter
+from .segmentation import Segment as Segment
+from .segmentation import WardSegmenter as WardSegmenter
+from .stream_session import StreamEncoder as StreamEncoder
+from .stream_session import StreamSession as StreamSession
 
 AutoConfig.register("vljepa", VLJEPAConfig)
 AutoModel.register(VLJEPAConfig, VLJEPAModel)
