@@ -12,6 +12,8 @@ import torch
 from benchmarks.configs import mid_config
 from benchmarks.measure import Cost, cost, in_own_process
 from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAVideoProcessor
+from training.collator import to_pixel_values
 from training.grad_cache import cached_step
 from training.objective import Embeds, Ids, Objective
 
@@ -19,13 +21,23 @@ FRAMES, LENGTH = 2, 32
 
 
 def make_batch(size: int) -> dict[str, torch.Tensor]:
-    """Clips of two frames at 256 pixels, queries and targets of 32 tokens, without padding."""
+    """Clips of two frames at 256 pixels in uint8, as the collator makes them, queries and targets
+    of 32 tokens, without padding."""
     generator = torch.Generator().manual_seed(0)
+    shape = (size, FRAMES, 3, 256, 256)
     return {
-        "pixel_values_videos": torch.randn(size, FRAMES, 3, 256, 256, generator=generator),
+        "pixel_values_videos": torch.randint(256, shape, generator=generator, dtype=torch.uint8),
         "input_ids": torch.randint(3, 32_000, (size, LENGTH), generator=generator),
         "target_input_ids": torch.randint(3, 32_000, (size, LENGTH), generator=generator),
     }
+
+
+def make_ready(part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the Trainer does on the device."""
+    if "pixel_values_videos" not in part:
+        return part
+    frames = part["pixel_values_videos"]
+    return part | {"pixel_values_videos": to_pixel_values(frames, VLJEPAVideoProcessor())}
 
 
 def loss_of(embeds: Embeds) -> torch.Tensor:
@@ -34,7 +46,7 @@ def loss_of(embeds: Embeds) -> torch.Tensor:
 
 
 def plain_step(model: VLJEPAModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    output = model(**batch)
+    output = model(**make_ready(batch))
     loss = loss_of(Embeds(output.predicted_embeds, output.target_embeds, output.logit_scale))
     loss.backward()
     return loss.detach()
@@ -47,14 +59,14 @@ def measure(name: str, size: int, rows: int) -> Cost:
     model.zero_grad(set_to_none=False)
     batch = make_batch(size)
 
-    def small_batches() -> torch.Tensor:
+    def small_batches() -> float:
         for start in range(0, size, rows):
             part = {key: value[start : start + rows] for key, value in batch.items()}
             loss = plain_step(model, part)
-        return loss
+        return loss.item()
 
-    def cached() -> torch.Tensor:
-        return cached_step(model, batch, rows, loss_of)
+    def cached() -> float:
+        return cached_step(model, batch, rows, loss_of, make_ready=make_ready).item()
 
     return cost({"plain": small_batches, "cached": cached}[name])
 

@@ -29,6 +29,7 @@ from tests.tiny import (
     tiny_tokenizer,
     write_rows,
 )
+from training import grad_cache
 from training.arguments import ModelArguments, ProcessorArguments, RecipeError
 from training.recipe_model import load_checkpoint, new_model
 from training.train import main
@@ -198,6 +199,30 @@ def test_grad_cache_trains_as_the_whole_batch_does(recipe):
     # Positive control: accumulation sees other negatives, and so another loss.
     accumulated = run(recipe, "gradient_accumulation_steps=4")
     assert abs(losses(accumulated)[0] - losses(plain)[0]) > 0.3
+
+
+def test_a_part_at_a_time_goes_to_the_device(recipe, monkeypatch):
+    """Of frames in uint8, then of the tokens that have taken their place; the ids go at once."""
+    moved, prepare = [], VLJEPATrainer._prepare_inputs
+
+    def spy(self, inputs):
+        names = ("pixel_values_videos", "visual_embeds")
+        moved.append([(len(inputs[name]), inputs[name].dtype) for name in names if name in inputs])
+        return prepare(self, inputs)
+
+    monkeypatch.setattr(VLJEPATrainer, "_prepare_inputs", spy)
+    run(recipe, "max_steps=1", "gradient_cache_rows=3", "precision=bf16")
+    sizes = (3, 3, 2)
+    expected = [[(rows, dtype)] for dtype in (torch.uint8, torch.bfloat16) for rows in sizes]
+    assert moved == [[], *expected]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tokens_that_wait_are_those_made_again(recipe, monkeypatch, precision):
+    arguments = ("gradient_cache_rows=3", f"precision={precision}")
+    waited = losses(run(recipe, *arguments))
+    monkeypatch.setattr(grad_cache, "frozen_vision", lambda model: None)
+    assert losses(run(recipe, *arguments)) == waited
 
 
 def test_grad_cache_and_accumulation_go_together(recipe):
