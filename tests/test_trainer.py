@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -466,6 +467,7 @@ def test_rates_and_decay_of_each_parameter(recipe):
         *("max_steps=1", "weight_decay=0.1", "vision_learning_rate_scale=0.2"),
     )
     rate = trainer.args.learning_rate
+    trainer.optimizer = None
     groups = trainer.create_optimizer().param_groups
     settings = {
         id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
@@ -481,6 +483,32 @@ def test_rates_and_decay_of_each_parameter(recipe):
     assert {"logit_scale.weight", "y_head.projection.bias"} < undecayed
     ends = ("bias", "norm.weight", "norm1.weight", "norm2.weight", "scale.weight")
     assert all(name.endswith(ends) for name in undecayed)
+
+
+def test_embeddings_keep_fp32_states_beside_those_of_eight_bits(recipe, monkeypatch):
+    """What upstream asks of bitsandbytes: the states of rare words are mostly zero, and eight bits
+    of their scale would lose them."""
+    asked = []
+    manager = SimpleNamespace(register_module_override=lambda *given: asked.append(given))
+    optim = SimpleNamespace(GlobalOptimManager=SimpleNamespace(get_instance=lambda: manager))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
+
+    class EightBit(torch.optim.SGD):
+        def __init__(self, params, lr, optim_bits):
+            super().__init__(params, lr)
+
+    trainer = run(recipe, "max_steps=1")
+    trainer.optimizer = None
+    for name, expected in (("torch.optim", 0), ("bitsandbytes.optim", 2)):
+        EightBit.__module__ = name
+        chosen = (EightBit, {"lr": 0.1, "optim_bits": 8})
+        monkeypatch.setattr(trainer, "get_optimizer_cls_and_kwargs", lambda *_, c=chosen: c)
+        trainer.optimizer = None
+        assert len(trainer.create_optimizer().param_groups) == 4
+        assert len(asked) == expected
+    tables = {trainer.model.get_input_embeddings(), trainer.model.y_encoder.backbone.embed_tokens}
+    assert {module for module, _, _ in asked} == tables
+    assert all(given[1:] == ("weight", {"optim_bits": 32}) for given in asked)
 
 
 @pytest.mark.slow  # torchao compiles the step

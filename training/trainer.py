@@ -156,8 +156,10 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             for (rate, is_decayed), group in groups.items()
         ]
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = optimizer_class(parameters, **arguments)
-        return self.optimizer
+        # Upstream takes the groups from here, and minds what some optimizers ask for, such as
+        # embeddings with fp32 states from the 8-bit ones of bitsandbytes.
+        self.optimizer_cls_and_kwargs = (optimizer_class, dict(params=parameters, **arguments))
+        return super().create_optimizer(model)
 
     def learning_rate_of(self, name: str) -> float:
         """The peak rate of a parameter."""
