@@ -24,6 +24,7 @@ from tests.tiny import (
     BERT,
     noise,
     tiny_config,
+    tiny_model,
     tiny_recipe,
     tiny_rows,
     tiny_settings,
@@ -32,7 +33,12 @@ from tests.tiny import (
 )
 from training import grad_cache
 from training.arguments import ModelArguments, ProcessorArguments, RecipeError
-from training.recipe_model import load_checkpoint, new_model
+from training.recipe_model import (
+    AdaptedModel,
+    load_checkpoint,
+    new_model,
+    prepare_for_training,
+)
 from training.train import main
 from training.trainer import VLJEPATrainer
 
@@ -350,6 +356,39 @@ def test_adapters_train_beside_a_predictor_that_stays(recipe, freeze_text, tmp_p
     assert losses(again) == losses(adapted)
     for name, parameter in again.model.named_parameters():
         assert torch.equal(parameter, dict(adapted.model.named_parameters())[name]), name
+
+
+def test_layers_under_adapters_take_half_the_memory_and_nothing_else(recipe, monkeypatch, tmp_path):
+    """Autocast reads them in bf16 anyhow. Rounded as they are, the small changes of the adapters
+    would be lost in them; so what is merged is the weights that they were."""
+    arguments = [str(recipe), "model.lora={r: 2}", "training.precision=bf16"]
+    arguments += ["training.learning_rate=1.0e-2", f"training.output_dir={tmp_path}"]
+    trainer = main(arguments)
+    saved = AutoModel.from_pretrained(tmp_path).predictor.backbone.layers.state_dict()
+    before = start(trainer).predictor.backbone.layers.state_dict()
+    loaded = PeftModel.from_pretrained(start(trainer), tmp_path / "adapter").merge_and_unload()
+    expected = loaded.predictor.backbone.layers.state_dict()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    assert any((saved[name] != before[name]).any() for name in before)
+    assert any((saved[name] != saved[name].bfloat16()).any() for name in saved)  # control
+    monkeypatch.setattr(AdaptedModel, "store_base_in_bf16", lambda model: None)
+    assert losses(main(arguments)) == losses(trainer)
+
+
+def test_what_trains_is_there_once_and_in_fp32(recipe):
+    """Also a whole Y-Encoder, of which peft would keep a second copy."""
+    model = tiny_model()
+    counts = {name: p.numel() for name, p in model.named_parameters()}
+    adapted = prepare_for_training(model, {"r": 2}, run(recipe, "precision=bf16").args)
+    found = {id(p): (name, p) for name, p in adapted.named_parameters(remove_duplicate=False)}
+    adapters = sum(p.numel() for name, p in found.values() if ".lora_" in name)
+    assert adapters > 0
+    assert sum(p.numel() for _, p in found.values()) == sum(counts.values()) + adapters
+    assert any("y_encoder" in name and p.requires_grad for name, p in found.values())
+    for name, parameter in found.values():
+        trains_or_norm = parameter.requires_grad or "predictor.backbone" in name and "norm" in name
+        expected = torch.float32 if trains_or_norm else torch.bfloat16
+        assert parameter.dtype == expected, name
 
 
 def test_settings_that_no_adapter_has_are_named(recipe):
