@@ -3,15 +3,21 @@
 Three steps of the model of `benchmarks/configs.py`, each in a process of its own: a small batch as
 it is, the large batch with GradCache, and the samples of the large batch in small batches as they
 are (another loss; the same samples, and what time they take at least).
+
+The peak is of resident memory. By itself glibc keeps much of what a step has freed, the more the
+longer it runs; here it hands all larger blocks back, so that what is resident is what is held.
 """
 
 import argparse
+import os
 
 import torch
 
 from benchmarks.configs import mid_config
 from benchmarks.measure import Cost, cost, in_own_process
 from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAVideoProcessor
+from training.collator import to_pixel_values
 from training.grad_cache import cached_step
 from training.objective import Embeds, Ids, Objective
 
@@ -19,13 +25,23 @@ FRAMES, LENGTH = 2, 32
 
 
 def make_batch(size: int) -> dict[str, torch.Tensor]:
-    """Clips of two frames at 256 pixels, queries and targets of 32 tokens, without padding."""
+    """Clips of two frames at 256 pixels in uint8, as the collator makes them, queries and targets
+    of 32 tokens, without padding."""
     generator = torch.Generator().manual_seed(0)
+    shape = (size, FRAMES, 3, 256, 256)
     return {
-        "pixel_values_videos": torch.randn(size, FRAMES, 3, 256, 256, generator=generator),
+        "pixel_values_videos": torch.randint(256, shape, generator=generator, dtype=torch.uint8),
         "input_ids": torch.randint(3, 32_000, (size, LENGTH), generator=generator),
         "target_input_ids": torch.randint(3, 32_000, (size, LENGTH), generator=generator),
     }
+
+
+def make_ready(part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the Trainer does on the device."""
+    if "pixel_values_videos" not in part:
+        return part
+    frames = part["pixel_values_videos"]
+    return part | {"pixel_values_videos": to_pixel_values(frames, VLJEPAVideoProcessor())}
 
 
 def loss_of(embeds: Embeds) -> torch.Tensor:
@@ -34,7 +50,7 @@ def loss_of(embeds: Embeds) -> torch.Tensor:
 
 
 def plain_step(model: VLJEPAModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    output = model(**batch)
+    output = model(**make_ready(batch))
     loss = loss_of(Embeds(output.predicted_embeds, output.target_embeds, output.logit_scale))
     loss.backward()
     return loss.detach()
@@ -47,14 +63,14 @@ def measure(name: str, size: int, rows: int) -> Cost:
     model.zero_grad(set_to_none=False)
     batch = make_batch(size)
 
-    def small_batches() -> torch.Tensor:
+    def small_batches() -> float:
         for start in range(0, size, rows):
             part = {key: value[start : start + rows] for key, value in batch.items()}
             loss = plain_step(model, part)
-        return loss
+        return loss.item()
 
-    def cached() -> torch.Tensor:
-        return cached_step(model, batch, rows, loss_of)
+    def cached() -> float:
+        return cached_step(model, batch, rows, loss_of, make_ready=make_ready).item()
 
     return cost({"plain": small_batches, "cached": cached}[name])
 
@@ -65,6 +81,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="rows of the small one, and of a part")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # read by each process when it starts
     found = {
         f"{name} {size}": in_own_process(measure, name, size, args.rows, threads=args.threads)
         for name, size in (("plain", args.rows), ("cached", args.size), ("plain", args.size))

@@ -13,7 +13,7 @@ from processing import VLJEPAProcessor
 from tests.tiny import noise, tiny_processor, tiny_rows, tiny_tokenizer, write_clip, write_rows
 from training import data
 from training.arguments import DataArguments, RecipeError, SourceArguments
-from training.collator import ContrastiveCollator
+from training.collator import ContrastiveCollator, to_pixel_values
 from training.data import ContrastiveDataset, build_dataset, vary
 from training.mixture import VISIT, Bucket, MixtureSampler
 from training.sources import read_source
@@ -356,14 +356,19 @@ def test_hard_negatives_are_texts_of_the_batch(processor):
 
 
 def test_pixels_equal_the_processors_own(folder, processor):
+    """To the last bit, though they stay uint8 until they are read, and are finished in parts."""
     dataset = build(processor, folder / "rows.jsonl")
     collate = ContrastiveCollator(processor)
     clips = collate([dataset[2], dataset[3]])["pixel_values_videos"]
     videos = [folder / "wide.mp4", folder / "tall.mkv"]
-    assert torch.equal(clips, processor(videos=videos)["pixel_values_videos"])
     images = collate([dataset[1], dataset[0]])["pixel_values_videos"]
     paths = [folder / "tall.jpg", folder / "wide.png"]
-    assert torch.equal(images, processor(images=paths)["pixel_values_videos"])
+    for frames, given in ((clips, {"videos": videos}), (images, {"images": paths})):
+        expected = processor(**given)["pixel_values_videos"]
+        assert frames.dtype == torch.uint8
+        assert torch.equal(to_pixel_values(frames, processor.video_processor), expected)
+        part = to_pixel_values(frames[1:], processor.video_processor)
+        assert torch.equal(part, expected[1:])
 
 
 def test_each_distinct_target_is_tokenized_once(processor):

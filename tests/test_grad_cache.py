@@ -33,12 +33,54 @@ def test_parts_hold_every_row_once_and_at_least_one_text(rows, texts):
     whole = batch(texts=texts)
     parts = split(whole, rows)
     assert len(parts) == -(-ROWS // rows)
-    for name in ("pixel_values_videos", "input_ids", "attention_mask"):
+    for name in ("pixel_values_videos", "input_ids"):
         assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
         assert all(1 <= len(part[name]) <= rows for part in parts)
     found = torch.cat([part["target_input_ids"] for part in parts])
     assert torch.equal(found[:texts], whole["target_input_ids"])
     assert len({len(part["target_input_ids"]) for part in parts}) == 1
+
+
+def padded(lengths: list[int], columns: int) -> torch.Tensor:
+    return (torch.arange(columns) < torch.tensor(lengths)[:, None]).long()
+
+
+def test_parts_have_the_columns_of_their_own_longest_text():
+    """And no mask where nothing is padding; the embeddings are those of the whole batch."""
+    whole = batch()
+    whole["attention_mask"] = padded([2, 1, 2, 4, 1, 0, 0], 4)
+    whole["target_attention_mask"] = padded([3, 3, 1, 6], 6)
+    parts = split(whole, 3)
+    assert [part["input_ids"].shape for part in parts] == [(3, 2), (3, 4), (1, 0)]
+    assert [part["target_input_ids"].shape for part in parts] == [(2, 3), (2, 6), (2, 3)]
+    masks = ("attention_mask", "target_attention_mask")
+    assert [[mask in part for mask in masks] for part in parts] == [
+        [True, False],
+        [True, True],
+        [False, False],
+    ]
+    model = tiny_model()
+    with torch.no_grad():
+        outputs, expected = [model(**part) for part in parts], model(**whole)
+        for side, rows in (("predicted_embeds", ROWS), ("target_embeds", TEXTS)):
+            found = torch.cat([output[side] for output in outputs])[:rows]
+            torch.testing.assert_close(found, expected[side], rtol=0, atol=1e-6)
+        # Positive control: a column too few.
+        parts[1]["input_ids"] = parts[1]["input_ids"][:, :-1]
+        parts[1]["attention_mask"] = parts[1]["attention_mask"][:, :-1]
+        less = model(**parts[1]).predicted_embeds
+    assert (less - expected.predicted_embeds[3:6]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("frozen", "trains"), [(True, False), (False, True), (False, False)])
+def test_a_frozen_x_encoder_runs_once(frozen, trains):
+    """Its tokens wait for the second pass. Those of one that trains need a graph, and one that is
+    in training mode might draw random numbers, which the second pass must draw as well."""
+    model, seen = tiny_model(freeze_vision=frozen).train(), []
+    model.x_encoder.requires_grad_(trains)
+    model.x_encoder.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    cached_step(model, batch(), 3, loss_of)
+    assert seen == [False] * 3 + [True] * 3 * (not frozen)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,14 +24,21 @@ from tests.tiny import (
     BERT,
     noise,
     tiny_config,
+    tiny_model,
     tiny_recipe,
     tiny_rows,
     tiny_settings,
     tiny_tokenizer,
     write_rows,
 )
+from training import grad_cache
 from training.arguments import ModelArguments, ProcessorArguments, RecipeError
-from training.recipe_model import load_checkpoint, new_model
+from training.recipe_model import (
+    AdaptedModel,
+    load_checkpoint,
+    new_model,
+    prepare_for_training,
+)
 from training.train import main
 from training.trainer import VLJEPATrainer
 
@@ -200,6 +208,30 @@ def test_grad_cache_trains_as_the_whole_batch_does(recipe):
     assert abs(losses(accumulated)[0] - losses(plain)[0]) > 0.3
 
 
+def test_a_part_at_a_time_goes_to_the_device(recipe, monkeypatch):
+    """Of frames in uint8, then of the tokens that have taken their place; the ids go at once."""
+    moved, prepare = [], VLJEPATrainer._prepare_inputs
+
+    def spy(self, inputs):
+        names = ("pixel_values_videos", "visual_embeds")
+        moved.append([(len(inputs[name]), inputs[name].dtype) for name in names if name in inputs])
+        return prepare(self, inputs)
+
+    monkeypatch.setattr(VLJEPATrainer, "_prepare_inputs", spy)
+    run(recipe, "max_steps=1", "gradient_cache_rows=3", "precision=bf16")
+    sizes = (3, 3, 2)
+    expected = [[(rows, dtype)] for dtype in (torch.uint8, torch.bfloat16) for rows in sizes]
+    assert moved == [[], *expected]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tokens_that_wait_are_those_made_again(recipe, monkeypatch, precision):
+    arguments = ("gradient_cache_rows=3", f"precision={precision}")
+    waited = losses(run(recipe, *arguments))
+    monkeypatch.setattr(grad_cache, "frozen_vision", lambda model: None)
+    assert losses(run(recipe, *arguments)) == waited
+
+
 def test_grad_cache_and_accumulation_go_together(recipe):
     plain = run(recipe, "gradient_accumulation_steps=2")
     cached = run(recipe, "gradient_accumulation_steps=2", "gradient_cache_rows=1")
@@ -326,6 +358,39 @@ def test_adapters_train_beside_a_predictor_that_stays(recipe, freeze_text, tmp_p
         assert torch.equal(parameter, dict(adapted.model.named_parameters())[name]), name
 
 
+def test_layers_under_adapters_take_half_the_memory_and_nothing_else(recipe, monkeypatch, tmp_path):
+    """Autocast reads them in bf16 anyhow. Rounded as they are, the small changes of the adapters
+    would be lost in them; so what is merged is the weights that they were."""
+    arguments = [str(recipe), "model.lora={r: 2}", "training.precision=bf16"]
+    arguments += ["training.learning_rate=1.0e-2", f"training.output_dir={tmp_path}"]
+    trainer = main(arguments)
+    saved = AutoModel.from_pretrained(tmp_path).predictor.backbone.layers.state_dict()
+    before = start(trainer).predictor.backbone.layers.state_dict()
+    loaded = PeftModel.from_pretrained(start(trainer), tmp_path / "adapter").merge_and_unload()
+    expected = loaded.predictor.backbone.layers.state_dict()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    assert any((saved[name] != before[name]).any() for name in before)
+    assert any((saved[name] != saved[name].bfloat16()).any() for name in saved)  # control
+    monkeypatch.setattr(AdaptedModel, "store_base_in_bf16", lambda model: None)
+    assert losses(main(arguments)) == losses(trainer)
+
+
+def test_what_trains_is_there_once_and_in_fp32(recipe):
+    """Also a whole Y-Encoder, of which peft would keep a second copy."""
+    model = tiny_model()
+    counts = {name: p.numel() for name, p in model.named_parameters()}
+    adapted = prepare_for_training(model, {"r": 2}, run(recipe, "precision=bf16").args)
+    found = {id(p): (name, p) for name, p in adapted.named_parameters(remove_duplicate=False)}
+    adapters = sum(p.numel() for name, p in found.values() if ".lora_" in name)
+    assert adapters > 0
+    assert sum(p.numel() for _, p in found.values()) == sum(counts.values()) + adapters
+    assert any("y_encoder" in name and p.requires_grad for name, p in found.values())
+    for name, parameter in found.values():
+        trains_or_norm = parameter.requires_grad or "predictor.backbone" in name and "norm" in name
+        expected = torch.float32 if trains_or_norm else torch.bfloat16
+        assert parameter.dtype == expected, name
+
+
 def test_settings_that_no_adapter_has_are_named(recipe):
     with pytest.raises(RecipeError, match="model.lora: .*'rank'"):
         main([str(recipe), "model.lora={rank: 2}"])
@@ -441,6 +506,7 @@ def test_rates_and_decay_of_each_parameter(recipe):
         *("max_steps=1", "weight_decay=0.1", "vision_learning_rate_scale=0.2"),
     )
     rate = trainer.args.learning_rate
+    trainer.optimizer = None
     groups = trainer.create_optimizer().param_groups
     settings = {
         id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
@@ -456,6 +522,32 @@ def test_rates_and_decay_of_each_parameter(recipe):
     assert {"logit_scale.weight", "y_head.projection.bias"} < undecayed
     ends = ("bias", "norm.weight", "norm1.weight", "norm2.weight", "scale.weight")
     assert all(name.endswith(ends) for name in undecayed)
+
+
+def test_embeddings_keep_fp32_states_beside_those_of_eight_bits(recipe, monkeypatch):
+    """What upstream asks of bitsandbytes: the states of rare words are mostly zero, and eight bits
+    of their scale would lose them."""
+    asked = []
+    manager = SimpleNamespace(register_module_override=lambda *given: asked.append(given))
+    optim = SimpleNamespace(GlobalOptimManager=SimpleNamespace(get_instance=lambda: manager))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
+
+    class EightBit(torch.optim.SGD):
+        def __init__(self, params, lr, optim_bits):
+            super().__init__(params, lr)
+
+    trainer = run(recipe, "max_steps=1")
+    trainer.optimizer = None
+    for name, expected in (("torch.optim", 0), ("bitsandbytes.optim", 2)):
+        EightBit.__module__ = name
+        chosen = (EightBit, {"lr": 0.1, "optim_bits": 8})
+        monkeypatch.setattr(trainer, "get_optimizer_cls_and_kwargs", lambda *_, c=chosen: c)
+        trainer.optimizer = None
+        assert len(trainer.create_optimizer().param_groups) == 4
+        assert len(asked) == expected
+    tables = {trainer.model.get_input_embeddings(), trainer.model.y_encoder.backbone.embed_tokens}
+    assert {module for module, _, _ in asked} == tables
+    assert all(given[1:] == ("weight", {"optim_bits": 32}) for given in asked)
 
 
 @pytest.mark.slow  # torchao compiles the step

@@ -165,11 +165,8 @@ def samples_of(
 
 
 def visible(row: dict, batch: dict[str, torch.Tensor], processor: VLJEPAProcessor) -> Sample:
-    """A batch of one row, its pixels denormalised and its tokens put together again."""
-    video = processor.video_processor
-    mean, std = (torch.tensor(side)[:, None, None] for side in (video.image_mean, video.image_std))
-    pixels = batch["pixel_values_videos"][0] * std + mean  # (T, 3, h, w), 0 to 1
-    frames = (255 * pixels).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    """A batch of one row, its frames and its tokens put together again."""
+    frames = batch["pixel_values_videos"][0].permute(0, 2, 3, 1)  # (T, h, w, 3), uint8
     return Sample(
         row,
         frames.numpy(),

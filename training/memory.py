@@ -47,6 +47,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from modeling_vljepa.x_encoder import XEncoder
 
 from .arguments import RecipeError, VLJEPATrainingArguments
 from .backbones import load
@@ -160,13 +161,14 @@ class Need:
 def random_batch(
     config: VLJEPAConfig, rows: int, frames: int, query_length: int, target_length: int
 ) -> dict[str, torch.Tensor]:
-    """`pixel_values_videos` `(B, T, C, H, W)`, `input_ids` `(B, L)`, `target_input_ids` `(B, Ly)`,
-    and their masks, in which the last row is shorter."""
+    """`pixel_values_videos` `(B, T, C, H, W)`, uint8, `input_ids` `(B, L)`, `target_input_ids`
+    `(B, Ly)`, and their masks, in which the last row is shorter."""
     vision = config.vision_config
     is_video = vision.model_type == "vjepa2"
     channels = vision.in_chans if is_video else vision.num_channels
     side = vision.crop_size if is_video else vision.image_size
-    batch = {"pixel_values_videos": torch.randn(rows, frames, channels, side, side)}
+    pixels = torch.zeros(rows, frames, channels, side, side, dtype=torch.uint8)
+    batch = {"pixel_values_videos": pixels}
     for prefix, length in (("", query_length), ("target_", target_length)):
         batch[f"{prefix}input_ids"] = torch.ones(rows, length, dtype=torch.long)
         batch[f"{prefix}attention_mask"] = torch.ones(rows, length, dtype=torch.long)
@@ -174,10 +176,16 @@ def random_batch(
     return batch
 
 
+def make_ready(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Pixels, where there are some, of the size that the model reads."""
+    pixels = batch.keys() & {"pixel_values_videos"}
+    return batch | {name: batch[name].float() for name in pixels}
+
+
 def training_step(model: nn.Module, batch: dict[str, torch.Tensor], bf16: bool) -> None:
     """Embeddings, loss and gradients of a batch, as in a step of `VLJEPATrainer`."""
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    outputs = convert_outputs_to_fp32(autocast(model.__call__))(**batch)
+    outputs = convert_outputs_to_fp32(autocast(model.__call__))(**make_ready(batch))
     embeds = Embeds(outputs.predicted_embeds, outputs.target_embeds, outputs.logit_scale)
     places = torch.arange(len(outputs.predicted_embeds))
     ids = Ids(target_index=places, target_ids=places, group_ids=places)
@@ -243,12 +251,20 @@ def measure(
     return need
 
 
-def waiting_row(config: VLJEPAConfig, frames: int, lengths: tuple[int, int]) -> int:
-    """Bytes of a row that waits in GradCache while others are worked on: its part of the batch,
-    and the embeddings `(D,)` of both sides with their gradients."""
+def waiting_row(
+    config: VLJEPAConfig, frames: int, lengths: tuple[int, int], bf16: bool = True
+) -> tuple[int, int]:
+    """Bytes of a row that waits in GradCache while others are worked on, beside the device and on
+    it: its part of the batch and the tokens of a frozen X-Encoder; the gradients at its two
+    embeddings `(D,)`."""
     with torch.device("meta"):
         batch = random_batch(config, 1, frames, *lengths)
-    return sum(tensor.nbytes for tensor in batch.values()) + 2 * 2 * 4 * config.embedding_dim
+        vision = XEncoder(config.vision_config, frozen=True)
+        tokens = vision(batch["pixel_values_videos"].float()).numel()
+    waits = sum(tensor.nbytes for tensor in batch.values())
+    if config.freeze_vision:
+        waits += tokens * (2 if bf16 else 4)
+    return waits, 2 * 4 * config.embedding_dim
 
 
 def table_line(
@@ -303,8 +319,11 @@ def main(argv: list[str] | None = None) -> None:
         for (setting, frames), need in zip(jobs, tqdm(needs, total=len(jobs)), strict=True):
             rows.append(table_line(setting, frames, need, args.cards, args.reserve_gib))
     print(markdown(rows))
-    waiting = [f"{waiting_row(config, n, lengths) / 2**20:.1f} at {n}" for n in args.frames]
-    print(f"\nMiB of a row that waits in GradCache, by frames: {', '.join(waiting)}")
+    waiting = {n: waiting_row(config, n, lengths) for n in args.frames}
+    beside = ", ".join(f"{size / 2**20:.1f} at {n}" for n, (size, _) in waiting.items())
+    _, on_it = waiting[args.frames[0]]
+    print(f"\nKiB on the card of a row that waits in GradCache: {on_it / 2**10:.0f}")
+    print(f"MiB beside it, in the machine's memory, by frames: {beside}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from processing.rows import BadRow
 
 from .arguments import RecipeError, VLJEPATrainingArguments
 from .checkpoints import AtomicCheckpoints
-from .collator import ContrastiveCollator
+from .collator import ContrastiveCollator, to_pixel_values
 from .data import Batch
 from .distributed import all_mean, all_sum
 from .grad_cache import cached_step
@@ -93,8 +93,8 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
     # -- the step --------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids = take_ids(inputs)
-        outputs = model(**inputs)
+        ids = Ids(**take_ids(inputs))
+        outputs = model(**self.make_ready(inputs))
         embeds = Embeds(
             outputs.predicted_embeds,  # (b, D)
             outputs.target_embeds,  # (U, D)
@@ -115,18 +115,28 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         if self.args.gradient_cache_rows is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        inputs = self._prepare_inputs(inputs)
-        ids = take_ids(inputs)
+        waiting = dict(inputs)  # where the loader put it; a part at a time goes to the device
+        ids = Ids(**self._prepare_inputs(take_ids(waiting)))
         return cached_step(
             model,
-            inputs,
+            waiting,
             rows=self.args.gradient_cache_rows,
+            make_ready=self.make_ready,
             loss_of=lambda embeds: (
                 self.loss_of(embeds, ids) / self.current_gradient_accumulation_steps
             ),
             backward=self.accelerator.backward,
             no_sync=lambda: self.accelerator.no_sync(model),
         )
+
+    def make_ready(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the model reads: everything on the device, and there the uint8 frames of the
+        collator rescaled and normalised."""
+        inputs = self._prepare_inputs(inputs)
+        if "pixel_values_videos" in inputs:
+            frames, video = inputs["pixel_values_videos"], self.processing_class.video_processor
+            inputs["pixel_values_videos"] = to_pixel_values(frames, video)
+        return inputs
 
     # -- the optimizer ---------------------------------------------------------------------
 
@@ -146,8 +156,10 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             for (rate, is_decayed), group in groups.items()
         ]
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = optimizer_class(parameters, **arguments)
-        return self.optimizer
+        # Upstream takes the groups from here, and minds what some optimizers ask for, such as
+        # embeddings with fp32 states from the 8-bit ones of bitsandbytes.
+        self.optimizer_cls_and_kwargs = (optimizer_class, dict(params=parameters, **arguments))
+        return super().create_optimizer(model)
 
     def learning_rate_of(self, name: str) -> float:
         """The peak rate of a parameter."""
@@ -363,9 +375,9 @@ def read_positions(
     return positions, seen, bad
 
 
-def take_ids(inputs: dict[str, torch.Tensor]) -> Ids:
-    """Take out of the batch what the model does not read."""
-    return Ids(**{name: inputs.pop(name) for name in Ids.__dataclass_fields__ if name in inputs})
+def take_ids(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take out of the batch what the objective reads and the model does not."""
+    return {name: inputs.pop(name) for name in Ids.__dataclass_fields__ if name in inputs}
 
 
 __all__ = ["VLJEPATrainer"]
