@@ -5,7 +5,9 @@ from .rows import BadRow as BadRow
 from .rows import bad_rows_report as bad_rows_report
 from .rows import read_rows as read_rows
 from .video_io import Clip as Clip
+from .video_io import Excerpt as Excerpt
 from .video_io import MediaError as MediaError
+from .video_io import even_indices as even_indices
 from .video_io import read_clip as read_clip
 from .video_io import read_image as read_image
 from .video_io import uniform_indices as uniform_indices
