@@ -219,7 +219,7 @@ class _Limits:
     max_seconds: float | None = None
     max_pixels: int | None = None
     max_decode_seconds: float | None = None
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
 
     def check_size(self, width: int, height: int) -> None:
         if self.max_pixels is not None and width * height > self.max_pixels:
@@ -513,13 +513,18 @@ def _read_packets(
         return None
     origin, per_second = head.pts, float(1 / stream.time_base)
     start, end = part.bounds
+    begin = origin + (start + ROUNDING / 2) * per_second
     if start > 0:
-        container.seek(origin + int(start * per_second), stream=stream)
+        container.seek(int(min(begin, 2**62)), stream=stream)
         packets = container.demux(stream)
-    else:
-        packets = chain([head], packets)
+        head = next(packets)
+        if head.pts is not None and head.pts > begin and head.dts is not None:
+            # Found by when it is decoded, it is shown too late: the key frame before it.
+            container.seek(head.dts - 1, stream=stream)
+            packets = container.demux(stream)
+            head = next(packets)
     times, is_key, is_complete = [], [], False
-    for packet in packets:
+    for packet in chain([head], packets):
         limits.check_clock()
         is_complete = packet.pts is None and packet.size == 0  # what demuxing ends with
         # No packet is decoded after it is shown, so what follows is shown after the end.
@@ -533,7 +538,7 @@ def _read_packets(
             limits.check_time(len(times), (packet.pts - origin) / per_second)
     if not times or not is_key[0] or len(set(times)) < len(times):
         return None
-    if start > 0 and times[0] > origin + (start + ROUNDING) * per_second:
+    if times[0] > begin:
         return None  # the search went too far
     if start == 0 and min(times) < times[0]:
         return None  # a recording that begins in the middle: some frames cannot be decoded
