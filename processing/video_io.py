@@ -55,7 +55,6 @@ _TRUSTED = {
     "mov,mp4,m4a,3gp,3g2,mj2": {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"},
     "matroska,webm": {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"},
 }
-_PROGRESSIVE = (0, 1)  # unknown, progressive: a packet of an interlaced video can be half a frame
 
 
 class MediaError(ValueError):
@@ -433,9 +432,8 @@ def _read_by_packets(
     """The clip, or `None` where only linear decoding can tell."""
     with _open(source, limits) as container:
         stream = container.streams.video[0]
-        context = stream.codec_context
         codecs = _TRUSTED.get(container.format.name, set())
-        if context.codec.canonical_name not in codecs or context.field_order not in _PROGRESSIVE:
+        if stream.codec_context.codec.canonical_name not in codecs:
             return None
         try:
             packets = _read_packets(container, stream, part, limits)
@@ -565,6 +563,8 @@ def _decode_packets(
             limits.check_clock()
             if frame.is_corrupt or frame.pts is None or frame.pts <= latest:
                 return None
+            if frame.interlaced_frame:
+                return None  # a packet may have been half a frame
             latest = frame.pts
             if frame.pts in wanted:
                 pictures[frame.pts] = _picture(frame, reformatter, limits)
