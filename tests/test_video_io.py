@@ -404,7 +404,7 @@ def test_decoding_that_takes_too_long_ends(tmp_path, monkeypatch, name, step, nu
 def test_opening_that_takes_too_long_ends(tmp_path, monkeypatch):
     """FFmpeg's search for something readable ends with what it reads from."""
     path = grey_clip(tmp_path / "clip.mp4")
-    monkeypatch.setattr(video_io, "time", Clock(3.0))
+    monkeypatch.setattr(video_io, "time", Clock(6.0))
     limits = video_io._Limits("clip.mp4", max_decode_seconds=5)
     with (
         pytest.raises(MediaError, match="clip.mp4: not decoded within 5 seconds"),
