@@ -132,6 +132,7 @@ KINDS = {
         "auto-alt-ref": "1",
         "lag-in-frames": "16",
     },
+    "av1.mp4": {"codec": "libsvtav1", "preset": "12", "g": "12", "svtav1-params": "lp=1"},
     "mjpeg.mp4": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
     "mjpeg.mkv": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
 }
