@@ -553,6 +553,7 @@ def _decode_packets(
     Returns: pictures by time, each `(H, W, 3)` uint8; `None` where anything was unexpected.
     """
     stream = container.streams.video[0]
+    stream.codec_context.open(strict=False)  # AV1's decoder asks once, here, what to leave out
     places = {pts: position for position, pts in enumerate(packets.times)}
     reformatter = VideoReformatter()
     pictures: dict[int, np.ndarray] = {}
