@@ -11,6 +11,7 @@ from .streaming import windows as windows
 from .video_io import Clip as Clip
 from .video_io import Excerpt as Excerpt
 from .video_io import MediaError as MediaError
+from .video_io import even_indices as even_indices
 from .video_io import read_clip as read_clip
 from .video_io import read_image as read_image
 from .video_io import uniform_indices as uniform_indices

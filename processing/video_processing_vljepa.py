@@ -25,9 +25,9 @@ from transformers.image_utils import (
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .video_io import read_clip, read_image, uniform_indices
+from .video_io import Excerpt, read_clip, read_image, uniform_indices
 
-Video = str | os.PathLike | bytes | list[Image.Image] | np.ndarray | torch.Tensor
+Video = str | os.PathLike | bytes | Excerpt | list[Image.Image] | np.ndarray | torch.Tensor
 
 _INTERPOLATION = {
     PILImageResampling.BILINEAR: "bilinear",
@@ -53,22 +53,24 @@ def shortest_edge(crop: int) -> int:
 class VLJEPAVideoProcessor(BaseVideoProcessor):
     """Turns videos into the `pixel_values_videos` of the X-Encoder.
 
-    A *clip* is a path, the bytes of a video file, a list of PIL images, a uint8 array
-    `(T, H, W, 3)` or a uint8 tensor `(T, 3, H, W)`; the layouts are fixed and checked, never
-    guessed. A call takes one clip, a list of clips, or an array or tensor with a leading batch
-    axis. An image is a one-frame
-    clip; give it with `do_sample_frames=False`, or it is repeated `num_frames` times.
+    A *clip* is the path of a video file or of a folder of images, the bytes of a video file, an
+    `Excerpt` of either file, a list of PIL images, a uint8 array `(T, H, W, 3)` or a uint8 tensor
+    `(T, 3, H, W)`; the layouts are fixed and checked, never guessed. A call takes one clip, a list
+    of clips, or an array or tensor with a leading batch axis. An image is a one-frame clip; give
+    it with `do_sample_frames=False`, or it is repeated `num_frames` times.
 
     Defaults are the paper's 256 x 256 pixels and uniform sampling; its frame count differs by
     stage (1, 8, 32), and 8 is the default here. A `crop_size` given without `size` brings its
     own `size`, as in V-JEPA 2: shortest edge = `int(crop_size * 256 / 224)`.
 
     A server that decodes strangers' files sets `max_seconds` and `max_pixels` (of one frame); what
-    has more is refused with a `MediaError`. They belong to the process and are not saved.
+    has more is refused with a `MediaError`, as is what takes longer to decode than
+    `max_decode_seconds`, five minutes if nothing else is set. They belong to the process and are
+    not saved.
 
     Args:
-        num_frames (`int`, *optional*, defaults to 8): T, evenly spread over the clip, its first
-            and last frame included; a shorter clip repeats frames.
+        num_frames (`int`, *optional*, defaults to 8): T, evenly spread over the clip in time, its
+            first and last frame included; a shorter clip repeats frames.
         crop_size (`int` or `dict`, *optional*, defaults to 256): side of the centre crop.
         size (`dict`, *optional*, defaults to `{"shortest_edge": 292}`): frame size before the
             crop; `{"height": ..., "width": ...}` squashes, for towers trained that way.
@@ -97,10 +99,11 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         super().__init__(**kwargs)
         self.max_seconds: float | None = None
         self.max_pixels: int | None = None
+        self.max_decode_seconds: float | None = 300
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: all settings but the limits."""
-        limits = {"max_seconds", "max_pixels"}
+        limits = {"max_seconds", "max_pixels", "max_decode_seconds"}
         return {name: value for name, value in super().to_dict().items() if name not in limits}
 
     def preprocess(
@@ -139,7 +142,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             done = super().preprocess(
                 [frames], do_sample_frames=False, input_data_format="channels_first", **kwargs
             )
-            clips.append(done["pixel_values_videos"][0])
+            clips.append(done["pixel_values_videos"][0].contiguous())
         lengths = [len(clip) for clip in clips]
         if return_tensors is not None and len(set(lengths)) > 1:
             raise ValueError(
@@ -151,11 +154,21 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
     def load_frames(self, video: Video, num_frames: int | None) -> torch.Tensor:
         """Read one clip and sample it, `num_frames=None` keeping every frame.
 
-        Returns: `torch.Tensor` of shape `(T, 3, H, W)`, uint8.
+        Returns: `torch.Tensor` of shape `(T, 3, H, W)`, uint8; channels last in memory where it
+            was read from a file, for which resizing is faster.
         """
         if isinstance(video, str | os.PathLike | bytes):
-            limits = {"max_seconds": self.max_seconds, "max_pixels": self.max_pixels}
-            frames = read_clip(video, num_frames, **limits).frames
+            video = Excerpt(video)
+        if isinstance(video, Excerpt):
+            frames = read_clip(
+                video.video,
+                num_frames,
+                start=video.start,
+                end=video.end,
+                max_seconds=self.max_seconds,
+                max_pixels=self.max_pixels,
+                max_decode_seconds=self.max_decode_seconds,
+            ).frames
         else:
             indices = uniform_indices(len(video), len(video) if num_frames is None else num_frames)
             if isinstance(video, list | tuple):
@@ -169,7 +182,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
                 f"{type(frames).__name__} of shape {tuple(frames.shape)}"
             )
         if layout == "THWC":
-            frames = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+            frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
         if frames.dtype != torch.uint8:
             raise ValueError(f"a clip holds uint8 pixels from 0 to 255, got {frames.dtype}")
         return frames
@@ -196,33 +209,37 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         return resized.unflatten(0, image.shape[:-3])
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: object) -> torch.Tensor:
-        """(..., H, W) -> (..., h, w); an odd margin leaves its extra pixel right and below."""
+        """(..., H, W) -> (..., h, w); an odd margin leaves its extra pixel right and below.
+
+        The result is channels first in memory: what follows goes channel by channel.
+        """
         top, left = (image.shape[-2] - size.height) // 2, (image.shape[-1] - size.width) // 2
         if top < 0 or left < 0:
             raise ValueError(
                 f"a crop of {size.height} x {size.width} does not fit into frames of "
                 f"{image.shape[-2]} x {image.shape[-1]}: enlarge `size` or keep `do_resize` on"
             )
-        return image[..., top : top + size.height, left : left + size.width]
+        return image[..., top : top + size.height, left : left + size.width].contiguous()
 
     def normalize(
         self,
         image: torch.Tensor,
         mean: torch.Tensor | tuple[float, ...],
         std: torch.Tensor | tuple[float, ...],
+        inplace: bool = False,
         **kwargs: object,
     ) -> torch.Tensor:
-        """(..., 3, h, w) float32 -> the same, per channel."""
+        """(..., 3, h, w) float32 -> the same, per channel; `inplace` for an image of our own."""
         mean = torch.as_tensor(mean, device=image.device).view(-1, 1, 1)
         std = torch.as_tensor(std, device=image.device).view(-1, 1, 1)
-        return (image - mean).div_(std)
+        return (image.sub_(mean) if inplace else image - mean).div_(std)
 
 
 def as_batch(videos: Video | list[Video]) -> list[Video]:
     """One clip or several, as a list of clips. A list of PIL images is one clip."""
     if isinstance(videos, np.ndarray | torch.Tensor):
         return list(videos) if videos.ndim == 5 else [videos]
-    if isinstance(videos, str | os.PathLike | bytes):
+    if isinstance(videos, str | os.PathLike | bytes | Excerpt):
         return [videos]
     if not videos:
         raise ValueError("no video given: the list is empty")

@@ -5,10 +5,19 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from processing.video_io import MediaError, read_clip, read_image, uniform_indices
-from tests.tiny import write_clip
+from processing import Excerpt, VLJEPAVideoProcessor, video_io
+from processing.video_io import (
+    MediaError,
+    even_indices,
+    read_clip,
+    read_image,
+    uniform_indices,
+)
+from tests.media import encode, moving, plainly
+from tests.tiny import noise, write_clip
 
 
 def grey_clip(
@@ -42,6 +51,388 @@ def test_uniform_indices(total, num_frames, expected):
 def test_uniform_indices_refuses_nothing(total, num_frames):
     with pytest.raises(ValueError, match="at least 1"):
         uniform_indices(total, num_frames)
+
+
+# -- sampling by time ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [5, 24000 / 1001, 25, 30000 / 1001, 60, 240])
+@pytest.mark.parametrize("stored", ["exactly", "in milliseconds"])
+def test_at_a_constant_rate_time_and_count_agree(rate, stored):
+    for total in [*range(1, 60), 150, 299, 300, 1799, 1800]:
+        seconds = np.arange(total) / rate
+        if stored == "in milliseconds":
+            seconds = seconds.round(3)
+        for num_frames in (1, 2, 3, 7, 8, 16, 32, 33):
+            found = even_indices(seconds, num_frames)
+            np.testing.assert_array_equal(found, uniform_indices(total, num_frames))
+
+
+def test_at_a_varying_rate_the_frames_nearest_in_time_are_taken():
+    seconds = np.array([0, 0.1, 0.2, 0.3, 0.4, 2.0, 4.0, 6.0])
+    assert even_indices(seconds, 4).tolist() == [0, 5, 6, 7]
+    assert uniform_indices(8, 4).tolist() == [0, 2, 5, 7]  # positive control
+    generator = np.random.default_rng(0)
+    for total in (2, 3, 10, 57):
+        seconds = generator.exponential(size=total).cumsum()
+        seconds -= seconds[0]
+        for num_frames in (1, 2, 5, 8, 100):
+            found = even_indices(seconds, num_frames)
+            instants = np.linspace(0, seconds[-1], num_frames)
+            least = np.abs(seconds[None] - instants[:, None]).min(axis=1)
+            assert (np.abs(seconds[found] - instants) <= least + video_io.ROUNDING).all()
+            assert found[0] == 0 and (np.diff(found) >= 0).all()
+            assert num_frames == 1 or found[-1] == total - 1
+
+
+@pytest.mark.parametrize(
+    "seconds", [[0, 1, np.nan, 3, 4], [np.nan] * 5, [0, 0, 0, 0, 0], [0, 2, 1, 3, 9]]
+)
+def test_times_that_tell_nothing_leave_it_to_the_count(seconds):
+    assert even_indices(np.array(seconds), 3).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi"])
+def test_a_varying_rate_is_sampled_in_time(tmp_path, name):
+    times = [0.0, 0.1, 0.2, 0.3, 0.4, 2.0, 4.0, 6.0]
+    if name == "clip.avi":  # which has no times: a frame that stays is stored again and again
+        times = [index / 10 for index in range(61)]
+        levels = np.repeat(np.arange(8), [1, 1, 1, 1, 16, 20, 20, 1])
+    else:
+        levels = np.arange(8)
+    frames = np.zeros((len(levels), 48, 64, 3), np.uint8) + 20 * levels[:, None, None, None]
+    codec = "mpeg4" if name == "clip.avi" else "libx264"
+    path = encode(tmp_path / name, frames.astype(np.uint8), codec, times=times)
+    clip = read_clip(path, 4)
+    assert [round(float(frame.mean()) / 20) for frame in clip.frames] == [0, 5, 6, 7]
+    np.testing.assert_allclose(clip.timestamps, [0, 2, 4, 6], atol=2e-3)
+
+
+# -- both ways of reading ------------------------------------------------------------------
+
+# How each is encoded; x264 puts key frames where it likes, at most `g` frames apart.
+OPEN_GOP = {"x264-params": "open-gop=1:bframes=3:scenecut=0"}
+KINDS = {
+    "b-frames.mp4": {"g": "12", "bf": "3"},
+    "long.mp4": {"g": "300"},
+    "open.mp4": {"g": "10", **OPEN_GOP},
+    "open.mkv": {"g": "10", **OPEN_GOP},
+    "no-b-frames.mp4": {"g": "12", "tune": "zerolatency"},
+    "no-count.mkv": {"g": "12"},
+    "hevc.mp4": {
+        "codec": "libx265",
+        "x265-params": "keyint=12:log-level=none:pools=none:frame-threads=1",
+    },
+    "mpeg4.mp4": {"codec": "mpeg4", "bf": "2", "g": "12"},
+    "vp9.webm": {"codec": "libvpx-vp9", "g": "12", "deadline": "realtime", "cpu-used": "8"},
+    "hidden.webm": {
+        "codec": "libvpx-vp9",
+        "g": "30",
+        "cpu-used": "5",
+        "auto-alt-ref": "1",
+        "lag-in-frames": "16",
+    },
+    "av1.mp4": {"codec": "libsvtav1", "preset": "12", "g": "12", "svtav1-params": "lp=1"},
+    "mjpeg.mp4": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "mjpeg.mkv": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+}
+# Where the packets do not tell everything.
+OTHERS = {
+    "vp8.webm": {"codec": "libvpx", "g": "12", "auto-alt-ref": "1", "lag-in-frames": "16"},
+    "mpeg4.avi": {"codec": "mpeg4", "bf": "2", "g": "12"},
+    "stream.ts": {"g": "12"},
+    "bare.h264": {"g": "12"},
+    "interlaced.mp4": {"g": "12", "flags": "+ildct+ilme", "x264-params": "tff=1"},
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory) -> Path:
+    """A folder with 60 moving frames in every kind of file."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for name, options in (KINDS | OTHERS).items():
+        encode(folder / name, moving(60), **options)
+    return folder
+
+
+@pytest.fixture
+def ways(monkeypatch) -> list[str]:
+    """Which ways were gone to the end: "packets", "linear"."""
+    gone = []
+    by_packets, linearly = video_io._read_by_packets, video_io._read_linearly
+
+    def count_packets(*args):
+        clip = by_packets(*args)
+        gone.extend(["packets"] * (clip is not None))
+        return clip
+
+    def count_linear(*args):
+        gone.append("linear")
+        return linearly(*args)
+
+    monkeypatch.setattr(video_io, "_read_by_packets", count_packets)
+    monkeypatch.setattr(video_io, "_read_linearly", count_linear)
+    return gone
+
+
+@pytest.mark.parametrize("name", [*KINDS, *OTHERS])
+def test_frames_are_those_of_linear_decoding(kinds, ways, name):
+    frames, times = plainly(kinds / name) if name != "bare.h264" else (None, None)
+    if frames is None:  # it has no times
+        whole = read_clip(kinds / name)
+        frames, times = whole.frames, whole.timestamps
+    order = np.sort(times)
+    assert len(frames) == 60
+    ways.clear()
+    for num_frames in (1, 2, 3, 5, 8, 60, 100):
+        clip = read_clip(kinds / name, num_frames)
+        indices = uniform_indices(60, num_frames)
+        np.testing.assert_array_equal(clip.frames, frames[indices])
+        np.testing.assert_allclose(clip.timestamps, order[indices], atol=1e-9)
+    assert set(ways) == {"packets" if name in KINDS else "linear"}
+
+
+@pytest.mark.parametrize("name", [*KINDS, "mpeg4.avi"])
+def test_every_single_frame_can_be_sought(kinds, ways, name):
+    frames, times = plainly(kinds / name)
+    times = np.sort(times)
+    for index in range(0, 60, 1 if name[:4] in ("open", "b-fr", "hevc") else 7):
+        clip = read_clip(kinds / name, 1, start=times[index], end=times[index] + 0.05)
+        np.testing.assert_array_equal(clip.frames, frames[[index]])
+        np.testing.assert_allclose(clip.timestamps, times[[index]], atol=1e-9)
+    assert set(ways) == {"packets" if name in KINDS else "linear"}
+
+
+def test_what_no_sampled_frame_needs_is_not_decoded(kinds, monkeypatch):
+    """Two frames of a long GOP, and two of short ones; positive control: all frames."""
+    decoded = []
+    plain = video_io._decode_run
+
+    def counted(*args):
+        for frame in plain(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video_io, "_decode_run", counted)
+    found = {}
+    for name in ("mjpeg.mp4", "vp9.webm", "b-frames.mp4"):
+        for num_frames in (2, 60):
+            decoded.clear()
+            read_clip(kinds / name, num_frames)
+            found[name, num_frames] = len(decoded)
+    assert found["mjpeg.mp4", 2] == 2
+    assert found["vp9.webm", 2] == 13  # the first, and the last GOP of twelve
+    assert found["b-frames.mp4", 2] < 10  # 11, were frames decoded to which no other refers
+    assert all(found[name, 60] == 60 for name, _ in found)
+
+
+def test_phones_and_edit_lists(tmp_path, ways):
+    """Rotated by packets too; frames that an edit list hides are not counted."""
+    rotated = write_clip(tmp_path / "phone.mp4", moving(20), rotation=90)
+    upright = np.rot90(plainly(rotated)[0], axes=(1, 2))
+    np.testing.assert_array_equal(read_clip(rotated, 3).frames, upright[[0, 10, 19]])
+    assert ways == ["packets"]
+
+    times = [index / 10 - 0.5 for index in range(20)]
+    hidden = encode(tmp_path / "hidden.mp4", moving(20), times=times, bf="0", g="20")
+    frames, times = plainly(hidden)
+    assert len(frames) == 15
+    np.testing.assert_array_equal(read_clip(hidden, 3).frames, frames[[0, 7, 14]])
+
+
+def test_a_damaged_part_is_found_if_it_is_read(kinds, tmp_path):
+    whole = (kinds / "mpeg4.mp4").read_bytes()
+    with av.open(kinds / "mpeg4.mp4") as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    second = next(packet for packet in packets[1:] if packet.is_keyframe)
+    content = bytearray(whole)
+    content[second.pos : second.pos + second.size] = bytes(second.size)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(content)
+    for num_frames in (None, 60):
+        with pytest.raises(MediaError, match="damaged.mp4: truncated or damaged after"):
+            read_clip(path, num_frames)
+    before = read_clip(path, 2, end=0.5)
+    np.testing.assert_array_equal(before.frames, plainly(kinds / "mpeg4.mp4")[0][[0, 4]])
+
+
+# -- parts of a video ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi"])
+def test_a_part_is_what_is_on_screen(tmp_path, name):
+    path = grey_clip(tmp_path / name)  # frame i from i / 10 on, for two seconds
+    for start, end, expected in [
+        (0.5, 1.0, [5, 6, 7, 8, 9]),
+        (0.55, 1.04, [5, 6, 7, 8, 9, 10]),
+        (None, 0.3, [0, 1, 2]),
+        (1.8, None, [18, 19]),
+        (0.62, 0.63, [6]),
+        (1.95, 2.0, [19]),
+        (1.7, 2.4, [17, 18, 19]),  # annotated in coarse seconds
+    ]:
+        clip = read_clip(path, start=start, end=end)
+        assert shown(clip.frames) == expected
+        np.testing.assert_allclose(clip.timestamps, np.array(expected) / 10, atol=2e-3)
+    part = read_clip(path, 3, start=0.5, end=1.0)
+    assert shown(part.frames) == [5, 7, 9]
+    tiles = [shown(read_clip(path, start=t / 4, end=(t + 1) / 4).frames) for t in range(8)]
+    assert sorted({frame for tile in tiles for frame in tile}) == list(range(20))
+    whole = [shown(read_clip(path, start=t / 5, end=(t + 1) / 5).frames) for t in range(10)]
+    assert sum(whole, []) == list(range(20))
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.avi"])
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (2.0, None),
+        (1.0, 1.0),
+        (1.5, 0.5),
+        (-0.1, 1.0),
+        (0.0, 2.6),
+        (5.0, 9.0),
+        (float("nan"), 1.0),
+        (0.0, float("nan")),
+        (float("inf"), None),
+        (0.0, float("-inf")),
+    ],
+)
+def test_times_that_the_video_has_not_are_named(tmp_path, name, start, end):
+    path = grey_clip(tmp_path / name)
+    with pytest.raises(MediaError, match="seconds, for it lasts 2.0") as caught:
+        read_clip(path, 4, start=start, end=end)
+    given = f"{start:g} to {2.0 if end is None else end:g} seconds"
+    assert str(caught.value).startswith(f"{path}: has no part from {given}")
+
+
+def test_a_late_part_reads_no_more_than_it_needs(tmp_path, monkeypatch):
+    path = encode(tmp_path / "long.mp4", moving(200), g="10")
+    taken = []
+    plain = video_io._read_packets
+    monkeypatch.setattr(
+        video_io, "_read_packets", lambda *args: taken.append(plain(*args)) or taken[-1]
+    )
+    clip = read_clip(path, 2, start=15.0, end=15.5)
+    np.testing.assert_array_equal(clip.frames, plainly(path)[0][[150, 154]])
+    assert len(taken[0].times) < 25
+    read_clip(path, 2)
+    assert len(taken[1].times) == 200  # positive control
+
+
+def test_the_processor_takes_parts_and_folders(tmp_path):
+    path = grey_clip(tmp_path / "clip.mp4")
+    processor = VLJEPAVideoProcessor(crop_size=32, num_frames=3)
+    part = Excerpt(path, 0.5, 1.0)
+    found = processor([part, Excerpt(path.read_bytes(), start=1.7)], return_tensors="pt")
+    by_hand = [read_clip(path, 3, start=0.5, end=1.0), read_clip(path, 3, start=1.7)]
+    expected = processor([clip.frames for clip in by_hand], return_tensors="pt")
+    torch.testing.assert_close(dict(found), dict(expected), rtol=0, atol=0)
+    alone = processor(part, return_tensors="pt")["pixel_values_videos"]
+    assert torch.equal(alone[0], found["pixel_values_videos"][0])
+
+
+def test_a_folder_of_images_is_a_clip_in_natural_order(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index in range(12):
+        Image.new("RGB", (20, 10), (10 * index,) * 3).save(folder / f"frame{index}.png")
+    (folder / ".DS_Store").write_text("hidden files are no frames")
+    whole = read_clip(folder)
+    assert shown(whole.frames) == list(range(12))
+    assert whole.frames.shape == (12, 10, 20, 3)
+    assert np.isnan(whole.timestamps).all()
+    assert shown(read_clip(str(folder), 4).frames) == [0, 4, 7, 11]
+    processor = VLJEPAVideoProcessor(crop_size=32, num_frames=4)
+    expected = processor(whole.frames, return_tensors="pt")["pixel_values_videos"]
+    assert torch.equal(processor(folder, return_tensors="pt")["pixel_values_videos"], expected)
+
+    with pytest.raises(MediaError, match="frames: a folder of images has no times"):
+        read_clip(folder, 4, start=0.0, end=1.0)
+    with pytest.raises(MediaError, match="longer than 0.04 seconds"):
+        read_clip(folder, max_seconds=0.04)
+    with pytest.raises(MediaError, match="frame0.png: 20 x 10 pixels, but at most 100"):
+        read_clip(folder, 1, max_pixels=100)
+    Image.new("RGB", (30, 10)).save(folder / "frame11.png")
+    with pytest.raises(MediaError, match="frames: the frame size changes"):
+        read_clip(folder, 4)
+    (folder / "frame11.png").write_bytes(b"cut")
+    with pytest.raises(MediaError, match="frame11.png: not an image"):
+        read_clip(folder, 4)
+
+
+# -- limits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.avi"])
+@pytest.mark.parametrize("num_frames", [None, 4])
+def test_the_length_of_a_part_is_what_is_bounded(tmp_path, name, num_frames):
+    path = grey_clip(tmp_path / name)
+    with pytest.raises(MediaError, match="longer than 1 seconds"):
+        read_clip(path, num_frames, max_seconds=1.0)
+    part = read_clip(path, num_frames, start=0.5, end=1.0, max_seconds=1.0)
+    assert part.timestamps[[0, -1]] == pytest.approx([0.5, 0.9], abs=2e-3)
+    with pytest.raises(MediaError, match="longer than 0.2 seconds"):
+        read_clip(path, num_frames, start=0.5, end=1.0, max_seconds=0.2)
+
+
+class Clock:
+    """Time that passes by `step` seconds whenever it is asked for."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def monotonic(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.avi"])
+@pytest.mark.parametrize("step", [0.3, 2.0])  # while it is decoded, and while it is opened
+@pytest.mark.parametrize("num_frames", [None, 4])
+def test_decoding_that_takes_too_long_ends(tmp_path, monkeypatch, name, step, num_frames):
+    path = grey_clip(tmp_path / name)
+    clock = Clock(step)
+    monkeypatch.setattr(video_io, "time", clock)
+    with pytest.raises(MediaError, match="not decoded within 5 seconds") as caught:
+        read_clip(path, num_frames, max_decode_seconds=5)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert clock.now < 5 + 2 * step + 1e-6  # asked no more once it is up
+    monkeypatch.setattr(video_io, "time", Clock(1e-3))
+    assert len(read_clip(path, num_frames, max_decode_seconds=5).frames) == (num_frames or 20)
+
+
+def test_opening_that_takes_too_long_ends(tmp_path, monkeypatch):
+    """FFmpeg's search for something readable ends with what it reads from."""
+    path = grey_clip(tmp_path / "clip.mp4")
+    monkeypatch.setattr(video_io, "time", Clock(6.0))
+    limits = video_io._Limits("clip.mp4", max_decode_seconds=5)
+    with (
+        pytest.raises(MediaError, match="clip.mp4: not decoded within 5 seconds"),
+        video_io._open(path, limits),
+    ):
+        pytest.fail("it was opened")
+
+
+def test_the_processor_bounds_decoding_and_saves_no_bound(tmp_path, monkeypatch):
+    path = grey_clip(tmp_path / "clip.mp4")
+    processor = VLJEPAVideoProcessor(crop_size=32, num_frames=4)
+    assert processor.max_decode_seconds == 300
+    processor.max_decode_seconds = 2
+    assert "max_decode_seconds" not in processor.to_dict()
+    assert processor(path)["pixel_values_videos"][0].shape == (4, 3, 32, 32)
+    monkeypatch.setattr(video_io, "time", Clock(1.0))
+    with pytest.raises(MediaError, match="clip.mp4: not decoded within 2 seconds"):
+        processor(path)
+
+
+def test_one_thread_decodes(tmp_path):
+    path = grey_clip(tmp_path / "clip.mp4")
+    with video_io._open(path, video_io._Limits("clip")) as container:
+        assert container.streams.video[0].codec_context.thread_count == 1
+
+
+# -- whole videos --------------------------------------------------------------------------
 
 
 # mkv and the bare stream have no frame count in the header; the bare stream has no times.
@@ -125,6 +516,10 @@ def unreadable(folder: Path, case: str) -> Path:
             container.mux(stream.encode())
     elif case == "folder":
         path.mkdir()
+    elif case == "mixed folder":
+        path.mkdir()
+        Image.new("RGB", (8, 8)).save(path / "1.png")
+        (path / "notes.txt").write_text("not a frame")
     return path
 
 
@@ -132,7 +527,8 @@ def unreadable(folder: Path, case: str) -> Path:
     ("case", "reason"),
     [
         ("absent", "no such file"),
-        ("folder", "no such file"),
+        ("folder", "the folder holds no image"),
+        ("mixed folder", "holds notes.txt, which is no image"),
         ("text", "cannot be opened as a video"),
         ("empty", "cannot be opened as a video"),
         ("no index", "cannot be opened as a video"),
@@ -177,3 +573,16 @@ def test_unreadable_images_are_named(tmp_path, kind):
     with pytest.raises(MediaError, match="damaged image") as caught:
         read_image(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_images_of_many_levels_keep_their_upper_bits(tmp_path):
+    levels = (np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    Image.fromarray(levels).save(tmp_path / "deep.tif")
+    for name in ("deep.png", "deep.tif"):
+        pixels = read_image(tmp_path / name)
+        np.testing.assert_array_equal(pixels[0], np.repeat((levels >> 8)[..., None], 3, axis=2))
+    fractions = Image.fromarray(noise(8, 8).astype(np.float32))
+    fractions.save(tmp_path / "fractions.tif")
+    with pytest.raises(MediaError, match="fractions.tif: its pixels are fractions"):
+        read_image(tmp_path / "fractions.tif")

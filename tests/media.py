@@ -1,0 +1,54 @@
+"""Makers of videos of every kind, and the plain way of decoding them."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def moving(num_frames: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """(T, H, W, 3) uint8: blocks that drift, with noise, so that every frame differs."""
+    generator = np.random.default_rng(0)
+    blocks = generator.integers(0, 200, (height // 8 + 8, width // 8 + 8, 3), np.uint8)
+    large = blocks.repeat(8, axis=0).repeat(8, axis=1)
+    noise = generator.integers(0, 50, (num_frames, height, width, 3), np.uint8)
+    shifts = [(index % 32, 2 * index % 48) for index in range(num_frames)]
+    return noise + np.stack([large[y : y + height, x : x + width] for y, x in shifts])
+
+
+def encode(
+    path: Path,
+    frames: np.ndarray,
+    codec: str = "libx264",
+    *,
+    rate: int = 10,
+    pix_fmt: str = "yuv420p",
+    times: list[float] | None = None,
+    container: dict[str, str] | None = None,
+    **options: str,
+) -> Path:
+    """Write (T, H, W, 3) uint8 at `rate` frames per second, or at `times` in seconds."""
+    with av.open(path, "w", options=container or {}) as output:
+        stream = output.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        stream.options = options
+        stream.codec_context.thread_count = 1
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = round(1000 * times[index]), Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
+def plainly(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """All frames (T, H, W, 3) and their times, as PyAV's documentation decodes them."""
+    with av.open(path) as container:
+        decoded = list(container.decode(video=0))
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])
+        return frames, np.array([frame.time - decoded[0].time for frame in decoded])
