@@ -1,16 +1,18 @@
 """From files to the tensors of a model against decoding alone: `python -m benchmarks.decode`.
 
 Plain decoding is PyAV's loop over all frames on one thread, `for frame in container.decode(...)`,
-which converts and keeps nothing. Against it stands all that a loader does: the sampled frames are
-decoded and converted, resized, cropped and normalised to `(8, 3, 256, 256)`. Clips are made here:
-a moving scene with noise, at 30 frames per second, as x264 stores it by default (a key frame at
-most every 250 frames) and as streaming sites do (every 60), and short ones like BabyAI's.
+which converts and keeps nothing. Against it stands all that the training's loader does: eight
+frames are decoded and converted, resized and cropped to `(8, 3, 256, 256)`, uint8; they are
+normalised on the device. Clips are made here: a moving scene with noise, at 30 frames per second,
+as x264 stores it by default (a key frame at most every 250 frames) and as streaming sites do (every
+60), and short ones like BabyAI's, which are read at their own size.
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import av
@@ -21,8 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import cpu_seconds
 from processing import VLJEPAVideoProcessor
+from training.data import read_frames
 
 # name: frames, height, width, frames per second, x264's options
+SMALL = "BabyAI, 2 s, 64 x 64"
 CLIPS = {
     "10 s, 320 x 240": (300, 240, 320, 30, {}),
     "10 s, 320 x 240, key frames every 2 s": (300, 240, 320, 30, {"g": "60"}),
@@ -30,7 +34,7 @@ CLIPS = {
     "10 s, 640 x 480": (300, 480, 640, 30, {}),
     "10 s, 640 x 480, key frames every 2 s": (300, 480, 640, 30, {"g": "60"}),
     "60 s, 320 x 240": (1800, 240, 320, 30, {}),
-    "BabyAI, 2 s, 64 x 64": (11, 64, 64, 5, {}),
+    SMALL: (11, 64, 64, 5, {}),
 }
 
 
@@ -92,7 +96,7 @@ class Files(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.processor(self.path, return_tensors="pt")["pixel_values_videos"][0]
+        return read_frames(str(self.path), True, self.processor)
 
 
 def clips_per_second(path: Path, workers: int, count: int) -> float:
@@ -111,16 +115,18 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=80, help="for each number of workers")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    processor = VLJEPAVideoProcessor()
+    usual = VLJEPAVideoProcessor()
+    small = VLJEPAVideoProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, num_frames=8
+    )
     with tempfile.TemporaryDirectory() as folder:
-        print(
-            f"CPU-seconds x 1000 of a clip, {processor.num_frames} frames, least of {args.repeats}"
-        )
+        print(f"CPU-seconds x 1000 of a clip, {usual.num_frames} frames, least of {args.repeats}")
         print(f"{'':<40}{'plain':>8}{'loader':>8}{'ratio':>7}   (of clips per CPU-second)")
         for number, (name, clip) in enumerate(CLIPS.items()):
             path = Path(folder) / f"{number}.mp4"
             write(path, *clip)
-            calls = [lambda path=path: plain(path), lambda path=path: processor(path)]
+            processor = small if name == SMALL else usual
+            calls = [partial(plain, path), partial(read_frames, str(path), True, processor)]
             alone, loader = least(calls, args.repeats)
             print(f"{name:<40}{1e3 * alone:>8.1f}{1e3 * loader:>8.1f}{alone / loader:>7.2f}")
         path = Path(folder) / "1.mp4"
