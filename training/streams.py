@@ -144,8 +144,8 @@ def bad_row(row: dict, name: str, reason: str) -> BadRow:
 class DatasetBlocks(Blocks):
     """Of a streamed dataset of the library `datasets`: files of any of its formats, or the Hub.
 
-    Its shards are shuffled anew in every epoch and dealt to the lanes; where there are fewer of
-    them than lanes, a lane takes every so many-th example.
+    Its shards are read one by one, in a new random order in every epoch, and dealt to the lanes in
+    turn. Where there are fewer shards than lanes, a lane takes every so many-th example of all.
 
     Args:
         samples_of: an example to its rows, and what of it is none.
@@ -161,27 +161,30 @@ class DatasetBlocks(Blocks):
         rows: int,
         seed: int,
     ):
-        if dataset.num_shards % lanes:
+        if dataset.num_shards < lanes:
             dataset = dataset.reshard()
         self.dataset, self.samples_of = dataset, samples_of
         self.lane, self.lanes, self.rows, self.seed = lane, lanes, rows, seed
         self.name = f"{name} (lane {lane} of {lanes})"
-        self.begin(epoch=0)
+        self.begin(turn=0)
 
-    def begin(self, epoch: int, state: dict | None = None, number: int = 0) -> None:
-        """Go to the beginning of an epoch, or to a place within."""
-        # The order of shards alone: a buffer of examples would be empty in a resumed run.
-        shuffled = self.dataset.shuffle(
-            seed=self.seed + epoch, buffer_size=1, max_buffer_input_shards=1
-        )
-        self.part = split_dataset_by_node(shuffled, self.lane, self.lanes)
+    def begin(self, turn: int, state: dict | None = None, number: int = 0) -> None:
+        """Go to this lane's shard of a turn, or to a place within."""
+        shards = self.dataset.num_shards
+        if shards < self.lanes:
+            self.epoch = turn
+            self.part = split_dataset_by_node(self.dataset, self.lane, self.lanes)
+        else:
+            self.epoch, place = divmod(turn * self.lanes + self.lane, shards)
+            shard = int(chunk_order(shards, self.seed, self.epoch)[place])
+            self.part = self.dataset.shard(shards, shard)
         if state is not None:
             self.part.load_state_dict(state)
-        self.epoch, self.number, self.examples = epoch, number, iter(self.part)
-        self.state = state
+        self.turn, self.number, self.state = turn, number, state
+        self.examples = iter(self.part)
 
     def position(self) -> dict:
-        return {"epoch": self.epoch, "number": self.number, "state": self.state}
+        return {"turn": self.turn, "number": self.number, "state": self.state}
 
     def seek(self, position: dict) -> None:
         self.begin(**position)
@@ -192,7 +195,7 @@ class DatasetBlocks(Blocks):
             try:
                 example = next(self.examples)
             except StopIteration:
-                self.begin(self.epoch + 1)
+                self.begin(self.turn + 1)
                 return rows, bad
             self.number += 1
             more, worse = self.samples_of(example, (self.name, self.number))
