@@ -23,7 +23,9 @@ from training.arguments import ProcessorArguments, use_bf16
 from training.collator import ContrastiveCollator
 from training.feature_store import (
     Encoder,
+    as_written,
     begin,
+    clip_bytes,
     cut_into_shards,
     distinct_clips,
     make_plan,
@@ -39,6 +41,7 @@ from training.speed import forward_flops, training_flops
 CONFIGS = {"mid": mid_config, "paper": VLJEPAConfig}
 SETTINGS = {"LoRA": Setting("LoRA", ADAPTED, {"r": 16}), "full": Setting("full", FULL)}
 KINDS = ("predict", "step", "GradCache")  # forward alone; a training step; one in two parts
+DTYPES = ("bfloat16", "int8")
 LENGTH = 32
 
 
@@ -132,11 +135,26 @@ def gain_in_operations(
     return 1 + 2 * vision / (rest + first_pass)
 
 
+def count(config: str, trains: str, frames: int) -> str:
+    """Size of a clip and the gain in operations of every kind of step; nothing is run."""
+    with torch.device("meta"):
+        model = model_to_train(CONFIGS[config](), SETTINGS[trains], bf16=False)
+        shape = (-(-frames // 2) * 256, model.config.vision_config.hidden_size)
+        live = {"pixel_values_videos": torch.empty(1, frames, 3, 256, 256)}
+        stored = {"visual_embeds": torch.empty(1, *shape)}
+        ids = {name: torch.empty(1, LENGTH) for name in ("input_ids", "target_input_ids")}
+    sizes = ", ".join(f"{clip_bytes(shape, dtype) / 1e6:.2f} MB in {dtype}" for dtype in DTYPES)
+    gains = [
+        f"{kind} {gain_in_operations(kind, model, live | ids, stored | ids):.2f}" for kind in KINDS
+    ]
+    return f"{frames:>3} frames: {shape[0]:>4} tokens of {shape[1]}, {sizes}; {', '.join(gains)}"
+
+
 def compare(
     config: str, trains: str, kinds: list[str], rows: int, frames: int, rounds: int, bf16: bool
 ) -> dict[str, tuple[float, ...]]:
     """Of each kind: CPU-seconds live and from the store, and the gain in operations; and of
-    reading a clip: its milliseconds and megabytes."""
+    reading a clip, its milliseconds, megabytes and relative error in int8."""
     torch.manual_seed(0)
     model = model_to_train(CONFIGS[config](), SETTINGS[trains], bf16)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -165,7 +183,12 @@ def compare(
                 seconds[batch].append(cpu_seconds() - since)
             gain = gain_in_operations(kind, model, live(), stored())
             found[kind] = (min(seconds[live]), min(seconds[stored]), gain)
-        found["read"] = (1000 * least(stored, 20) / rows, store[clips.rows[0]].nbytes / 1e6)
+        tokens = stored()["visual_embeds"]
+        found["read"] = (
+            1000 * least(stored, 20) / rows,
+            tokens.nbytes / rows / 1e6,
+            as_written(tokens, "int8")["errors"].mean().item(),
+        )
     return found
 
 
@@ -179,22 +202,36 @@ def main() -> None:
     parser.add_argument("--trains", choices=SETTINGS, nargs="+", default=["LoRA", "full"])
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=list(KINDS))
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--frames", type=int, nargs="+", default=[8], help="one but for --count")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--count", action="store_true", help="operations alone; runs nothing")
     args = parser.parse_args()
+    if args.count:
+        for trains in args.trains:
+            print(f"{args.config} config, {trains}: a clip, and operations live / from the store")
+            print("\n".join(count(args.config, trains, frames) for frames in args.frames))
+        return
+    (frames,) = args.frames
     bf16 = use_bf16(args.precision, torch.device("cpu"))
     print(
-        f"{args.config} config, {'bf16' if bf16 else 'fp32'}, {args.rows} clips of {args.frames} "
+        f"{args.config} config, {'bf16' if bf16 else 'fp32'}, {args.rows} clips of {frames} "
         f"frames, {args.threads} threads; CPU-seconds"
     )
     print(f"{'':<18}{'live':>8}{'store':>8}{'ratio':>8}{'in operations':>15}")
     for trains in args.trains:
         found = in_own_process(
-            measure, args.config, trains, args.kinds, args.rows, args.frames, args.rounds, bf16,
+            measure,
+            args.config,
+            trains,
+            args.kinds,
+            args.rows,
+            frames,
+            args.rounds,
+            bf16,
             threads=args.threads,
-        )  # fmt: skip
+        )
         read = found.value.pop("read")
         for kind, (live, stored, gain) in found.value.items():
             print(
@@ -203,6 +240,7 @@ def main() -> None:
                 flush=True,
             )
     print(f"reading a clip: {read[0]:.2f} ms of CPU for {read[1]:.2f} MB")
+    print(f"relative error in int8: {read[2]:.2e}")
 
 
 if __name__ == "__main__":

@@ -167,11 +167,9 @@ class FeatureStore:
             num_frames: of a video. Default: the video processor's own.
             dtype: of what is read; that in which the Predictor computes.
         Raises:
-            FeatureError: there is no complete store; it was made with something else; the
-                X-Encoder is one that trains.
+            FeatureError: there is no complete store, or it was made with something else.
         """
         folder = Path(folder)
-        check_frozen(model)
         if not (folder / FACTS).is_file():
             raise FeatureError(f"{folder}: there is no complete feature store. {cure(folder)}")
         facts = json.loads((folder / FACTS).read_text())
@@ -252,14 +250,6 @@ class FeatureStore:
                     f"{self.folder}: {len(keys)} of {len(clips)} clips are {problem}: "
                     f"{', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}. {cure(self.folder)}"
                 )
-
-
-def check_frozen(model: VLJEPAModel) -> None:
-    if not model.config.freeze_vision:
-        raise FeatureError(
-            "The X-Encoder trains, so its features change with every step and none can be kept. "
-            "Leave the feature store away, or set model.config.freeze_vision to true."
-        )
 
 
 def cure(folder: Path) -> str:

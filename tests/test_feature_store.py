@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,10 @@ from training.collator import ContrastiveCollator
 from training.data import ContrastiveDataset, build_dataset, read_source
 from training.feature_store import (
     Encoder,
+    as_written,
     begin,
-    check_sources,
+    check_recipe,
+    clip_bytes,
     cut_into_shards,
     distinct_clips,
     make_plan,
@@ -143,6 +146,24 @@ def test_int8_rounds_to_half_a_step_of_the_tokens_largest_value():
     assert torch.equal(back[1, 1], tokens[1, 1])
 
 
+def test_the_error_of_int8_is_that_of_its_steps():
+    """docs/features.md says how large it is, from a token's largest value and its mean square."""
+    generator = torch.Generator().manual_seed(0)
+    for peak in (3.0, 20.0):
+        tokens = torch.randn(2, 50, 4096, generator=generator).clamp(-2.9, 2.9)
+        tokens /= tokens.pow(2).mean(dim=-1, keepdim=True).sqrt()
+        tokens[..., 0] = peak
+        errors = as_written(tokens, "int8")["errors"]
+        assert errors.tolist() == pytest.approx([peak / 127 / 12**0.5] * 2, rel=0.06)
+
+
+def test_the_documents_sizes_are_those_on_the_disk():
+    table = (Path(__file__).parents[1] / "docs" / "features.md").read_text()
+    for tokens in (256, 1024, 4096):
+        sizes = [f"{clip_bytes((tokens, 1024), d) / 1e6:.2f} MB" for d in ("bfloat16", "int8")]
+        assert re.search(rf"\| {tokens} +\| {sizes[0]} +\| {sizes[1]} ", table)
+
+
 def test_what_is_read_holds_no_more_than_one_clip(store, dataset):
     """A view would take the whole shard along into another process."""
     tokens = store[dataset.rows[2]]
@@ -240,19 +261,19 @@ def test_saved_and_loaded_is_the_same(store, model, processor, tmp_path):
     FeatureStore.open(store.folder, VLJEPAModel.from_pretrained(tmp_path), loaded.video_processor)
 
 
-def test_an_encoder_that_trains_has_no_store(store, processor):
-    trains = tiny_model(freeze_vision=False)
-    with pytest.raises(FeatureError, match="X-Encoder trains"):
-        FeatureStore.open(store.folder, trains, processor.video_processor)
-    with pytest.raises(FeatureError, match="X-Encoder trains"):
-        Encoder(trains, ContrastiveCollator(processor), bf16=False)
-
-
-def test_augmented_sources_are_refused(tmp_path):
+def test_an_encoder_that_trains_and_augmented_sources_have_no_store(model, tmp_path):
     rows = str(tiny_rows(tmp_path))
-    check_sources([read_source(SourceArguments(rows=rows))])
+    sources = [read_source(SourceArguments(rows=rows))]
+    check_recipe(model, sources)
+    with pytest.raises(FeatureError, match="X-Encoder trains"):
+        check_recipe(tiny_model(freeze_vision=False), sources)
     with pytest.raises(FeatureError, match=f"{rows} has augment: true"):
-        check_sources([read_source(SourceArguments(rows=rows, augment=True))])
+        check_recipe(model, [read_source(SourceArguments(rows=rows, augment=True))])
+
+
+def test_a_model_that_was_trained_whole_is_evaluated_from_a_store(store, processor):
+    """With the weights that it has now, nothing moves any more."""
+    FeatureStore.open(store.folder, tiny_model(freeze_vision=False), processor.video_processor)
 
 
 def test_a_store_without_index_is_none(store, model, processor, tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval.features import FACTS, FeatureError, check_frozen, made_with
+from eval.features import FACTS, FeatureError, made_with
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 
@@ -29,7 +29,7 @@ from .feature_store import (
     Encoder,
     Shard,
     begin,
-    check_sources,
+    check_recipe,
     clip_bytes,
     cut_into_shards,
     distinct_clips,
@@ -63,7 +63,6 @@ def read_model(recipe: Recipe, sources: list[Source]) -> tuple[VLJEPAModel, VLJE
         model, processor = new_model(recipe.model, recipe.processor, texts, recipe.training.seed)
     else:
         model, processor = load_checkpoint(recipe.model, recipe.processor)
-    check_frozen(model)
     if recipe.training.bf16:
         store_frozen_in_bf16(model)
     model.x_encoder.to(recipe.training.device)
@@ -147,8 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     args = recipe.training
     is_first = rank() == 0
     sources = [read_source(source) for source in recipe.data.sources]
-    check_sources(sources)
     model, processor = read_model(recipe, sources)
+    check_recipe(model, sources)
     video = processor.video_processor
     with args.main_process_first(desc="reading clips"):
         dataset = build_dataset(sources, video, recipe.data)

@@ -27,7 +27,6 @@ from eval.features import (
     FACTS,
     PLACES,
     FeatureError,
-    check_frozen,
     differences,
     from_int8,
     key_number,
@@ -46,11 +45,17 @@ PLAN = "plan.json"
 SHARD_BYTES = 256 * 2**20
 
 
-def check_sources(sources: list[Source]) -> None:
+def check_recipe(model: VLJEPAModel, sources: list[Source]) -> None:
     """
     Raises:
-        FeatureError: a source is augmented: its clips look different at every visit.
+        FeatureError: the X-Encoder trains, or a source is augmented: features would be others at
+            every step, or at every visit.
     """
+    if not model.config.freeze_vision:
+        raise FeatureError(
+            "The X-Encoder trains, so its features change with every step. Train without a feature "
+            "store, or set model.config.freeze_vision to true."
+        )
     for source in sources:
         if source.arguments.augment:
             raise FeatureError(
@@ -70,7 +75,6 @@ class Encoder:
     """
 
     def __init__(self, model: VLJEPAModel, collator: ContrastiveCollator, bf16: bool):
-        check_frozen(model)
         self.model, self.collator, self.bf16 = model.eval(), collator, bf16
         self.device = next(model.x_encoder.parameters()).device
 
@@ -193,7 +197,7 @@ def missing_shards(folder: Path, shards: list[Shard]) -> list[Shard]:
 # -- shards and index ------------------------------------------------------------------------
 
 
-def stored(tokens: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
+def as_written(tokens: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
     """Tokens `(B, N, Dx)` as they are written, with the error that this makes: the norm of the
     difference over the norm, for each clip."""
     if dtype == "bfloat16":
@@ -243,7 +247,7 @@ def write_shards(
                         f"{media_key(dataset.rows[index])}: the X-Encoder's output has values that "
                         "are no numbers. Try training.precision=fp32."
                     )
-            parts.append(stored(tokens, dtype))
+            parts.append(as_written(tokens, dtype))
             yield len(indices)
         rows = [dataset.rows[index] for index in shard.indices]
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -284,8 +288,9 @@ def write_index(folder: Path, plan: dict, shards: list[Shard]) -> dict:
 
 __all__ = [
     "Encoder",
+    "as_written",
     "begin",
-    "check_sources",
+    "check_recipe",
     "cut_into_shards",
     "distinct_clips",
     "make_plan",
