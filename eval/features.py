@@ -86,15 +86,20 @@ def differences(there: dict, here: dict, where: str = "") -> list[str]:
     return found
 
 
-def media_key(row: dict) -> str:
-    """The name of a row's clip: kind, path, and start and end where it is a part of a video."""
-    kind = "video" if "video" in row else "image"
-    part = (row.get("start"), row.get("end"))
-    return f"{kind} {row[kind]}" + ("" if part == (None, None) else f"#t={part[0]},{part[1]}")
-
-
-def media_path(row: dict) -> str:
+def media_path(row: dict) -> str | bytes:
+    """The file of a row's clip, a folder of frames, or a file's content."""
     return row["video"] if "video" in row else row["image"]
+
+
+def media_key(row: dict) -> str:
+    """The name of a row's clip: kind, path, and start and end where it is a part of a video. Where
+    a row brings the content of a file, that is its name."""
+    media = media_path(row)
+    if isinstance(media, bytes):
+        media = f"content {hashlib.blake2b(media, digest_size=16).hexdigest()}"
+    part = (row.get("start"), row.get("end"))
+    excerpt = "" if part == (None, None) else f"#t={part[0]},{part[1]}"
+    return f"{'video' if 'video' in row else 'image'} {media}{excerpt}"
 
 
 def key_number(key: str) -> int:
@@ -103,13 +108,17 @@ def key_number(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def stamp(path: str) -> list[int]:
-    """Size and time of a file, which change when it does; of one that is gone, -1."""
+def stamp(media: str | bytes) -> list[int]:
+    """Size and time of a file, or of all in a folder, which change when it does; of one that is
+    gone, -1."""
+    if isinstance(media, bytes):
+        return [len(media), 0]
     try:
-        found = os.stat(path)
+        paths = list(Path(media).iterdir()) if os.path.isdir(media) else [media]
+        found = [os.stat(path) for path in paths]
     except OSError:
         return [-1, -1]
-    return [found.st_size, found.st_mtime_ns]
+    return [sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=0)]
 
 
 # -- int8 ------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from training import train
 from training.arguments import DataArguments, SourceArguments
 from training.cache_features import main as cache_features
 from training.collator import ContrastiveCollator
-from training.data import ContrastiveDataset, build_dataset, read_source
+from training.data import ContrastiveDataset, build_dataset
 from training.feature_store import (
     Encoder,
     as_written,
@@ -38,6 +38,7 @@ from training.feature_store import (
     write_index,
     write_shards,
 )
+from training.sources import read_source
 from training.trainer import VLJEPATrainer
 
 SHAPES = {"image": (4, 48), "video": (8, 48)}
@@ -200,6 +201,8 @@ def test_parts_of_a_video_are_clips_of_their_own():
         media_key({"image": "a.mp4"}),
     }
     assert len(keys) == 4
+    contents = [media_key({"image": content}) for content in (b"one", b"two", b"one")]
+    assert contents[0] == contents[2] != contents[1]
     assert media_key(row) == media_key(row | {"query": "what ?", "target": "y"})
 
 
@@ -325,9 +328,8 @@ class StoredDataset(ContrastiveDataset):
 
     store: FeatureStore
 
-    def __getitem__(self, number: int) -> dict:
-        sample = super().__getitem__(number)
-        return sample | {"frames": self.store[self.rows[number % 2**40]]}
+    def frames(self, row: dict) -> torch.Tensor:
+        return self.store[row]
 
 
 class StoredCollator(ContrastiveCollator):

@@ -23,7 +23,7 @@ from processing import VLJEPAProcessor
 
 from .arguments import Recipe, RecipeError, SourceArguments, read_recipe
 from .collator import ContrastiveCollator
-from .data import ContrastiveDataset, Source, build_dataset, read_source, texts_of
+from .data import ContrastiveDataset, build_dataset
 from .distributed import rank, world_size
 from .feature_store import (
     Encoder,
@@ -39,6 +39,7 @@ from .feature_store import (
     write_shards,
 )
 from .recipe_model import load_checkpoint, new_model, store_frozen_in_bf16
+from .sources import Source, StreamedSource, read_source, texts_of
 
 
 def readable(size: int) -> str:
@@ -55,7 +56,9 @@ class Trial:
     seconds: float
 
 
-def read_model(recipe: Recipe, sources: list[Source]) -> tuple[VLJEPAModel, VLJEPAProcessor]:
+def read_model(
+    recipe: Recipe, sources: list[Source | StreamedSource]
+) -> tuple[VLJEPAModel, VLJEPAProcessor]:
     """The model and processor with which training would start, on its device."""
     if recipe.model.checkpoint is None:
         more = [read_source(SourceArguments(rows=path)) for path in recipe.model.tokenizer_rows]
@@ -67,6 +70,19 @@ def read_model(recipe: Recipe, sources: list[Source]) -> tuple[VLJEPAModel, VLJE
         store_frozen_in_bf16(model)
     model.x_encoder.to(recipe.training.device)
     return model, processor
+
+
+def check_held(sources: list[Source | StreamedSource]) -> None:
+    """
+    Raises:
+        FeatureError: a source is streamed.
+    """
+    for source in sources:
+        if isinstance(source, StreamedSource):
+            raise FeatureError(
+                f"data.sources: {source.arguments.name} is streamed, so its clips are not known "
+                "before they are met. Cache sources whose rows fit into memory."
+            )
 
 
 def try_out(
@@ -148,12 +164,13 @@ def main(argv: list[str] | None = None) -> None:
     sources = [read_source(source) for source in recipe.data.sources]
     model, processor = read_model(recipe, sources)
     check_recipe(model, sources)
+    check_held(sources)
     video = processor.video_processor
     with args.main_process_first(desc="reading clips"):
         dataset = build_dataset(sources, video, recipe.data)
     for source in sources:
         if is_first and source.bad:
-            print(f"{source.arguments.rows}: {source.report}")
+            print(f"{source.arguments.name}: {source.report}")
 
     # 2. A new store, or one to go on with
     clips = distinct_clips(dataset.rows)

@@ -39,13 +39,14 @@ from eval.features import (
 from modeling_vljepa import VLJEPAModel
 
 from .collator import ContrastiveCollator
-from .data import ContrastiveDataset, Source
+from .data import ContrastiveDataset
+from .sources import Source, StreamedSource
 
 PLAN = "plan.json"
 SHARD_BYTES = 256 * 2**20
 
 
-def check_recipe(model: VLJEPAModel, sources: list[Source]) -> None:
+def check_recipe(model: VLJEPAModel, sources: list[Source | StreamedSource]) -> None:
     """
     Raises:
         FeatureError: the X-Encoder trains, or a source is augmented: features would be others at
@@ -59,10 +60,20 @@ def check_recipe(model: VLJEPAModel, sources: list[Source]) -> None:
     for source in sources:
         if source.arguments.augment:
             raise FeatureError(
-                f"data.sources: {source.arguments.rows} has augment: true, so its frames differ at "
+                f"data.sources: {source.arguments.name} has augment: true, so its frames differ at "
                 "every visit, and features are computed once. Set augment to false, or train "
                 "without a feature store."
             )
+
+
+class Samples(torch.utils.data.Dataset):
+    """Samples of a dataset one by one, where a DataLoader would ask it for a training step's."""
+
+    def __init__(self, dataset: ContrastiveDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> dict:
+        return self.dataset[index]
 
 
 class Encoder:
@@ -231,7 +242,7 @@ def write_shards(
     """
     batches = iter(
         DataLoader(
-            dataset,
+            Samples(dataset),
             batch_sampler=[batch for shard in shards for batch in shard.batches(batch_size)],
             collate_fn=list,
             num_workers=num_workers,
