@@ -139,12 +139,14 @@ def test_what_does_not_fit_is_refused_with_numbers(recipe, tmp_path, monkeypatch
     cache(recipe, tmp_path / "store")
 
 
-def test_an_encoder_that_trains_and_augmented_sources_are_refused(recipe, tmp_path):
+def test_what_changes_or_is_not_known_is_refused(recipe, tmp_path):
     with pytest.raises(FeatureError, match="X-Encoder trains"):
         cache(recipe, tmp_path / "store", "model.config.freeze_vision=false")
     rows = recipe.parent / "rows.jsonl"
     with pytest.raises(FeatureError, match="augment: true"):
         cache(recipe, tmp_path / "store", f"data.sources=[{{rows: {rows}, augment: true}}]")
+    with pytest.raises(FeatureError, match="rows.jsonl is streamed"):
+        cache(recipe, tmp_path / "store", f"data.sources=[{{rows: {rows}, streaming: true}}]")
     assert not (tmp_path / "store").exists()
 
 
@@ -237,6 +239,11 @@ def test_another_plan_is_not_mixed_in(recipe, whole, tmp_path):
     with pytest.raises(FeatureError, match="other files"):
         cache(recipe, tmp_path)
     assert content(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_clips_that_were_not_decoded_before_are_decoded_by_workers(recipe, whole, tmp_path):
+    cache(recipe, tmp_path / "store", "data.decode_once=false", "training.dataloader_num_workers=2")
+    assert content(tmp_path / "store") == content(whole)
 
 
 @pytest.mark.slow
