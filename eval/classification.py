@@ -9,6 +9,7 @@ import torch
 
 from eval.benchmarks import Benchmark
 from eval.embed import embed_texts, predict_rows
+from eval.features import FeatureStore
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
 from eval.results import Score, TaskResult, answer_examples, common_protocol, skipped_rows
 from modeling_vljepa import VLJEPAModel
@@ -23,6 +24,7 @@ def evaluate(
     batch_size: int = 64,
     ablation: str = "none",
     limit: int | None = None,
+    features: FeatureStore | None = None,
 ) -> TaskResult:
     """Rank the candidate labels for each row by cosine similarity.
 
@@ -42,6 +44,7 @@ def evaluate(
         num_frames=benchmark.num_frames,
         batch_size=batch_size,
         ablation=ablation,
+        features=features,
     )
     label_embeds = embed_texts(model, processor, labels, batch_size=batch_size)  # (C, D)
     similarity = predictions.embeds @ label_embeds.T  # (R, C)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eval.features import FeatureStore, media_path
 from modeling_vljepa import VLJEPAModel
 from processing import MediaError, VLJEPAProcessor
 
@@ -36,10 +37,6 @@ class Predictions:
     broken: dict[str, str]
 
 
-def media_path(row: dict) -> str:
-    return row["video"] if "video" in row else row["image"]
-
-
 def batches(items: Sequence, size: int) -> Iterator[Sequence]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
@@ -57,6 +54,12 @@ def read_media(
     if kind == "image":
         return processor(images=[path])["pixel_values_videos"]
     return processor(videos=[path], num_frames=num_frames)["pixel_values_videos"]
+
+
+def distinct_files(rows: list[dict]) -> list[tuple[str, str]]:
+    """Kind and path of every file, once."""
+    kinds = ("image", "video")
+    return list(dict.fromkeys((kind, row[kind]) for row in rows for kind in kinds if kind in row))
 
 
 @torch.inference_mode()
@@ -82,9 +85,7 @@ def embed_media(
     Yields: paths, and the visual tokens `(B, N, Dx)` of their files.
     """
     model.eval()
-    files = dict.fromkeys(
-        (kind, row[kind]) for row in rows for kind in ("image", "video") if kind in row
-    )
+    files = distinct_files(rows)
     blank = grey_frame(processor) if grey else None
     with tqdm(total=len(files), desc="media", unit="file") as progress:
         for kind in ("image", "video"):  # apart, since a batch has one number of frames
@@ -104,6 +105,25 @@ def embed_media(
                     yield list(pixels), model.encode_video(batch.to(model.device, model.dtype))
 
 
+def stored_media(
+    model: VLJEPAModel, features: FeatureStore, rows: list[dict], *, batch_size: int = 64
+) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """`embed_media` from a feature store: nothing is decoded, and the X-Encoder does nothing.
+
+    Raises: `FeatureError` for files that are not in the store or have changed since.
+    """
+    model.eval()
+    features.check(rows)
+    files = distinct_files(rows)
+    with tqdm(total=len(files), desc="features", unit="file") as progress:
+        for kind in ("image", "video"):
+            paths = [path for file_kind, path in files if file_kind == kind]
+            for some in batches(paths, batch_size):
+                tokens = torch.stack([features[{kind: path}] for path in some])  # (B, N, Dx)
+                yield some, tokens.to(model.device, model.dtype)
+                progress.update(len(some))
+
+
 @torch.inference_mode()
 def predict_rows(
     model: VLJEPAModel,
@@ -113,6 +133,7 @@ def predict_rows(
     num_frames: int | None = None,
     batch_size: int = 64,
     ablation: str = "none",
+    features: FeatureStore | None = None,
 ) -> Predictions:
     """Ŝ_Y of every row: what the model expects the answer to its query on its file to be.
 
@@ -120,11 +141,18 @@ def predict_rows(
         ablation (`str`, *optional*, defaults to `"none"`): `"grey"` hides what there is to see,
             `"shuffled_queries"` asks each row the question of another one. A model that looks
             and reads gets worse by both.
+        features (`FeatureStore`, *optional*): where the visual tokens are read in place of the
+            files; opened for this model.
 
-    Raises: `ValueError` for an unknown ablation, or when no file can be read.
+    Raises: `ValueError` for an unknown ablation, or when no file can be read; `FeatureError` for
+        rows whose file is not in the store or has changed since.
     """
     if ablation not in ABLATIONS:
         raise ValueError(f"ablation is {ablation!r}, must be one of {', '.join(ABLATIONS)}")
+    if features is not None:
+        if ablation == "grey":
+            raise ValueError('the ablation "grey" hides pixels, and a feature store has none')
+        features.check_frames(num_frames or processor.video_processor.num_frames)
     queries = [row["query"] for row in rows]
     if ablation == "shuffled_queries":
         random.Random(0).shuffle(queries)
@@ -134,15 +162,19 @@ def predict_rows(
 
     embeds: dict[int, torch.Tensor] = {}
     broken: dict[str, str] = {}
-    for paths, visual_embeds in embed_media(
-        model,
-        processor,
-        rows,
-        broken=broken,
-        num_frames=num_frames,
-        batch_size=batch_size,
-        grey=ablation == "grey",
-    ):
+    if features is None:
+        media = embed_media(
+            model,
+            processor,
+            rows,
+            broken=broken,
+            num_frames=num_frames,
+            batch_size=batch_size,
+            grey=ablation == "grey",
+        )
+    else:
+        media = stored_media(model, features, rows, batch_size=batch_size)
+    for paths, visual_embeds in media:
         asked = [(place, row) for place, path in enumerate(paths) for row in rows_of_file[path]]
         for some in batches(asked, batch_size):
             places, indices = zip(*some, strict=True)

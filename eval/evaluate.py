@@ -5,6 +5,7 @@ Prints a table per task, and writes `results.json` and `report.html`.
 
 import argparse
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from eval import classification, retrieval, vqa
 from eval.benchmarks import load_benchmarks
 from eval.embed import ABLATIONS
+from eval.features import FeatureError, FeatureStore
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
 from modeling_vljepa import VLJEPAModel
@@ -40,7 +42,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--limit", type=int, help="only the first so many rows, for a trial")
+    parser.add_argument(
+        "--features", type=Path, help="a store of training.cache_features, with every file in it"
+    )
     args = parser.parse_args(argv)
+    if args.features is not None and args.ablation == "grey":
+        parser.error("--ablation grey hides pixels, and --features has none: leave one away")
     if args.output is None:
         suffix = "" if args.ablation == "none" else f"_{args.ablation}"
         if not Path(args.model).is_dir():
@@ -52,11 +59,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def write_results(path: Path, model_name: str, results: list[TaskResult]) -> None:
+def write_results(
+    path: Path, model_name: str, results: list[TaskResult], features: FeatureStore | None = None
+) -> None:
     """The numbers and all they depend on; no times and no places, so that runs can be compared."""
     packages = ("av", "numpy", "pillow", "torch", "transformers")
+    stored = {} if features is None else {"features": features.precision()}
     content = {
         "model": model_name,
+        **stored,
         "versions": {package: version(package) for package in packages},
         "benchmarks": {result.name: result.as_json() for result in results},
     }
@@ -78,9 +89,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. one benchmark after the other; what is done is on disk
     args.output.mkdir(parents=True, exist_ok=True)
-    results = []
+    results, features = [], None
     for benchmark in benchmarks:
         print(f"{benchmark.name}: {benchmark.description}")
+        if args.features is not None:
+            features = FeatureStore.open(
+                args.features, model, processor.video_processor, num_frames=benchmark.num_frames
+            )
         result = TASKS[benchmark.task](
             model,
             processor,
@@ -88,11 +103,12 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             ablation=args.ablation,
             limit=args.limit,
+            features=features,
         )
         if result.skipped:
             print(f"{len(result.skipped)} rows left out:", *result.skipped[:20], sep="\n  ")
         results.append(result)
-        write_results(args.output / "results.json", model_name, results)
+        write_results(args.output / "results.json", model_name, results, features)
 
     # 4. for people
     print(text_tables(results))
@@ -102,4 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FeatureError as error:
+        sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ import torch
 
 from eval.benchmarks import Benchmark
 from eval.embed import embed_texts, media_path, predict_rows
+from eval.features import FeatureStore
 from eval.metrics import chance_recall, first_relevant_ranks
 from eval.results import (
     Example,
@@ -48,6 +49,7 @@ def evaluate(
     batch_size: int = 64,
     ablation: str = "none",
     limit: int | None = None,
+    features: FeatureStore | None = None,
 ) -> TaskResult:
     """Rank all files for each text and all texts for each file, by cosine similarity.
 
@@ -65,6 +67,7 @@ def evaluate(
         num_frames=benchmark.num_frames,
         batch_size=batch_size,
         ablation=ablation,
+        features=features,
     )
     rows = [row for row in asked if media_path(row) not in predictions.broken]
     files = [media_path(row) for row in predictions.rows]

@@ -12,6 +12,7 @@ import torch
 
 from eval.benchmarks import Benchmark, sha256, usable_rows
 from eval.embed import embed_texts, media_path, predict_rows
+from eval.features import FeatureStore
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
 from eval.results import (
     Score,
@@ -72,6 +73,7 @@ def evaluate(
     batch_size: int = 64,
     ablation: str = "none",
     limit: int | None = None,
+    features: FeatureStore | None = None,
 ) -> TaskResult:
     """Rank all candidate answers for each question by cosine similarity.
 
@@ -87,6 +89,7 @@ def evaluate(
         num_frames=benchmark.num_frames,
         batch_size=batch_size,
         ablation=ablation,
+        features=features,
     )
     answer_embeds = embed_texts(model, processor, answers, batch_size=batch_size)  # (C, D)
     similarity = predictions.embeds @ answer_embeds.T  # (R, C)
