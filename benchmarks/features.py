@@ -20,7 +20,7 @@ from eval.features import FeatureStore, made_with
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from processing import VLJEPAProcessor
 from training.arguments import ProcessorArguments, use_bf16
-from training.collator import ContrastiveCollator
+from training.collator import to_pixel_values
 from training.feature_store import (
     Encoder,
     as_written,
@@ -68,7 +68,8 @@ def processor_of(frames: int) -> VLJEPAProcessor:
 def write_store(
     folder: Path, clips: Clips, model: VLJEPAModel, processor: VLJEPAProcessor, bf16: bool
 ) -> FeatureStore:
-    video, encoder = processor.video_processor, Encoder(model, ContrastiveCollator(processor), bf16)
+    video = processor.video_processor
+    encoder = Encoder(model, video, bf16)
     distinct = distinct_clips(clips.rows)
     shape = tuple(encoder([clips[0]]).shape[1:])
     facts = made_with(model, video, video.num_frames)
@@ -159,14 +160,17 @@ def compare(
     model = model_to_train(CONFIGS[config](), SETTINGS[trains], bf16)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     processor = processor_of(frames)
-    collator, found = ContrastiveCollator(processor), {}
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         clips = Clips(Path(folder), rows, frames)
         store = write_store(Path(folder, "store"), clips, model, processor, bf16)
         model.train()
 
         def live() -> dict[str, torch.Tensor]:
-            return {"pixel_values_videos": collator.finish(clips.frames), **texts(rows)}
+            return {
+                "pixel_values_videos": to_pixel_values(clips.frames, processor.video_processor),
+                **texts(rows),
+            }
 
         def stored() -> dict[str, torch.Tensor]:
             tokens = [store[row] for row in clips.rows]

@@ -5,8 +5,6 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,9 +20,9 @@ from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from tests.tiny import tiny_model, tiny_processor, tiny_recipe, tiny_rows, write_rows
 from training import train
-from training.arguments import DataArguments, SourceArguments
+from training.arguments import DataArguments, RecipeError, SourceArguments
 from training.cache_features import main as cache_features
-from training.collator import ContrastiveCollator
+from training.collator import to_pixel_values
 from training.data import ContrastiveDataset, build_dataset
 from training.feature_store import (
     Encoder,
@@ -69,7 +67,7 @@ def write_store(
     plan = make_plan(dataset.rows, clips, facts, dtype, batch_size=2)
     begin(folder, plan)
     shards = cut_into_shards(clips, SHAPES, dtype, shard_bytes=2000)
-    encoder = Encoder(model, ContrastiveCollator(processor), bf16)
+    encoder = Encoder(model, processor.video_processor, bf16)
     list(write_shards(folder, shards, dataset, encoder, dtype=dtype, batch_size=2))
     write_index(folder, plan, shards)
 
@@ -102,7 +100,8 @@ def store(tmp_path_factory, dataset, model, processor) -> FeatureStore:
 
 def computed(dataset: ContrastiveDataset, model: VLJEPAModel, processor, index: int):
     """The visual tokens `(N, Dx)` of a row, as a training step would compute them."""
-    pixels = ContrastiveCollator(processor)([dataset[index]])["pixel_values_videos"]
+    frames = dataset[index]["frames"][None]  # (1, T, 3, h, w)
+    pixels = to_pixel_values(frames, processor.video_processor)
     with torch.inference_mode():
         return model.encode_video(pixels)[0]
 
@@ -323,24 +322,6 @@ def test_a_changed_or_lost_file_is_stale(store, dataset):
 # -- training --------------------------------------------------------------------------------
 
 
-class StoredDataset(ContrastiveDataset):
-    """Samples whose frames are features."""
-
-    store: FeatureStore
-
-    def frames(self, row: dict) -> torch.Tensor:
-        return self.store[row]
-
-
-class StoredCollator(ContrastiveCollator):
-    def finish(self, frames: torch.Tensor) -> torch.Tensor:
-        return frames.to(StoredDataset.store.dtype)
-
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(samples)
-        return batch | {"visual_embeds": batch.pop("pixel_values_videos")}
-
-
 class Exchanged(FeatureStore):
     """Gives every image and every video the features of the other one."""
 
@@ -354,23 +335,6 @@ class Exchanged(FeatureStore):
 
 def refuse(*arguments: object) -> None:
     raise AssertionError("the X-Encoder was run")
-
-
-@contextmanager
-def training_reads(store: FeatureStore) -> Iterator[None]:
-    """Training from a store, in which running the X-Encoder is an error."""
-
-    def build(*arguments: object) -> ContrastiveDataset:
-        dataset = build_dataset(*arguments)
-        dataset.__class__ = StoredDataset
-        return dataset
-
-    StoredDataset.store = store
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_dataset", build)
-        patch.setattr(train, "ContrastiveCollator", StoredCollator)
-        patch.setattr(VLJEPAModel, "encode_video", refuse)
-        yield
 
 
 def run(recipe: Path, *overrides: str) -> VLJEPATrainer:
@@ -389,23 +353,46 @@ def losses(trainer: VLJEPATrainer) -> torch.Tensor:
 )
 def test_twenty_steps_from_the_store_are_those_of_live_training(tmp_path, precision, tolerance):
     recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=20, learning_rate=1e-4, precision=precision)
-    trained = run(recipe)
-    live = losses(trained)
+    live = losses(run(recipe))
     cache_features([str(recipe), "--output", str(tmp_path / "store")])
-    store = FeatureStore.open(
-        tmp_path / "store",
-        trained.model,
-        trained.processing_class.video_processor,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
-    )
-    with training_reads(store):
-        stored = losses(run(recipe))
+    from_store = f"data.features={tmp_path / 'store'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VLJEPAModel, "encode_video", refuse)
+        stored = losses(run(recipe, from_store))
+        # Positive control: the features of the other clip of the same kind.
+        patch.setattr(train, "FeatureStore", Exchanged)
+        exchanged = losses(run(recipe, from_store))
     assert len(live) == 20
     assert (live - stored).abs().max() <= tolerance
-    # Positive control: the features of the other clip of the same kind.
-    with training_reads(Exchanged(store.folder, store.facts, store.dtype)):
-        exchanged = losses(run(recipe))
     assert (live - exchanged).abs().median() > 0.2
+
+
+def test_gradcache_reads_the_store_too(tmp_path):
+    recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=3, precision="fp32")
+    cache_features([str(recipe), "--output", str(tmp_path / "store")])
+    from_store = f"data.features={tmp_path / 'store'}"
+    whole = losses(run(recipe, from_store))
+    parts = losses(run(recipe, from_store, "training.gradient_cache_rows=1"))
+    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=0)
+
+
+def test_training_refuses_what_the_store_does_not_know(tmp_path):
+    rows = tiny_rows(tmp_path)
+    recipe = tiny_recipe(rows, max_steps=1)
+    cache_features([str(recipe), "--output", str(tmp_path / "store")])
+    from_store = f"data.features={tmp_path / 'store'}"
+    with pytest.raises(FeatureError, match="made for something else: num_frames"):
+        run(recipe, from_store, "processor.num_frames=2")
+    with pytest.raises(FeatureError, match="The X-Encoder trains"):
+        run(recipe, from_store, "model.config.freeze_vision=false")
+    (tmp_path / "new.png").write_bytes((tmp_path / "wide.png").read_bytes())
+    with open(rows, "a") as file:
+        file.write('{"image": "new.png", "target": "x"}\n')
+    with pytest.raises(RecipeError, match=r"(?s)1 of 5 rows.*rows.jsonl:5: no features of it"):
+        run(recipe, from_store)
+    os.utime(tmp_path / "wide.png", (0, 0))
+    with pytest.raises(FeatureError, match="changed or gone since"):
+        run(recipe, from_store, "data.max_bad_share=0.5")
 
 
 # -- evaluation ------------------------------------------------------------------------------

@@ -147,6 +147,8 @@ class DataArguments:
             `training.dataloader_num_workers` processes.
         cache_dir: where sampled, resized frames are kept between runs.
         num_workers: processes that decode media before training.
+        features: a folder that `python -m training.cache_features` wrote: the visual tokens of a
+            frozen X-Encoder, read instead of the media.
         lanes: into how many parts a streamed source is dealt. The rows of every step depend on
             it, and not on the number of processes, which has to divide it. Default: 8, or as many
             of these as divide the batch.
@@ -160,6 +162,7 @@ class DataArguments:
     decode_once: bool = True
     cache_dir: str = "data/cache"
     num_workers: int = os.cpu_count() or 1
+    features: str | None = None
     lanes: int | None = None
     cache_targets: bool = False
     hard_negatives: int = 0

@@ -22,7 +22,6 @@ from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 
 from .arguments import Recipe, RecipeError, SourceArguments, read_recipe
-from .collator import ContrastiveCollator
 from .data import ContrastiveDataset, build_dataset
 from .distributed import rank, world_size
 from .feature_store import (
@@ -184,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # 3. How large, and how long
-    encoder = Encoder(model, ContrastiveCollator(processor), args.bf16)
+    encoder = Encoder(model, video, args.bf16)
     trials = try_out(dataset, encoder, clips, batch_size)
     shards = cut_into_shards(clips, {kind: trial.shape for kind, trial in trials.items()}, dtype)
     missing = missing_shards(folder, shards)

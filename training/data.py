@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from datasets.fingerprint import Hasher
 
+from eval.features import FeatureStore
 from processing.rows import BadRow, bad_rows_report
 from processing.video_io import Excerpt, MediaError, read_image
 from processing.video_processing_vljepa import VLJEPAVideoProcessor
@@ -155,15 +156,17 @@ class ContrastiveDataset(torch.utils.data.Dataset):
 
     Args:
         clips: the number of each clip that was decoded before, and these clips.
+        features: of a frozen X-Encoder; samples then hold `visual_embeds` instead of `frames`.
     """
 
     def __init__(
         self,
         sources: list[Source | StreamedSource],
         video_processor: VLJEPAVideoProcessor,
-        clips: tuple[dict[Media, int], datasets.Dataset] | None,
+        clips: tuple[dict[Media, int], datasets.Dataset] | None = None,
+        features: FeatureStore | None = None,
     ):
-        self.sources, self.video_processor = sources, video_processor
+        self.sources, self.video_processor, self.features = sources, video_processor, features
         self.clip_of, self.clips = clips or ({}, None)
         self.rows: list[dict] = []
         self.source_of: list[int] = []
@@ -205,9 +208,14 @@ class ContrastiveDataset(torch.utils.data.Dataset):
             alone: id of the group of a row that has none.
         """
         group = row.get("group_id")
-        frames = self.frames(row)
+        if self.features is not None:
+            clip = {"visual_embeds": self.features[row]}  # (N, Dx)
+        elif self.sources[source].arguments.augment:
+            clip = {"frames": vary(self.frames(row), seed)}
+        else:
+            clip = {"frames": self.frames(row)}
         return {
-            "frames": vary(frames, seed) if self.sources[source].arguments.augment else frames,
+            **clip,
             "query": row["query"],
             "target": row["target"],
             "target_id": text_id(row["target"]),
@@ -271,9 +279,10 @@ def build_dataset(
     sources: list[Source | StreamedSource],
     video_processor: VLJEPAVideoProcessor,
     arguments: DataArguments,
+    features: FeatureStore | None = None,
 ) -> ContrastiveDataset:
     """Decode what the recipe wants decoded, set bad rows aside, say how many, and refuse when they
-    are too many.
+    are too many. A clip that is not among the features could not be read when these were made.
 
     Raises:
         RecipeError: more than `max_bad_share` of a source's rows are bad, or all of them; the
@@ -281,14 +290,20 @@ def build_dataset(
     """
     held = [source for source in sources if isinstance(source, Source)]
     clips, errors = None, {}
-    if held and arguments.decode_once:
+    if features is not None:
+        absent = [row for source in held for row in features.missing(source.rows)]
+        errors = {media_of(row): f"no features of it in {features.folder}" for row in absent}
+    elif held and arguments.decode_once:
         clips = decode_clips(held, video_processor, arguments)
         errors = {
             media: error for media, error in zip(clips[0], clips[1]["error"], strict=True) if error
         }
     for source in held:
         set_aside(source, errors, arguments.max_bad_share)
-    return ContrastiveDataset(sources, video_processor, clips)
+    dataset = ContrastiveDataset(sources, video_processor, clips, features)
+    if features is not None:
+        features.check(dataset.rows)
+    return dataset
 
 
 def set_aside(source: Source, errors: dict[Media, str], max_share: float) -> None:

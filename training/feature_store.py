@@ -37,8 +37,9 @@ from eval.features import (
     to_int8,
 )
 from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAVideoProcessor
 
-from .collator import ContrastiveCollator
+from .collator import to_pixel_values
 from .data import ContrastiveDataset
 from .sources import Source, StreamedSource
 
@@ -81,20 +82,21 @@ class Encoder:
 
     Args:
         model: on its device; its X-Encoder is in bf16 where training stores it so.
-        collator: finishes frames as in training.
+        video_processor: rescales and normalises frames as in training.
         bf16: compute in bf16.
     """
 
-    def __init__(self, model: VLJEPAModel, collator: ContrastiveCollator, bf16: bool):
-        self.model, self.collator, self.bf16 = model.eval(), collator, bf16
+    def __init__(self, model: VLJEPAModel, video_processor: VLJEPAVideoProcessor, bf16: bool):
+        self.model, self.video_processor, self.bf16 = model.eval(), video_processor, bf16
         self.device = next(model.x_encoder.parameters()).device
 
     @torch.inference_mode()
     def __call__(self, samples: list[dict]) -> torch.Tensor:
         """Samples with frames `(T, 3, h, w)` to visual tokens `(B, N, Dx)`, on the CPU."""
         frames = torch.stack([sample["frames"] for sample in samples])  # (B, T, 3, h, w)
+        pixels = to_pixel_values(frames.to(self.device), self.video_processor)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model.encode_video(self.collator.finish(frames).to(self.device)).cpu()
+            return self.model.encode_video(pixels).cpu()
 
 
 # -- the plan --------------------------------------------------------------------------------

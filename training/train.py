@@ -17,7 +17,9 @@ import yaml
 from transformers import PrinterCallback, set_seed
 
 from eval.benchmarks import Benchmark, load_benchmarks
+from eval.features import FeatureError, FeatureStore
 from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAProcessor
 
 from .arguments import (
     EvaluationArguments,
@@ -32,6 +34,7 @@ from .checkpoints import checkpoint_to_resume
 from .collator import ContrastiveCollator
 from .data import build_dataset
 from .distributed import check_world_size
+from .feature_store import check_recipe
 from .parameters import parameter_table
 from .recipe_model import load_checkpoint, new_model, prepare_for_training
 from .sources import Source, StreamedSource, read_source, texts_of
@@ -75,6 +78,20 @@ def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source | Stre
     return "\n".join(lines)
 
 
+def open_features(
+    recipe: Recipe,
+    model: VLJEPAModel,
+    processor: VLJEPAProcessor,
+    sources: list[Source | StreamedSource],
+) -> FeatureStore | None:
+    """The recipe's feature store, where it names one that this model would have made."""
+    if recipe.data.features is None:
+        return None
+    check_recipe(model, sources)
+    dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
+    return FeatureStore.open(recipe.data.features, model, processor.video_processor, dtype=dtype)
+
+
 def save_recipes(recipe: Recipe) -> None:
     """Write `recipes.yaml`: this recipe, behind those of the stages before it."""
     before = Path(recipe.model.checkpoint or "", "recipes.yaml")
@@ -109,9 +126,11 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     else:
         model, processor = load_checkpoint(recipe.model, recipe.processor)
 
-    # 4. Clips, decoded once, by the first process for all; targets, if they stay the same
+    # 4. Clips, decoded once, by the first process for all, or their features; targets, if they
+    #    stay the same
+    features = open_features(recipe, model, processor, sources)
     with args.main_process_first(desc="reading clips"):
-        dataset = build_dataset(sources, processor.video_processor, recipe.data)
+        dataset = build_dataset(sources, processor.video_processor, recipe.data, features)
     states = None
     if recipe.data.cache_targets:
         if any(isinstance(source, StreamedSource) for source in sources):
@@ -164,5 +183,5 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
 if __name__ == "__main__":
     try:
         main()
-    except RecipeError as error:
+    except (RecipeError, FeatureError) as error:
         sys.exit(f"error: {error}")
