@@ -8,12 +8,14 @@ import yaml
 
 from processing.rows import BadRow, read_rows
 
-TASKS = ("retrieval", "classification", "vqa")
+TASKS = ("retrieval", "classification", "vqa", "captioning")
 _REQUIRED = {"task", "rows", "description"}
+_WITH_TRAINING = ("vqa", "captioning")
 _OPTIONAL = {
     "retrieval": {"query", "num_frames"},
     "classification": {"query", "num_frames", "candidates"},
     "vqa": {"num_frames"},
+    "captioning": {"query", "num_frames"},
 }
 
 
@@ -23,10 +25,11 @@ class Benchmark:
 
     Attributes:
         name (`str`): its key.
-        task (`str`): `"retrieval"`, `"classification"` or `"vqa"`.
+        task (`str`): `"retrieval"`, `"classification"`, `"vqa"` or `"captioning"`.
         rows (`Path`): JSONL file, as [`read_rows`] reads it.
         description (`str`): what it measures, in a sentence.
-        train_rows (`Path`, *optional*, VQA only): source of the candidates and the baselines.
+        train_rows (`Path`, *optional*, VQA and captioning only): source of the candidates and the
+            baselines.
         query (`str`, *optional*): asked instead of the rows' own. VQA asks the rows' questions.
         num_frames (`int`, *optional*): frames per video, instead of the processor's.
         candidates (`list[str]`, *optional*, classification only): the labels to choose from,
@@ -79,7 +82,7 @@ def _benchmark(name: str, entry: dict) -> Benchmark:
     task = entry.get("task")
     if task not in TASKS:
         raise ValueError(f"{name}: task is {task!r}, must be one of {', '.join(TASKS)}")
-    required = _REQUIRED | ({"train_rows"} if task == "vqa" else set())
+    required = _REQUIRED | ({"train_rows"} if task in _WITH_TRAINING else set())
     if missing := sorted(required - entry.keys()):
         raise ValueError(f"{name}: a {task} benchmark needs {', '.join(missing)}")
     if unknown := sorted(entry.keys() - required - _OPTIONAL[task]):

@@ -11,19 +11,20 @@ from pathlib import Path
 
 import torch
 
-from eval import classification, retrieval, vqa
-from eval.benchmarks import load_benchmarks
+from eval import captioning, classification, retrieval, vqa
+from eval.benchmarks import Benchmark, load_benchmarks
 from eval.embed import ABLATIONS
 from eval.features import FeatureError, FeatureStore
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
-from modeling_vljepa import VLJEPAModel
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from processing import VLJEPAProcessor
 
 TASKS = {
     "retrieval": retrieval.evaluate,
     "classification": classification.evaluate,
     "vqa": vqa.evaluate,
+    "captioning": captioning.evaluate,
 }
 
 
@@ -59,6 +60,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def measurable(benchmarks: list[Benchmark], names: list[str], has_decoder: bool) -> list[Benchmark]:
+    """The benchmarks that this model can be measured on, which of `all` are said to be fewer.
+
+    Raises: `ValueError` when one was asked for by name that needs a Y-Decoder, and there is none.
+    """
+    wordy = [benchmark.name for benchmark in benchmarks if benchmark.task == "captioning"]
+    if has_decoder or not wordy:
+        return benchmarks
+    if names != ["all"]:
+        raise ValueError(
+            f"{wordy[0]} needs a Y-Decoder, and this model has none. Train one with "
+            "`python -m training.train_decoder`."
+        )
+    print(f"left out, for this model has no Y-Decoder: {', '.join(wordy)}")
+    return [benchmark for benchmark in benchmarks if benchmark.name not in wordy]
+
+
 def write_results(
     path: Path, model_name: str, results: list[TaskResult], features: FeatureStore | None = None
 ) -> None:
@@ -81,9 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     # 1. what to measure: checked before anything is loaded
     benchmarks = load_benchmarks(args.benchmarks, args.tasks)
 
-    # 2. the model and its processor
+    # 2. the model, with its decoder if it has one, and its processor
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = VLJEPAModel.from_pretrained(args.model).to(device)
+    model = VLJEPAModel.from_pretrained(args.model)
+    benchmarks = measurable(benchmarks, args.tasks, model.config.decoder_config is not None)
+    if model.config.decoder_config is not None:
+        model = VLJEPAForConditionalGeneration.from_pretrained(args.model)
+    model.to(device)
     processor = VLJEPAProcessor.from_pretrained(args.model)
     model_name = Path(args.model).resolve().name
 
@@ -97,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
                 args.features, model, processor.video_processor, num_frames=benchmark.num_frames
             )
         result = TASKS[benchmark.task](
-            model,
+            model if benchmark.task == "captioning" else model.base_model,
             processor,
             benchmark,
             batch_size=args.batch_size,

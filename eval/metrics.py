@@ -1,11 +1,19 @@
-"""Scores from similarities: plain functions of tensors.
+"""Scores from similarities, plain functions of tensors; and of texts beside what they should be.
 
 Shapes: R rows (what is asked), C candidates (what is ranked).
 """
 
 import math
+import re
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
+
+LONGEST = 4  # CIDEr compares runs of one to four words
+LENGTH_SPREAD = 6.0  # words by which a caption may be too long or short before CIDEr-D minds
+CLITIC = re.compile(r"(n't|'s|'re|'ve|'ll|'d|'m)\b")
+TOKEN = re.compile(r"n't|'\w+|\w+(?:-\w+)*")
 
 
 def first_relevant_ranks(similarity: torch.Tensor, relevant: torch.Tensor) -> torch.Tensor:
@@ -56,4 +64,94 @@ def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
 
 
-__all__ = ["chance_recall", "first_relevant_ranks", "relevant_index", "wilson"]
+def mean_interval(values: torch.Tensor, z: float = 1.959964) -> tuple[float, float]:
+    """The interval of the mean of `(R,)` values, 95 % by default, by their standard error.
+
+    It takes the rows for independent, as `wilson` does.
+    """
+    mean = values.mean().item()
+    half = z * values.std(correction=0).item() / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation, clitics apart: what the tokenizer of the COCO caption
+    evaluation (Stanford's PTB) makes of plain English, without Java."""
+    return TOKEN.findall(CLITIC.sub(r" \1", text.lower()))
+
+
+def token_f1(candidate: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of words, each counted as often as it stands in both
+    (SQuAD's; here articles count)."""
+    found, wanted = Counter(words(candidate)), Counter(words(reference))
+    shared = (found & wanted).total()
+    return 2 * shared / (found.total() + wanted.total()) if shared else 0.0
+
+
+def exact_match(candidate: str, reference: str) -> bool:
+    """Whether both have the same words in the same order."""
+    return words(candidate) == words(reference)
+
+
+def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> torch.Tensor:
+    """CIDEr-D (Vedantam et al., 2015) of each caption with its references: `(R,)`, from 0 to 10.
+
+    The corpus' score is the mean. Run lengths of 1 to 4 words are compared by cosine; a run weighs
+    less the more rows have it in their references, so a row's score depends on the other rows. As
+    in `pycocoevalcap`, whose numbers the tests repeat.
+    """
+    wanted = [[_runs(text) for text in texts] for texts in references]
+    rows_with = Counter(run for texts in wanted for run in set().union(*texts))
+    log_rows = math.log(max(len(references), 1))
+
+    def weigh(runs: Counter) -> list[dict[tuple[str, ...], float]]:
+        """Weights of the runs, apart by their length."""
+        weights = [{} for _ in range(LONGEST)]
+        for run, count in runs.items():
+            weights[len(run) - 1][run] = count * (log_rows - math.log(max(rows_with[run], 1)))
+        return weights
+
+    def similarity(runs: Counter, other: Counter) -> float:
+        total = 0.0
+        for mine, theirs in zip(weigh(runs), weigh(other), strict=True):
+            # The lesser of both weights: a run does not count for more by being repeated.
+            dot = sum(min(weight, theirs.get(run, 0.0)) * theirs.get(run, 0.0)
+                      for run, weight in mine.items())
+            norms = math.hypot(*mine.values()) * math.hypot(*theirs.values())
+            total += dot / norms if norms else dot
+        excess = _length(runs) - _length(other)
+        return math.exp(-(excess**2) / (2 * LENGTH_SPREAD**2)) * total / LONGEST
+
+    scores = []
+    for candidate, texts in zip(candidates, wanted, strict=True):
+        runs = _runs(candidate)
+        scores.append(10 * sum(similarity(runs, other) for other in texts) / len(texts))
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _runs(text: str) -> Counter:
+    """How often each run of one to four words stands in a text."""
+    tokens = words(text)
+    return Counter(
+        tuple(tokens[start : start + length])
+        for length in range(1, LONGEST + 1)
+        for start in range(len(tokens) - length + 1)
+    )
+
+
+def _length(runs: Counter) -> int:
+    """Of a text in pairs of words, as the reference implementation counts it."""
+    return sum(count for run, count in runs.items() if len(run) == 2)
+
+
+__all__ = [
+    "chance_recall",
+    "cider",
+    "exact_match",
+    "first_relevant_ranks",
+    "mean_interval",
+    "relevant_index",
+    "token_f1",
+    "wilson",
+    "words",
+]

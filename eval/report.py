@@ -19,7 +19,10 @@ def percent(share: float) -> str:
 
 
 def text_tables(results: list[TaskResult]) -> str:
-    """One table per task: score, interval and baselines side by side, the protocol below."""
+    """One table per task: score, interval and baselines side by side, the protocol below.
+
+    A CIDEr of 1.2 is shown as 120, as is usual.
+    """
     tables = []
     for task in dict.fromkeys(result.task for result in results):
         family = [result for result in results if result.task == task]
@@ -42,6 +45,14 @@ def write_report(
         {"percent": percent, "strip": frame_strip, "protocol": _protocol_line},
         model_name=model_name,
         results=results,
+        baselines=list(
+            dict.fromkeys(
+                name
+                for result in results
+                for score in result.scores.values()
+                for name in score.baselines
+            )
+        ),
         type_charts={result.name: type_chart(result.by_type) for result in results},
         loss_curve=loss_curve(trainer_state) if trainer_state.is_file() else None,
     )

@@ -8,19 +8,20 @@ import torch
 
 from eval.benchmarks import Benchmark, sha256
 from eval.embed import Predictions, media_path
-from eval.metrics import wilson
+from eval.metrics import mean_interval, wilson
 from processing import BadRow, VLJEPAProcessor
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share of n rows, from 0 to 1, beside what needs no model.
+    """A share of n rows, from 0 to 1, or a mean over them, beside what it is to be judged by.
 
     Attributes:
-        value (`float`): the share.
-        low, high (`float`): its 95 % Wilson interval.
+        value (`float`): the share or mean.
+        low, high (`float`): its 95 % interval: Wilson's of a share, by the standard error of a
+            mean.
         n (`int`): rows.
-        baselines (`dict[str, float]`): the same share for chance, the most common answer, ...
+        baselines (`dict[str, float]`): the same for chance, the most common answer, ...
     """
 
     value: float
@@ -35,6 +36,11 @@ class Score:
         right, n = int(hits.sum()), len(hits)
         return cls(right / n, *wilson(right, n), n, baselines)
 
+    @classmethod
+    def of_mean(cls, values: torch.Tensor, baselines: dict[str, float]) -> "Score":
+        """`values` (`torch.DoubleTensor` of shape `(n,)`): the score of each row."""
+        return cls(values.mean().item(), *mean_interval(values), len(values), baselines)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -43,9 +49,10 @@ class Example:
     Attributes:
         media (`str`, *optional*): the file that was asked about. None where a text was asked for
             and files were ranked.
-        query (`str`): what was asked, or the text that was searched for.
+        query (`str`): what was asked, the text that was searched for, or the caption written.
         truth (`list[str]`): the right answers, or the right files.
-        ranked (`list[tuple[str, float]]`): answers or files with their similarity, best first.
+        ranked (`list[tuple[str, float]]`): answers or files with their similarity, best first; of
+            a caption, what else could have been written, with its CIDEr.
         rank (`int`): of the first right one.
     """
 

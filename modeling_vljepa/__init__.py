@@ -3,6 +3,7 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForImageTextToText,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
@@ -12,6 +13,7 @@ from processing import VLJEPAProcessor
 from .configuration_vljepa import VLJEPAConfig as VLJEPAConfig
 from .modeling_vljepa import LORA_MODULES_TO_SAVE as LORA_MODULES_TO_SAVE
 from .modeling_vljepa import LORA_TARGET_MODULES as LORA_TARGET_MODULES
+from .modeling_vljepa import VLJEPAForConditionalGeneration as VLJEPAForConditionalGeneration
 from .modeling_vljepa import (
     VLJEPAForZeroShotImageClassification as VLJEPAForZeroShotImageClassification,
 )
@@ -22,13 +24,16 @@ from .segmentation import Segment as Segment
 from .segmentation import WardSegmenter as WardSegmenter
 from .stream_session import StreamEncoder as StreamEncoder
 from .stream_session import StreamSession as StreamSession
+from .y_decoder import decode_texts as decode_texts
 
 AutoConfig.register("vljepa", VLJEPAConfig)
 AutoModel.register(VLJEPAConfig, VLJEPAModel)
 AutoModelForZeroShotImageClassification.register(VLJEPAConfig, VLJEPAForZeroShotImageClassification)
+AutoModelForImageTextToText.register(VLJEPAConfig, VLJEPAForConditionalGeneration)
 AutoProcessor.register(VLJEPAConfig, VLJEPAProcessor)
 VLJEPAConfig.register_for_auto_class()
 VLJEPAModel.register_for_auto_class("AutoModel")
 VLJEPAForZeroShotImageClassification.register_for_auto_class(
     "AutoModelForZeroShotImageClassification"
 )
+VLJEPAForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -10,7 +10,8 @@ from transformers.configuration_utils import SubConfigSpec
 
 class VLJEPAConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`VLJEPAModel`]. The defaults are those of the paper (arXiv 2512.10942,
+    Configuration of a [`VLJEPAModel`], and of the [`VLJEPAForConditionalGeneration`] that adds a
+    Y-Decoder to it. The defaults are those of the paper (arXiv 2512.10942,
     sections 3.1 and 3.2); where the paper is silent, the choice and its reason stand here.
 
     Args:
@@ -21,6 +22,8 @@ class VLJEPAConfig(PreTrainedConfig):
             always off, whatever the dictionary says: the predictor reads, it does not generate.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             The Y-Encoder. Default: the shape of EmbeddingGemma-300M, bidirectional.
+        decoder_config (`dict` or `PreTrainedConfig`, *optional*):
+            The Y-Decoder, a causal language model. Default: none; most uses need no words.
         embedding_dim (`int`, *optional*, defaults to 1536):
             Width of the shared embedding space (section 3.1).
         text_pooling (`str`, *optional*, defaults to `"mean"`):
@@ -32,9 +35,16 @@ class VLJEPAConfig(PreTrainedConfig):
         project_target (`bool`, *optional*, defaults to `True`):
             Whether the target side has a projection of its own (section 3.1). Without one, the
             shared space is the Y-Encoder's (the paper's 7c), and `embedding_dim` its width.
+        decoder_prefix_tokens (`int`, *optional*, defaults to 4):
+            As how many tokens the Y-Decoder reads an embedding. The paper does not say; times the
+            decoder's width, this should reach `embedding_dim`, or the projection loses some of it.
+        decoder_reads_query (`bool`, *optional*, defaults to `False`):
+            Whether the Y-Decoder reads the query before the embedding.
+        decoder_reads_previous (`bool`, *optional*, defaults to `False`):
+            Whether it also reads the text of the segment before, of a stream.
         backbones (`dict[str, str]`, *optional*):
-            Where the weights of `"vision"`, `"predictor"` and `"text"` began: a Hub id, or the
-            name of a folder. A part that is not there began at random.
+            Where the weights of `"vision"`, `"predictor"`, `"text"` and `"decoder"` began: a Hub
+            id, or the name of a folder. A part that is not there began at random.
         answers (`list[str]`, *optional*):
             The answers among which the question answering pipeline chooses where it is given none.
         freeze_vision (`bool`, *optional*, defaults to `True`):
@@ -99,15 +109,20 @@ class VLJEPAConfig(PreTrainedConfig):
                 "use_bidirectional_attention": True,
             },
         ),
+        "decoder_config": SubConfigSpec(AutoConfig, model_type="llama", optional=True),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
     predictor_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
+    decoder_config: dict | PreTrainedConfig | None = None
     embedding_dim: int = 1536
     text_pooling: str = "mean"
     text_dense: list[dict] = field(default_factory=list)
     project_target: bool = True
+    decoder_prefix_tokens: int = 4
+    decoder_reads_query: bool = False
+    decoder_reads_previous: bool = False
     backbones: dict[str, str] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
     freeze_vision: bool = True
@@ -127,6 +142,11 @@ class VLJEPAConfig(PreTrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The predictor's: `input_ids` and `resize_token_embeddings` mean its tokens."""
         return self.predictor_config
+
+    def decoder_context(self, query: str = "", previous: str = "") -> str:
+        """The text that the Y-Decoder reads before the embedding; empty unless it reads any."""
+        lines = [query] * self.decoder_reads_query + [previous] * self.decoder_reads_previous
+        return "".join(f"{line}\n" for line in lines)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "VLJEPAConfig":

@@ -13,6 +13,8 @@
 Shapes: B batch, T frames, C channels, N visual tokens, L tokens, D embedding size.
 """
 
+import copy
+import os
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,7 @@ from .embedding_head import EmbeddingHead, masked_mean
 from .losses import info_nce
 from .predictor import Predictor
 from .x_encoder import XEncoder
+from .y_decoder import YDecoder
 from .y_encoder import YEncoder
 
 # For `peft.LoraConfig`. The expression is matched against whole names: a list of suffixes such as
@@ -167,12 +170,12 @@ def one_for_each(visual_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.
 class VLJEPAPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation.
 
-    | weights                                            | initial value                     |
-    |----------------------------------------------------|-----------------------------------|
-    | backbones inside x_encoder, predictor, y_encoder   | pretrained, or as their own class |
-    | visual_projection and the projections of the heads | normal, std `initializer_range`   |
-    | logit_scale                                        | `logit_scale_init_value`          |
-    | logit_bias, where there is one                     | `logit_bias_init_value`           |
+    | weights                                                     | initial value               |
+    |-------------------------------------------------------------|-----------------------------|
+    | backbones: x_encoder, predictor, y_encoder, y_decoder       | pretrained, or as their own |
+    | visual_projection, prefix_projection and those of the heads | normal, `initializer_range` |
+    | logit_scale                                                 | `logit_scale_init_value`    |
+    | logit_bias, where there is one                              | `logit_bias_init_value`     |
     """
 
     config: VLJEPAConfig
@@ -207,6 +210,9 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
 
 class VLJEPAModel(VLJEPAPreTrainedModel):
     """`predict` makes Ŝ_Y, `encode_target` makes S_Y, and their product ranks texts."""
+
+    # A checkpoint may hold a Y-Decoder as well; this model does without words.
+    _keys_to_ignore_on_load_unexpected = [r"^y_decoder\."]
 
     def __init__(self, config: VLJEPAConfig):
         super().__init__(config)
@@ -245,6 +251,12 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         ):
             if frozen:
                 part.requires_grad_(False)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save what is here: the configuration then names no Y-Decoder."""
+        self.config = copy.copy(self.config)  # which a model around this one may share
+        self.config.decoder_config = None
+        super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.predictor.backbone.get_input_embeddings()
@@ -454,6 +466,7 @@ class VLJEPAForZeroShotImageClassification(VLJEPAPreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
+    _keys_to_ignore_on_load_unexpected = [r"^y_decoder\."]
 
     def __init__(self, config: VLJEPAConfig):
         super().__init__(config)
@@ -490,9 +503,183 @@ class VLJEPAForZeroShotImageClassification(VLJEPAPreTrainedModel):
         )
 
 
+@dataclass
+class VLJEPAForConditionalGenerationOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): mean cross-entropy over the text's tokens.
+        logits (`torch.FloatTensor` of shape `(batch_size, tokens, vocab_size)`): over
+            [context ; embedding ; text].
+        predicted_embeds (`torch.FloatTensor` of shape `(batch_size, embedding_dim)`): what was
+            put into words.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    predicted_embeds: torch.FloatTensor | None = None
+
+
+class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
+    """A [`VLJEPAModel`] with a Y-Decoder, which puts a predicted embedding into words.
+
+    The decoder sees the embedding and nothing else of the video: what Ŝ_Y does not say, it cannot
+    write. Of texts it reads, where the configuration says so, the query (`decoder_reads_query`)
+    and what was written about the segment before (`decoder_reads_previous`); both come as
+    `context_input_ids`, which `processor(contexts=[config.decoder_context(query, previous)])`
+    makes.
+
+    `python -m training.train_decoder` adds a decoder to a checkpoint that has none.
+    """
+
+    def __init__(self, config: VLJEPAConfig):
+        super().__init__(config)
+        if config.decoder_config is None:
+            raise ValueError(
+                "this checkpoint has no Y-Decoder (decoder_config is empty): train one with "
+                "`python -m training.train_decoder`, or load it as a VLJEPAModel."
+            )
+        self.vljepa = VLJEPAModel(config)
+        self.y_decoder = YDecoder(
+            config.decoder_config, config.embedding_dim, config.decoder_prefix_tokens
+        )
+        answer_for_backbone(self.y_decoder)
+        self.post_init()
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Load a model; where the decoder's weights are missing, an error instead of noise."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if any(name.startswith("y_decoder.") for name in info["missing_keys"]):
+            raise ValueError(
+                "this checkpoint lacks the weights of the Y-Decoder that its configuration names: "
+                "it was saved as a VLJEPAModel. Load it as one, or train the decoder again."
+            )
+        return (model, info) if output_loading_info else model
+
+    def freeze(self) -> None:
+        self.vljepa.freeze()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vljepa.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.vljepa.set_input_embeddings(value)
+
+    def embed(
+        self,
+        pixel_values_videos: torch.Tensor | None,
+        predicted_embeds: torch.Tensor | None,
+        **kwargs: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Ŝ_Y `(B, D)`, given or predicted; `kwargs` are the other arguments of `predict`."""
+        if predicted_embeds is None:
+            return self.vljepa.predict(pixel_values_videos, **kwargs)
+        if any(value is not None for value in (pixel_values_videos, *kwargs.values())):
+            raise ValueError("give predicted_embeds, or what they are predicted from, not both.")
+        return predicted_embeds
+
+    def check_context(
+        self, context_input_ids: torch.Tensor | None, context_attention_mask: torch.Tensor | None
+    ) -> None:
+        """Stop at a context that this decoder was not trained to read, or that it lacks."""
+        reads = self.config.decoder_reads_query or self.config.decoder_reads_previous
+        if reads and context_input_ids is None:
+            raise ValueError(
+                "context_input_ids is missing: this Y-Decoder reads the query or the text before "
+                "(decoder_reads_query, decoder_reads_previous). processor(contexts=[...]) makes it."
+            )
+        if not reads and context_input_ids is not None and context_input_ids.shape[1]:
+            raise ValueError(
+                "context_input_ids is given, but this Y-Decoder reads the embedding alone: leave "
+                "it out, or train one with decoder_reads_query or decoder_reads_previous."
+            )
+        if context_input_ids is not None:
+            config = self.config.decoder_config
+            check_tokens("context_", context_input_ids, context_attention_mask, config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values_videos: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        visual_embeds: torch.Tensor | None = None,
+        predicted_embeds: torch.Tensor | None = None,
+        context_input_ids: torch.Tensor | None = None,
+        context_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VLJEPAForConditionalGenerationOutput:
+        """The loss of a text under an embedding.
+
+        Args:
+            predicted_embeds (`torch.FloatTensor` of shape `(B, D)`, *optional*): to put into
+                words, instead of what is predicted from the arguments before it, which are those
+                of `VLJEPAModel.predict`. The Y-Encoder's embeddings of texts lie in the same space.
+            context_input_ids, context_attention_mask (`torch.LongTensor` of shape `(B, C)`,
+                *optional*): read before the embedding; padded on the left.
+            labels (`torch.LongTensor` of shape `(B, L)`): the text's tokens, the last of them one
+                that ends it; -100 where a text is shorter than L.
+        """
+        self.check_context(context_input_ids, context_attention_mask)
+        embeds = self.embed(
+            pixel_values_videos,
+            predicted_embeds,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            visual_embeds=visual_embeds,
+        )  # (B, D)
+        output = self.y_decoder(
+            embeds, labels, context_input_ids, context_attention_mask, **kwargs
+        )
+        return VLJEPAForConditionalGenerationOutput(
+            loss=output.loss, logits=output.logits, predicted_embeds=embeds
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values_videos: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        visual_embeds: torch.Tensor | None = None,
+        predicted_embeds: torch.Tensor | None = None,
+        context_input_ids: torch.Tensor | None = None,
+        context_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.LongTensor:
+        """Write the answer to a query about a video: the text's tokens `(B, L)`.
+
+        The class says what the decoder sees.
+
+        Args:
+            kwargs: of the library's `generate`: `num_beams`, `do_sample`, `max_new_tokens`,
+                `num_return_sequences`, `stop_strings`, `generation_config`, ... At most 64 new
+                tokens, one greedy text for each embedding, unless they say otherwise.
+
+        The other arguments are those of `forward`. `processor.batch_decode` makes texts of the
+        tokens, and `decode_texts` does all of it.
+        """
+        self.check_context(context_input_ids, context_attention_mask)
+        embeds = self.embed(
+            pixel_values_videos,
+            predicted_embeds,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            visual_embeds=visual_embeds,
+        )  # (B, D)
+        return self.y_decoder.generate(
+            embeds, context_input_ids, context_attention_mask, **kwargs
+        )
+
+
 __all__ = [
     "LORA_MODULES_TO_SAVE",
     "LORA_TARGET_MODULES",
+    "VLJEPAForConditionalGeneration",
+    "VLJEPAForConditionalGenerationOutput",
     "VLJEPAForZeroShotImageClassification",
     "VLJEPAForZeroShotImageClassificationOutput",
     "VLJEPAModel",

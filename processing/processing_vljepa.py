@@ -1,11 +1,12 @@
 """Everything the model reads, from what people have: files, frames and strings.
 
 The query and the target go through different tokenizers, because the Predictor and the
-Y-Encoder have different vocabularies.
+Y-Encoder have different vocabularies; a Y-Decoder may have a third one.
 
-Shapes: B samples, T frames, h and w pixels, Lq query tokens, Ly target tokens.
+Shapes: B samples, T frames, h and w pixels, Lq query tokens, Ly target tokens, C context tokens.
 """
 
+import copy
 import os
 from collections.abc import Sequence
 
@@ -21,10 +22,10 @@ ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 
 class VLJEPAProcessor(ProcessorMixin):
-    """One video processor and two tokenizers, saved and loaded together.
+    """One video processor and two or three tokenizers, saved and loaded together.
 
-    The query tokenizer lies in the root of the saved folder, the other one in
-    `target_tokenizer/`.
+    The query tokenizer lies in the root of the saved folder, the others in `target_tokenizer/`
+    and `decoder_tokenizer/`.
 
     Args:
         video_processor ([`VLJEPAVideoProcessor`]): for videos and images.
@@ -37,6 +38,8 @@ class VLJEPAProcessor(ProcessorMixin):
             before what it reads, by name, as sentence-transformers models bring them.
         target_prompt_name (`str`, *optional*): the one put before every target; none by default,
             as the paper mentions none.
+        decoder_tokenizer ([`PreTrainedTokenizerBase`], *optional*): the Y-Decoder's, where it is
+            not the query tokenizer.
 
     Raises: `ValueError` for a tokenizer without a padding token, or a prompt that is not there.
     """
@@ -50,8 +53,10 @@ class VLJEPAProcessor(ProcessorMixin):
         max_target_length: int = 512,
         target_prompts: dict[str, str] | None = None,
         target_prompt_name: str | None = None,
+        decoder_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(video_processor, tokenizer, target_tokenizer)
+        self.decoder_tokenizer = decoder_tokenizer
         for name, part in (("tokenizer", tokenizer), ("target_tokenizer", target_tokenizer)):
             if part.pad_token is None:
                 raise ValueError(
@@ -80,6 +85,7 @@ class VLJEPAProcessor(ProcessorMixin):
         videos: Video | list[Video] | None = None,
         text: str | Sequence[str] | None = None,
         targets: str | Sequence[str] | None = None,
+        contexts: str | Sequence[str] | None = None,
         *,
         num_frames: int | None = None,
         max_query_length: int | None = None,
@@ -96,6 +102,8 @@ class VLJEPAProcessor(ProcessorMixin):
                 videos, because one batch has one number of frames.
             text (*optional*): queries; the empty string is a valid one.
             targets (*optional*): target texts.
+            contexts (*optional*): what the Y-Decoder reads before an embedding, as
+                `config.decoder_context` makes it.
             num_frames (`int`, *optional*): frames per video, instead of the video processor's.
             max_query_length, max_target_length (`int`, *optional*): instead of the processor's.
             target_prompt_name (`str`, *optional*): instead of the processor's.
@@ -106,9 +114,11 @@ class VLJEPAProcessor(ProcessorMixin):
             - `pixel_values_videos`, float32 `(B, T, 3, h, w)`
             - `input_ids` and `attention_mask`, int64 `(B, Lq)`
             - `target_input_ids` and `target_attention_mask`, int64 `(B, Ly)`
+            - `context_input_ids` and `context_attention_mask`, int64 `(B, C)`
 
-            Texts are padded on the right to the longest of the batch. Lq is 0 when every query
-            is empty and the tokenizer adds no special token.
+            Texts are padded on the right to the longest of the batch, contexts on the left: what
+            follows them must be near. Lq is 0 when every query is empty and the tokenizer adds no
+            special token, C when every context is empty.
         Raises: `ValueError` when parts differ in length, or images meet videos; `MediaError`
             for a file that cannot be read.
         """
@@ -122,6 +132,7 @@ class VLJEPAProcessor(ProcessorMixin):
             "videos": None if videos is None else as_batch(videos),
             "text": [text] if isinstance(text, str) else text,
             "targets": [targets] if isinstance(targets, str) else targets,
+            "contexts": [contexts] if isinstance(contexts, str) else contexts,
         }
         lengths = {name: len(part) for name, part in parts.items() if part is not None}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
@@ -148,7 +159,28 @@ class VLJEPAProcessor(ProcessorMixin):
             batch["target_input_ids"], batch["target_attention_mask"] = tokenize(
                 self.target_tokenizer, [prompt + target for target in parts["targets"]], limit
             )
+        if contexts is not None:
+            batch["context_input_ids"], batch["context_attention_mask"] = tokenize(
+                self.text_tokenizer,
+                parts["contexts"],
+                max_query_length or self.max_query_length,
+                padding_side="left",
+                add_special_tokens=False,
+            )
         return BatchFeature(batch)
+
+    @property
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one in which the Y-Decoder writes."""
+        return self.tokenizer if self.decoder_tokenizer is None else self.decoder_tokenizer
+
+    def batch_decode(self, *args, **kwargs) -> list[str]:
+        """What the Y-Decoder has generated, as texts; the arguments are the tokenizer's."""
+        return self.text_tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args, **kwargs) -> str:
+        """One of `batch_decode`."""
+        return self.text_tokenizer.decode(*args, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -158,7 +190,28 @@ class VLJEPAProcessor(ProcessorMixin):
             "attention_mask",
             "target_input_ids",
             "target_attention_mask",
+            "context_input_ids",
+            "context_attention_mask",
         ]
+
+    # ProcessorMixin knows no optional parts: it would ask for this one, and fail at saving none.
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return [name for name in super().get_attributes() if name != "decoder_tokenizer"]
+
+    def to_dict(self) -> dict:
+        """Of a Y-Decoder's tokenizer, the name of its folder."""
+        named = copy.copy(self)
+        named.decoder_tokenizer = None if self.decoder_tokenizer is None else "decoder_tokenizer"
+        return super(VLJEPAProcessor, named).to_dict()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> list[str]:
+        saved = super().save_pretrained(save_directory, **kwargs)
+        if self.decoder_tokenizer is not None:
+            folder = os.path.join(save_directory, "decoder_tokenizer")
+            saved += self.decoder_tokenizer.save_pretrained(folder)
+        return saved
 
     # ProcessorMixin finds video processors through AutoVideoProcessor, which without
     # torchvision is a placeholder that raises. The next two go to the class itself.
@@ -182,13 +235,18 @@ class VLJEPAProcessor(ProcessorMixin):
         path, subfolder = pretrained_model_name_or_path, kwargs.pop("subfolder", "")
         auto = {"trust_remote_code", "_from_auto"}
         plain = {name: value for name, value in kwargs.items() if name not in auto}
+
+        def tokenizer(folder: str) -> PreTrainedTokenizerBase:
+            # Upstream's loader would take the query tokenizer if a folder were missing.
+            inside = os.path.join(subfolder, folder)
+            return AutoTokenizer.from_pretrained(path, subfolder=inside, **kwargs)
+
+        if processor_dict and (folder := processor_dict.get("decoder_tokenizer")):
+            processor_dict["decoder_tokenizer"] = tokenizer(folder)
         return [
             VLJEPAVideoProcessor.from_pretrained(path, subfolder=subfolder, **plain),
-            AutoTokenizer.from_pretrained(path, subfolder=subfolder, **kwargs),
-            # Upstream's loader would take the query tokenizer if this folder were missing.
-            AutoTokenizer.from_pretrained(
-                path, subfolder=os.path.join(subfolder, "target_tokenizer"), **kwargs
-            ),
+            tokenizer(""),
+            tokenizer("target_tokenizer"),
         ]
 
 
@@ -209,17 +267,23 @@ def image_clip(image: ImageLike, *, max_pixels: int | None = None) -> np.ndarray
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int,
+    *,
+    padding_side: str = "right",
+    add_special_tokens: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both int64 `(B, L)`, padded on the right to the longest text.
+    """Token ids and mask, both int64 `(B, L)`, padded to the longest text.
 
     The tensors are made here: the tokenizer's own would be float32 when every text is empty.
     """
     tokens = tokenizer(
         list(texts),
         padding=True,
-        padding_side="right",
+        padding_side=padding_side,
         truncation=True,
+        add_special_tokens=add_special_tokens,
         max_length=min(max_length, tokenizer.model_max_length),
         return_attention_mask=True,
     )

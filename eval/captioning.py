@@ -1,0 +1,166 @@
+"""Captioning: the predicted embedding put into words by the Y-Decoder.
+
+What the words are worth is seen beside three other captions of the same clip:
+
+| column          | where its caption comes from                                   | what it shows   |
+|-----------------|----------------------------------------------------------------|-----------------|
+| true text       | the decoder, from the Y-Encoder's embedding of the true text   | an upper bound: |
+|                 |                                                                | the decoder's   |
+|                 |                                                                | own losses      |
+| nearest caption | the training caption nearest to the predicted embedding        | what retrieval  |
+|                 |                                                                | does without it |
+| unconditional   | the decoder, from the mean embedding of the training captions  | a lower bound:  |
+|                 |                                                                | its habits      |
+
+What lies between the score and the upper bound was lost by the prediction, not by the decoder.
+
+Shapes: R clips, U distinct training captions, D embedding size.
+"""
+
+import torch
+from tqdm import tqdm
+
+from eval.benchmarks import Benchmark, sha256, usable_rows
+from eval.embed import batches, embed_texts, media_path, predict_rows
+from eval.metrics import cider, exact_match, token_f1
+from eval.results import Example, Score, TaskResult, common_protocol, portable, skipped_rows, spread
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, decode_texts
+from processing import VLJEPAProcessor
+
+
+def write(
+    model: VLJEPAForConditionalGeneration,
+    processor: VLJEPAProcessor,
+    embeds: torch.Tensor,
+    queries: list[str],
+    *,
+    batch_size: int,
+) -> list[str]:
+    """The greedy text of each embedding `(R, D)`."""
+    texts = []
+    for places in tqdm(list(batches(range(len(embeds)), batch_size)), desc="decoding"):
+        asked = [queries[place] for place in places]
+        texts += decode_texts(model, processor, embeds[places], queries=asked)
+    return texts
+
+
+def score_captions(captions: list[str], references: list[list[str]]) -> dict[str, torch.Tensor]:
+    """Each metric of each caption `(R,)`; of several references the best counts, but in CIDEr."""
+    pairs = list(zip(captions, references, strict=True))
+    exact = [max(exact_match(caption, text) for text in texts) for caption, texts in pairs]
+    overlap = [max(token_f1(caption, text) for text in texts) for caption, texts in pairs]
+    return {
+        "CIDEr": cider(captions, references),
+        "exact match": torch.tensor(exact, dtype=torch.float64),
+        "token F1": torch.tensor(overlap, dtype=torch.float64),
+    }
+
+
+def evaluate(
+    model: VLJEPAForConditionalGeneration | VLJEPAModel,
+    processor: VLJEPAProcessor,
+    benchmark: Benchmark,
+    *,
+    batch_size: int = 64,
+    ablation: str = "none",
+    limit: int | None = None,
+) -> TaskResult:
+    """Write a caption for each file; the targets of its rows are its references.
+
+    Raises: `ValueError` for a model without a Y-Decoder, or when the rows ask different queries.
+    """
+    if not isinstance(model, VLJEPAForConditionalGeneration):
+        raise ValueError(
+            f"{benchmark.name}: captioning needs a Y-Decoder, and this model has none. Train one "
+            "with `python -m training.train_decoder`."
+        )
+    all_rows, bad = benchmark.load()
+    asked = all_rows[:limit]
+    if len({row["query"] for row in asked}) > 1:
+        raise ValueError(f"{benchmark.name}: captioning asks one query, give it as `query`")
+    one_per_file = list({media_path(row): row for row in asked}.values())
+    predictions = predict_rows(
+        model.vljepa,
+        processor,
+        one_per_file,
+        num_frames=benchmark.num_frames,
+        batch_size=batch_size,
+        ablation=ablation,
+    )
+    targets = {media_path(row): [] for row in predictions.rows}
+    for row in asked:
+        targets.get(media_path(row), []).append(row["target"])
+    references = list(targets.values())
+
+    true_embeds = embed_texts(
+        model.vljepa, processor, [texts[0] for texts in references], batch_size=batch_size
+    )  # (R, D)
+    train_texts = sorted({row["target"] for row in usable_rows(benchmark.train_rows)[0]})
+    train_embeds = embed_texts(model.vljepa, processor, train_texts, batch_size=batch_size)
+    nearest = (predictions.embeds @ train_embeds.T).argmax(dim=1)  # (R,)
+    mean = train_embeds.mean(dim=0, keepdim=True)  # (1, D)
+
+    queries, size = predictions.queries, {"batch_size": batch_size}
+    written = write(model, processor, predictions.embeds, queries, **size)
+    captions = {
+        "true text": write(model, processor, true_embeds, queries, **size),
+        "nearest caption": [train_texts[place] for place in nearest.tolist()],
+        "unconditional": write(model, processor, mean, queries[:1], **size) * len(references),
+    }
+    scored = score_captions(written, references)
+    beside = {name: score_captions(texts, references) for name, texts in captions.items()}
+    scores = {
+        metric: Score.of_mean(
+            values, {name: others[metric].mean().item() for name, others in beside.items()}
+        )
+        for metric, values in scored.items()
+    }
+    known = set(train_texts)
+    cosines = (predictions.embeds * true_embeds).sum(dim=1)  # (R,)
+    protocol = {
+        "clips": len(references),
+        "references_per_clip": round(sum(map(len, references)) / len(references), 4),
+        "clips_with_a_training_caption": sum(not known.isdisjoint(texts) for texts in references),
+        "train_rows_file": portable(benchmark.train_rows),
+        "train_rows_sha256": sha256(benchmark.train_rows),
+        "training_captions": len(train_texts),
+        "mean_cosine_to_the_true_text": round(cosines.mean().item(), 4),
+        "decoding": "greedy",
+        "decoder_reads_query": str(model.config.decoder_reads_query).lower(),
+    }
+    common = common_protocol(benchmark, processor, predictions, ablation=ablation, limit=limit)
+    return TaskResult(
+        name=benchmark.name,
+        task=benchmark.task,
+        description=benchmark.description,
+        protocol=protocol | common,
+        scores=scores,
+        skipped=skipped_rows(benchmark, all_rows, bad, predictions.broken),
+        examples=examples(list(targets), references, {"written": written, **captions}),
+    )
+
+
+def examples(
+    files: list[str], references: list[list[str]], captions: dict[str, list[str]]
+) -> list[Example]:
+    """Six clips captioned to the letter and six not, with the other columns' captions."""
+    scored = {name: score_captions(texts, references) for name, texts in captions.items()}
+    exact = scored["written"]["exact match"].tolist()
+    right = [place for place, hit in enumerate(exact) if hit]
+    wrong = [place for place, hit in enumerate(exact) if not hit]
+    return [
+        Example(
+            media=files[place],
+            query=captions["written"][place],
+            truth=references[place],
+            ranked=[
+                (f"{name}: {texts[place]}", scored[name]["CIDEr"][place].item())
+                for name, texts in captions.items()
+            ],
+            rank=1 if exact[place] else 2,
+        )
+        for place in spread(right, 6) + spread(wrong, 6)
+    ]
+
+
+__all__ = ["evaluate", "score_captions"]
