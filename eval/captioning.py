@@ -1,18 +1,13 @@
 """Captioning: the predicted embedding put into words by the Y-Decoder.
 
-What the words are worth is seen beside three other captions of the same clip:
+What the words are worth is seen beside three other captions of the same clips:
 
-| column          | where its caption comes from                                   | what it shows   |
-|-----------------|----------------------------------------------------------------|-----------------|
-| true text       | the decoder, from the Y-Encoder's embedding of the true text   | an upper bound: |
-|                 |                                                                | the decoder's   |
-|                 |                                                                | own losses      |
-| nearest caption | the training caption nearest to the predicted embedding        | what retrieval  |
-|                 |                                                                | does without it |
-| unconditional   | the decoder, from the mean embedding of the training captions  | a lower bound:  |
-|                 |                                                                | its habits      |
-
-What lies between the score and the upper bound was lost by the prediction, not by the decoder.
+- true text: the decoder's, from the Y-Encoder's embedding of the true text. An upper bound; what
+  is missing there is lost by the decoder, and what lies between it and the score by the prediction.
+- nearest caption: the training caption nearest to the predicted embedding. Retrieval, which needs
+  no decoder.
+- unconditional: the decoder's, from the mean embedding of the training captions. A lower bound;
+  what is usually said.
 
 Shapes: R clips, U distinct training captions, D embedding size.
 """

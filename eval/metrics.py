@@ -115,8 +115,10 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tor
         total = 0.0
         for mine, theirs in zip(weigh(runs), weigh(other), strict=True):
             # The lesser of both weights: a run does not count for more by being repeated.
-            dot = sum(min(weight, theirs.get(run, 0.0)) * theirs.get(run, 0.0)
-                      for run, weight in mine.items())
+            dot = sum(
+                min(weight, theirs.get(run, 0.0)) * theirs.get(run, 0.0)
+                for run, weight in mine.items()
+            )
             norms = math.hypot(*mine.values()) * math.hypot(*theirs.values())
             total += dot / norms if norms else dot
         excess = _length(runs) - _length(other)

@@ -630,9 +630,7 @@ class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
             attention_mask=attention_mask,
             visual_embeds=visual_embeds,
         )  # (B, D)
-        output = self.y_decoder(
-            embeds, labels, context_input_ids, context_attention_mask, **kwargs
-        )
+        output = self.y_decoder(embeds, labels, context_input_ids, context_attention_mask, **kwargs)
         return VLJEPAForConditionalGenerationOutput(
             loss=output.loss, logits=output.logits, predicted_embeds=embeds
         )
@@ -670,9 +668,7 @@ class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
             attention_mask=attention_mask,
             visual_embeds=visual_embeds,
         )  # (B, D)
-        return self.y_decoder.generate(
-            embeds, context_input_ids, context_attention_mask, **kwargs
-        )
+        return self.y_decoder.generate(embeds, context_input_ids, context_attention_mask, **kwargs)
 
 
 __all__ = [

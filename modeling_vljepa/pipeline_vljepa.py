@@ -3,6 +3,7 @@
 | task                             | call                                              |
 |----------------------------------|---------------------------------------------------|
 | `visual-question-answering`      | `pipe(video=..., question=..., candidates=[...])` |
+|                                  | `pipe(video=..., question=...)`, with a Y-Decoder |
 | `video-text-retrieval`           | `pipe(video=..., texts=[...])`                    |
 |                                  | `pipe(text=..., videos=[...])`                    |
 |                                  | `pipe.build_library(...)`, `pipe.search(...)`     |
@@ -46,6 +47,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import is_datasets_available, is_faiss_available, logging
 
+from .y_decoder import decode_texts
+
 if is_datasets_available():
     from datasets import Dataset, Features, List, Value, load_from_disk
 
@@ -55,7 +58,7 @@ logger = logging.get_logger(__name__)
 CUSTOM_PIPELINES = {
     "visual-question-answering": {
         "impl": "pipeline_vljepa.VLJEPAVisualQuestionAnsweringPipeline",
-        "pt": ["AutoModel"],
+        "pt": ["AutoModelForImageTextToText", "AutoModel"],  # with a Y-Decoder, or without
     },
     "video-text-retrieval": {
         "impl": "pipeline_vljepa.VLJEPARetrievalPipeline",
@@ -235,11 +238,7 @@ class VLJEPAPipeline(Pipeline):
         loader = DataLoader(
             dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list
         )
-        return (
-            self.postprocess(predicted, **ranking)
-            for items in loader
-            for predicted in self.forward(items)
-        )
+        return (result for items in loader for result in self.results(items, **ranking))
 
     def run_single(
         self,
@@ -249,8 +248,8 @@ class VLJEPAPipeline(Pipeline):
         postprocess_params: dict[str, Any],
     ) -> list[dict]:
         ranking = self.prepare(**postprocess_params)
-        [predicted] = self.forward([self.preprocess(inputs, **preprocess_params)])
-        return self.postprocess(predicted, **ranking)
+        [result] = self.results([self.preprocess(inputs, **preprocess_params)], **ranking)
+        return result
 
     def preprocess_nth(self, numbered: tuple[int, Any], **parameters: Any) -> dict[str, Any]:
         place, sample = numbered
@@ -287,7 +286,7 @@ class VLJEPAPipeline(Pipeline):
             places = [i for i, item in enumerate(items) if len(item["pixels"]) == length]
             pixels = torch.stack([items[i]["pixels"] for i in places]).to(self.dtype)
             tokens = self.processor(text=[items[i]["query"] for i in places]).to(self.device)
-            predicted = self.model.predict(pixels, **tokens)  # (B', D)
+            predicted = self.model.base_model.predict(pixels, **tokens)  # (B', D)
             embeds |= dict(zip(places, predicted, strict=True))
         return [embeds[place] for place in range(len(items))]
 
@@ -297,12 +296,16 @@ class VLJEPAPipeline(Pipeline):
         embeds = []
         for start in range(0, len(texts), TEXTS_PER_PASS):
             batch = self.processor(targets=texts[start : start + TEXTS_PER_PASS])
-            embeds.append(self.model.encode_target(**batch.to(self.device)).cpu())
+            embeds.append(self.model.base_model.encode_target(**batch.to(self.device)).cpu())
         return torch.cat(embeds)
 
     def prepare(self, **parameters: Any) -> dict[str, Any]:
         """What `postprocess` takes beside the prediction, made once per call."""
         raise NotImplementedError
+
+    def results(self, items: list[dict[str, Any]], **ranking: Any) -> list[list[dict]]:
+        """The result of each item; the items go through the model together."""
+        return [self.postprocess(predicted, **ranking) for predicted in self.forward(items)]
 
     def postprocess(
         self,
@@ -323,7 +326,7 @@ class VLJEPAPipeline(Pipeline):
             raise ValueError(f"top_k is {top_k!r}: give a whole number of at least 1.")
         scores = cosines
         if calibrated:
-            scores = (cosines * self.model.logit_scale().detach().cpu()).softmax(dim=0)
+            scores = (cosines * self.model.base_model.logit_scale().detach().cpu()).softmax(dim=0)
         order = cosines.argsort(descending=True, stable=True)[:top_k].tolist()
         return [(place, scores[place].item()) for place in order]
 
@@ -339,10 +342,12 @@ class VLJEPAPipeline(Pipeline):
 
 
 class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
-    """Choose the answer to a question about a video or an image.
+    """Answer a question about a video or an image.
 
     The answers to choose from are `candidates`, or those that the model brings along
-    (`config.answers`); the latter are embedded once for all calls.
+    (`config.answers`); the latter are embedded once for all calls. With neither, a model that has
+    a Y-Decoder writes the answer itself: its score is then the cosine of the predicted embedding
+    and that of what was written, and of several (`num_return_sequences`) the nearest comes first.
     """
 
     label = "answer"
@@ -355,6 +360,7 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
         top_k: int | None = None,
         calibrated: bool | None = None,
         allow_urls: bool | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
     ) -> tuple[dict, dict, dict]:
         """
         Args:
@@ -363,9 +369,16 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
             top_k (`int`, *optional*, defaults to 5): how many are returned, best first.
             calibrated (`bool`, *optional*, defaults to `False`): probabilities, not cosines.
             allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
+            generate_kwargs (`dict`, *optional*): how the answer is written, as `generate` takes it.
         """
         before = given(question=question, allow_urls=allow_urls)
-        return before, {}, given(candidates=candidates, top_k=top_k, calibrated=calibrated)
+        after = given(
+            candidates=candidates,
+            top_k=top_k,
+            calibrated=calibrated,
+            generate_kwargs=generate_kwargs,
+        )
+        return before, {}, after
 
     def preprocess(
         self, sample: Any, question: str | None = None, allow_urls: bool = False
@@ -384,27 +397,50 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
         candidates: Iterable[str] | None = None,
         top_k: int | None = 5,
         calibrated: bool = False,
+        generate_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
+        ranking = {"top_k": top_k, "calibrated": calibrated}
+        if candidates is None and not self.model.config.answers:
+            if "y_decoder" not in dict(self.model.named_children()):
+                raise ValueError(
+                    "candidates is missing, this model brings no answers along (config.answers is "
+                    "empty), and it has no Y-Decoder to write one: give candidates=[...]."
+                )
+            return ranking | {"generate_kwargs": generate_kwargs or {}}
+        if generate_kwargs is not None:
+            raise ValueError(
+                "generate_kwargs is for answers that are written, and these are chosen from "
+                f"{'config.answers' if candidates is None else 'candidates'}: leave it out."
+            )
         if candidates is None:
             texts, text_embeds = self.stored_answers()
         else:
             texts = check_texts("candidates", candidates)
             text_embeds = self.embed_texts(texts)
-        return {
-            "texts": texts,
-            "text_embeds": text_embeds,
-            "top_k": top_k,
-            "calibrated": calibrated,
-        }
+        return ranking | {"texts": texts, "text_embeds": text_embeds}
+
+    def results(
+        self,
+        items: list[dict[str, Any]],
+        generate_kwargs: dict[str, Any] | None = None,
+        **ranking: Any,
+    ) -> list[list[dict]]:
+        if generate_kwargs is None:
+            return super().results(items, **ranking)
+        predicted = self.forward(items)
+        queries = [item["query"] for item in items]
+        written = decode_texts(
+            self.model, self.processor, torch.stack(predicted), queries=queries, **generate_kwargs
+        )
+        each, results = len(written) // len(items), []
+        for place, embeds in enumerate(predicted):
+            texts = list(dict.fromkeys(written[place * each : (place + 1) * each]))
+            results.append(self.postprocess(embeds, texts, self.embed_texts(texts), **ranking))
+        return results
 
     def stored_answers(self) -> tuple[list[str], torch.Tensor]:
         """The model's own answers and their embeddings `(N, D)`."""
         answers = self.model.config.answers
-        if not answers:
-            raise ValueError(
-                "candidates is missing, and this model brings no answers along (config.answers "
-                "is empty): give candidates=[...]."
-            )
         if self.vocabulary is None or self.vocabulary[0] != answers:
             self.vocabulary = (list(answers), self.embed_texts(answers))
         return self.vocabulary

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -71,6 +72,16 @@ class TextBackbone:
     dense: list[dict] = field(default_factory=list)
     prompts: dict[str, str] = field(default_factory=dict)
     prompt_name: str | None = None
+
+
+@dataclass
+class DecoderBackbone:
+    """A whole language model for the Y-Decoder, named as in `YDecoder`."""
+
+    name: str
+    config: PreTrainedConfig
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase
 
 
 # -- files ---------------------------------------------------------------------------------
@@ -164,6 +175,14 @@ def load_weights(key: str, source: str, config: PreTrainedConfig, cls: type, **o
     return {f"backbone.{k}": v for k, v in model.state_dict().items() if k not in absent}
 
 
+def split_gguf(source: str) -> tuple[str, dict[str, str]]:
+    """The folder or Hub id, and the option that names a GGUF file in it where `source` is one."""
+    if not source.endswith(".gguf"):
+        return source, {}
+    folder, file = os.path.split(source)
+    return folder, {"gguf_file": file}
+
+
 # -- the X-Encoder -------------------------------------------------------------------------
 
 
@@ -250,10 +269,7 @@ def read_predictor(source: str, layers: str, pad_token: str | None = None) -> Pr
 
     The final norm and the token table come with any range of layers.
     """
-    key, folder, options = "--predictor", source, {}
-    if source.endswith(".gguf"):
-        folder, file = os.path.split(source)
-        options = {"gguf_file": file}
+    key, (folder, options) = "--predictor", split_gguf(source)
     config = load(AutoConfig, key, folder, **options)
     if config.model_type not in PREDICTORS:
         raise RecipeError(
@@ -401,3 +417,24 @@ def read_dense(key: str, source: str, path: str, part: TextBackbone) -> None:
             "activation": ACTIVATIONS[activation],
         }
     )
+
+
+# -- the Y-Decoder -------------------------------------------------------------------------
+
+
+def read_decoder(key: str, source: str) -> DecoderBackbone:
+    """A language model with its tokenizer, from a folder, a Hub id or a GGUF file."""
+    folder, options = split_gguf(source)
+    config = load(AutoConfig, key, folder, **options)
+    tokenizer = load(AutoTokenizer, key, folder, **options)
+    if tokenizer.eos_token is None:
+        raise RecipeError(f"{key}: the tokenizer of {source} has no token that ends a text.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # what is padded here comes with its mask
+    if options:
+        model = load(AutoModelForCausalLM, key, folder, dtype=torch.float32, **options)
+        weights = {f"backbone.{k}": v for k, v in model.state_dict().items()}
+    else:
+        weights = load_weights(key, folder, config, AutoModelForCausalLM)
+    config.name_or_path = ""
+    return DecoderBackbone(public_name(source), config, weights, tokenizer)
