@@ -190,8 +190,6 @@ class VLJEPAProcessor(ProcessorMixin):
             "attention_mask",
             "target_input_ids",
             "target_attention_mask",
-            "context_input_ids",
-            "context_attention_mask",
         ]
 
     # ProcessorMixin knows no optional parts: it would ask for this one, and fail at saving none.

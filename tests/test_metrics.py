@@ -1,9 +1,21 @@
 """Every expected value here was computed by hand."""
 
+import math
+
 import pytest
 import torch
 
-from eval.metrics import chance_recall, first_relevant_ranks, relevant_index, wilson
+from eval.metrics import (
+    chance_recall,
+    cider,
+    exact_match,
+    first_relevant_ranks,
+    mean_interval,
+    relevant_index,
+    token_f1,
+    wilson,
+    words,
+)
 
 NAN = float("nan")
 
@@ -76,3 +88,64 @@ def test_chance_is_what_random_scores_get():
 )
 def test_wilson(hits, total, low, high):
     assert wilson(hits, total) == pytest.approx((low, high), abs=1e-5)
+
+
+# -- captions --------------------------------------------------------------------------------
+
+# The three rows on which pycocoevalcap 1.2 was run, with Java's tokenizer: it gave 1.8727.
+REFERENCES = [
+    ["A man rides a bike down the street.", "A man is riding a bicycle."],
+    ["Two dogs play with a ball.", "The dogs are playing in the grass!"],
+    ["A woman's cooking pasta in the kitchen."],
+]
+CAPTIONS = [
+    "A man rides a bicycle on the street.",
+    "Two dogs are playing.",
+    "A man is riding a horse.",
+]
+
+
+def test_cider_is_that_of_the_coco_evaluation():
+    assert cider(CAPTIONS, REFERENCES).mean().item() == pytest.approx(1.8727, abs=5e-5)
+
+
+def test_cider_by_hand():
+    """Two rows, so a run in one of them weighs ln 2, and one in both nothing."""
+    scores = cider(["a b", "a d"], [["a b"], ["a c"]])
+    # First: b and "a b" match; runs of three and four words there are none, which count as 0.
+    assert scores[0].item() == pytest.approx(10 * (1 + 1) / 4)
+    assert scores[1].item() == 0  # "a" is in both rows' references
+    # Twice the length: 2 more runs of two words, exp(-2^2 / (2 * 6^2)); b's weight is clipped.
+    long = cider(["a b a b", "a d"], [["a b"], ["a c"]])[0].item()
+    by_length = math.exp(-(2**2) / 72)
+    # One word: b b beside b, clipped to b: 1 * 1 / (2 * 1). Two: "a b" twice and "b a" once, which
+    # no reference has; it weighs ln 2 as what one row has: 1 * 1 / (sqrt(2^2 + 1) * 1).
+    assert long == pytest.approx(10 * by_length * (1 / 2 + 1 / math.sqrt(5)) / 4)
+
+
+def test_the_order_of_rows_and_case_do_not_matter():
+    forward = cider(CAPTIONS, REFERENCES)
+    backward = cider(CAPTIONS[::-1], REFERENCES[::-1]).flip(0)
+    assert torch.allclose(forward, backward)
+    loud = cider([text.upper() + " !" for text in CAPTIONS], REFERENCES)
+    assert torch.allclose(forward, loud)
+    assert cider([""], [["a b"]]).tolist() == [0]
+
+
+def test_words_as_the_coco_tokenizer_splits_them():
+    assert words("A woman's hat, isn't it?") == ["a", "woman", "'s", "hat", "is", "n't", "it"]
+    assert words("a well-kept ball ...") == ["a", "well-kept", "ball"]
+
+
+def test_token_f1_and_exact_match():
+    assert token_f1("the red ball", "the blue ball") == pytest.approx(2 / 3)
+    assert token_f1("red red", "red ball") == pytest.approx(2 * 1 / 4)  # counted once
+    assert token_f1("", "red") == token_f1("blue", "red") == 0
+    assert exact_match("The red ball.", "the red ball")
+    assert not exact_match("red the ball", "the red ball")
+
+
+def test_the_interval_of_a_mean():
+    values = torch.tensor([0.0, 1.0, 1.0, 0.0] * 25, dtype=torch.float64)
+    low, high = mean_interval(values)
+    assert ((low + high) / 2, high - low) == pytest.approx((0.5, 2 * 1.959964 * 0.05))

@@ -16,7 +16,12 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, pipeline
 from transformers import CLIPImageProcessorPil as StockImageProcessor
 
-from modeling_vljepa import VLJEPAForZeroShotImageClassification, VLJEPAModel, pipeline_vljepa
+from modeling_vljepa import (
+    VLJEPAForConditionalGeneration,
+    VLJEPAForZeroShotImageClassification,
+    VLJEPAModel,
+    pipeline_vljepa,
+)
 from modeling_vljepa.pipeline_vljepa import (
     DESCRIBE,
     VLJEPARetrievalPipeline,
@@ -24,7 +29,7 @@ from modeling_vljepa.pipeline_vljepa import (
     VLJEPAZeroShotClassificationPipeline,
 )
 from processing import MediaError, VLJEPAProcessor, read_clip, read_image
-from tests.tiny import noise, run_elsewhere, tiny_model, tiny_processor, write_clip
+from tests.tiny import noise, run_elsewhere, tiny_model, tiny_processor, tiny_writer, write_clip
 
 QUESTION = "what is the dog doing ?"
 ANSWERS = ["red", "a cat", "it rides a bike", "blue green"]
@@ -192,8 +197,68 @@ def test_answers_that_the_model_brings_along(processor, media, tmp_path):
     model.config.answers = ["red", "another"]
     assert scores(vqa(video=media.wide, question=QUESTION)).keys() == {"red", "another"}
     model.config.answers = []
-    with pytest.raises(ValueError, match="candidates is missing.*config.answers is empty"):
+    with pytest.raises(ValueError, match="candidates is missing.*has no Y-Decoder to write one"):
         vqa(video=media.wide, question=QUESTION)
+
+
+# -- free answers --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer() -> VLJEPAForConditionalGeneration:
+    return tiny_writer(decoder_reads_query=True)
+
+
+def test_without_candidates_the_decoder_answers(writer, processor, media):
+    vqa = VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor)
+    found = vqa(video=media.wide, question=QUESTION, generate_kwargs={"max_new_tokens": 6})
+    with torch.no_grad():
+        predicted = writer.vljepa.predict(**processor(videos=media.wide, text=QUESTION))
+    context = processor(contexts=f"{QUESTION}\n")
+    tokens = writer.generate(predicted_embeds=predicted, **context, max_new_tokens=6)
+    [text] = processor.batch_decode(tokens, skip_special_tokens=True)
+    expected = cosines(writer.vljepa, processor, QUESTION, [text.strip()], videos=media.wide)
+    assert scores(found) == close(expected)
+    # The question reaches the words by way of the embedding and of the decoder's context.
+    other = vqa(video=media.wide, question="what ?", generate_kwargs={"max_new_tokens": 6})
+    assert other[0]["answer"] != found[0]["answer"]
+    chosen = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
+    by_hand = cosines(writer.vljepa, processor, QUESTION, ANSWERS, videos=media.wide)
+    assert scores(chosen) == close(by_hand)
+
+
+def test_several_free_answers_are_ranked_as_candidates_are(writer, processor, media):
+    vqa = VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor)
+    samples = [{"video": media.wide, "question": QUESTION}, {"image": media.image, "question": "a"}]
+    how = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 5}
+    alone = [vqa(sample, generate_kwargs=how) for sample in samples]
+    assert [len(each) for each in alone] == [3, 3]
+    together = vqa(samples, generate_kwargs=how, batch_size=2)
+    assert [scores(each) for each in together] == [close(scores(each)) for each in alone]
+    ranked = vqa(samples[0], candidates=[each["answer"] for each in alone[0]][::-1])
+    assert scores(ranked) == close(scores(alone[0]))
+    assert vqa(samples[0], generate_kwargs=how, top_k=1) == alone[0][:1]
+
+
+def test_a_decoder_that_is_not_asked(writer, processor, media):
+    vqa = VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor)
+    with pytest.raises(ValueError, match="generate_kwargs.*chosen from candidates: leave it out"):
+        vqa(video=media.wide, question="a", candidates=ANSWERS, generate_kwargs={"num_beams": 2})
+
+
+def test_the_pipeline_loads_the_decoder_where_there_is_one(processor, media, tmp_path):
+    found = {}
+    for name, model in (("with", tiny_writer()), ("without", tiny_model())):
+        vqa = VLJEPAVisualQuestionAnsweringPipeline(model=model, processor=processor)
+        vqa.save_pretrained(tmp_path / name)
+        loaded = pipeline(
+            "visual-question-answering", model=str(tmp_path / name), trust_remote_code=True
+        )
+        found[name] = type(loaded.model).__name__
+        options = {"candidates": ANSWERS} if name == "without" else {}
+        asked = {"video": media.wide, "question": QUESTION} | options
+        assert loaded(**asked) == vqa(**asked)
+    assert found == {"with": "VLJEPAForConditionalGeneration", "without": "VLJEPAModel"}
 
 
 def test_parameters_may_be_given_once_for_all(model, processor, media, vqa):

@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from modeling_vljepa import VLJEPAConfig, VLJEPAForConditionalGeneration, VLJEPAModel
 from processing import VLJEPAProcessor, VLJEPAVideoProcessor
 
 SUB_CONFIGS = {
@@ -70,6 +70,14 @@ TOWER = {
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 16,
+}
+
+# A Y-Decoder that writes in the tokens of `tiny_tokenizer()`.
+DECODER = {
+    **SUB_CONFIGS["predictor_config"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 
 TEXTS = (
@@ -140,6 +148,13 @@ def tiny_model(seed: int = 0, **changes: object) -> VLJEPAModel:
     """A random `tiny_config` model in evaluation mode, as `from_pretrained` would hand it out."""
     torch.manual_seed(seed)
     return VLJEPAModel(tiny_config(**changes)).eval()
+
+
+def tiny_writer(seed: int = 0, **changes: object) -> VLJEPAForConditionalGeneration:
+    """A random `tiny_config` model with a random `DECODER`, in evaluation mode."""
+    torch.manual_seed(seed)
+    config = tiny_config(**{"decoder_config": DECODER, **changes})
+    return VLJEPAForConditionalGeneration(config).eval()
 
 
 def tiny_processor(num_frames: int = 4) -> VLJEPAProcessor:

@@ -130,7 +130,6 @@ class DecoderTrainingArguments(TrainingArguments):
     save_strategy: str = "no"
     disable_tqdm: bool = True
     remove_unused_columns: bool = False
-    dataloader_drop_last: bool = True
     dataloader_pin_memory: bool = False
     prediction_loss_only: bool = True
     bf16: bool = field(default=False, init=False)  # `precision` decides
@@ -386,12 +385,13 @@ class ValidationLine(TrainerCallback):
             print(f"  loss on predicted embeddings of validation clips {loss:.3f}", flush=True)
 
 
-def save(trainer: Trainer, recipe: DecoderRecipe) -> None:
+def save(trainer: Trainer, processor: VLJEPAProcessor, recipe: DecoderRecipe) -> None:
     """The whole checkpoint, with the logs and recipes of the model it was made from."""
     source, output = Path(recipe.model.checkpoint), Path(recipe.training.output_dir)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
+    processor.save_pretrained(output)
     trainer.state.save_to_json(output / LOG)
     if (source / "trainer_state.json").is_file():
         shutil.copy(source / "trainer_state.json", output)
@@ -434,7 +434,6 @@ def main(argv: list[str] | None = None) -> Trainer:
         train_dataset=texts,
         eval_dataset=held_out,
         data_collator=DecoderCollator(processor),
-        processing_class=processor,
         callbacks=[ProgressLine(), ValidationLine()],
     )
     trainer.remove_callback(PrinterCallback)  # its dictionary says less than the progress line
@@ -446,7 +445,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         trainer.evaluate()
 
     # 5. Save what a user loads
-    save(trainer, recipe)
+    save(trainer, processor, recipe)
     return trainer
 
 

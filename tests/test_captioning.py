@@ -1,0 +1,153 @@
+"""Captions measured: with a decoder that says what it is told, every column is known."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import captioning
+from eval.benchmarks import Benchmark
+from eval.embed import embed_texts
+from eval.evaluate import main, measurable
+from eval.metrics import cider
+from eval.report import text_tables, write_report
+from modeling_vljepa import VLJEPAForConditionalGeneration
+from processing import VLJEPAProcessor
+from tests.tiny import noise, tiny_model, tiny_processor, tiny_writer, write_clip, write_rows
+
+TRUE = ["pick up the red ball", "go to the blue key", "open the green door", "go to a box"]
+TRAIN = [*TRUE[:3], "pick up the red key"]
+USUAL = "go to the key"
+
+
+@pytest.fixture
+def model() -> VLJEPAForConditionalGeneration:
+    return tiny_writer()
+
+
+@pytest.fixture
+def processor() -> VLJEPAProcessor:
+    return tiny_processor()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four clips; the last one's caption is in no training row."""
+    for place in range(4):
+        write_clip(tmp_path / f"{place}.mp4", noise(5, 40, 40, 3) // (place + 1))
+    rows = [{"video": f"{place}.mp4", "target": text} for place, text in enumerate(TRUE)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    train = [{"video": "0.mp4", "target": text} for text in TRAIN]
+    write_rows(tmp_path / "train.jsonl", train)
+    return tmp_path
+
+
+def benchmark(data: Path, **changes: object) -> Benchmark:
+    settings = {
+        "name": "clips",
+        "task": "captioning",
+        "rows": data / "rows.jsonl",
+        "description": "Clips.",
+        "train_rows": data / "train.jsonl",
+        "query": "describe",
+    }
+    return Benchmark(**settings | changes)
+
+
+@pytest.fixture
+def told(model, processor, monkeypatch) -> VLJEPAForConditionalGeneration:
+    """Predicts the right embedding of all clips but the second, which it takes for the first; and
+    its decoder writes the text whose embedding it is given, or the usual one."""
+    known = list(dict.fromkeys(TRUE + TRAIN))
+    embeds = embed_texts(model.vljepa, processor, known)
+    true = embeds[[known.index(text) for text in TRUE]]
+    calls = []
+
+    def predict(**batch: torch.Tensor) -> torch.Tensor:
+        calls.append(batch)
+        return true[[0, 0, 2, 3]]
+
+    def decode(model, processor, given, queries):
+        assert set(queries) == {"describe"}
+        cosines, places = (given @ embeds.T).max(dim=1)
+        found = zip(cosines.tolist(), places.tolist(), strict=True)
+        return [known[place] if cosine > 1 - 5e-6 else USUAL for cosine, place in found]
+
+    monkeypatch.setattr(model.vljepa, "predict", predict)
+    monkeypatch.setattr(captioning, "decode_texts", decode)
+    return model
+
+
+def test_every_column_is_what_it_says(told, processor, data):
+    result = captioning.evaluate(told, processor, benchmark(data))
+    references = [[text] for text in TRUE]
+    written = [TRUE[0], TRUE[0], TRUE[2], TRUE[3]]
+    score = result.scores["exact match"]
+    assert (score.value, score.n) == (3 / 4, 4)
+    assert result.scores["CIDEr"].value == pytest.approx(cider(written, references).mean().item())
+    # Second clip: "the" alone is shared with "go to the blue key", of five words each.
+    assert result.scores["token F1"].value == pytest.approx((3 + 1 / 5) / 4)
+
+    assert score.baselines["true text"] == 1
+    best = cider(TRUE, references).mean().item()
+    assert result.scores["CIDEr"].baselines["true text"] == pytest.approx(best)
+    # Right for the first and third; the fourth's caption cannot be retrieved.
+    assert score.baselines["nearest caption"] == 2 / 4
+    usual = cider([USUAL] * 4, references).mean().item()
+    assert score.baselines["unconditional"] == 0
+    assert result.scores["CIDEr"].baselines["unconditional"] == pytest.approx(usual)
+    assert best > result.scores["CIDEr"].value > usual > 0
+
+    protocol = result.protocol
+    assert (protocol["clips"], protocol["training_captions"]) == (4, 4)
+    assert protocol["clips_with_a_training_caption"] == 3
+    assert protocol["mean_cosine_to_the_true_text"] < 1
+    assert [example.rank for example in result.examples] == [1, 1, 1, 2]
+    assert result.examples[-1].query == TRUE[0] and result.examples[-1].truth == [TRUE[1]]
+
+
+def test_several_references_of_one_clip(told, processor, data):
+    rows = [{"video": f"{place}.mp4", "target": text} for place, text in enumerate(TRUE)]
+    write_rows(data / "rows.jsonl", [*rows, {"video": "1.mp4", "target": TRUE[0]}])
+    result = captioning.evaluate(told, processor, benchmark(data))
+    assert result.protocol["references_per_clip"] == 5 / 4
+    assert result.scores["exact match"].value == 1  # the second clip may be called so, too
+    write_rows(data / "rows.jsonl", [rows[0] | {"query": "who?"}, rows[1]])
+    with pytest.raises(ValueError, match="asks one query"):
+        captioning.evaluate(told, processor, benchmark(data, query=None))
+
+
+def test_the_report_shows_the_captions(told, processor, data):
+    result = captioning.evaluate(told, processor, benchmark(data))
+    table = text_tables([result])
+    assert "captioning (in %)" in table and "nearest caption" in table
+    write_report(data / "report.html", "model", [result], data / "no_log.json")
+    page = (data / "report.html").read_text()
+    for text in ("<th>unconditional</th>", f"nearest caption: {TRUE[0]}", "Captions and their"):
+        assert text in page
+
+
+def test_without_a_decoder(processor, data, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="clips: captioning needs a Y-Decoder"):
+        captioning.evaluate(tiny_model(), processor, benchmark(data))
+    captions = benchmark(data)
+    labels = benchmark(data, name="labels", task="classification", train_rows=None)
+    assert measurable([captions, labels], ["all"], has_decoder=True) == [captions, labels]
+    assert measurable([captions, labels], ["all"], has_decoder=False) == [labels]
+    assert capsys.readouterr().out.strip().endswith("has no Y-Decoder: clips")
+    with pytest.raises(ValueError, match="clips needs a Y-Decoder, and this model has none"):
+        measurable([captions], ["clips"], has_decoder=False)
+
+
+def test_main_measures_a_model_with_a_decoder(model, processor, data, monkeypatch):
+    """Random weights, so the words are noise; but every task runs on the one checkpoint."""
+    monkeypatch.chdir(data)
+    (data / "b.yaml").write_text(
+        "clips: {task: captioning, rows: rows.jsonl, train_rows: train.jsonl, description: C.}\n"
+        "labels: {task: classification, rows: rows.jsonl, description: L.}\n"
+    )
+    model.save_pretrained(data / "model")
+    processor.save_pretrained(data / "model")
+    main(["--model", "model", "--tasks", "all", "--benchmarks", "b.yaml"])
+    results = (data / "model/eval/results.json").read_text()
+    assert '"CIDEr"' in results and '"top-1"' in results

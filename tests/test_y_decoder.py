@@ -1,0 +1,320 @@
+"""The Y-Decoder: it writes what an embedding says, whatever stands beside it in the batch."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+)
+
+from modeling_vljepa import (
+    VLJEPAConfig,
+    VLJEPAForConditionalGeneration,
+    VLJEPAModel,
+    decode_texts,
+)
+from processing import VLJEPAProcessor
+from tests.tiny import (
+    DECODER,
+    TEXTS,
+    run_elsewhere,
+    tiny_batch,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+    tiny_writer,
+)
+
+EOS = DECODER["eos_token_id"]
+
+
+@pytest.fixture(scope="module")
+def processor() -> VLJEPAProcessor:
+    return tiny_processor()
+
+
+def labels_of(processor: VLJEPAProcessor, texts: list[str]) -> torch.Tensor:
+    """`(B, L)`: each text's tokens and an end, by hand."""
+    tokens = [
+        [*processor.tokenizer(text, add_special_tokens=False)["input_ids"], EOS] for text in texts
+    ]
+    longest = max(map(len, tokens))
+    return torch.tensor([ids + [-100] * (longest - len(ids)) for ids in tokens])
+
+
+def points(count: int, seed: int = 0) -> torch.Tensor:
+    """Unit vectors `(count, 24)`."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, 24, generator=generator), dim=1)
+
+
+def teach(model: VLJEPAForConditionalGeneration, steps: int = 100, **batch: torch.Tensor) -> float:
+    """The loss after a few steps on one batch."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.y_decoder.parameters(), lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    return loss.item()
+
+
+# -- what it learns --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def taught(processor) -> VLJEPAForConditionalGeneration:
+    """Knows three texts by their embeddings."""
+    model = tiny_writer()
+    assert teach(model, predicted_embeds=points(3), labels=labels_of(processor, TEXTS[:3])) < 0.05
+    return model
+
+
+def test_it_overfits_three_embeddings(taught, processor):
+    assert decode_texts(taught, processor, points(3)) == list(TEXTS[:3])
+    assert decode_texts(taught, processor, points(3).flip(0)) == list(TEXTS[2::-1])
+    nearby = F.normalize(points(3) + 0.02 * points(3, seed=1), dim=1)
+    assert decode_texts(taught, processor, nearby) == list(TEXTS[:3])
+    untaught = decode_texts(tiny_writer(), processor, points(3))  # positive control
+    assert not set(untaught) & set(TEXTS)
+
+
+def test_only_the_direction_of_an_embedding_counts(taught, processor):
+    """The mean of a segment's embeddings is shorter than one."""
+    assert decode_texts(taught, processor, 0.1 * points(3)) == list(TEXTS[:3])
+    assert decode_texts(taught, processor, points(3), max_new_tokens=1) != list(TEXTS[:3])
+
+
+def test_the_end_of_a_text_is_learnt(taught, processor):
+    tokens = taught.generate(predicted_embeds=points(3))
+    lengths = [len(ids[ids != -100]) for ids in labels_of(processor, TEXTS[:3])]
+    for row, length in zip(tokens, lengths, strict=True):
+        assert row[length - 1] == EOS
+        assert (row[length:] == DECODER["pad_token_id"]).all()
+
+
+def test_two_contexts_give_one_embedding_two_texts(processor):
+    model = tiny_writer(decoder_reads_query=True)
+    queries = ["what ?", "what is the dog doing ?"]
+    contexts = [model.config.decoder_context(query) for query in queries]
+    batch = processor(contexts=contexts)
+    embeds = points(1).expand(2, -1)
+    teach(model, predicted_embeds=embeds, labels=labels_of(processor, TEXTS[:2]), **batch)
+    assert decode_texts(model, processor, embeds, queries=queries) == list(TEXTS[:2])
+
+
+# -- the arithmetic --------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_one_token_after_the_other(processor):
+    model = tiny_writer(decoder_reads_query=True)
+    contexts = processor(contexts=["what ?\n", "open the door and close the window\n"])
+    labels = labels_of(processor, TEXTS[:2])
+    decoder, losses = model.y_decoder, []
+    embed = decoder.backbone.get_input_embeddings()
+    with torch.no_grad():
+        found = model(predicted_embeds=points(2), labels=labels, **contexts).loss
+        for row in range(2):
+            prefix = decoder.prefix_projection(points(2)[row]).view(4, 32)
+            real = contexts["context_attention_mask"][row].bool()
+            sequence = torch.cat([embed(contexts["context_input_ids"][row][real]), prefix])
+            for token in labels[row][labels[row] != -100]:
+                logits = decoder.backbone(inputs_embeds=sequence[None]).logits[0, -1]
+                losses.append(F.cross_entropy(logits, token))
+                sequence = torch.cat([sequence, embed(token)[None]])
+    torch.testing.assert_close(found, torch.stack(losses).mean(), atol=1e-5, rtol=0)
+
+
+def test_a_longer_context_beside_it_changes_nothing(processor):
+    model = tiny_writer(decoder_reads_query=True)
+    queries = ["what ?", "open the door and close the window", "the cat sits on the mat"]
+    together = decode_texts(model, processor, points(3), queries=queries)
+    for place, query in enumerate(queries):
+        alone = decode_texts(model, processor, points(3)[place : place + 1], queries=[query])
+        assert alone == together[place : place + 1]
+
+    contexts = processor(contexts=[f"{query}\n" for query in queries])
+    assert contexts["context_attention_mask"][:, -1].tolist() == [1, 1, 1]  # padded on the left
+    assert contexts["context_attention_mask"][0, 0] == 0
+    labels = labels_of(processor, TEXTS[:1])
+    with torch.no_grad():
+        batch = model(predicted_embeds=points(3), labels=labels.expand(3, -1), **contexts)
+        short = processor(contexts=f"{queries[0]}\n")
+        alone = model(predicted_embeds=points(3)[:1], labels=labels, **short)
+        count = alone.logits.shape[1]
+        torch.testing.assert_close(batch.logits[:1, -count:], alone.logits, atol=1e-5, rtol=0)
+        # Positive control: without its mask, the padding would be read.
+        contexts["context_attention_mask"] = torch.ones_like(contexts["context_attention_mask"])
+        read = model(predicted_embeds=points(3), labels=labels.expand(3, -1), **contexts)
+    assert (read.logits[0, -count:] - alone.logits[0]).abs().max() > 1e-3
+
+
+def test_contexts_say_what_the_configuration_asks_for():
+    def config(query: bool, previous: bool) -> VLJEPAConfig:
+        return tiny_config(decoder_reads_query=query, decoder_reads_previous=previous)
+
+    assert config(False, False).decoder_context("q", "p") == ""
+    assert config(True, False).decoder_context("q", "p") == "q\n"
+    assert config(False, True).decoder_context("q", "p") == "p\n"
+    assert config(True, True).decoder_context("q", "p") == "q\np\n"
+    assert config(True, True).decoder_context("q") == "q\n\n"
+
+
+# -- the library's arguments -----------------------------------------------------------------
+
+
+def test_pixels_and_query_are_predicted_first():
+    model, batch = tiny_writer(), tiny_batch()
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    predicted = model.vljepa.predict(batch["pixel_values_videos"], **given)
+    tokens = model.generate(batch["pixel_values_videos"], **given)
+    assert torch.equal(tokens, model.generate(predicted_embeds=predicted))
+    seen = model.vljepa.encode_video(batch["pixel_values_videos"])
+    assert torch.equal(tokens, model.generate(visual_embeds=seen, **given))
+    assert not torch.equal(tokens, model.generate(predicted_embeds=predicted.flip(0)))
+    labels = torch.full((3, 4), 7)
+    by_pixels = model(batch["pixel_values_videos"], **given, labels=labels)
+    assert torch.equal(by_pixels.predicted_embeds, predicted)
+    by_embeds = model(predicted_embeds=predicted, labels=labels)
+    assert torch.equal(by_pixels.loss, by_embeds.loss)
+
+
+def test_generation_takes_the_librarys_arguments(taught, processor):
+    def texts(**kwargs) -> list[str]:
+        return decode_texts(taught, processor, points(3), **kwargs)
+
+    assert texts(num_beams=3) == list(TEXTS[:3])
+    several = texts(num_beams=4, num_return_sequences=2)
+    assert len(several) == 6 and several[::2] == list(TEXTS[:3])
+    assert taught.generate(predicted_embeds=points(3), max_new_tokens=2).shape == (3, 2)
+    assert texts(generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=EOS)) == texts(
+        max_new_tokens=2
+    )
+    stopped = texts(stop_strings=["rides"], tokenizer=processor.tokenizer)
+    assert stopped[0] == "a man rides"
+    torch.manual_seed(0)
+    sampled = texts(do_sample=True, temperature=50.0)
+    torch.manual_seed(0)
+    assert texts(do_sample=True, temperature=50.0) == sampled != list(TEXTS[:3])
+
+
+# -- saved and loaded ------------------------------------------------------------------------
+
+
+def test_a_checkpoint_with_a_decoder(processor, tmp_path):
+    model = tiny_writer(decoder_config=DECODER | {"tie_word_embeddings": True})
+    model.save_pretrained(tmp_path)
+    loaded, info = VLJEPAForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert decode_texts(loaded, processor, points(4)) == decode_texts(model, processor, points(4))
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is type(model)
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert frozen == {n for n, weight in loaded.named_parameters() if not weight.requires_grad}
+
+    without, info = VLJEPAModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    state = model.vljepa.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in without.state_dict().items())
+    assert type(AutoModel.from_pretrained(tmp_path)) is VLJEPAModel
+
+    without.save_pretrained(tmp_path / "without")
+    assert json.loads((tmp_path / "without/config.json").read_text())["decoder_config"] is None
+    with pytest.raises(ValueError, match="no Y-Decoder.*train_decoder"):
+        VLJEPAForConditionalGeneration.from_pretrained(tmp_path / "without")
+    without.config.decoder_config = model.config.decoder_config
+    without.config.save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match="lacks the weights of the Y-Decoder"):
+        VLJEPAForConditionalGeneration.from_pretrained(tmp_path / "without")
+
+
+def test_a_checkpoint_without_one_is_as_before(tmp_path):
+    model = tiny_model()
+    assert model.config.decoder_config is None
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no Y-Decoder"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+def test_a_third_tokenizer(processor, tmp_path):
+    own = tiny_tokenizer(("she reads a book",), vocab_size=270)
+    three = VLJEPAProcessor(
+        processor.video_processor,
+        processor.tokenizer,
+        processor.target_tokenizer,
+        decoder_tokenizer=own,
+    )
+    three.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    text = "she reads a book"
+    ids = {len(part(text)["input_ids"]) for part in (loaded.tokenizer, loaded.text_tokenizer)}
+    assert len(ids) == 2  # positive control
+    assert loaded.text_tokenizer(text)["input_ids"] == own(text)["input_ids"]
+    assert loaded.tokenizer(text)["input_ids"] == processor.tokenizer(text)["input_ids"]
+    ids = own(text, add_special_tokens=False)["input_ids"]
+    assert loaded(contexts=text)["context_input_ids"].tolist() == [ids]
+    assert loaded.batch_decode([ids]) == [loaded.decode(ids)] == [text]
+
+    processor.save_pretrained(tmp_path / "two")
+    two = AutoProcessor.from_pretrained(tmp_path / "two")
+    assert two.decoder_tokenizer is None and two.text_tokenizer is two.tokenizer
+    assert not (tmp_path / "two/decoder_tokenizer").exists()
+
+
+def test_it_loads_without_this_repository(processor, tmp_path):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")  # as a trained model is: its config names the code
+    model = tiny_writer()
+    model.config.auto_map = VLJEPAConfig.from_pretrained(tmp_path / "base").auto_map
+    model.save_pretrained(tmp_path / "model")
+    VLJEPAProcessor(
+        processor.video_processor,
+        processor.tokenizer,
+        processor.target_tokenizer,
+        decoder_tokenizer=tiny_tokenizer(),
+    ).save_pretrained(tmp_path / "model")
+    printed = run_elsewhere(
+        """
+import torch
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained("model", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("model", trust_remote_code=True)
+tokens = model.generate(predicted_embeds=torch.eye(24)[:2], max_new_tokens=5)
+print(processor.batch_decode(tokens))
+print(type(AutoModel.from_pretrained("model", trust_remote_code=True)).__name__)
+""",
+        tmp_path,
+    )
+    tokens = model.generate(predicted_embeds=torch.eye(24)[:2], max_new_tokens=5)
+    assert printed.splitlines() == [str(processor.batch_decode(tokens)), "VLJEPAModel"]
+
+
+# -- refusals --------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_is_named(processor):
+    model, embeds = tiny_writer(), points(1)
+    pixels = tiny_batch()["pixel_values_videos"]
+    with pytest.raises(ValueError, match="predicted_embeds, or what they are predicted from"):
+        model.generate(pixels, predicted_embeds=embeds)
+    with pytest.raises(ValueError, match="pixel_values_videos or visual_embeds"):
+        model.generate()
+    with pytest.raises(ValueError, match="reads the embedding alone"):
+        model.generate(predicted_embeds=embeds, **processor(contexts="what ?"))
+    assert model.generate(predicted_embeds=embeds, **processor(contexts="")).shape[0] == 1
+    reading = tiny_writer(decoder_reads_previous=True)
+    with pytest.raises(ValueError, match="context_input_ids is missing"):
+        reading.generate(predicted_embeds=embeds)
+    with pytest.raises(ValueError, match="context_input_ids holds the id 300"):
+        reading.generate(predicted_embeds=embeds, context_input_ids=torch.tensor([[300]]))
+    with pytest.raises(ValueError, match="context_attention_mask"):
+        reading.generate(predicted_embeds=embeds, context_input_ids=torch.tensor([[0, 5]]))
