@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,10 +20,18 @@ from safetensors.torch import load_file, save_file
 
 from modeling_vljepa import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES, VLJEPAModel
 from tests.fake_hub import FakeHub
-from tests.tiny import tiny_model, tiny_processor, tiny_recipe, tiny_rows
+from tests.tiny import (
+    run_elsewhere,
+    tiny_model,
+    tiny_processor,
+    tiny_recipe,
+    tiny_rows,
+    tiny_tokenizer,
+    tiny_writer,
+)
 from training.arguments import RecipeError
 from training.licences import UNKNOWN, licence_of
-from training.publish import main, verify, write_probe
+from training.publish import main, verify, write_folder, write_probe
 
 ROOT = Path(__file__).parents[1]
 PROTOCOL = {"candidates": 13, "frames": "1", "prompt": "the question", "split": "test"}
@@ -450,3 +459,42 @@ def test_weights_are_the_same_bytes(published, trained, tmp_path):
     assert sent.keys() == kept.keys()
     assert all(torch.equal(sent[name], kept[name]) for name in kept)
     save_file(sent, path)  # readable as plain safetensors
+
+
+# -- with a Y-Decoder ------------------------------------------------------------------------
+
+
+def test_a_decoder_is_published_too(tmp_path):
+    model, source, folder = tiny_writer(), tmp_path / "decoder", tmp_path / "repo"
+    tiny_model().save_pretrained(source)  # as `training.train_decoder` finds it
+    model.config.auto_map = VLJEPAModel.from_pretrained(source).config.auto_map
+    model.save_pretrained(source)
+    processor = tiny_processor()
+    processor.decoder_tokenizer = tiny_tokenizer()
+    processor.save_pretrained(source)
+    write_probe(str(source), tmp_path / "probe.safetensors")
+    write_folder(source, folder, "me/tiny")
+    assert verify(str(folder), tmp_path / "probe.safetensors") <= 1e-6
+
+    card = (folder / "README.md").read_text()
+    assert "a decoder writes them" in card and "# in its own words" in card
+    [row] = [line for line in card.splitlines() if line.startswith("| Y-Decoder |")]
+    assert "llama, 2 layers, reads the embedding as 4 tokens" in row
+    table = card[card.index("| part |") :].split("\n\n")[0]
+    assert table.splitlines()[-2] == row  # no gap in the table
+
+    printed = run_elsewhere(
+        """
+import numpy as np
+from transformers import pipeline
+ask = pipeline("visual-question-answering", model="repo", trust_remote_code=True)
+clip = np.zeros((4, 48, 64, 3), np.uint8)
+print(ask(video=clip, question="what ?", generate_kwargs={"max_new_tokens": 4})[0]["answer"])
+""",
+        tmp_path,
+    )
+    pixels = processor(videos=np.zeros((4, 48, 64, 3), np.uint8), text="what ?")
+    [text] = processor.batch_decode(
+        model.generate(**pixels, max_new_tokens=4), skip_special_tokens=True
+    )
+    assert printed == text.strip()

@@ -23,6 +23,7 @@ TASKS = {
     "vqa": "visual-question-answering",
     "classification": "zero-shot-image-classification",
     "retrieval": "text-to-video-retrieval",
+    "captioning": "video-to-text",
 }
 
 

@@ -2,12 +2,16 @@
 
 from torch import nn
 
-from modeling_vljepa import VLJEPAModel
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 
 
-def count_parameters(model: VLJEPAModel) -> dict[str, dict[str, int]]:
+def count_parameters(
+    model: VLJEPAModel | VLJEPAForConditionalGeneration,
+) -> dict[str, dict[str, int]]:
     """All and trainable parameters of each box, and of the whole model as `all`."""
-    boxes = {**dict(model.named_children()), "all": model}
+    base = model.base_model
+    boxes = {**dict(base.named_children()), **dict(model.named_children()), "all": model}
+    boxes = {name: box for name, box in boxes.items() if box is not base or name == "all"}
     return {
         name: {
             "parameters": sum(p.numel() for p in box.parameters()),
@@ -17,7 +21,7 @@ def count_parameters(model: VLJEPAModel) -> dict[str, dict[str, int]]:
     }
 
 
-def parameter_table(model: VLJEPAModel) -> str:
+def parameter_table(model: VLJEPAModel | VLJEPAForConditionalGeneration) -> str:
     """Parameters in all and trainable, box by box, in millions."""
     lines = [f"{'box':<16}{'parameters':>14}{'trainable':>14}"]
     for name, count in count_parameters(model).items():

@@ -26,10 +26,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 import modeling_vljepa
-from modeling_vljepa import VLJEPAModel
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from modeling_vljepa.pipeline_vljepa import CUSTOM_PIPELINES
 from processing import VLJEPAProcessor, read_rows
 
@@ -69,9 +69,16 @@ print(worst.item())
 # -- what goes -----------------------------------------------------------------------------
 
 
-def load_trained(path: str) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """The model and processor of a folder; of an adapter's folder, the model with the adapter."""
-    return load(AutoModel, "--model", path).eval(), load(AutoProcessor, "--model", path)
+def load_trained(
+    path: str,
+) -> tuple[VLJEPAModel | VLJEPAForConditionalGeneration, VLJEPAProcessor]:
+    """The model, with its Y-Decoder if it has one, and processor of a folder; of an adapter's
+    folder, the model with the adapter."""
+    model = load(AutoModel, "--model", path)
+    is_adapter = (Path(path) / "adapter_config.json").is_file()
+    if model.config.decoder_config is not None and not is_adapter:
+        model = load(AutoModelForImageTextToText, "--model", path)
+    return model.eval(), load(AutoProcessor, "--model", path)
 
 
 def read_results(source: Path, model: VLJEPAModel) -> dict[str, Any]:
@@ -178,8 +185,10 @@ def write_probe(source: str, path: Path) -> None:
     texts = processor(text=["what is there ?", "a"], targets=["a red ball", "something else"])
     embeds = {
         "pixels": pixels,
-        "predicted": model.predict(pixels, texts["input_ids"], texts["attention_mask"]),
-        "target": model.encode_target(texts["target_input_ids"], texts["target_attention_mask"]),
+        "predicted": model.base_model.predict(pixels, texts["input_ids"], texts["attention_mask"]),
+        "target": model.base_model.encode_target(
+            texts["target_input_ids"], texts["target_attention_mask"]
+        ),
     }
     save_file({**texts, **embeds}, path)
 
