@@ -16,11 +16,13 @@ import torch
 from tqdm import tqdm
 
 from eval.benchmarks import Benchmark, sha256, usable_rows
-from eval.embed import batches, embed_texts, media_path, predict_rows
+from eval.embed import batches, embed_texts, predict_rows
+from eval.features import FeatureStore
 from eval.metrics import cider, exact_match, token_f1
 from eval.results import Example, Score, TaskResult, common_protocol, portable, skipped_rows, spread
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, decode_texts
 from processing import VLJEPAProcessor
+from processing.rows import media_of
 
 
 def write(
@@ -59,6 +61,7 @@ def evaluate(
     batch_size: int = 64,
     ablation: str = "none",
     limit: int | None = None,
+    features: FeatureStore | None = None,
 ) -> TaskResult:
     """Write a caption for each file; the targets of its rows are its references.
 
@@ -73,7 +76,7 @@ def evaluate(
     asked = all_rows[:limit]
     if len({row["query"] for row in asked}) > 1:
         raise ValueError(f"{benchmark.name}: captioning asks one query, give it as `query`")
-    one_per_file = list({media_path(row): row for row in asked}.values())
+    one_per_file = list({media_of(row): row for row in asked}.values())
     predictions = predict_rows(
         model.vljepa,
         processor,
@@ -81,10 +84,11 @@ def evaluate(
         num_frames=benchmark.num_frames,
         batch_size=batch_size,
         ablation=ablation,
+        features=features,
     )
-    targets = {media_path(row): [] for row in predictions.rows}
+    targets = {media_of(row): [] for row in predictions.rows}
     for row in asked:
-        targets.get(media_path(row), []).append(row["target"])
+        targets.get(media_of(row), []).append(row["target"])
     references = list(targets.values())
 
     true_embeds = embed_texts(

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.features import FeatureStore, media_path
+from eval.features import FeatureStore
 from modeling_vljepa import VLJEPAModel
 from processing import MediaError, VLJEPAProcessor
+from processing.rows import Media, media_of
 
 ABLATIONS = ("none", "grey", "shuffled_queries")
 GREY = 127
@@ -28,13 +29,13 @@ class Predictions:
         rows (`list[dict]` of length R): those given, without the ones whose file is broken.
         queries (`list[str]` of length R): what was asked, shuffled or not.
         embeds (`torch.FloatTensor` of shape `(R, D)`): Ŝ_Y, unit vectors, on the CPU.
-        broken (`dict[str, str]`): file to reason, for every file that could not be read.
+        broken (`dict[Media, str]`): clip to reason, for every one that could not be read.
     """
 
     rows: list[dict]
     queries: list[str]
     embeds: torch.Tensor
-    broken: dict[str, str]
+    broken: dict[Media, str]
 
 
 def batches(items: Sequence, size: int) -> Iterator[Sequence]:
@@ -48,18 +49,17 @@ def grey_frame(processor: VLJEPAProcessor) -> torch.Tensor:
 
 
 def read_media(
-    processor: VLJEPAProcessor, kind: str, path: str, num_frames: int | None
+    processor: VLJEPAProcessor, kind: str, media: Media, num_frames: int | None
 ) -> torch.Tensor:
-    """One file to pixels `(1, T, 3, h, w)`; an image has T = 1."""
+    """One clip to pixels `(1, T, 3, h, w)`; an image has T = 1."""
     if kind == "image":
-        return processor(images=[path])["pixel_values_videos"]
-    return processor(videos=[path], num_frames=num_frames)["pixel_values_videos"]
+        return processor(images=[media])["pixel_values_videos"]
+    return processor(videos=[media], num_frames=num_frames)["pixel_values_videos"]
 
 
-def distinct_files(rows: list[dict]) -> list[tuple[str, str]]:
-    """Kind and path of every file, once."""
-    kinds = ("image", "video")
-    return list(dict.fromkeys((kind, row[kind]) for row in rows for kind in kinds if kind in row))
+def distinct_media(rows: list[dict], kind: str) -> dict[Media, dict]:
+    """Every clip of a kind once, with a row about it."""
+    return {media_of(row): row for row in rows if kind in row}
 
 
 @torch.inference_mode()
@@ -68,35 +68,34 @@ def embed_media(
     processor: VLJEPAProcessor,
     rows: list[dict],
     *,
-    broken: dict[str, str],
+    broken: dict[Media, str],
     num_frames: int | None = None,
     batch_size: int = 64,
     grey: bool = False,
-) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Take each distinct file once through the X-Encoder, batch by batch.
+) -> Iterator[tuple[list[Media], torch.Tensor]]:
+    """Take each distinct clip once through the X-Encoder, batch by batch.
 
     A generator, because the visual tokens of a whole benchmark would not fit into memory.
 
     Args:
-        broken (`dict[str, str]`): filled here with each file that could not be read, and why.
+        broken (`dict[Media, str]`): filled here with each clip that could not be read, and why.
         grey (`bool`, *optional*): every frame is replaced by a uniform grey one. The files are
             read all the same, so that the same rows are scored.
 
-    Yields: paths, and the visual tokens `(B, N, Dx)` of their files.
+    Yields: clips, and their visual tokens `(B, N, Dx)`.
     """
     model.eval()
-    files = distinct_files(rows)
+    clips = {kind: distinct_media(rows, kind) for kind in ("image", "video")}
     blank = grey_frame(processor) if grey else None
-    with tqdm(total=len(files), desc="media", unit="file") as progress:
-        for kind in ("image", "video"):  # apart, since a batch has one number of frames
-            paths = [path for file_kind, path in files if file_kind == kind]
-            for some in batches(paths, batch_size):
+    with tqdm(total=sum(map(len, clips.values())), desc="media", unit="file") as progress:
+        for kind, found in clips.items():  # apart, since a batch has one number of frames
+            for some in batches(list(found), batch_size):
                 pixels = {}
-                for path in some:
+                for media in some:
                     try:
-                        pixels[path] = read_media(processor, kind, path, num_frames)
+                        pixels[media] = read_media(processor, kind, media, num_frames)
                     except MediaError as error:
-                        broken[path] = str(error)
+                        broken[media] = str(error)
                     progress.update()
                 if pixels:
                     batch = torch.cat(list(pixels.values()))  # (B, T, 3, h, w)
@@ -107,19 +106,18 @@ def embed_media(
 
 def stored_media(
     model: VLJEPAModel, features: FeatureStore, rows: list[dict], *, batch_size: int = 64
-) -> Iterator[tuple[list[str], torch.Tensor]]:
+) -> Iterator[tuple[list[Media], torch.Tensor]]:
     """`embed_media` from a feature store: nothing is decoded, and the X-Encoder does nothing.
 
     Raises: `FeatureError` for files that are not in the store or have changed since.
     """
     model.eval()
     features.check(rows)
-    files = distinct_files(rows)
-    with tqdm(total=len(files), desc="features", unit="file") as progress:
-        for kind in ("image", "video"):
-            paths = [path for file_kind, path in files if file_kind == kind]
-            for some in batches(paths, batch_size):
-                tokens = torch.stack([features[{kind: path}] for path in some])  # (B, N, Dx)
+    clips = {kind: distinct_media(rows, kind) for kind in ("image", "video")}
+    with tqdm(total=sum(map(len, clips.values())), desc="features", unit="file") as progress:
+        for found in clips.values():
+            for some in batches(list(found), batch_size):
+                tokens = torch.stack([features[found[media]] for media in some])  # (B, N, Dx)
                 yield some, tokens.to(model.device, model.dtype)
                 progress.update(len(some))
 
@@ -158,10 +156,10 @@ def predict_rows(
         random.Random(0).shuffle(queries)
     rows_of_file = defaultdict(list)
     for index, row in enumerate(rows):
-        rows_of_file[media_path(row)].append(index)
+        rows_of_file[media_of(row)].append(index)
 
     embeds: dict[int, torch.Tensor] = {}
-    broken: dict[str, str] = {}
+    broken: dict[Media, str] = {}
     if features is None:
         media = embed_media(
             model,
@@ -208,4 +206,4 @@ def embed_texts(
     return torch.cat(embeds)[[distinct[text] for text in texts]]
 
 
-__all__ = ["ABLATIONS", "Predictions", "embed_media", "embed_texts", "media_path", "predict_rows"]
+__all__ = ["ABLATIONS", "Predictions", "embed_media", "embed_texts", "predict_rows"]

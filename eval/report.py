@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from eval.page import png, render, strip
 from eval.results import Score, TaskResult
-from processing import read_clip, read_image
+from processing import Excerpt, read_clip, read_image
+from processing.rows import Media
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -60,10 +61,12 @@ def write_report(
 
 
 @cache
-def frame_strip(path: str, num_frames: int) -> str:
+def frame_strip(media: Media, num_frames: int) -> str:
     """Frames of a clip side by side, or an image, as a data URI."""
-    is_image = Path(path).suffix.lower() in IMAGE_SUFFIXES
-    return strip(read_image(path) if is_image else read_clip(path, num_frames).frames)
+    if isinstance(media, Excerpt):
+        return strip(read_clip(media.video, num_frames, start=media.start, end=media.end).frames)
+    is_image = Path(media).suffix.lower() in IMAGE_SUFFIXES
+    return strip(read_image(media) if is_image else read_clip(media, num_frames).frames)
 
 
 def type_chart(by_type: dict[str, Score]) -> str | None:

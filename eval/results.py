@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from eval.benchmarks import Benchmark, sha256
-from eval.embed import Predictions, media_path
+from eval.embed import Predictions
 from eval.metrics import mean_interval, wilson
 from processing import BadRow, VLJEPAProcessor
+from processing.rows import Media, media_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Example:
     """One row to look at.
 
     Attributes:
-        media (`str`, *optional*): the file that was asked about. None where a text was asked for
+        media (`Media`, *optional*): the clip that was asked about. None where a text was asked for
             and files were ranked.
         query (`str`): what was asked, the text that was searched for, or the caption written.
         truth (`list[str]`): the right answers, or the right files.
@@ -56,7 +57,7 @@ class Example:
         rank (`int`): of the first right one.
     """
 
-    media: str | None
+    media: Media | None
     query: str
     truth: list[str]
     ranked: list[tuple[str, float]]
@@ -114,7 +115,7 @@ def common_protocol(
     return {
         "rows_file": portable(benchmark.rows),
         "rows_sha256": sha256(benchmark.rows),
-        "media": len({media_path(row) for row in rows}),
+        "media": len({media_of(row) for row in rows}),
         "frames": ", ".join(map(str, frames)),
         "pixels": f"{crop['height']}x{crop['width']}",
         "prompt": queries[0] if len(set(queries)) == 1 else f"{len(set(queries))} distinct queries",
@@ -129,7 +130,7 @@ def skipped_rows(
 ) -> list[str]:
     """Every row that was left out by line number and reason, with paths relative to its file."""
     reasons = {row.line: row.reason for row in bad}
-    reasons |= {row["line"]: broken[path] for row in rows if (path := media_path(row)) in broken}
+    reasons |= {row["line"]: broken[path] for row in rows if (path := media_of(row)) in broken}
     folder = os.path.abspath(benchmark.rows.parent)
     return [
         f"{benchmark.rows.name}:{line}: {_relative(reasons[line], folder)}"
@@ -162,7 +163,7 @@ def answer_examples(
     wrong = [row for row, rank in enumerate(ranks.tolist()) if rank != 1]
     return [
         Example(
-            media=media_path(predictions.rows[row]),
+            media=media_of(predictions.rows[row]),
             query=predictions.queries[row],
             truth=[predictions.rows[row]["target"]],
             ranked=best(similarity[row], candidates, 5),

@@ -6,7 +6,7 @@ Shapes: V distinct files, T distinct texts, D embedding size.
 import torch
 
 from eval.benchmarks import Benchmark
-from eval.embed import embed_texts, media_path, predict_rows
+from eval.embed import embed_texts, predict_rows
 from eval.features import FeatureStore
 from eval.metrics import chance_recall, first_relevant_ranks
 from eval.results import (
@@ -20,6 +20,7 @@ from eval.results import (
 )
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
+from processing.rows import media_of
 
 
 def relevance(rows: list[dict], files: list[str], texts: list[str]) -> torch.Tensor:
@@ -32,8 +33,8 @@ def relevance(rows: list[dict], files: list[str], texts: list[str]) -> torch.Ten
     text_place = {text: place for place, text in enumerate(texts)}
     files_of, texts_of = {}, {}
     for row in rows:
-        group = row.get("group_id", media_path(row))
-        files_of.setdefault(group, set()).add(file_place[media_path(row)])
+        group = row.get("group_id", media_of(row))
+        files_of.setdefault(group, set()).add(file_place[media_of(row)])
         texts_of.setdefault(group, set()).add(text_place[row["target"]])
     relevant = torch.zeros(len(files), len(texts), dtype=torch.bool)
     for group, places in files_of.items():
@@ -59,7 +60,7 @@ def evaluate(
     asked = all_rows[:limit]
     if len({row["query"] for row in asked}) > 1:
         raise ValueError(f"{benchmark.name}: retrieval asks one query, give it as `query`")
-    one_per_file = list({media_path(row): row for row in asked}.values())
+    one_per_file = list({media_of(row): row for row in asked}.values())
     predictions = predict_rows(
         model,
         processor,
@@ -69,8 +70,8 @@ def evaluate(
         ablation=ablation,
         features=features,
     )
-    rows = [row for row in asked if media_path(row) not in predictions.broken]
-    files = [media_path(row) for row in predictions.rows]
+    rows = [row for row in asked if media_of(row) not in predictions.broken]
+    files = [media_of(row) for row in predictions.rows]
     texts = list(dict.fromkeys(row["target"] for row in rows))
     text_embeds = embed_texts(model, processor, texts, batch_size=batch_size)  # (T, D)
     similarity = predictions.embeds @ text_embeds.T  # (V, T)

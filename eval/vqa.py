@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import torch
 
 from eval.benchmarks import Benchmark, sha256, usable_rows
-from eval.embed import embed_texts, media_path, predict_rows
+from eval.embed import embed_texts, predict_rows
 from eval.features import FeatureStore
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
 from eval.results import (
@@ -24,6 +24,7 @@ from eval.results import (
 )
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
+from processing.rows import media_of
 
 
 class QuestionOnly:
@@ -107,7 +108,7 @@ def evaluate(
         name: score([rows[index] for index in places], ranks[places], relevant[places], blind)
         for name, places in sorted(types.items())
     }
-    train_media = {media_path(row) for row in train_rows}
+    train_media = {media_of(row) for row in train_rows}
     protocol = {
         "candidates": len(answers),
         "rows": len(rows),
@@ -115,7 +116,7 @@ def evaluate(
         "train_rows_file": portable(benchmark.train_rows),
         "train_rows_sha256": sha256(benchmark.train_rows),
         "train_rows_unusable": len(bad_train),
-        "media_shared_with_training": len({media_path(row) for row in rows} & train_media),
+        "media_shared_with_training": len({media_of(row) for row in rows} & train_media),
     }
     common = common_protocol(benchmark, processor, predictions, ablation=ablation, limit=limit)
     return TaskResult(

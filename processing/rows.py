@@ -22,6 +22,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from .video_io import Excerpt
+
+Media = str | bytes | Excerpt
+
 _FIELDS = ("video", "image", "query", "target", "negatives", "start", "end", "group_id")
 
 
@@ -74,6 +78,15 @@ def bad_rows_report(bad: list[BadRow], total: int, max_share: float) -> str:
     if len(bad) > max_share * total:
         raise ValueError(f"{report}\nAt most {max_share:.1%} may be; correct the rows above.")
     return report
+
+
+def media_of(row: dict) -> Media:
+    """What to read for a row: a file or a folder of frames, a file's content, or a part of a
+    video. Equal for rows about the same clip."""
+    media = row["video"] if "video" in row else row["image"]
+    if "start" in row or "end" in row:
+        return Excerpt(media, row.get("start"), row.get("end"))
+    return media
 
 
 class RowError(ValueError):
@@ -179,4 +192,13 @@ def _check_negatives(row: dict) -> None:
         raise RowError("negatives hold the target itself")
 
 
-__all__ = ["BadRow", "RowError", "bad_rows_report", "parse_line", "read_rows", "samples_of"]
+__all__ = [
+    "BadRow",
+    "Media",
+    "RowError",
+    "bad_rows_report",
+    "media_of",
+    "parse_line",
+    "read_rows",
+    "samples_of",
+]

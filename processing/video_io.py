@@ -88,6 +88,10 @@ class Excerpt:
     start: float | None = None
     end: float | None = None
 
+    def __str__(self) -> str:
+        start, end = (self.start or 0, "the end" if self.end is None else f"{self.end:g} s")
+        return f"{_name(self.video)} from {start:g} s to {end}"
+
 
 def uniform_indices(total: int, num_frames: int) -> np.ndarray:
     """Indices of `num_frames` frames spread evenly over `total`, the first and last included.

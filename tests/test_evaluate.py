@@ -13,10 +13,11 @@ from eval import classification, retrieval, vqa
 from eval.benchmarks import TASKS, Benchmark, load_benchmarks
 from eval.embed import embed_texts, predict_rows
 from eval.evaluate import main
-from eval.report import write_report
+from eval.report import frame_strip, write_report
 from eval.vqa import QuestionOnly
 from modeling_vljepa import VLJEPAModel
-from processing import VLJEPAProcessor, read_rows
+from processing import VLJEPAProcessor, read_clip, read_rows
+from processing.rows import media_of
 from tests.tiny import tiny_model, tiny_processor, write_clip, write_rows
 
 COLORS = ("red", "green", "blue")
@@ -272,6 +273,26 @@ def test_videos_and_images_keep_their_rows(data, processor):
     grey = F.normalize(torch.tensor([1.0, 1, 1, 0, 0]), dim=0)
     expected = torch.stack([torch.eye(5)[WORDS.index("no")], torch.eye(5)[3], grey])
     torch.testing.assert_close(predictions.embeds, expected, atol=0.02, rtol=0)
+
+
+def test_parts_of_a_video_are_clips_of_their_own(tmp_path, processor, model):
+    """As the model sees them, and in the report."""
+    write_clip(
+        tmp_path / "two.mp4",
+        np.concatenate([np.zeros((10, 48, 64, 3)), np.full((10, 48, 64, 3), 200)]).astype(np.uint8),
+    )
+    path = str(tmp_path / "two.mp4")
+    whole = read_clip(path)
+    middle = float(whole.timestamps[10])
+    parts = [{}, {"end": middle}, {"start": middle}]
+    rows = [{"video": path, "query": "", "target": "x", "line": 1, **part} for part in parts]
+    embeds = predict_rows(model, processor, rows).embeds
+    frames = [whole.frames, whole.frames[:10], whole.frames[10:]]
+    for found, some in zip(embeds, frames, strict=True):
+        expected = model.predict(**processor(videos=[some], text=[""]))[0]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (embeds[0] - embeds[1]).abs().max() > 1e-3  # positive control
+    assert frame_strip(media_of(rows[1]), 4) != frame_strip(media_of(rows[2]), 4)
 
 
 def test_batch_size_changes_nothing(data, processor, model):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from datasets.fingerprint import Hasher
 
 from eval.features import FeatureStore
-from processing.rows import BadRow, bad_rows_report
+from processing.rows import BadRow, Media, bad_rows_report, media_of
 from processing.video_io import Excerpt, MediaError, read_image
 from processing.video_processing_vljepa import VLJEPAVideoProcessor
 
@@ -30,16 +30,6 @@ from .arguments import DataArguments, RecipeError
 from .mixture import VISIT, Bucket, Step
 from .sources import Source, StreamedSource
 from .streams import bad_row
-
-Media = str | bytes | Excerpt
-
-
-def media_of(row: dict) -> Media:
-    """What to read for a row: a file, its content, or a part of it."""
-    media = row["video"] if "video" in row else row["image"]
-    if "start" in row or "end" in row:
-        return Excerpt(media, row.get("start"), row.get("end"))
-    return media
 
 
 def identity(media: Media) -> tuple:

@@ -25,13 +25,14 @@ _WORD = re.compile(r"\w+")
 # -- rows ------------------------------------------------------------------------------------
 
 
-def media_of(row: dict) -> str | bytes:
+def file_of(row: dict) -> str | bytes:
+    """The file of a row, of which its clip may be a part, or a file's content."""
     return row["video"] if "video" in row else row["image"]
 
 
 def media_name(row: dict) -> str:
     """Equal for equal media: the path, or what stands for the bytes."""
-    media = media_of(row)
+    media = file_of(row)
     return media if isinstance(media, str) else f"bytes {hashlib.sha256(media).hexdigest()[:16]}"
 
 
@@ -137,7 +138,7 @@ def read_header(row: dict) -> Header:
 
     Raises: `OSError` or `ValueError` if there is none.
     """
-    media = media_of(row)
+    media = file_of(row)
     if isinstance(media, str) and os.path.isdir(media):
         paths = sorted(path for path in Path(media).iterdir() if path.is_file())
         if not paths:
