@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from eval.benchmarks import Benchmark, sha256, usable_rows
 from eval.embed import batches, embed_texts, media_path, predict_rows
+from eval.features import FeatureStore
 from eval.metrics import cider, exact_match, token_f1
 from eval.results import Example, Score, TaskResult, common_protocol, portable, skipped_rows, spread
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, decode_texts
@@ -59,6 +60,7 @@ def evaluate(
     batch_size: int = 64,
     ablation: str = "none",
     limit: int | None = None,
+    features: FeatureStore | None = None,
 ) -> TaskResult:
     """Write a caption for each file; the targets of its rows are its references.
 
@@ -81,6 +83,7 @@ def evaluate(
         num_frames=benchmark.num_frames,
         batch_size=batch_size,
         ablation=ablation,
+        features=features,
     )
     targets = {media_path(row): [] for row in predictions.rows}
     for row in asked:

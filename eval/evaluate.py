@@ -116,7 +116,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{benchmark.name}: {benchmark.description}")
         if args.features is not None:
             features = FeatureStore.open(
-                args.features, model, processor.video_processor, num_frames=benchmark.num_frames
+                args.features,
+                model.base_model,
+                processor.video_processor,
+                num_frames=benchmark.num_frames,
             )
         result = TASKS[benchmark.task](
             model if benchmark.task == "captioning" else model.base_model,
