@@ -62,11 +62,14 @@ demo full smoke: train
 	$(RUN) examples/ask.py $(OUT)/sft
 	@echo "The report: $(OUT)/sft/eval/report.html"
 
+# A process for each core, with one thread: torch's threads would wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+
 test: env
-	$(RUN) -m pytest
+	$(PYTEST)
 
 test-slow: env
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 # gradio wants an older pillow than the numbers were made with: its packages lie over the
 # environment's, in one of their own.

@@ -133,7 +133,7 @@ def gain_in_operations(
     if kind == "step":
         return 1 + vision / rest
     first_pass = predictor + forward_flops(model.y_encoder, rows, LENGTH, text.hidden_size)
-    return 1 + 2 * vision / (rest + first_pass)
+    return 1 + vision / (rest + first_pass)  # a frozen X-Encoder runs in the first pass alone
 
 
 def count(config: str, trains: str, frames: int) -> str:

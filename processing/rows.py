@@ -13,7 +13,7 @@
 | `negatives`  | a list of texts that are wrong here though they come close; may be left out    |
 | `group_id`   | equal for samples whose targets are interchangeable; may be left out           |
 
-Other columns are handed on as they are.
+Other columns are handed on as they are. docs/data.md has the other ways to bring data.
 """
 
 import json
