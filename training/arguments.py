@@ -374,15 +374,42 @@ def apply_override(recipe: dict, override: str) -> None:
         raise RecipeError(f"{override!r}: not a YAML value: {error}") from error
 
 
-def training_arguments(given: Any) -> VLJEPATrainingArguments:
+def training_arguments(given: Any, cls: type[TrainingArguments]) -> TrainingArguments:
     """The section `training`, checked by us and by transformers."""
-    checked = check_keys(given, VLJEPATrainingArguments, "training")
+    checked = check_keys(given, cls, "training")
     try:
-        return VLJEPATrainingArguments(**checked)
+        return cls(**checked)
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(f"training: {error}") from error
+
+
+def read_sections(path: str, overrides: list[str], cls: type, optional: set[str]) -> dict:
+    """The sections of a YAML recipe, which are those of `cls`.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown section or one that is missing.
+    """
+    sections = [f.name for f in fields(cls) if f.name != "given"]
+    if not Path(path).is_file():
+        raise RecipeError(f"{path}: there is no such recipe.")
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(given, dict):
+        raise RecipeError(f"{path}: a recipe has sections {', '.join(sections)}.")
+    for override in overrides:
+        apply_override(given, override)
+    given = {name: {} for name in optional} | given
+    for name in given:
+        if name not in sections:
+            raise RecipeError(f"{name}: no such section; a recipe has {', '.join(sections)}.")
+    for name in sections:
+        if name not in given:
+            raise RecipeError(f"{path}: the section {name!r} is missing.")
+    return given
 
 
 def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
@@ -391,23 +418,7 @@ def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such file, not YAML, an unknown or missing key, a value of another type.
     """
-    if not Path(path).is_file():
-        raise RecipeError(f"{path}: there is no such recipe.")
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML file: {error}") from error
-    if not isinstance(given, dict):
-        raise RecipeError(f"{path}: a recipe has sections model, processor, data and training.")
-    for override in overrides:
-        apply_override(given, override)
-    given = {"processor": {}, "evaluation": {}, **given}
-    sections = {f.name for f in fields(Recipe)} - {"given"}
-    unknown, absent = set(given) - sections, sections - set(given)
-    if unknown:
-        raise RecipeError(f"{sorted(unknown)[0]}: no such section; see training/arguments.py.")
-    if absent:
-        raise RecipeError(f"{path}: the section {sorted(absent)[0]!r} is missing.")
+    given = read_sections(path, overrides, Recipe, optional={"processor", "evaluation"})
     data = DataArguments(**check_keys(given["data"], DataArguments, "data"))
     data.sources = [
         SourceArguments(**check_keys(source, SourceArguments, f"data.sources[{i}]"))
@@ -421,7 +432,7 @@ def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
             **check_keys(given["processor"], ProcessorArguments, "processor")
         ),
         data=data,
-        training=training_arguments(given["training"]),
+        training=training_arguments(given["training"], VLJEPATrainingArguments),
         evaluation=EvaluationArguments(
             **check_keys(given["evaluation"], EvaluationArguments, "evaluation")
         ),

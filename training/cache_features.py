@@ -21,7 +21,7 @@ from eval.features import FACTS, FeatureError, made_with
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 
-from .arguments import Recipe, RecipeError, SourceArguments, read_recipe
+from .arguments import Recipe, RecipeError, read_recipe
 from .data import ContrastiveDataset, build_dataset
 from .distributed import rank, world_size
 from .feature_store import (
@@ -37,8 +37,8 @@ from .feature_store import (
     write_index,
     write_shards,
 )
-from .recipe_model import load_checkpoint, new_model, store_frozen_in_bf16
-from .sources import Source, StreamedSource, read_source, texts_of
+from .recipe_model import start_model, store_frozen_in_bf16
+from .sources import Source, StreamedSource, read_source
 
 
 def readable(size: int) -> str:
@@ -59,12 +59,7 @@ def read_model(
     recipe: Recipe, sources: list[Source | StreamedSource]
 ) -> tuple[VLJEPAModel, VLJEPAProcessor]:
     """The model and processor with which training would start, on its device."""
-    if recipe.model.checkpoint is None:
-        more = [read_source(SourceArguments(rows=path)) for path in recipe.model.tokenizer_rows]
-        texts = texts_of(sources + more)
-        model, processor = new_model(recipe.model, recipe.processor, texts, recipe.training.seed)
-    else:
-        model, processor = load_checkpoint(recipe.model, recipe.processor)
+    model, processor = start_model(recipe, sources)
     if recipe.training.bf16:
         store_frozen_in_bf16(model)
     model.x_encoder.to(recipe.training.device)

@@ -135,8 +135,7 @@ def read_sources(recipe: Recipe) -> tuple[list[Source | StreamedSource], VLJEPAP
     sources = [read_source(source) for source in recipe.data.sources]
     if recipe.model.checkpoint is not None:
         return sources, load_processor(recipe.model, recipe.processor)
-    more = [read_source(SourceArguments(rows=path)) for path in recipe.model.tokenizer_rows]
-    texts = texts_of(sources + more)
+    texts = texts_of(sources, recipe.model.tokenizer_rows)
     return sources, new_model(recipe.model, recipe.processor, texts, recipe.training.seed)[1]
 
 

@@ -26,9 +26,16 @@ from modeling_vljepa import (
 )
 from processing import VLJEPAProcessor, VLJEPAVideoProcessor
 
-from .arguments import ModelArguments, ProcessorArguments, RecipeError, VLJEPATrainingArguments
+from .arguments import (
+    ModelArguments,
+    ProcessorArguments,
+    Recipe,
+    RecipeError,
+    VLJEPATrainingArguments,
+)
 from .backbones import TextBackbone, load, read_text
 from .objective import PAIRWISE
+from .sources import Source, StreamedSource, texts_of
 
 # Llama 3's own names, so that a trained-from-scratch predictor has the tokenizer of a real one.
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
@@ -126,6 +133,16 @@ def new_config(
         config.text_config.vocab_size = len(processor.target_tokenizer)
         config.text_config.pad_token_id = processor.target_tokenizer.pad_token_id
     return config
+
+
+def start_model(
+    recipe: Recipe, sources: list[Source | StreamedSource]
+) -> tuple[VLJEPAModel, VLJEPAProcessor]:
+    """The model and processor with which a training starts: new, or those of a checkpoint."""
+    if recipe.model.checkpoint is not None:
+        return load_checkpoint(recipe.model, recipe.processor)
+    texts = texts_of(sources, recipe.model.tokenizer_rows)
+    return new_model(recipe.model, recipe.processor, texts, recipe.training.seed)
 
 
 def new_model(

@@ -224,8 +224,9 @@ def read_examples(arguments: SourceArguments) -> tuple[list[dict], list[BadRow]]
     return rows, bad
 
 
-def texts_of(sources: list[Source | StreamedSource]) -> list[str]:
-    """Queries and targets: what a tokenizer learns from."""
+def texts_of(sources: list[Source | StreamedSource], more: list[str] = ()) -> list[str]:
+    """Queries and targets, also of `more` JSONL files: what a tokenizer learns from."""
+    sources = [*sources, *(read_source(SourceArguments(rows=path)) for path in more)]
     return [
         row[name]
         for source in sources

@@ -25,7 +25,6 @@ from .arguments import (
     EvaluationArguments,
     Recipe,
     RecipeError,
-    SourceArguments,
     VLJEPATrainingArguments,
     read_recipe,
 )
@@ -36,8 +35,8 @@ from .data import build_dataset
 from .distributed import check_world_size
 from .feature_store import check_recipe
 from .parameters import parameter_table
-from .recipe_model import load_checkpoint, new_model, prepare_for_training
-from .sources import Source, StreamedSource, read_source, texts_of
+from .recipe_model import prepare_for_training, start_model
+from .sources import Source, StreamedSource, read_source
 from .speed import reachable_flops
 from .target_states import encode_target_states
 from .trainer import VLJEPATrainer
@@ -119,12 +118,7 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     sources = [read_source(source) for source in recipe.data.sources]
 
     # 3. Processor and model, new or from a checkpoint
-    if recipe.model.checkpoint is None:
-        more = [read_source(SourceArguments(rows=path)) for path in recipe.model.tokenizer_rows]
-        texts = texts_of(sources + more)
-        model, processor = new_model(recipe.model, recipe.processor, texts, args.seed)
-    else:
-        model, processor = load_checkpoint(recipe.model, recipe.processor)
+    model, processor = start_model(recipe, sources)
 
     # 4. Clips, decoded once, by the first process for all, or their features; targets, if they
     #    stay the same

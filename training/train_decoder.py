@@ -12,7 +12,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from modeling_vljepa.y_decoder import IGNORED
 from processing import VLJEPAProcessor, bad_rows_report, read_rows
 
-from .arguments import RecipeError, apply_override, check_keys, use_bf16
+from .arguments import RecipeError, check_keys, read_sections, training_arguments, use_bf16
 from .backbones import load, read_decoder
 from .callbacks import ProgressLine
 from .parameters import parameter_table
@@ -159,31 +159,11 @@ def read_recipe(path: str, overrides: list[str] = ()) -> DecoderRecipe:
     Raises:
         RecipeError: no such file, not YAML, an unknown or missing key, a value of another type.
     """
-    if not Path(path).is_file():
-        raise RecipeError(f"{path}: there is no such recipe.")
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML file: {error}") from error
-    if not isinstance(given, dict):
-        raise RecipeError(f"{path}: a recipe has sections model, data and training.")
-    for override in overrides:
-        apply_override(given, override)
-    sections = {f.name for f in fields(DecoderRecipe)} - {"given"}
-    for name in sorted(set(given) ^ sections):
-        problem = "the section is missing" if name in sections else "no such section"
-        raise RecipeError(f"{path}: {name}: {problem}; a decoder's recipe has {sorted(sections)}.")
-    training = check_keys(given["training"], DecoderTrainingArguments, "training")
-    try:
-        training = DecoderTrainingArguments(**training)
-    except RecipeError:
-        raise
-    except ValueError as error:
-        raise RecipeError(f"training: {error}") from error
+    given = read_sections(path, overrides, DecoderRecipe, optional=set())
     return DecoderRecipe(
         model=DecoderModelArguments(**check_keys(given["model"], DecoderModelArguments, "model")),
         data=DecoderDataArguments(**check_keys(given["data"], DecoderDataArguments, "data")),
-        training=training,
+        training=training_arguments(given["training"], DecoderTrainingArguments),
         given=given,
     )
 
