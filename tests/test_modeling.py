@@ -76,7 +76,7 @@ def test_shipped_code_lies_flat_beside_the_weights(folder):
     shipped -= {"pipeline_vljepa.py", "handler.py", "st_vljepa.py"}
     shipped -= {"segmentation.py", "stream_session.py"}  # of the library alone
     assert {path.name for path in folder.glob("*.py")} == shipped
-    assert len(shipped) == 7
+    assert len(shipped) == 8
 
 
 def test_the_temperature_starts_at_clips_value(model, folder, tmp_path):
