@@ -140,6 +140,22 @@ def test_a_streamed_source_is_taken_up_where_it_was_left(tmp_path, workers):
     assert [line.get("loss") for line in other.state.log_history] != losses[0]
 
 
+def test_a_checkpoint_of_other_sources_is_not_taken_up(tmp_path):
+    tiny_rows(tmp_path)
+    recipe = tiny_recipe(tmp_path / "rows.jsonl", save_strategy="steps", save_steps=2)
+    main([str(recipe)])
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    rows = str(tmp_path / "rows.jsonl")
+    with pytest.raises(RecipeError, match="checkpoint-2 was trained on 1 sources, and .* has 2"):
+        main(
+            [
+                str(recipe),
+                f"data.sources=[{{rows: {rows}}}, {{rows: {rows}}}]",
+                "training.resume_from_checkpoint=true",
+            ]
+        )
+
+
 def test_too_many_bad_rows_stop_a_training(tmp_path):
     """Which were not known before, because they are read as they are needed."""
     (tmp_path / "torn.png").write_bytes(b"no picture")

@@ -309,7 +309,9 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         self.bad[source] += len(bad)
         self._new_bad += bad
         if bad:
-            with open(Path(self.args.output_dir, BAD_ROWS), "a") as file:
+            path = Path(self.args.output_dir, BAD_ROWS)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
                 file.writelines(f"{row}\n" for row in bad)
 
     def report_bad_rows(self) -> None:
@@ -360,11 +362,21 @@ def read_positions(
     folder: Path, sources: int, is_first: bool
 ) -> tuple[Positions, list[int], list[int]]:
     """Where a checkpoint's run was in each lane, of all its processes, and what it had counted,
-    which the first process of this one goes on with."""
+    which the first process of this one goes on with.
+
+    Raises:
+        RecipeError: the checkpoint is of another number of sources.
+    """
     positions: Positions = {}
     seen, bad = [0] * sources, [0] * sources
     for path in sorted(folder.glob(POSITIONS.format("*"))):
         content = json.loads(path.read_text())
+        if len(content["seen"]) != sources:
+            raise RecipeError(
+                f"training.resume_from_checkpoint: {folder} was trained on {len(content['seen'])} "
+                f"sources, and the recipe has {sources}. Resume with the recipe it was started "
+                "with, or start from its weights: model.checkpoint."
+            )
         for bucket, lanes in content["positions"].items():
             positions.setdefault(int(bucket), {}).update(
                 {int(lane): position for lane, position in lanes.items()}
