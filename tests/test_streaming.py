@@ -229,7 +229,7 @@ def test_a_source_that_stalls_is_reported_and_goes_on():
         go_on.wait(30)
         yield from [(5.0, pictures(1)[0])]
 
-    stream = FrameStream(source(), live=True, stall_seconds=0.05)
+    stream = FrameStream(source(), live=True, stall_seconds=0.5)
     when_stalled(stream, go_on)
     assert [frame.time for frame in stream] == [0.0, 0.1, 0.2, 5.0]
     assert stream.report.stalls == 1
@@ -243,7 +243,7 @@ def test_a_source_that_never_comes_back_is_given_up():
         yield from timed(pictures(3))
         hang.wait(30)
 
-    stream = FrameStream(source(), live=True, stall_seconds=0.05, give_up_seconds=0.2)
+    stream = FrameStream(source(), live=True, stall_seconds=0.5, give_up_seconds=1.5)
     assert len(list(stream)) == 3
     assert stream.report.stalls == 1 and "given up" in stream.report.ended
     hang.set()
@@ -319,7 +319,7 @@ def test_a_live_source_over_http_stalls_and_goes_on(tmp_path):
     write_ts(tmp_path / "a.ts", 200)
     with serve(tmp_path) as (address, pause):
         stream = FrameStream(
-            f"{address}/live/a.ts", allow_urls=True, queue_size=400, stall_seconds=0.2
+            f"{address}/live/a.ts", allow_urls=True, queue_size=400, stall_seconds=1.0
         )
         when_stalled(stream, pause)
         frames = list(stream)
@@ -340,7 +340,7 @@ def test_a_connection_that_breaks_off_ends_the_stream(tmp_path):
 def test_a_server_that_sends_nothing_is_given_up(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/a.ts"
-        stream = FrameStream(address, allow_urls=True, stall_seconds=0.1, give_up_seconds=0.5)
+        stream = FrameStream(address, allow_urls=True, stall_seconds=0.5, give_up_seconds=1.0)
         since = time.monotonic()
         try:
             assert list(stream) == []
