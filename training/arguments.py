@@ -151,7 +151,7 @@ class DataArguments:
             frozen X-Encoder, read instead of the media.
         lanes: into how many parts a streamed source is dealt. The rows of every step depend on
             it, and not on the number of processes, which has to divide it. Default: 8, or as many
-            of these as divide the batch.
+            of these as divide the batch; as many as processes, where those do not divide.
         cache_targets: encode every distinct target once before training; only with a frozen
             Y-Encoder, and with as many texts as fit into memory.
         hard_negatives: how many of a row's `negatives` join the batch's texts.
