@@ -235,7 +235,8 @@ def measure(
     with torch.device("meta"):
         model = model_to_train(config, setting, bf16)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
+        for module in model.modules():  # each once: beside adapters some stand at two places
+            module.to_empty(device="cpu", recurse=False)
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
