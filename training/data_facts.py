@@ -15,6 +15,7 @@ import av
 import torch
 from PIL import Image
 
+from eval.features import media_path
 from modeling_vljepa.losses import Matches
 
 from .data import text_id
@@ -25,14 +26,9 @@ _WORD = re.compile(r"\w+")
 # -- rows ------------------------------------------------------------------------------------
 
 
-def file_of(row: dict) -> str | bytes:
-    """The file of a row, of which its clip may be a part, or a file's content."""
-    return row["video"] if "video" in row else row["image"]
-
-
 def media_name(row: dict) -> str:
     """Equal for equal media: the path, or what stands for the bytes."""
-    media = file_of(row)
+    media = media_path(row)
     return media if isinstance(media, str) else f"bytes {hashlib.sha256(media).hexdigest()[:16]}"
 
 
@@ -138,7 +134,7 @@ def read_header(row: dict) -> Header:
 
     Raises: `OSError` or `ValueError` if there is none.
     """
-    media = file_of(row)
+    media = media_path(row)
     if isinstance(media, str) and os.path.isdir(media):
         paths = sorted(path for path in Path(media).iterdir() if path.is_file())
         if not paths:

@@ -52,16 +52,20 @@ class StreamedSource:
     arguments: SourceArguments
     dataset: datasets.IterableDataset | None
     kind: str = field(init=False)
+    reader: "ExampleReader" = field(init=False)
 
     def __post_init__(self):
+        if self.dataset is not None:  # once, and not for every lane
+            self.reader = ExampleReader(self.arguments, self.dataset.features)
         self.kind = "video" if "video" in self.some_rows(1)[0] else "image"
 
     def blocks(self, lane: int, lanes: int, seed: int) -> Blocks:
         rows = max(self.arguments.shuffle_rows // lanes, 1)
         if self.dataset is None:
             return JSONLBlocks(jsonl_files(self.arguments.rows), lane, lanes, rows, seed)
-        reader = ExampleReader(self.arguments, self.dataset.features)
-        return DatasetBlocks(self.dataset, self.arguments.name, reader, lane, lanes, rows, seed)
+        return DatasetBlocks(
+            self.dataset, self.arguments.name, self.reader, lane, lanes, rows, seed
+        )
 
     def lane(self, lane: int, lanes: int, seed: int) -> Lane:
         """The rows of one lane of so many, in the order of training."""
