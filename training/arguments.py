@@ -438,3 +438,11 @@ def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
         ),
         given=given,
     )
+
+
+def save_recipes(checkpoint: str | None, output_dir: str, given: dict) -> None:
+    """Write `recipes.yaml`: this recipe, behind those of the checkpoint that it started from."""
+    before = Path(checkpoint or "", "recipes.yaml")
+    stages = yaml.safe_load(before.read_text()) if before.is_file() else []
+    path = Path(output_dir, "recipes.yaml")
+    path.write_text(yaml.safe_dump([*stages, given], sort_keys=False))

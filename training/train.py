@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import PrinterCallback, set_seed
 
 from eval.benchmarks import Benchmark, load_benchmarks
@@ -27,6 +26,7 @@ from .arguments import (
     RecipeError,
     VLJEPATrainingArguments,
     read_recipe,
+    save_recipes,
 )
 from .callbacks import CollapseWarning, ProgressLine
 from .checkpoints import checkpoint_to_resume
@@ -89,14 +89,6 @@ def open_features(
     check_recipe(model, sources)
     dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
     return FeatureStore.open(recipe.data.features, model, processor.video_processor, dtype=dtype)
-
-
-def save_recipes(recipe: Recipe) -> None:
-    """Write `recipes.yaml`: this recipe, behind those of the stages before it."""
-    before = Path(recipe.model.checkpoint or "", "recipes.yaml")
-    stages = yaml.safe_load(before.read_text()) if before.is_file() else []
-    path = Path(recipe.training.output_dir, "recipes.yaml")
-    path.write_text(yaml.safe_dump([*stages, recipe.given], sort_keys=False))
 
 
 def main(argv: list[str] | None = None) -> VLJEPATrainer:
@@ -164,7 +156,7 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     #    `push_to_hub`
     trainer.save_state()
     if trainer.is_world_process_zero():
-        save_recipes(recipe)
+        save_recipes(recipe.model.checkpoint, args.output_dir, recipe.given)
     if recipe.model.lora is not None:
         trainer.model.save_pretrained(
             Path(args.output_dir, "adapter"), is_main_process=trainer.is_world_process_zero()

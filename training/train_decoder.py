@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, Dataset
 from transformers import (
@@ -37,7 +36,14 @@ from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from modeling_vljepa.y_decoder import IGNORED
 from processing import VLJEPAProcessor, bad_rows_report, read_rows
 
-from .arguments import RecipeError, check_keys, read_sections, training_arguments, use_bf16
+from .arguments import (
+    RecipeError,
+    check_keys,
+    read_sections,
+    save_recipes,
+    training_arguments,
+    use_bf16,
+)
 from .backbones import load, read_decoder
 from .callbacks import ProgressLine
 from .parameters import parameter_table
@@ -375,10 +381,7 @@ def save(trainer: Trainer, processor: VLJEPAProcessor, recipe: DecoderRecipe) ->
     trainer.state.save_to_json(output / LOG)
     if (source / "trainer_state.json").is_file():
         shutil.copy(source / "trainer_state.json", output)
-    before = source / "recipes.yaml"
-    stages = yaml.safe_load(before.read_text()) if before.is_file() else []
-    text = yaml.safe_dump([*stages, recipe.given], sort_keys=False)
-    (output / "recipes.yaml").write_text(text)
+    save_recipes(recipe.model.checkpoint, recipe.training.output_dir, recipe.given)
 
 
 def main(argv: list[str] | None = None) -> Trainer:
