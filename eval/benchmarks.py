@@ -8,15 +8,23 @@ import yaml
 
 from processing.rows import BadRow, read_rows
 
-TASKS = ("retrieval", "classification", "vqa", "captioning")
 _REQUIRED = {"task", "rows", "description"}
-_WITH_TRAINING = ("vqa", "captioning")
+# What each task needs beside these, and what it may have.
+_OF_TASK = {
+    "retrieval": set(),
+    "classification": set(),
+    "vqa": {"train_rows"},
+    "captioning": {"train_rows"},
+    "streaming": {"validation_rows"},
+}
 _OPTIONAL = {
     "retrieval": {"query", "num_frames"},
     "classification": {"query", "num_frames", "candidates"},
     "vqa": {"num_frames"},
     "captioning": {"query", "num_frames"},
+    "streaming": {"query", "num_frames", "fps", "stride"},
 }
+TASKS = tuple(_OF_TASK)
 
 
 @dataclass(frozen=True)
@@ -25,15 +33,21 @@ class Benchmark:
 
     Attributes:
         name (`str`): its key.
-        task (`str`): `"retrieval"`, `"classification"`, `"vqa"` or `"captioning"`.
-        rows (`Path`): JSONL file, as [`read_rows`] reads it.
+        task (`str`): one of `TASKS`.
+        rows (`Path`): JSONL file, as [`read_rows`] reads it, or for streaming
+            [`eval.streams.read_streams`].
         description (`str`): what it measures, in a sentence.
         train_rows (`Path`, *optional*, VQA and captioning only): source of the candidates and the
             baselines.
+        validation_rows (`Path`, *optional*, streaming only): streams to choose thresholds on.
         query (`str`, *optional*): asked instead of the rows' own. VQA asks the rows' questions.
-        num_frames (`int`, *optional*): frames per video, instead of the processor's.
+        num_frames (`int`, *optional*): frames per video, or per window of a stream, instead of
+            the processor's.
         candidates (`list[str]`, *optional*, classification only): the labels to choose from,
             instead of the distinct targets of the rows.
+        fps (`float`, *optional*, streaming only): frames kept of each second; all by default.
+        stride (`int`, *optional*, streaming only, defaults to 1): frames from one window's
+            beginning to the next one's.
     """
 
     name: str
@@ -44,6 +58,9 @@ class Benchmark:
     query: str | None = None
     num_frames: int | None = None
     candidates: list[str] | None = None
+    validation_rows: Path | None = None
+    fps: float | None = None
+    stride: int = 1
 
     def load(self) -> tuple[list[dict], list[BadRow]]:
         """The good rows, with the query they are asked here, and the bad ones."""
@@ -82,12 +99,12 @@ def _benchmark(name: str, entry: dict) -> Benchmark:
     task = entry.get("task")
     if task not in TASKS:
         raise ValueError(f"{name}: task is {task!r}, must be one of {', '.join(TASKS)}")
-    required = _REQUIRED | ({"train_rows"} if task in _WITH_TRAINING else set())
+    required = _REQUIRED | _OF_TASK[task]
     if missing := sorted(required - entry.keys()):
         raise ValueError(f"{name}: a {task} benchmark needs {', '.join(missing)}")
     if unknown := sorted(entry.keys() - required - _OPTIONAL[task]):
         raise ValueError(f"{name}: a {task} benchmark takes no {', '.join(unknown)}")
-    for key in ("rows", "train_rows"):
+    for key in ("rows", "train_rows", "validation_rows"):
         if key in entry:
             entry[key] = Path(entry[key])
             if not entry[key].is_file():

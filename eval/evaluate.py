@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from eval import captioning, classification, retrieval, vqa
+from eval import captioning, classification, retrieval, selective_decoding, vqa
 from eval.benchmarks import Benchmark, load_benchmarks
 from eval.embed import ABLATIONS
 from eval.features import FeatureError, FeatureStore
@@ -25,7 +25,9 @@ TASKS = {
     "classification": classification.evaluate,
     "vqa": vqa.evaluate,
     "captioning": captioning.evaluate,
+    "streaming": selective_decoding.evaluate,
 }
+WITH_DECODER = ("captioning", "streaming")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -65,7 +67,7 @@ def measurable(benchmarks: list[Benchmark], names: list[str], has_decoder: bool)
 
     Raises: `ValueError` when one was asked for by name that needs a Y-Decoder, and there is none.
     """
-    wordy = [benchmark.name for benchmark in benchmarks if benchmark.task == "captioning"]
+    wordy = [benchmark.name for benchmark in benchmarks if benchmark.task in WITH_DECODER]
     if has_decoder or not wordy:
         return benchmarks
     if names != ["all"]:
@@ -122,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
                 num_frames=benchmark.num_frames,
             )
         result = TASKS[benchmark.task](
-            model if benchmark.task == "captioning" else model.base_model,
+            model if benchmark.task in WITH_DECODER else model.base_model,
             processor,
             benchmark,
             batch_size=args.batch_size,

@@ -12,6 +12,11 @@ from eval.results import Score, TaskResult
 from processing import Excerpt, read_clip, read_image
 from processing.rows import Media
 
+STYLES = {
+    "uniform": {"color": "#64748b"},
+    "selective": {"color": "#2563eb"},
+    "online": {"color": "#16a34a"},
+}
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -54,6 +59,7 @@ def write_report(
                 for name in score.baselines
             )
         ),
+        curve_charts={result.name: curve_chart(result) for result in results},
         type_charts={result.name: type_chart(result.by_type) for result in results},
         loss_curve=loss_curve(trainer_state) if trainer_state.is_file() else None,
     )
@@ -88,6 +94,29 @@ def type_chart(by_type: dict[str, Score]) -> str | None:
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy in %, with 95 % interval")
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return png(figure)
+
+
+def curve_chart(result: TaskResult) -> str | None:
+    """CIDEr over the mean time between decodes, as in the paper's figure 4."""
+    if not result.curves:
+        return None
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in result.curves.items():
+        rates, ciders = zip(*points, strict=True)
+        style = STYLES[name.removesuffix(" + pool")]
+        line = "--" if name.endswith("pool") else "-"
+        axes.plot(
+            [1 / rate for rate in rates], [100 * each for each in ciders], line, label=name, **style
+        )
+    rate, cider = result.numbers["reference_rate"], result.numbers["reference_CIDEr"]
+    axes.plot(1 / rate, 100 * cider, "o", color="black", label="reference")
+    axes.axhline(100 * cider, color="black", linewidth=0.5)
+    axes.set_xscale("log")
+    axes.set_xlabel("mean seconds between decodes")
+    axes.set_ylabel("CIDEr")
+    figure.legend(loc="outside right upper", frameon=False)
     return png(figure)
 
 
@@ -133,7 +162,7 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def _protocol_line(result: TaskResult) -> str:
-    facts = {**result.protocol, **result.ranks, "skipped": len(result.skipped)}
+    facts = {**result.protocol, **result.ranks, **result.numbers, "skipped": len(result.skipped)}
     return ", ".join(
         f"{name.replace('_', ' ')} {'(empty)' if value == '' else value}"
         for name, value in facts.items()

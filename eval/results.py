@@ -78,6 +78,9 @@ class TaskResult:
         protocol (`dict`): how the numbers came about.
         scores (`dict[str, Score]`): by metric.
         ranks (`dict[str, float]`): median and mean ranks, of retrieval.
+        numbers (`dict[str, float]`): what is no share of rows, of streaming.
+        curves (`dict[str, list[tuple[float, float]]]`): decodes per second and CIDEr, by the way
+            of choosing what to decode, of streaming.
         by_type (`dict[str, Score]`): accuracy by question type, of VQA.
         skipped (`list[str]`): each line and file that was left out, and why.
         examples (`list[Example]`): for the report.
@@ -89,6 +92,8 @@ class TaskResult:
     protocol: dict[str, str | int | float]
     scores: dict[str, Score]
     ranks: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     by_type: dict[str, Score] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)

@@ -12,13 +12,12 @@ from multiprocessing import Pool
 from multiprocessing.pool import Pool as PoolType
 from pathlib import Path
 
-import av
 from tqdm import tqdm
 
 from .babyai import FPS, SPLITS, Episode, first_seed, play, split_of
 from .babyai_goals import ALL_PAIRS, SEEN_PAIRS, narrate, narrations
 from .babyai_questions import ask, ask_where
-from .writing import write_jsonl
+from .writing import write_clip, write_jsonl
 
 EVAL_CLIPS = {
     "val": 300,
@@ -78,7 +77,7 @@ def _record(directory: Path, seed: int) -> dict[str, list[dict]]:
     episode = play(seed)
     split = split_of(episode.seed)
     clip = {"video": f"clips/{episode.clip}.mp4"}
-    _write_clip(directory / clip["video"], episode)
+    write_clip(directory / clip["video"], episode.frames, FPS)
     pairs = ALL_PAIRS if split == "unseen_pairs" else SEEN_PAIRS
     return {
         # The mission as the environment words it, and apart from it what happened, in our words:
@@ -90,23 +89,12 @@ def _record(directory: Path, seed: int) -> dict[str, list[dict]]:
         ],
         "vqa": [{**clip, **question} for question in ask(episode, pairs)],
         "where": [{**clip, **question} for question in ask_where(episode)],
-        "events": [{**clip, "fps": FPS, "events": list(_events(episode))}],
+        "events": [{**clip, "fps": FPS, "events": list(events(episode))}],
     }
 
 
-def _write_clip(path: Path, episode: Episode) -> None:
-    """One frame per step. One thread, because x264's output depends on their number."""
-    with av.open(path, "w") as file:
-        stream = file.add_stream("libx264", rate=FPS, options={"crf": "12"})
-        stream.height, stream.width, _ = episode.frames[0].shape
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        for frame in episode.frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
-
-
-def _events(episode: Episode) -> Iterator[dict[str, float | str]]:
+def events(episode: Episode) -> Iterator[dict[str, float | str]]:
+    """When each goal was reached, in seconds, and what that was."""
     for goal, step in zip(episode.goals, episode.goal_steps, strict=True):
         yield {"time": step / FPS, "text": narrate((goal,))}
 
@@ -139,4 +127,4 @@ def _summarise(clips: list[dict[str, list[dict]]], trained_on: frozenset[str]) -
     }
 
 
-__all__ = ["write"]
+__all__ = ["NARRATE", "events", "write"]
