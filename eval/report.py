@@ -12,11 +12,7 @@ from eval.results import Score, TaskResult
 from processing import Excerpt, read_clip, read_image
 from processing.rows import Media
 
-STYLES = {
-    "uniform": {"color": "#64748b"},
-    "selective": {"color": "#2563eb"},
-    "online": {"color": "#16a34a"},
-}
+COLOURS = {"uniform": "#64748b", "selective": "#2563eb", "online": "#16a34a"}
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -37,8 +33,13 @@ def text_tables(results: list[TaskResult]) -> str:
         for result in family:
             rows += [_cells(result.name, metric, score) for metric, score in result.scores.items()]
             rows += [_cells("", f"  {name}", score) for name, score in result.by_type.items()]
+        compared = [
+            f"{result.name}: {name}: {_facts(numbers)}"
+            for result in family
+            for name, numbers in result.comparisons.items()
+        ]
         protocols = [f"{result.name}: {_protocol_line(result)}" for result in family]
-        tables.append("\n".join([f"{task} (in %)", _aligned(rows), "", *protocols]))
+        tables.append("\n".join([f"{task} (in %)", _aligned(rows), "", *compared, *protocols]))
     return "\n\n".join(tables)
 
 
@@ -48,7 +49,7 @@ def write_report(
     """Write `report.html`; the loss curve comes from `trainer_state`, if there is that file."""
     page = render(
         Path(__file__).with_name("report_template.html"),
-        {"percent": percent, "strip": frame_strip, "protocol": _protocol_line},
+        {"percent": percent, "strip": frame_strip, "protocol": _protocol_line, "facts": _facts},
         model_name=model_name,
         results=results,
         baselines=list(
@@ -105,14 +106,10 @@ def curve_chart(result: TaskResult) -> str | None:
     axes = figure.subplots()
     for name, points in result.curves.items():
         rates, ciders = zip(*points, strict=True)
-        style = STYLES[name.removesuffix(" + pool")]
-        line = "--" if name.endswith("pool") else "-"
-        axes.plot(
-            [1 / rate for rate in rates], [100 * each for each in ciders], line, label=name, **style
-        )
-    rate, cider = result.numbers["reference_rate"], result.numbers["reference_CIDEr"]
-    axes.plot(1 / rate, 100 * cider, "o", color="black", label="reference")
-    axes.axhline(100 * cider, color="black", linewidth=0.5)
+        seconds, scores = [1 / rate for rate in rates], [100 * each for each in ciders]
+        style = "--" if name.endswith("pool") else "-"
+        axes.plot(seconds, scores, style, color=COLOURS[name.split()[0]], label=name)
+    axes.axvline(1 / result.numbers["reference rate"], color="#cbd5e1", zorder=0, label="reference")
     axes.set_xscale("log")
     axes.set_xlabel("mean seconds between decodes")
     axes.set_ylabel("CIDEr")
@@ -163,6 +160,10 @@ def _aligned(rows: list[list[str]]) -> str:
 
 def _protocol_line(result: TaskResult) -> str:
     facts = {**result.protocol, **result.ranks, **result.numbers, "skipped": len(result.skipped)}
+    return _facts(facts)
+
+
+def _facts(facts: dict[str, str | int | float]) -> str:
     return ", ".join(
         f"{name.replace('_', ' ')} {'(empty)' if value == '' else value}"
         for name, value in facts.items()

@@ -79,6 +79,7 @@ class TaskResult:
         scores (`dict[str, Score]`): by metric.
         ranks (`dict[str, float]`): median and mean ranks, of retrieval.
         numbers (`dict[str, float]`): what is no share of rows, of streaming.
+        comparisons (`dict[str, dict[str, float]]`): one way against another, of streaming.
         curves (`dict[str, list[tuple[float, float]]]`): decodes per second and CIDEr, by the way
             of choosing what to decode, of streaming.
         by_type (`dict[str, Score]`): accuracy by question type, of VQA.
@@ -93,6 +94,7 @@ class TaskResult:
     scores: dict[str, Score]
     ranks: dict[str, float] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
+    comparisons: dict[str, dict[str, float]] = field(default_factory=dict)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     by_type: dict[str, Score] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)

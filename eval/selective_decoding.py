@@ -7,7 +7,8 @@ pairs. What is compared is which embeddings are chosen, at equal numbers of them
 - uniform: at equal intervals. `uniform + pool` decodes the average of each interval.
 - selective: the middle of each segment that `WardSegmenter` finds. `selective + pool` decodes the
   segment's average.
-- online: the middle of each segment that `OnlineSegmenter` closes while the stream runs.
+- online: the middle or the average of each segment that `OnlineSegmenter` closes while the stream
+  runs.
 - oracle: at the time of every annotation, which nobody knows; what could be gained by choosing.
 
 The budgets run from 2 to 0.01 decodes per second, as in the paper's figure 4. The online
@@ -17,7 +18,8 @@ segments of the same number in each stream.
 
 The paper's claim is that of a reference, uniform decoding at 2.5 times the annotation rate, 2.85
 times fewer decodes keep the CIDEr (1 Hz and 0.35 Hz, where annotations come at 0.4 Hz). How many
-fewer are enough is chosen on the validation streams, too.
+fewer are enough is chosen on the validation streams, too. Averages help uniform decoding as well,
+so that pooled choices are compared with either reference.
 
 Shapes: S windows of a stream, A annotations of all streams, D embedding size.
 """
@@ -53,6 +55,7 @@ ONLINE = {
     "smoothing": (0.5, 1.0),
     "patience": (1, 3),
     "drift_threshold": tuple(np.geomspace(0.01, 1.2, 13).round(4).tolist()),
+    "decode_from": ("midpoint", "mean"),
 }
 
 
@@ -107,7 +110,7 @@ def selective(stream: EmbeddedStream, count: int, *, pool: bool = False) -> Choi
     return of_segments(stream, segmenter.segment(stream.embeds, stream.times, stream.end_time))
 
 
-def online(stream: EmbeddedStream, settings: dict[str, float]) -> Choice:
+def online(stream: EmbeddedStream, settings: dict[str, float | str]) -> Choice:
     segmenter = OnlineSegmenter(**settings)
     return of_segments(stream, segmenter.segment(stream.embeds, stream.times, stream.end_time))
 
@@ -118,6 +121,12 @@ def oracle(stream: EmbeddedStream) -> Choice:
     return Choice(times, stream.embeds[places].astype(np.float32), boundaries(stream))
 
 
+# What is compared with which reference.
+PAIRS = (
+    ("selective", "uniform"),
+    ("selective + pool", "uniform"),
+    ("selective + pool", "uniform + pool"),
+)
 METHODS: dict[str, Callable[[EmbeddedStream, int], Choice]] = {
     "uniform": uniform,
     "uniform + pool": partial(uniform, pool=True),
@@ -215,11 +224,12 @@ class Judge:
             [METHODS[method](stream, count_of(rate, stream)) for stream in self.streams]
         )
 
-    def online(self, settings: dict[str, float]) -> tuple[Outcome, Outcome]:
+    def online(self, settings: dict[str, float | str]) -> tuple[Outcome, Outcome]:
         """The online segmenter, and as many offline segments of each stream."""
         choices = [online(stream, settings) for stream in self.streams]
+        pool = settings["decode_from"] == "mean"
         offline = [
-            selective(stream, len(choice.times))
+            selective(stream, len(choice.times), pool=pool)
             for stream, choice in zip(self.streams, choices, strict=True)
         ]
         return self.score(choices), self.score(offline)
@@ -265,20 +275,20 @@ def matches(found: list[float], true: list[float]) -> int:
 # -- what is chosen on the validation streams ----------------------------------------------
 
 
-def enough(judge: Judge) -> float:
-    """How many times fewer selective decodes than the reference keep its CIDEr: the most of those
+def enough(judge: Judge, method: str, reference: str) -> float:
+    """How many times fewer decodes than the reference has keep its CIDEr: the most of those
     tried, 0 if not even as many do."""
     rate = REFERENCE_DENSITY * judge.annotation_rate
-    reference = judge.at_rate("uniform", rate).mean
+    wanted = judge.at_rate(reference, rate).mean
     kept = [
         fewer
-        for fewer in tqdm(FEWER.tolist(), "fewer decodes")
-        if judge.at_rate("selective", rate / fewer).mean >= reference
+        for fewer in tqdm(FEWER.tolist(), f"{method}, as good as {reference}")
+        if judge.at_rate(method, rate / fewer).mean >= wanted
     ]
     return max(kept, default=0.0)
 
 
-def thresholds(judge: Judge, budgets: Sequence[float]) -> list[dict[str, float]]:
+def thresholds(judge: Judge, budgets: Sequence[float]) -> list[dict[str, float | str]]:
     """For each budget the online settings of best CIDEr among those that keep to it; where none
     does, those of fewest decodes."""
     tried = []
@@ -300,7 +310,7 @@ def thresholds(judge: Judge, budgets: Sequence[float]) -> list[dict[str, float]]
 
 
 def measure(
-    judge: Judge, budgets: Sequence[float], settings: Sequence[dict[str, float]]
+    judge: Judge, budgets: Sequence[float], settings: Sequence[dict[str, float | str]]
 ) -> tuple[dict[str, Score], dict[str, list[tuple[float, float]]]]:
     """CIDEr at each budget of every way of choosing, and each way's curve."""
     best = judge.score([oracle(stream) for stream in judge.streams]).mean
@@ -319,22 +329,30 @@ def measure(
     return scores, curves
 
 
-def compare(judge: Judge, rate: float, fewer: float) -> dict[str, float]:
-    """The reference beside the paper's claim and beside what the validation streams promised."""
-    reference = judge.at_rate("uniform", rate)
-    numbers = {"reference_rate": rate, "reference_CIDEr": reference.mean}
+def compare(judge: Judge, method: str, reference: str, fewer: float) -> dict[str, float]:
+    """A way of choosing beside its reference, at the paper's claim and at what the validation
+    streams promised."""
+    rate = REFERENCE_DENSITY * judge.annotation_rate
+    wanted = judge.at_rate(reference, rate)
+    numbers = {"reference CIDEr": wanted.mean}
     for name, times in (("claimed", CLAIM), ("chosen", fewer)):
-        numbers[f"{name}_fewer"] = times
+        numbers[f"{name} fewer"] = times
         if times:
-            outcome = judge.at_rate("selective", rate / times)
-            low, high = judge.interval(outcome.cider - reference.cider)
-            numbers[f"{name}_fewer_CIDEr"] = outcome.mean
-            numbers[f"{name}_fewer_difference"] = outcome.mean - reference.mean
-            numbers |= {f"{name}_fewer_low": low, f"{name}_fewer_high": high}
-    for name in ("uniform", "selective"):
-        choices = [METHODS[name](each, len(each.annotated.times)) for each in judge.streams]
-        numbers[f"boundary_F1_{name}"] = judge.score(choices).f1
+            difference = judge.at_rate(method, rate / times).cider - wanted.cider
+            numbers[f"{name} difference"] = float(difference.mean())
+            low, high = judge.interval(difference)
+            numbers |= {f"{name} low": low, f"{name} high": high}
     return {name: round(value, 4) for name, value in numbers.items()}
+
+
+def boundary_scores(judge: Judge) -> dict[str, float]:
+    """F1 with as many segments as annotations."""
+    counts = [len(stream.annotated.times) for stream in judge.streams]
+    pairs = list(zip(judge.streams, counts, strict=True))
+    return {
+        f"boundary F1, {name}": round(judge.score([METHODS[name](*each) for each in pairs]).f1, 4)
+        for name in ("uniform", "selective")
+    }
 
 
 # -- the task ------------------------------------------------------------------------------
@@ -375,14 +393,14 @@ def evaluate(
     test, validation = Judge(streams, captions), Judge(held_out, captions)
 
     # 2. Choose on the validation streams
-    fewer = enough(validation)
+    fewer = {pair: enough(validation, *pair) for pair in PAIRS}
     rate = REFERENCE_DENSITY * test.annotation_rate
     budgets = sorted({*BUDGETS, rate, rate / CLAIM}, reverse=True)
     settings = thresholds(validation, budgets)
 
     # 3. Measure on the test streams
     scores, curves = measure(test, budgets, settings)
-    numbers = compare(test, rate, fewer)
+    comparisons = {" against ".join(pair): compare(test, *pair, fewer[pair]) for pair in PAIRS}
     protocol = {
         "rows_file": portable(benchmark.rows),
         "rows_sha256": sha256(benchmark.rows),
@@ -410,7 +428,8 @@ def evaluate(
         description=benchmark.description,
         protocol=protocol,
         scores=scores,
-        numbers=numbers,
+        numbers={"reference rate": round(rate, 4), **boundary_scores(test)},
+        comparisons=comparisons,
         curves=curves,
         skipped=skipped + [f"{name}, {reason}" for reason in left_out],
         examples=examples(test, rate),

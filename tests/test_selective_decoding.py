@@ -16,6 +16,7 @@ from eval.selective_decoding import (
     Choice,
     Judge,
     boundary_f1,
+    boundary_scores,
     compare,
     count_of,
     enough,
@@ -61,7 +62,7 @@ def stream(lengths: list[int], first: int = 0) -> EmbeddedStream:
 
 @pytest.fixture(autouse=True)
 def few_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = {"window": (2,), "smoothing": (1.0,), "patience": (1,)}
+    tried = {"window": (2,), "smoothing": (1.0,), "patience": (1,), "decode_from": ("midpoint",)}
     tried["drift_threshold"] = (0.01, 0.1, 0.5, 1.2)
     monkeypatch.setattr(selective_decoding, "ONLINE", tried)
 
@@ -181,7 +182,7 @@ def test_selective_needs_as_many_decodes_as_there_are_meanings(judge: Judge) -> 
 def test_fewer_decodes_are_enough_where_stretches_differ(judge: Judge) -> None:
     """12 selective decodes are perfect, so 2.5 times fewer than 30 are enough at least, and more
     where the even ones miss something."""
-    fewer = enough(judge)
+    fewer = enough(judge, "selective", "uniform")
     assert fewer >= 2.4
     reference = judge.at_rate("uniform", 2.5 * judge.annotation_rate)
     kept = judge.at_rate("selective", 2.5 * judge.annotation_rate / fewer)
@@ -195,7 +196,9 @@ def test_nothing_is_saved_where_all_windows_are_noise() -> None:
     noisy = EmbeddedStream(
         given.annotated, as_unit(rng.normal(size=given.embeds.shape)), given.times, given.end_time
     )
-    assert enough(Judge([noisy], Known())) < 8  # chance may keep a low score with fewer
+    assert (
+        enough(Judge([noisy], Known()), "selective", "uniform") < 8
+    )  # chance may keep a low score with fewer
 
 
 def test_thresholds_keep_to_the_budget_of_the_validation_streams(judge: Judge) -> None:
@@ -240,14 +243,24 @@ def test_the_budget_table_has_every_way_beside_every_other(judge: Judge) -> None
 
 def test_the_claim_is_a_difference_to_the_reference(judge: Judge) -> None:
     rate = 2.5 * judge.annotation_rate
-    numbers = compare(judge, rate, fewer=2.0)
+    numbers = compare(judge, "selective", "uniform", fewer=2.0)
     same = judge.at_rate("uniform", rate)
-    assert numbers["reference_CIDEr"] == pytest.approx(same.mean, abs=1e-4)
-    assert numbers["chosen_fewer_difference"] == pytest.approx(10 - same.mean, abs=1e-4)
-    assert numbers["chosen_fewer_low"] <= numbers["chosen_fewer_difference"]
-    assert numbers["claimed_fewer"] == 2.85
-    assert numbers["boundary_F1_selective"] > numbers["boundary_F1_uniform"]
-    assert "chosen_fewer_CIDEr" not in compare(judge, rate, fewer=0.0)
+    assert numbers["reference CIDEr"] == pytest.approx(same.mean, abs=1e-4)
+    assert numbers["chosen difference"] == pytest.approx(10 - same.mean, abs=1e-4)
+    assert numbers["chosen low"] <= numbers["chosen difference"] <= numbers["chosen high"]
+    assert numbers["claimed fewer"] == 2.85
+    assert "chosen low" not in compare(judge, "selective", "uniform", fewer=0.0)
+    against_itself = compare(judge, "uniform", "uniform", fewer=1.0)
+    assert against_itself["chosen difference"] == against_itself["chosen high"] == 0.0
+
+
+def test_boundaries_are_scored_at_one_segment_per_annotation(judge: Judge) -> None:
+    found = boundary_scores(judge)
+    pairs = [(each, len(each.annotated.times)) for each in judge.streams]
+    assert found["boundary F1, selective"] == pytest.approx(
+        judge.score([selective(*each) for each in pairs]).f1, abs=1e-4
+    )
+    assert found["boundary F1, selective"] > found["boundary F1, uniform"]
 
 
 # -- boundaries ----------------------------------------------------------------------------
@@ -385,10 +398,15 @@ def test_the_table_and_the_page_show_the_numbers(judge: Judge, tmp_path: Path) -
         description="Streams.",
         protocol={},
         scores=scores,
-        numbers=compare(judge, 1.0, 2.0),
+        numbers={"reference rate": 1.0},
+        comparisons={"a against b": compare(judge, "selective", "uniform", 2.0)},
         curves=curves,
     )
     table = text_tables([result])
-    assert "claimed fewer 2.85" in table and "oracle" in table
+    assert (
+        "a against b: reference CIDEr" in table
+        and "claimed fewer 2.85" in table
+        and "oracle" in table
+    )
     write_report(tmp_path / "report.html", "m", [result], tmp_path / "none.json")
     assert (tmp_path / "report.html").read_text().count("data:image/png") == 1
