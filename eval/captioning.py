@@ -12,6 +12,8 @@ What the words are worth is seen beside three other captions of the same clips:
 Shapes: R clips, U distinct training captions, D embedding size.
 """
 
+from functools import partial
+
 import torch
 from tqdm import tqdm
 
@@ -30,14 +32,16 @@ def write(
     processor: VLJEPAProcessor,
     embeds: torch.Tensor,
     queries: list[str],
+    previous: list[str],
     *,
     batch_size: int,
 ) -> list[str]:
-    """The greedy text of each embedding `(R, D)`."""
+    """The greedy text of each embedding `(R, D)`, for a decoder that may read what was asked and
+    what was said before."""
     texts = []
     for places in tqdm(list(batches(range(len(embeds)), batch_size)), desc="decoding"):
-        asked = [queries[place] for place in places]
-        texts += decode_texts(model, processor, embeds[places], queries=asked)
+        asked, said = ([each[place] for place in places] for each in (queries, previous))
+        texts += decode_texts(model, processor, embeds[places], queries=asked, previous=said)
     return texts
 
 
@@ -99,12 +103,13 @@ def evaluate(
     nearest = (predictions.embeds @ train_embeds.T).argmax(dim=1)  # (R,)
     mean = train_embeds.mean(dim=0, keepdim=True)  # (1, D)
 
-    queries, size = predictions.queries, {"batch_size": batch_size}
-    written = write(model, processor, predictions.embeds, queries, **size)
+    previous = [row.get("previous", "") for row in predictions.rows]
+    tell = partial(write, model, processor, batch_size=batch_size)
+    written = tell(predictions.embeds, predictions.queries, previous)
     captions = {
-        "true text": write(model, processor, true_embeds, queries, **size),
+        "true text": tell(true_embeds, predictions.queries, previous),
         "nearest caption": [train_texts[place] for place in nearest.tolist()],
-        "unconditional": write(model, processor, mean, queries[:1], **size) * len(references),
+        "unconditional": tell(mean, predictions.queries[:1], [""]) * len(references),
     }
     scored = score_captions(written, references)
     beside = {name: score_captions(texts, references) for name, texts in captions.items()}
@@ -126,6 +131,7 @@ def evaluate(
         "mean_cosine_to_the_true_text": round(cosines.mean().item(), 4),
         "decoding": "greedy",
         "decoder_reads_query": str(model.config.decoder_reads_query).lower(),
+        "decoder_reads_previous": str(model.config.decoder_reads_previous).lower(),
     }
     common = common_protocol(benchmark, processor, predictions, ablation=ablation, limit=limit)
     return TaskResult(

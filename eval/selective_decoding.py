@@ -158,9 +158,9 @@ class Captions:
         new = {key: row for key, row in new.items() if key not in self.texts}
         if new:
             embeds = torch.from_numpy(np.stack(list(new.values())))  # (N, D)
-            queries = [self.query] * len(new)
+            asked, said = [self.query] * len(new), [""] * len(new)
             size = {"batch_size": self.batch_size}
-            texts = write(self.model, self.processor, embeds, queries, **size)
+            texts = write(self.model, self.processor, embeds, asked, said, **size)
             self.texts |= dict(zip(new, texts, strict=True))
 
     def nearest(self, choice: Choice, times: np.ndarray) -> list[str]:

@@ -67,7 +67,7 @@ def told(model, processor, monkeypatch) -> VLJEPAForConditionalGeneration:
         calls.append(batch)
         return true[[0, 0, 2, 3]]
 
-    def decode(model, processor, given, queries):
+    def decode(model, processor, given, queries, previous):
         assert set(queries) == {"describe"}
         cosines, places = (given @ embeds.T).max(dim=1)
         found = zip(cosines.tolist(), places.tolist(), strict=True)

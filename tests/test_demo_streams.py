@@ -46,8 +46,6 @@ def test_a_stream_is_its_episodes_and_its_annotations_are_theirs(made: Path) -> 
 def test_every_split_is_played_by_itself(made: Path) -> None:
     first = {split: read(made / f"{split}_streams.jsonl")[0] for split in ("train", "val", "test")}
     assert len({json.dumps(stream["events"]) for stream in first.values()}) == 3
-    assert not (made / "test_moments.jsonl").exists()
-    assert read(made / "val_moments.jsonl")
     counts = json.loads((made / "manifest.json").read_text())["counts"]
     assert counts["train"]["streams"] == 2
     assert counts["train"]["moments"] == len(read(made / "train_moments.jsonl"))
@@ -64,7 +62,9 @@ def test_moments_are_seen_and_nearest_to_the_middle(made: Path) -> None:
         last_frame = row["end"] - 1 / babyai.FPS
         middle = (row["start"] + last_frame) / 2
         nearest = min(moments, key=lambda event: abs(event["time"] - middle))
+        place = moments.index(nearest)
         assert nearest["text"] == row["target"]
+        assert row["previous"] == (moments[place - 1]["text"] if place else "")
         assert row["start"] - 1e-6 <= nearest["time"] <= last_frame + 1e-6
     clip = read_clip(rows[0]["video"], None, start=rows[0]["start"], end=rows[0]["end"])
     assert len(clip.frames) == WINDOW

@@ -156,7 +156,7 @@ def test_rates_count_every_decode(judge: Judge) -> None:
 def test_one_text_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
 
-    def write(model, processor, embeds, queries, batch_size):
+    def write(model, processor, embeds, queries, previous, batch_size):
         decoded.append(len(embeds))
         return [str(place) for place in range(len(embeds))]
 
@@ -343,7 +343,7 @@ def data(tmp_path: Path) -> Path:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny decoder never ends a text by itself."""
 
-    def decode(model, processor, given, queries):
+    def decode(model, processor, given, queries, previous):
         return [TEXTS[int(row.argmax())] for row in given]
 
     monkeypatch.setattr(captioning, "decode_texts", decode)

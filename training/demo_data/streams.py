@@ -7,8 +7,8 @@ second one, and stands in another room. What is written to the output folder:
 - `{split}_streams.jsonl`: a stream per line with its timed annotations, `{"video": ...,
   "events": [{"time": seconds, "text": ...}, ...]}`: what was done, at the moment it was done.
   `eval/selective_decoding.py` reads such files, of any video.
-- `{split}_moments.jsonl`, but of the test streams: windows of them, each with what is told of the
-  moment nearest to its middle. `training/recipes/babyai_streams.yaml` trains on them.
+- `{split}_moments.jsonl`: windows of them, each with what is told of the moment nearest to its
+  middle, and of the one before (`previous`). `training/recipes/babyai_streams.yaml` trains on them.
 
 The streams of a split are made of episodes of that split of the demonstration's data, whose
 missions and rooms training never saw.
@@ -69,10 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
                 "seconds": sum(row["frames"] for row in rows) / FPS,
                 "annotations": sum(len(row["events"]) for row in rows),
             }
-            if split != "test":
-                moments = [moment for row in rows for moment in moments_of(row)]
-                write_jsonl(args.output / f"{split}_moments.jsonl", moments)
-                counts[split]["moments"] = len(moments)
+            moments = [moment for row in rows for moment in moments_of(row)]
+            write_jsonl(args.output / f"{split}_moments.jsonl", moments)
+            counts[split]["moments"] = len(moments)
     manifest.write_text(json.dumps({"arguments": wanted, "counts": counts}, indent=2) + "\n")
     print(f"Wrote {args.output}; {manifest.name} in it says what it holds.")
 
@@ -96,10 +95,10 @@ def moments_of(stream: dict) -> list[dict]:
     rng = random.Random(stream["video"])
     moments = [round(event["time"] * FPS) for event in stream["events"]]
     ends = [-stream["frames"], *moments, 2 * stream["frames"]]
+    texts = ["", *(event["text"] for event in stream["events"])]
     rows = []
-    for event, (before, moment), (_, after) in zip(
-        stream["events"], pairwise(ends), list(pairwise(ends))[1:], strict=False
-    ):
+    for place, (previous, text) in enumerate(pairwise(texts)):
+        before, moment, after = ends[place : place + 3]
         first = range(max(0, moment - WINDOW + 1), min(moment, stream["frames"] - WINDOW) + 1)
         middles = {start: start + (WINDOW - 1) / 2 for start in first}
         near = [
@@ -114,7 +113,8 @@ def moments_of(stream: dict) -> list[dict]:
                     "start": start / FPS,
                     "end": (start + WINDOW) / FPS,
                     "query": NARRATE,
-                    "target": event["text"],
+                    "target": text,
+                    "previous": previous,
                 }
             )
     return rows

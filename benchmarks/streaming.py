@@ -1,0 +1,135 @@
+"""What watching a stream costs, and what selective decoding saves of it:
+`python -m benchmarks.streaming --model DIR --rows data/streams/test_streams.jsonl`.
+
+CPU-seconds per minute of stream, of each part by itself: frames (decoding and preprocessing), the
+X-Encoder and the Predictor, segmentation, and the Y-Decoder. The decoder's are those of the texts
+that are decoded: of every window, uniformly at 2.5 texts per annotation, and of 2.85 times fewer
+segments (`eval/selective_decoding.py`). Texts are decoded one by one, as a live stream asks for
+them, and together, as evaluation does. Each part's minimum over the rounds, which run in turn.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import cpu_seconds
+from eval.selective_decoding import CLAIM, REFERENCE_DENSITY
+from eval.streams import read_streams
+from modeling_vljepa import VLJEPAForConditionalGeneration, decode_texts
+from modeling_vljepa.segmentation import OnlineSegmenter, WardSegmenter
+from modeling_vljepa.stream_session import StreamEncoder
+from processing import VLJEPAProcessor
+from processing.streaming import FrameStream, Window, windows
+
+BATCH = 32  # windows per pass, and texts that are decoded together
+ENCODING = ("frames", "X-Encoder", "Predictor")
+WAYS = ("one by one", "together")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__)
+    parser.add_argument("--model", required=True, help="a checkpoint with a Y-Decoder")
+    parser.add_argument("--rows", type=Path, required=True, help="annotated streams")
+    parser.add_argument("--query", default="Tell what the agent did.")
+    parser.add_argument("--streams", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+class Watched:
+    """A model on some streams.
+
+    Attributes:
+        found (`torch.FloatTensor` of shape `(S, D)`): the embeddings of the last round.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.model = VLJEPAForConditionalGeneration.from_pretrained(args.model).eval()
+        self.processor = VLJEPAProcessor.from_pretrained(args.model)
+        self.query = args.query
+        self.streams = read_streams(args.rows)[0][: args.streams]
+        self.annotations = sum(len(stream.times) for stream in self.streams)
+        self.minutes = 0.0
+
+    def frames(self) -> list[list[Window]]:
+        seen = []
+        for stream in self.streams:
+            with FrameStream(stream.video) as frames:
+                processor = self.processor.video_processor
+                seen.append(list(windows(frames, processor, size=processor.num_frames, stride=1)))
+        self.minutes = sum(each[-1].end_time for each in seen) / 60
+        return seen
+
+    @torch.no_grad()
+    def round(self) -> dict[str, float]:
+        """CPU-seconds of each part, on all streams; of decoding, for each text."""
+        seconds = {}
+
+        def timed(name: str, call: Callable[[], Any]) -> Any:
+            since = cpu_seconds()
+            value = call()
+            seconds[name] = cpu_seconds() - since
+            return value
+
+        seen = timed("frames", self.frames)
+        encoder = StreamEncoder(self.model.vljepa, self.processor, self.query)
+        parts = [each[at : at + BATCH] for each in seen for at in range(0, len(each), BATCH)]
+        visual = timed("X-Encoder", lambda: [encoder.encode(part) for part in parts])
+        predicted = timed("Predictor", lambda: [encoder.predict(x, encoder.query) for x in visual])
+        self.found = torch.cat(predicted)
+        timed("Ward", lambda: WardSegmenter(self.annotations).segment(self.found))
+        timed("online segmenter", lambda: OnlineSegmenter().segment(self.found))
+        some = self.found[:: max(len(self.found) // BATCH, 1)][:BATCH]
+        timed("one by one", lambda: [self.decode(each[None]) for each in some])
+        timed("together", lambda: self.decode(some))
+        for way in WAYS:
+            seconds[way] /= len(some)
+        return seconds
+
+    def decode(self, embeds: torch.Tensor) -> list[str]:
+        queries = [self.query] * len(embeds)
+        return decode_texts(self.model, self.processor, embeds, queries=queries)
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)
+    watched = Watched(args)
+    rounds = [watched.round() for _ in range(args.rounds)]
+    seconds = {name: min(each[name] for each in rounds) for name in rounds[0]}
+    minutes = watched.minutes
+    reference = round(REFERENCE_DENSITY * watched.annotations)
+    counts = {
+        "every window": len(watched.found),
+        "uniform": reference,
+        "selective": round(reference / CLAIM),
+    }
+    print(
+        f"{minutes:.2f} minutes, {len(watched.found)} windows, {watched.annotations} annotations, "
+        "1 thread\nCPU-seconds per minute of stream"
+    )
+    for name in (*ENCODING, "Ward", "online segmenter"):
+        print(f"  {name:<18}{seconds[name] / minutes:9.3f}")
+    encoding = sum(seconds[name] for name in ENCODING) / minutes
+    for way in WAYS:
+        print(f"texts decoded {way}: {1000 * seconds[way]:.2f} CPU-milliseconds each")
+        totals = {}
+        for name, count in counts.items():
+            decoding = seconds[way] * count / minutes
+            segmenting = seconds["online segmenter"] / minutes if name == "selective" else 0.0
+            totals[name] = encoding + decoding + segmenting
+            print(
+                f"  {name:<14}{count / minutes / 60:6.2f} texts a second{decoding:9.3f} for "
+                f"decoding{totals[name]:9.3f} in all, {decoding / totals[name]:.0%} of it decoding"
+            )
+        print(
+            f"  selective: {counts['uniform'] / counts['selective']:.2f} times less decoding than "
+            f"uniform, {totals['uniform'] / totals['selective']:.2f} times less in all"
+        )
+
+
+if __name__ == "__main__":
+    main()
