@@ -24,6 +24,7 @@ from .segmentation import Segment as Segment
 from .segmentation import WardSegmenter as WardSegmenter
 from .stream_session import StreamEncoder as StreamEncoder
 from .stream_session import StreamSession as StreamSession
+from .stream_session import stream as stream
 from .y_decoder import decode_texts as decode_texts
 
 AutoConfig.register("vljepa", VLJEPAConfig)

@@ -1,4 +1,5 @@
-"""Pipelines: answer a question about a video, find texts for it or it by a text, and name it.
+"""Pipelines: answer a question about a video, find texts for it or it by a text, name it, and
+caption it while it runs.
 
 | task                             | call                                              |
 |----------------------------------|---------------------------------------------------|
@@ -8,6 +9,7 @@
 |                                  | `pipe(text=..., videos=[...])`                    |
 |                                  | `pipe.build_library(...)`, `pipe.search(...)`     |
 | `zero-shot-video-classification` | `pipe(video=..., candidate_labels=[...])`         |
+| `streaming-caption`              | `pipe(source)`: see `pipeline_streaming`          |
 
 Of a published model, `pipe` is `pipeline(task, model="user/name", trust_remote_code=True)`. Of any
 other, it is made from the class: `VLJEPARetrievalPipeline(model=model, processor=processor)`.
@@ -42,11 +44,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import Pipeline
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import is_datasets_available, is_faiss_available, logging
 
+from .pipeline_base import CUSTOM_PIPELINES, PipelineBase, check_texts, given
+from .pipeline_streaming import VLJEPAStreamingCaptionPipeline
 from .y_decoder import decode_texts
 
 if is_datasets_available():
@@ -54,21 +56,6 @@ if is_datasets_available():
 
 logger = logging.get_logger(__name__)
 
-# What `config.custom_pipelines` of a published model says.
-CUSTOM_PIPELINES = {
-    "visual-question-answering": {
-        "impl": "pipeline_vljepa.VLJEPAVisualQuestionAnsweringPipeline",
-        "pt": ["AutoModelForImageTextToText", "AutoModel"],  # with a Y-Decoder, or without
-    },
-    "video-text-retrieval": {
-        "impl": "pipeline_vljepa.VLJEPARetrievalPipeline",
-        "pt": ["AutoModel"],
-    },
-    "zero-shot-video-classification": {
-        "impl": "pipeline_vljepa.VLJEPAZeroShotClassificationPipeline",
-        "pt": ["AutoModel"],
-    },
-}
 DESCRIBE = "Describe this video in detail."  # the captioning prompt of the paper's figure 2
 TEXTS_PER_PASS = 64
 MAX_URL_BYTES = 50 * 2**20
@@ -80,26 +67,6 @@ FILE = str | os.PathLike | bytes
 
 
 # -- arguments -----------------------------------------------------------------------------
-
-
-def given(**parameters: Any) -> dict[str, Any]:
-    """The parameters that are not `None`."""
-    return {name: value for name, value in parameters.items() if value is not None}
-
-
-def check_texts(name: str, texts: Iterable[str]) -> list[str]:
-    """Texts as a list, or an error that names the argument."""
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise ValueError(f"{name} is a {type(texts).__name__}: give a list of strings.")
-    texts = list(texts)
-    if not texts:
-        raise ValueError(f"{name} is empty: give at least one text.")
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{name}[{place}] is a {type(text).__name__}: give a string.")
-        if not text.strip():
-            raise ValueError(f"{name}[{place}] is empty: give a text, or leave it out.")
-    return texts
 
 
 def as_sample(sample: Any) -> Mapping[str, Any]:
@@ -177,14 +144,8 @@ def fetch(url: str, max_bytes: int | None = None) -> bytes:
 # -- what the pipelines share --------------------------------------------------------------
 
 
-class VLJEPAPipeline(Pipeline):
+class VLJEPAPipeline(PipelineBase):
     """Samples in, ranked texts out. The texts are embedded once per call, not once per sample."""
-
-    _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
 
     label: str  # what a result calls its text
     fetch = staticmethod(fetch)
@@ -330,13 +291,6 @@ class VLJEPAPipeline(Pipeline):
         order = cosines.argsort(descending=True, stable=True)[:top_k].tolist()
         return [(place, scores[place].item()) for place in order]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Model, processor and pipelines, all three of them; upstream forgets the processor."""
-        self.model.config.custom_pipelines = CUSTOM_PIPELINES
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
-        custom_object_save(self, save_directory)
-
 
 # -- the tasks -----------------------------------------------------------------------------
 
@@ -401,7 +355,7 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
     ) -> dict[str, Any]:
         ranking = {"top_k": top_k, "calibrated": calibrated}
         if candidates is None and not self.model.config.answers:
-            if "y_decoder" not in dict(self.model.named_children()):
+            if not self.has_decoder:
                 raise ValueError(
                     "candidates is missing, this model brings no answers along (config.answers is "
                     "empty), and it has no Y-Decoder to write one: give candidates=[...]."
@@ -775,6 +729,7 @@ __all__ = [
     "CUSTOM_PIPELINES",
     "ClipLibrary",
     "VLJEPARetrievalPipeline",
+    "VLJEPAStreamingCaptionPipeline",
     "VLJEPAVisualQuestionAnsweringPipeline",
     "VLJEPAZeroShotClassificationPipeline",
 ]

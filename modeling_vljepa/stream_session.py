@@ -1,11 +1,14 @@
 """A model that watches a stream: windows in, segments out, questions about what was seen.
 
+    for window in stream(model, processor, "kitchen.mp4", "What happens?", fps=4):
+        print(window.start_time, window.end_time, window.embedding)
+
     session = StreamSession(model, processor, query="What happens?", decode=captions)
     for segment in session.run(windows):
         print(segment.start_time, segment.end_time, segment.text, segment.confidence)
     session.ask(["a red ball", "a blue box"], query="What is picked up?")
 
-`windows` are `processing.streaming.windows`, or anything that has their attributes.
+`windows` are `processor.watch(source)`, or anything that has their attributes.
 
 Shapes: B windows, T frames, h and w pixels, P tokens of a frame, N visual tokens, Dx vision width,
 D embedding size.
@@ -62,13 +65,13 @@ class StreamEncoder:
     frame are others in every window, and nothing can be shared.
 
     Args:
-        model ([`VLJEPAModel`]): in evaluation mode.
+        model ([`VLJEPAModel`]): in evaluation mode; of one with a Y-Decoder, what is below it.
         processor ([`VLJEPAProcessor`]): for the query.
         query (`str`, *optional*): without one, what is asked for is a caption.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, query: str | None = None):
-        self.model = model
+        self.model = model.base_model
         self.processor = processor
         self.query = self.tokens(query)
         self.seen: dict[int, torch.Tensor] = {}  # tokens (P, Dx) by the number of the frame
@@ -131,9 +134,43 @@ class StreamEncoder:
     ) -> Iterator[EmbeddedWindow]:
         """Embed windows as they come, `batch_size` per pass: more of them are faster on a file,
         and delay a live source."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: give at least 1.")
         windows = iter(windows)
         while batch := list(islice(windows, batch_size)):
             yield from self.embed(batch)
+
+
+def stream(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    source: Any,
+    query: str | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    *,
+    fps: float | None = None,
+    live: bool | None = None,
+    allow_urls: bool = False,
+    batch_size: int = 1,
+) -> Iterator[EmbeddedWindow]:
+    """Embed a source as it is watched; no more is held than the windows of one pass.
+
+    Args:
+        model ([`VLJEPAModel`]): in evaluation mode.
+        processor ([`VLJEPAProcessor`]): its processor, whose `watch` opens the source.
+        source: path or content of a video file, the number of a camera, with `allow_urls` an
+            http(s) or rtsp address, or an iterator of pairs: seconds, and a uint8 array
+            `(H, W, 3)`.
+        query (`str`, *optional*): what is asked of every window; a caption by default.
+        window, stride, fps, live, allow_urls (*optional*): as of `processor.watch`.
+        batch_size (`int`, *optional*, defaults to 1): windows per pass.
+    """
+    encoder = StreamEncoder(model, processor, query)
+    with processor.watch(
+        source, window=window, stride=stride, fps=fps, live=live, allow_urls=allow_urls
+    ) as windows:
+        yield from encoder.stream(windows, batch_size)
 
 
 @dataclass(frozen=True)
@@ -200,6 +237,7 @@ class StreamSession:
         self.memories: list[Memory] = []
         self.tokens = EvenSample(TOKEN_SAMPLES)
         self.decodes = 0
+        self.end_time = 0.0  # of the newest window
 
     @property
     def segments(self) -> list[Segment]:
@@ -212,16 +250,23 @@ class StreamSession:
         They tile it from its first frame to its last. A change lies between the middles of two
         windows.
         """
-        end_time = 0.0
         for window in self.encoder.stream(windows, self.batch_size):
-            end_time, place = window.end_time, self.segmenter.count
-            self.tokens.add(place, window.visual_embeds)
-            moment = window.time if place else window.start_time
-            for segment in self.segmenter.push(window.embedding, moment):
-                yield self.remember(segment)
-        for segment in self.segmenter.close(end_time):
-            yield self.remember(segment)
+            yield from self.push(window)
+        yield from self.close()
+
+    def push(self, window: EmbeddedWindow) -> list[Segment]:
+        """Take the next window; the segment that it closes, if it closes one."""
+        place = self.segmenter.count
+        self.tokens.add(place, window.visual_embeds)
+        self.end_time = window.end_time
+        moment = window.time if place else window.start_time
+        return [self.remember(each) for each in self.segmenter.push(window.embedding, moment)]
+
+    def close(self) -> list[Segment]:
+        """The last segment, which ends with the last window's last frame."""
+        last = [self.remember(segment) for segment in self.segmenter.close(self.end_time)]
         self.tokens = EvenSample(TOKEN_SAMPLES)
+        return last
 
     def remember(self, segment: Segment) -> Segment:
         if self.decode is not None:
@@ -298,4 +343,4 @@ class StreamSession:
         return torch.cat(embeds)
 
 
-__all__ = ["EmbeddedWindow", "StreamEncoder", "StreamSession"]
+__all__ = ["EmbeddedWindow", "StreamEncoder", "StreamSession", "stream"]

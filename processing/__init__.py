@@ -7,6 +7,7 @@ from .rows import read_rows as read_rows
 from .streaming import FrameStream as FrameStream
 from .streaming import StreamReport as StreamReport
 from .streaming import Window as Window
+from .streaming import WindowStream as WindowStream
 from .streaming import windows as windows
 from .video_io import Clip as Clip
 from .video_io import Excerpt as Excerpt

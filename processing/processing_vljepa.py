@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from .streaming import Source, WindowStream
 from .video_io import read_image
 from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch
 
@@ -168,6 +169,38 @@ class VLJEPAProcessor(ProcessorMixin):
                 add_special_tokens=False,
             )
         return BatchFeature(batch)
+
+    def watch(
+        self,
+        source: Source,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        fps: float | None = None,
+        live: bool | None = None,
+        allow_urls: bool = False,
+    ) -> WindowStream:
+        """Windows of a source that may have no end, as they come; see [`WindowStream`].
+
+        Args:
+            source: path or content of a video file, the number of a camera, with `allow_urls` an
+                http(s) or rtsp address, or an iterator of pairs: seconds, and a uint8 array
+                `(H, W, 3)`.
+            window, stride (`int`, *optional*): in frames; by default the video processor's
+                `num_frames` and half of a window.
+            fps (`float`, *optional*): frames kept per second; all by default.
+            live (`bool`, *optional*): whether a slow reader loses frames or the source waits.
+            allow_urls (`bool`, *optional*, defaults to `False`): open addresses.
+        """
+        return WindowStream(
+            source,
+            self.video_processor,
+            window=window,
+            stride=stride,
+            fps=fps,
+            live=live,
+            allow_urls=allow_urls,
+        )
 
     @property
     def text_tokenizer(self) -> PreTrainedTokenizerBase:

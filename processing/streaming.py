@@ -5,6 +5,8 @@
             window.pixel_values  # (8, 3, 256, 256)
         print(frames.report)
 
+`processor.watch("kitchen.mp4", fps=4, window=8, stride=4)` is both in one, a `WindowStream`.
+
 Each frame is decoded, converted and preprocessed once, however many windows it is in; at most a
 window and a queue of them are held. A source that stalls, breaks off, changes its size or sends
 what cannot be decoded is survived; `report` counts and names what happened.
@@ -477,6 +479,11 @@ class Window:
         return torch.stack(self.frames)
 
 
+def check_stride(stride: int, size: int) -> None:
+    if not 1 <= stride <= size:
+        raise ValueError(f"stride is {stride} and size {size}: give 1 <= stride <= size.")
+
+
 def windows(
     frames: Iterable[Frame], video_processor: VLJEPAVideoProcessor, *, size: int, stride: int
 ) -> Iterator[Window]:
@@ -486,8 +493,7 @@ def windows(
     window with those before them. A stream shorter than a window repeats frames, as the
     video processor does.
     """
-    if not 1 <= stride <= size:
-        raise ValueError(f"stride is {stride} and size {size}: give 1 <= stride <= size.")
+    check_stride(stride, size)
     recent: deque[tuple[int, float, torch.Tensor]] = deque(maxlen=size)
     count = covered = 0
     for frame in frames:
@@ -501,6 +507,65 @@ def windows(
         yield Window(*zip(*chosen, strict=True))
 
 
+class WindowStream:
+    """The windows of a source: a `FrameStream` and its `windows` in one.
+
+    Args:
+        source: as of a `FrameStream`.
+        video_processor ([`VLJEPAVideoProcessor`]): its `max_pixels` holds for every frame.
+        window (`int`, *optional*): frames of a window, as many as the video processor's
+            `num_frames` by default.
+        stride (`int`, *optional*): frames from the beginning of one to that of the next, half a
+            window by default.
+        fps, live, allow_urls (*optional*): as of a `FrameStream`.
+
+    Raises: `ValueError` for a window or stride that cannot be, `MediaError` for an address that
+        is not allowed; when it is iterated, `MediaError` for a source that cannot be opened.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        video_processor: VLJEPAVideoProcessor,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        fps: float | None = None,
+        live: bool | None = None,
+        allow_urls: bool = False,
+    ):
+        self.window = video_processor.num_frames if window is None else window
+        if self.window < 1:
+            raise ValueError(f"window is {window}: give at least 1 frame.")
+        self.stride = max(self.window // 2, 1) if stride is None else stride
+        check_stride(self.stride, self.window)
+        self.video_processor = video_processor
+        self.frames = FrameStream(
+            source,
+            fps=fps,
+            live=live,
+            allow_urls=allow_urls,
+            max_pixels=video_processor.max_pixels,
+        )
+
+    @property
+    def report(self) -> StreamReport:
+        return self.frames.report
+
+    def __enter__(self) -> "WindowStream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading, as a `FrameStream` does."""
+        self.frames.close()
+
+    def __iter__(self) -> Iterator[Window]:
+        return windows(self.frames, self.video_processor, size=self.window, stride=self.stride)
+
+
 def preprocess(pixels: np.ndarray, video_processor: VLJEPAVideoProcessor) -> torch.Tensor:
     """`(H, W, 3)` to `(3, h, w)`, as in a clip: every frame is worked on by itself."""
     clip = np.ascontiguousarray(pixels)[None]
@@ -508,4 +573,4 @@ def preprocess(pixels: np.ndarray, video_processor: VLJEPAVideoProcessor) -> tor
     return batch["pixel_values_videos"][0, 0]
 
 
-__all__ = ["Frame", "FrameStream", "StreamReport", "Window", "windows"]
+__all__ = ["Frame", "FrameStream", "StreamReport", "Window", "WindowStream", "windows"]

@@ -41,7 +41,15 @@ from .parameters import count_parameters
 
 ROOT = Path(__file__).parents[1]
 # Shipped beside the weights, though no model file imports them.
-EXTRA_CODE = ("pipeline_vljepa.py", "st_vljepa.py", "handler.py")
+EXTRA_CODE = (
+    "pipeline_vljepa.py",
+    "pipeline_base.py",
+    "pipeline_streaming.py",
+    "segmentation.py",
+    "stream_session.py",
+    "st_vljepa.py",
+    "handler.py",
+)
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt")
 TOLERANCE = 1e-6  # largest difference of an embedding after the way to the Hub and back
 

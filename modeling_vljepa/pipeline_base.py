@@ -1,0 +1,78 @@
+"""What every pipeline has: a model, a processor, and the files that go to the Hub with them."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import Pipeline
+from transformers.dynamic_module_utils import get_relative_import_files
+
+# What `config.custom_pipelines` of a published model says. Every class is named by the one module
+# that imports all others, so that whichever pipeline is loaded, the files of each are there.
+CUSTOM_PIPELINES = {
+    "visual-question-answering": {
+        "impl": "pipeline_vljepa.VLJEPAVisualQuestionAnsweringPipeline",
+        "pt": ["AutoModelForImageTextToText", "AutoModel"],  # with a Y-Decoder, or without
+    },
+    "video-text-retrieval": {
+        "impl": "pipeline_vljepa.VLJEPARetrievalPipeline",
+        "pt": ["AutoModel"],
+    },
+    "zero-shot-video-classification": {
+        "impl": "pipeline_vljepa.VLJEPAZeroShotClassificationPipeline",
+        "pt": ["AutoModel"],
+    },
+    "streaming-caption": {
+        "impl": "pipeline_vljepa.VLJEPAStreamingCaptionPipeline",
+        "pt": ["AutoModelForImageTextToText", "AutoModel"],  # with a Y-Decoder, or without
+    },
+}
+ENTRY = "pipeline_vljepa.py"
+
+
+def given(**parameters: Any) -> dict[str, Any]:
+    """The parameters that are not `None`."""
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def check_texts(name: str, texts: Iterable[str]) -> list[str]:
+    """Texts as a list, or an error that names the argument."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ValueError(f"{name} is a {type(texts).__name__}: give a list of strings.")
+    texts = list(texts)
+    if not texts:
+        raise ValueError(f"{name} is empty: give at least one text.")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{place}] is a {type(text).__name__}: give a string.")
+        if not text.strip():
+            raise ValueError(f"{name}[{place}] is empty: give a text, or leave it out.")
+    return texts
+
+
+class PipelineBase(Pipeline):
+    """A pipeline of a `VLJEPAModel`, with or without a Y-Decoder, and a `VLJEPAProcessor`."""
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+
+    @property
+    def has_decoder(self) -> bool:
+        return "y_decoder" in dict(self.model.named_children())
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Model, processor and all pipelines; upstream forgets the processor."""
+        self.model.config.custom_pipelines = CUSTOM_PIPELINES
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        entry = Path(__file__).with_name(ENTRY)
+        for path in (entry, *get_relative_import_files(entry)):
+            shutil.copy(path, save_directory)
+
+
+__all__ = ["CUSTOM_PIPELINES", "PipelineBase", "check_texts", "given"]
