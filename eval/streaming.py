@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.subtitles import clock, write_subtitles
+from eval.subtitles import clock, one_line, write_subtitles
 from eval.timeline import timeline
 from modeling_vljepa import (
     Segment,
@@ -89,7 +89,7 @@ class Watched:
         """Print them, above the progress bar if there is one, and keep what they say."""
         for each in segments:
             start, end = clock(each.start_time, 1), clock(each.end_time, 1)
-            text = " ".join(each.text.split()) or "(no words)"
+            text = one_line(each.text) or "(no words)"
             tqdm.write(f"{start} → {end}  {text}  ({each.confidence:.2f})")
             sys.stdout.flush()
             times = {"start": each.start_time, "end": each.end_time}

@@ -7,11 +7,18 @@ read as markup is written in letters that look alike.
 """
 
 import html
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 LOOK_ALIKES = str.maketrans("<>{}", "‹›()")  # also of `-->`
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks, and without characters that would steer a terminal."""
+    return " ".join(CONTROL.sub(" ", text).split())
 
 
 def clock(seconds: float, decimals: int = 3, point: str = ".") -> str:
@@ -32,7 +39,7 @@ def cues(captions: Iterable[Mapping[str, Any]]) -> list[tuple[float, float, str]
 
     A cue lasts a millisecond at least: one that ends where it starts is against WebVTT's rules.
     """
-    lines = [(each, " ".join(each["text"].split())) for each in captions]
+    lines = [(each, one_line(each["text"])) for each in captions]
     return [
         (each["start"], max(each["end"], each["start"] + 0.001), text)
         for each, text in lines
@@ -64,4 +71,4 @@ def write_subtitles(folder: Path, captions: list[Mapping[str, Any]]) -> None:
     (folder / "captions.vtt").write_text(vtt(captions), encoding="utf-8")
 
 
-__all__ = ["clock", "srt", "vtt", "write_subtitles"]
+__all__ = ["clock", "one_line", "srt", "vtt", "write_subtitles"]

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from eval.subtitles import clock
+from eval.subtitles import clock, one_line
 
 MOST_ROWS = 150  # of a picture that can still be looked at
 LETTERS = 90  # of a text
@@ -42,19 +42,21 @@ def timeline(
 
 def draw_segments(axes: Any, captions: Sequence[Mapping[str, Any]]) -> None:
     """One bar per row, and at the end of the row its text."""
+    rows, end = range(len(captions)), max((each["end"] for each in captions), default=0.0) or 1.0
     starts = [each["start"] for each in captions]
     lengths = [each["end"] - each["start"] for each in captions]
-    axes.barh(range(len(captions)), lengths, left=starts, color="#2563eb", height=0.7)
-    shortened = [textwrap.shorten(each["text"], LETTERS, placeholder=" …") for each in captions]
+    axes.hlines(rows, starts, end, color="#e2e8f0", linewidth=0.8, zorder=0)
+    axes.barh(rows, lengths, left=starts, color="#2563eb", height=0.7)
+    texts = [one_line(each["text"]) or "(no words)" for each in captions]
     axes.yaxis.tick_right()
     axes.set_yticks(
-        range(len(captions)),
-        [text or "(no words)" for text in shortened],
+        rows,
+        [textwrap.shorten(text, LETTERS, placeholder=" …") for text in texts],
         fontsize=8,
         parse_math=False,  # two dollar signs are no formula
     )
     axes.tick_params("y", length=0)
-    axes.set_xlim(0, max((each["end"] for each in captions), default=0.0) or 1.0)
+    axes.set_xlim(0, end)
     axes.set_ylim(len(captions) - 0.4, -0.6)
 
 
