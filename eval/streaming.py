@@ -62,8 +62,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="of OnlineSegmenter, such as drift_threshold=0.1 decodes_per_second=0.35",
     )
-    parser.add_argument("--segments", type=int, help="offline: cut the whole into so many")
-    parser.add_argument("--threshold", type=float, help="offline: cut where Ward's distance is it")
+    parser.add_argument("--segments", type=int, help="offline: cut the whole into so many parts")
+    parser.add_argument(
+        "--threshold", type=float, help="offline: join while Ward's distance is less"
+    )
     parser.add_argument("--allow-urls", action="store_true", help="open an http(s) or rtsp address")
     parser.add_argument("--output", type=Path, help="folder for subtitles and timeline")
     return parser.parse_args(argv)
@@ -218,15 +220,14 @@ def watch(
     with tqdm(
         total=seconds,
         desc="watched",
-        bar_format="{desc}: {percentage:3.0f}% of {total:.1f} s [{elapsed}<{remaining}]",
+        bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]",
         disable=True if seconds is None else None,
     ) as progress:
         try:
             for window in embedded:
                 watched.see(window)
                 watched.say(session.push(window))
-                progress.n = min(window.end_time, progress.total or 0)
-                progress.refresh()
+                progress.update(min(window.end_time, seconds or 0.0) - progress.n)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
         watched.say(session.close())
