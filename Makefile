@@ -1,6 +1,7 @@
 # make demo   environment, data, training, evaluation, report: 15 minutes on two cores
 # make test   environment and the default test suite
 # make full   the whole recipe, one seed: make full SEED=1
+# make streams  teach the trained model to watch streams, and measure selective decoding
 # make app    ask the trained model and search clips in a browser; make app-test tests that page
 # make smoke  the demonstration's path in two minutes, too short to learn; remakes its data small
 #
@@ -39,7 +40,7 @@ smoke: PRETRAIN_STEPS = 20
 smoke: SFT_STEPS = 20
 smoke: LIMIT = --limit 200
 
-.PHONY: env data train demo full smoke test test-slow app app-test lint clean
+.PHONY: env data train demo full smoke streams test test-slow app app-test lint clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -61,6 +62,15 @@ demo full smoke: train
 	$(RUN) -m eval.evaluate --model $(OUT)/sft --tasks $(TASKS) $(LIMIT)
 	$(RUN) examples/ask.py $(OUT)/sft
 	@echo "The report: $(OUT)/sft/eval/report.html"
+
+streams: env
+	@test -e $(OUT)/sft/config.json || { echo "no model in $(OUT)/sft: make demo trains it"; exit 1; }
+	$(RUN) -m training.demo_data.streams --output data/streams
+	$(RUN) -m training.train training/recipes/babyai_streams.yaml model.checkpoint=$(OUT)/sft \
+		training.seed=$(SEED) training.output_dir=$(OUT)/streams
+	$(RUN) -m training.train_decoder training/recipes/babyai_streams_decoder.yaml \
+		model.checkpoint=$(OUT)/streams training.seed=$(SEED) training.output_dir=$(OUT)/watcher
+	$(RUN) -m eval.evaluate --model $(OUT)/watcher --benchmarks eval/streams.yaml --tasks all
 
 # A process for each core, with one thread: torch's threads would wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile

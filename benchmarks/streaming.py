@@ -21,8 +21,7 @@ from eval.streams import read_streams
 from modeling_vljepa import VLJEPAForConditionalGeneration, decode_texts
 from modeling_vljepa.segmentation import OnlineSegmenter, WardSegmenter
 from modeling_vljepa.stream_session import StreamEncoder
-from processing import VLJEPAProcessor
-from processing.streaming import FrameStream, Window, windows
+from processing import VLJEPAProcessor, Window
 
 BATCH = 32  # windows per pass, and texts that are decoded together
 ENCODING = ("frames", "X-Encoder", "Predictor")
@@ -57,9 +56,8 @@ class Watched:
     def frames(self) -> list[list[Window]]:
         seen = []
         for stream in self.streams:
-            with FrameStream(stream.video) as frames:
-                processor = self.processor.video_processor
-                seen.append(list(windows(frames, processor, size=processor.num_frames, stride=1)))
+            with self.processor.watch(stream.video, stride=1) as windows:
+                seen.append(list(windows))
         self.minutes = sum(each[-1].end_time for each in seen) / 60
         return seen
 

@@ -22,7 +22,6 @@ from modeling_vljepa.segmentation import as_unit
 from modeling_vljepa.stream_session import StreamEncoder
 from processing import MediaError, VLJEPAProcessor
 from processing.rows import BadRow
-from processing.streaming import FrameStream, windows
 
 
 @dataclass(frozen=True)
@@ -114,22 +113,22 @@ def embed_streams(
     """
     model.eval()
     left_out: list[str] = []
-    size = benchmark.num_frames or processor.video_processor.num_frames
     found = []
     for stream in tqdm(streams, "streams"):
         encoder = StreamEncoder(model, processor, benchmark.query)
         try:
-            with FrameStream(stream.video, fps=benchmark.fps) as frames:
-                parts = windows(
-                    frames, processor.video_processor, size=size, stride=benchmark.stride
-                )
-                embedded = list(encoder.stream(parts, batch_size))
-                report = frames.report
+            with processor.watch(
+                stream.video,
+                window=benchmark.num_frames,
+                stride=benchmark.stride,
+                fps=benchmark.fps,
+            ) as windows:
+                embedded = list(encoder.stream(windows, batch_size))
         except MediaError as error:
             left_out.append(f"line {stream.line}: {error}")
             continue
-        if report.broken:
-            left_out.append(f"line {stream.line}: {report.broken} broken frames of {stream.video}")
+        if broken := windows.report.broken:
+            left_out.append(f"line {stream.line}: {broken} broken frames of {stream.video}")
         if not embedded:
             left_out.append(f"line {stream.line}: {stream.video} has no frames")
             continue

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -277,6 +280,59 @@ def test_torchrun_goes_the_way_of_one_process(tmp_path):
         first, expected = state["log_history"][0][name], alone.state.log_history[0][name]
         assert first == pytest.approx(expected, rel=1e-5), name
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
+
+
+def start_node(
+    rank: int, folder: Path, port: int, recipe: Path, *overrides: str
+) -> subprocess.Popen:
+    """One of two nodes of a process each, which writes into a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    settings = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    environment = {name: str(value) for name, value in settings.items()}
+    outputs = [f"training.output_dir={folder}/out", f"data.cache_dir={folder}/cache"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "training.train", str(recipe), *outputs, *overrides],
+        cwd=ROOT,
+        env=os.environ | environment | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_nodes_without_a_shared_disk_each_have_their_checkpoints(tmp_path):
+    recipe = tiny_recipe(
+        tiny_rows(tmp_path), world_size_expected=2, save_on_each_node=True, save_steps=2
+    )
+
+    def run(*overrides: str) -> list[dict[str, torch.Tensor]]:
+        port = free_port()
+        nodes = [start_node(r, tmp_path / f"{r}", port, recipe, *overrides) for r in range(2)]
+        for node in nodes:
+            _, errors = node.communicate(timeout=240)
+            assert node.returncode == 0, errors
+        return [load_file(tmp_path / f"{r}/out/model.safetensors") for r in range(2)]
+
+    whole = run()
+    for rank in range(2):
+        found = tmp_path / f"{rank}/out/checkpoint-2"
+        assert (found / f"rng_state_{rank}.pth").is_file()
+        assert (found / f"positions_{rank}.json").is_file()
+        assert (found / "optimizer.pt").is_file()
+        assert not (found.parent / "incomplete-checkpoint").exists()
+        shutil.rmtree(found.parent / "checkpoint-4")
+        (found.parent / "model.safetensors").unlink()
+    resumed = run("training.resume_from_checkpoint=true")
+    for weights in (whole[1], *resumed):
+        assert all(torch.equal(weights[name], value) for name, value in whole[0].items())
 
 
 # -- how many processes there are ----------------------------------------------------------
