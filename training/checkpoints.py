@@ -48,7 +48,11 @@ def checkpoint_to_resume(args: VLJEPATrainingArguments) -> str | None:
 
 class AtomicCheckpoints(Trainer):
     """A Trainer that writes a checkpoint under another name, and renames it when every process has
-    written its part: a run that is killed leaves no half of one where it would be looked for."""
+    written its part: a run that is killed leaves no half of one where it would be looked for.
+
+    Raises:
+        RecipeError: the processes do not share a disk.
+    """
 
     def _save_checkpoint(self, model, trial) -> None:
         run = Path(self._get_output_dir(trial))
@@ -79,6 +83,11 @@ class AtomicCheckpoints(Trainer):
 
         # 3. All of it at once
         self.accelerator.wait_for_everyone()
+        if not (written / STATE).is_file():
+            raise RecipeError(
+                f"training.output_dir: {run} is another folder here than for the first process, "
+                "which alone writes the weights. Give one on a disk that all nodes share."
+            )
         if self.args.should_save:
             sync(written)
             shutil.rmtree(final, ignore_errors=True)  # of a run that was taken up before it
