@@ -93,7 +93,7 @@ $(APP)/.installed: $(VENV)/.installed pyproject.toml constraints-app.txt
 
 app: $(APP)/.installed
 	@test -e $(OUT)/sft/config.json || { echo "no model in $(OUT)/sft: make demo trains it"; exit 1; }
-	$(APP)/bin/python space/app.py --model $(OUT)/sft --library data/demo/babyai/clips --limit 60
+	$(APP)/bin/python -m space.app --model $(OUT)/sft --library data/demo/babyai/clips --limit 60
 
 app-test: $(APP)/.installed
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || \

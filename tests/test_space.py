@@ -19,7 +19,7 @@ from tests.tiny import noise, tiny_model, tiny_processor, write_clip
 
 gr = pytest.importorskip("gradio", reason="no gradio here: `make app-test` installs and tests it")
 
-from space import app as space  # noqa: E402
+from space import app, ask, search, uploads  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 BROWSER = [shutil.which("chromium"), shutil.which("chromedriver")]
@@ -31,30 +31,30 @@ def pair() -> tuple:
 
 
 @pytest.fixture(scope="module")
-def library(pair: tuple, tmp_path_factory: pytest.TempPathFactory) -> space.Library:
+def library(pair: tuple, tmp_path_factory: pytest.TempPathFactory) -> search.Library:
     folder = tmp_path_factory.mktemp("library")
     for number in range(8):
         frames = np.roll(noise(6, 32, 32, 3), number * 7, axis=2) // (number + 1)
         write_clip(folder / f"clip_{number}.mp4", frames)
     (folder / "damaged.mp4").write_bytes(b"no clip")
-    return space.Library.of(*pair, folder)
+    return search.Library.of(*pair, folder)
 
 
 @pytest.fixture(scope="module")
 def url(
-    pair: tuple, library: space.Library, tmp_path_factory: pytest.TempPathFactory
+    pair: tuple, library: search.Library, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """The app on a free port of loopback."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        blocks = space.build(*pair, library)
-        _, url, _ = space.serve(blocks, library, prevent_thread_lock=True, quiet=True)
+        blocks = app.build(*pair, library)
+        _, url, _ = app.serve(blocks, library, prevent_thread_lock=True, quiet=True)
         yield url.rstrip("/")
         blocks.close(verbose=False)
 
 
 @pytest.fixture
-def clip(library: space.Library) -> str:
+def clip(library: search.Library) -> str:
     return str(library.paths[0])
 
 
@@ -71,7 +71,7 @@ def refusal(function, *arguments: object) -> str:
 def test_answers_are_ranked_by_the_models_similarity(pair, clip):
     model, processor = pair
     names = ["red", "green", "a long answer about blue"]
-    ranked = space.Asker(*pair).rank(clip, " what is it ? ", "red\n\n green \nred\n" + names[2])
+    ranked = ask.Asker(*pair).rank(clip, " what is it ? ", "red\n\n green \nred\n" + names[2])
     with torch.inference_mode():
         predicted = model.predict(**processor(videos=clip, text="what is it ?"))
         similarities = (predicted @ model.encode_target(**processor(targets=names)).T)[0]
@@ -87,7 +87,7 @@ def test_answers_are_ranked_by_the_models_similarity(pair, clip):
 
 def test_the_models_own_answers_stand_in_for_none(pair, clip, monkeypatch):
     monkeypatch.setattr(pair[0].config, "answers", ["yes", "no"], raising=False)
-    ranked = space.Asker(*pair).rank(clip, "is it red ?", " \n")
+    ranked = ask.Asker(*pair).rank(clip, "is it red ?", " \n")
     assert {answer for answer, _, _ in ranked} == {"yes", "no"}
 
 
@@ -95,7 +95,7 @@ def test_a_clip_is_seen_once_for_all_its_questions(pair, clip, monkeypatch, tmp_
     model, seen = pair[0], []
     encode = model.encode_video
     monkeypatch.setattr(model, "encode_video", lambda pixels: seen.append(1) or encode(pixels))
-    asker = space.Asker(*pair)
+    asker = ask.Asker(*pair)
     first = asker.rank(clip, "what is it ?", "a\nb")
     asker.rank(clip, "what color is it ?", "a\nb")
     assert asker.rank(clip, "what is it ?", "a\nb") == first
@@ -105,9 +105,9 @@ def test_a_clip_is_seen_once_for_all_its_questions(pair, clip, monkeypatch, tmp_
 
 
 def test_an_image_is_a_clip_too(pair):
-    picture = next(space.EXAMPLES.glob("*.png"))
+    picture = next(ask.EXAMPLES.glob("*.png"))
     model, processor = pair
-    ranked = space.Asker(*pair).rank(str(picture), "what is it ?", "red")
+    ranked = ask.Asker(*pair).rank(str(picture), "what is it ?", "red")
     with torch.inference_mode():
         predicted = model.predict(**processor(images=str(picture), text="what is it ?"))
         target = model.encode_target(**processor(targets="red"))
@@ -120,11 +120,11 @@ def test_a_search_equals_brute_force(pair, library):
     with torch.inference_mode():
         wanted = model.encode_target(**processor(targets="a red clip"))
         similarity = {
-            path: (model.predict(**processor(videos=str(path), text=space.CAPTION)) @ wanted.T)
+            path: (model.predict(**processor(videos=str(path), text=search.CAPTION)) @ wanted.T)
             for path in library.paths
         }
-    expected = sorted(library.paths, key=lambda path: -similarity[path])[: space.SHOWN]
-    found = space.search(*pair, library, "a red clip")
+    expected = sorted(library.paths, key=lambda path: -similarity[path])[: search.SHOWN]
+    found = search.search(*pair, library, "a red clip")
     assert [path for path, _ in found] == expected
     for path, value in found:
         assert value == pytest.approx(similarity[path].item(), abs=1e-6)
@@ -132,11 +132,11 @@ def test_a_search_equals_brute_force(pair, library):
 
 def test_a_library_without_clips_is_named(pair, tmp_path):
     with pytest.raises(FileNotFoundError, match="--library"):
-        space.Library.of(*pair, tmp_path)
+        search.Library.of(*pair, tmp_path)
 
 
 def test_answers_are_shown_as_text():
-    shown = space.bars([("<script>", 0.5, 0.75), ("b", 0.25, 0.25)])
+    shown = ask.bars([("<script>", 0.5, 0.75), ("b", 0.25, 0.25)])
     assert "<script>" not in shown and "&lt;script&gt;" in shown
     assert "width:75.0%" in shown and "similarity 0.500" in shown
 
@@ -145,7 +145,7 @@ def test_answers_are_shown_as_text():
 
 
 def test_what_is_missing_is_said(pair, clip, library):
-    rank = space.Asker(*pair).rank
+    rank = ask.Asker(*pair).rank
     assert refusal(rank, None, "what ?", "a") == (
         "Choose a clip or an image first, or take one of the examples."
     )
@@ -154,7 +154,7 @@ def test_what_is_missing_is_said(pair, clip, library):
         "Give the candidate answers, one per line: the model picks among them."
     )
     assert "up to 200" in refusal(rank, clip, "what ?", "\n".join(map(str, range(201))))
-    assert "sentence" in refusal(space.search, *pair, library, "")
+    assert "sentence" in refusal(search.search, *pair, library, "")
     assert "Upload it again" in refusal(rank, clip + ".gone", "what ?", "a")
     assert rank(clip, "what ?", "a\nb")  # and goes on
 
@@ -163,11 +163,11 @@ def test_what_is_missing_is_said(pair, clip, library):
 def test_a_broken_file_is_refused_in_a_sentence(pair, tmp_path, name):
     path = tmp_path / name
     if name.startswith("cut"):
-        whole = next(space.EXAMPLES.glob(f"*{path.suffix}")).read_bytes()
+        whole = next(ask.EXAMPLES.glob(f"*{path.suffix}")).read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
     else:
         path.write_text("this is neither a video nor an image\n" * 50)
-    message = refusal(space.Asker(*pair).rank, str(path), "what ?", "a")
+    message = refusal(ask.Asker(*pair).rank, str(path), "what ?", "a")
     assert message.startswith(f"{name} cannot be read: it is no video or image, or it is damaged.")
     assert str(tmp_path) not in message
 
@@ -178,20 +178,20 @@ def test_a_damaged_stream_is_refused_in_a_sentence(pair, clip, tmp_path):
     start = data.index(b"mdat") + 8
     data[start:-400] = bytes(len(data[start:-400]))
     (tmp_path / "damaged.mp4").write_bytes(data)
-    message = refusal(space.Asker(*pair).look, tmp_path / "damaged.mp4")
+    message = refusal(ask.Asker(*pair).look, tmp_path / "damaged.mp4")
     assert message.startswith("damaged.mp4 cannot be read")
 
 
 def test_a_long_clip_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "long.mp4", noise(1, 16, 16, 3).repeat(1210, axis=0))  # 10 fps
-    assert refusal(space.examine, path) == (
+    assert refusal(uploads.examine, path) == (
         "long.mp4 lasts 121 seconds, and this app takes up to 120. "
         "Cut out the part that you want to ask about."
     )
-    monkeypatch.setattr(space, "MAX_SECONDS", 121)
-    assert space.examine(path) == "videos"
-    monkeypatch.setattr(space, "MAX_FRAMES", 1000)
-    assert "1210 frames" in refusal(space.examine, path)
+    monkeypatch.setattr(uploads, "MAX_SECONDS", 121)
+    assert uploads.examine(path) == "videos"
+    monkeypatch.setattr(uploads, "MAX_FRAMES", 1000)
+    assert "1210 frames" in refusal(uploads.examine, path)
 
 
 def test_a_duration_is_counted_where_the_header_has_none(tmp_path):
@@ -199,7 +199,7 @@ def test_a_duration_is_counted_where_the_header_has_none(tmp_path):
     write_clip(path, noise(1, 16, 16, 3).repeat(30, axis=0), live="1")
     with av.open(path) as container:
         assert container.duration is None
-        frames, seconds = space.measure(container)
+        frames, seconds = uploads.measure(container)
     assert (frames, seconds) == (30, pytest.approx(3.0, abs=0.11))
 
 
@@ -207,17 +207,17 @@ def test_a_large_file_is_refused_unread(tmp_path):
     path = tmp_path / "large.mp4"
     with path.open("wb") as file:
         file.truncate(51_000_000)
-    assert refusal(space.examine, path) == (
+    assert refusal(uploads.examine, path) == (
         "large.mp4 has 51 MB, and this app takes up to 50. Cut it, or save it smaller."
     )
 
 
 def test_a_large_picture_is_refused_undecoded(tmp_path, monkeypatch):
-    picture, clip = next(space.EXAMPLES.glob("*.png")), next(space.EXAMPLES.glob("*.mp4"))
-    monkeypatch.setattr(space, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
-    monkeypatch.setattr(space, "MAX_VIDEO_PIXELS", 64 * 64 - 1)
-    assert "64 x 64 pixels" in refusal(space.examine, picture)
-    assert "64 x 64 pixels" in refusal(space.examine, clip)
+    picture, clip = next(ask.EXAMPLES.glob("*.png")), next(ask.EXAMPLES.glob("*.mp4"))
+    monkeypatch.setattr(uploads, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(uploads, "MAX_VIDEO_PIXELS", 64 * 64 - 1)
+    assert "64 x 64 pixels" in refusal(uploads.examine, picture)
+    assert "64 x 64 pixels" in refusal(uploads.examine, clip)
 
 
 @pytest.mark.parametrize(
@@ -229,10 +229,10 @@ def test_a_large_picture_is_refused_undecoded(tmp_path, monkeypatch):
     ids=["hls", "concat"],
 )
 def test_a_playlist_cannot_name_other_files(tmp_path, playlist):
-    clip = shutil.copy(next(space.EXAMPLES.glob("*.mp4")), tmp_path / "secret.mp4")
+    clip = shutil.copy(next(ask.EXAMPLES.glob("*.mp4")), tmp_path / "secret.mp4")
     path = tmp_path / "list.m3u8"
     path.write_text(playlist.format(clip=Path(clip).name))
-    assert "cannot be read" in refusal(space.examine, path)
+    assert "cannot be read" in refusal(uploads.examine, path)
 
 
 # What it serves.
@@ -255,7 +255,7 @@ def called(url: str, name: str, *arguments: object) -> str:
 
 
 def test_only_the_library_and_the_examples_can_be_read(url, library, tmp_path):
-    example = next(space.EXAMPLES.glob("*.mp4"))
+    example = next(ask.EXAMPLES.glob("*.mp4"))
     for path in (example, library.paths[0]):
         assert fetch(f"{url}/gradio_api/file={path}") == (200, path.read_bytes())
     outside = tmp_path / "outside.mp4"
@@ -265,8 +265,8 @@ def test_only_the_library_and_the_examples_can_be_read(url, library, tmp_path):
         "/etc/passwd",
         outside,
         ROOT / "space" / "app.py",
-        f"{space.EXAMPLES}/../app.py",
-        f"{space.EXAMPLES}/{up}/app.py",
+        f"{ask.EXAMPLES}/../app.py",
+        f"{ask.EXAMPLES}/{up}/app.py",
         f"{library.folder}/{up}/{up}/{up}/etc/passwd",
     ):
         status, _ = fetch(f"{url}/gradio_api/file={path}")
@@ -283,8 +283,8 @@ def test_a_request_cannot_name_a_file_of_the_server(url, library):
 
 def test_the_examples_outlive_the_uploads(url):
     """gradio deletes its own copies of them with the uploads: there must be none."""
-    row = json.loads((space.EXAMPLES / "examples.jsonl").read_text().splitlines()[0])
-    assert str(space.EXAMPLES / row["file"]) in called(url, "load_example", 0)
+    row = json.loads((ask.EXAMPLES / "examples.jsonl").read_text().splitlines()[0])
+    assert str(ask.EXAMPLES / row["file"]) in called(url, "load_example", 0)
 
 
 @pytest.mark.parametrize("address", ["https://example.com/a.mp4", "http://127.0.0.1:1/a.mp4"])
@@ -416,7 +416,7 @@ def test_in_a_browser(page, library, tmp_path, width, height):
     page.press("button[role=tab][aria-selected=false]")
     page.write("sentence", "a red clip")
     page.press("#search")
-    page.texts("#found .thumbnail-item video", space.SHOWN)
+    page.texts("#found .thumbnail-item video", search.SHOWN)
     page.shot("search")
     page.press("#found .thumbnail-item")
     playing = "[...document.querySelectorAll('#found video')].map(video => (video.play(), video))"

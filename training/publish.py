@@ -246,21 +246,32 @@ def upload(folder: Path, repo: str, *, private: bool | None, token: str | None =
     return str(url)
 
 
+def write_space(folder: Path) -> None:
+    """What a Space runs: `space/` as the package that it is here, and a file that starts it."""
+    settings = ("README.md", "requirements.txt")  # looked for at the top
+    left_out = shutil.ignore_patterns(*settings, "make_examples.py", "__pycache__")
+    shutil.copytree(ROOT / "space", folder / "space", ignore=left_out)
+    for name in settings:
+        shutil.copy(ROOT / "space" / name, folder)
+    (folder / "app.py").write_text("from space.app import main\n\nmain()\n")
+
+
 def publish_space(repo: str, space: str, *, private: bool | None, token: str | None = None) -> str:
-    """Make a Space that shows the published model, from `space/`; returns its address."""
+    """Make a Space that shows the published model; returns its address."""
     api = HfApi(token=token)
     url = api.create_repo(
         space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
     )
     api.add_space_variable(space, "VLJEPA_MODEL", repo)
-    api.upload_folder(
-        repo_id=space,
-        repo_type="space",
-        folder_path=ROOT / "space",
-        ignore_patterns=["__pycache__/*", "*.pyc"],
-        delete_patterns="*",
-        commit_message=f"Show {repo}",
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_space(Path(folder))
+        api.upload_folder(
+            repo_id=space,
+            repo_type="space",
+            folder_path=folder,
+            delete_patterns="*",
+            commit_message=f"Show {repo}",
+        )
     return str(url)
 
 
