@@ -11,23 +11,48 @@ from tempfile import mkdtemp
 
 import gradio as gr
 import torch
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .ask import EXAMPLES, ask_tab
 from .search import Library, search_tab
 from .uploads import MAX_MEGABYTES
+from .watch import Watcher, read_captions
+from .watch_tab import watch_tab
 
 STYLE = Path(__file__).with_name("style.css")
-# Enlarged, a clip of 64 pixels shows its pixels; a real one stays smooth.
-HEAD = """<script>
-for (const ready of ["load", "loadeddata"]) document.addEventListener(ready, ({target}) => {
-  const width = target.videoWidth || target.naturalWidth;
-  if (width && width < 200) target.style.imageRendering = "pixelated";
-}, true);
-</script>"""
+SCRIPT = Path(__file__).with_name("script.html")
 
 
-def build(model: PreTrainedModel, processor: ProcessorMixin, library: Library) -> gr.Blocks:
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedModel | None, ProcessorMixin]:
+    """A `VLJEPAModel`, the same with its Y-Decoder around it if it has one, and the processor.
+
+    An adapter is loaded onto its base; it knows nothing of a Y-Decoder.
+    """
+    options = {"trust_remote_code": True}
+    processor = AutoProcessor.from_pretrained(name, **options)
+    is_adapter = find_adapter_config_file(name) is not None
+    if is_adapter or AutoConfig.from_pretrained(name, **options).decoder_config is None:
+        return AutoModel.from_pretrained(name, **options).eval(), None, processor
+    writer = AutoModelForImageTextToText.from_pretrained(name, **options).eval()
+    return writer.vljepa, writer, processor
+
+
+def build(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    library: Library,
+    *,
+    writer: PreTrainedModel | None = None,
+    captions: tuple[str, ...] = (),
+) -> gr.Blocks:
     """The app, one tab per use of the model; nothing is sent to anybody about its use."""
     # Uploads are deleted after an hour; as copies among them, the examples would be too.
     gr.set_static_paths([EXAMPLES])
@@ -36,10 +61,12 @@ def build(model: PreTrainedModel, processor: ProcessorMixin, library: Library) -
             "# VL-JEPA\nThe model predicts the embedding of the answer, and the nearest text wins.",
             elem_id="title",
         )
-        with gr.Tab("Ask a clip", id="ask"):
+        with gr.Tab("Ask", id="ask"):
             ask_tab(model, processor)
-        with gr.Tab("Search a library", id="search"):
+        with gr.Tab("Search", id="search"):
             search_tab(model, processor, library)
+        with gr.Tab("Watch", id="watch"):
+            watch_tab(Watcher(model, processor, writer, captions), library)
     return app
 
 
@@ -54,7 +81,7 @@ def serve(app: gr.Blocks, library: Library, **options: object) -> tuple:
         max_file_size=MAX_MEGABYTES * 10**6,
         theme=gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
         css_paths=STYLE,
-        head=HEAD,
+        head_paths=SCRIPT,
         footer_links=[],
         share=False,
         ssr_mode=False,
@@ -67,6 +94,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=os.environ.get("VLJEPA_MODEL"), help="or VLJEPA_MODEL")
     parser.add_argument("--library", type=Path, default=EXAMPLES, help="a folder of clips")
     parser.add_argument("--limit", type=int, help="take the library's first files only")
+    parser.add_argument("--captions", type=Path, help="JSONL with targets: texts for segments")
     parser.add_argument("--port", type=int, help="the first free one from 7860 on by default")
     args = parser.parse_args(arguments)
     if not args.model:
@@ -78,11 +106,12 @@ def main() -> None:
     args = parse_args()
     # A folder of its own: two apps at once would delete each other's uploads.
     os.environ.setdefault("GRADIO_TEMP_DIR", mkdtemp(prefix="vljepa-space-"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).to(device).eval()
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    captions = () if args.captions is None else read_captions(args.captions)
+    model, writer, processor = load(args.model)
+    (writer or model).to("cuda" if torch.cuda.is_available() else "cpu")
     library = Library.of(model, processor, args.library, args.limit)
-    serve(build(model, processor, library), library, server_port=args.port)
+    app = build(model, processor, library, writer=writer, captions=captions)
+    serve(app, library, server_port=args.port)
 
 
 if __name__ == "__main__":

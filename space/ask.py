@@ -12,12 +12,11 @@ import gradio as gr
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .texts import TextEmbeds, read_lines
 from .uploads import MAX_MEGABYTES, MAX_SECONDS, examine, read, sorry, uploads_only
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
-MAX_ANSWERS = 200
 CLIPS_KEPT = 8  # visual tokens kept for further questions
-ANSWER_LISTS_KEPT = 32
 
 
 class Asker:
@@ -31,12 +30,11 @@ class Asker:
         self.model, self.processor = model, processor
         self.answers = tuple(model.config.to_dict().get("answers") or ())  # the model's own
         self._see = lru_cache(CLIPS_KEPT)(self._see)
-        self._embed = lru_cache(ANSWER_LISTS_KEPT)(self._embed)
+        self.embeds = TextEmbeds(model, processor)
 
     def look(self, path: str | Path) -> torch.Tensor:
         """The visual tokens `(1, N, Dx)` of a video or image. Raises: `gr.Error`, see `examine`."""
-        if not Path(path).is_file():
-            raise sorry("This file is gone: uploads are kept for an hour. Upload it again.")
+        examine(path)
         return self._see(str(path), Path(path).stat().st_mtime_ns)
 
     @torch.inference_mode()
@@ -52,21 +50,18 @@ class Asker:
 
         Raises: `gr.Error` naming what is missing or cannot be used.
         """
-        lines = (line.strip() for line in (candidates or "").splitlines())
-        answers = tuple(dict.fromkeys(line for line in lines if line))
+        answers = read_lines(candidates)
         if not path:
             raise sorry("Choose a clip or an image first, or take one of the examples.")
         if not (question or "").strip():
             raise sorry("Type a question about the clip.")
-        if len(answers) > MAX_ANSWERS:
-            raise sorry(f"Give up to {MAX_ANSWERS} candidate answers; these are {len(answers)}.")
         if not answers and not self.answers:
             raise sorry("Give the candidate answers, one per line: the model picks among them.")
         answers = answers or self.answers
         visual_embeds = self.look(path)  # (1, N, Dx)
         asked = self.processor(text=question.strip()).to(self.model.device)
         predicted = self.model.predict(visual_embeds=visual_embeds, **asked)  # (1, D)
-        similarities = (predicted @ self._embed(answers).T)[0].float()  # (C,)
+        similarities = (predicted @ self.embeds.of(answers).T)[0].float()  # (C,)
         shares = (similarities * self.model.logit_scale()).softmax(0)  # (C,)
         ranked = zip(answers, similarities.tolist(), shares.tolist(), strict=True)
         return sorted(ranked, key=lambda answer: -answer[1])
@@ -76,21 +71,15 @@ class Asker:
         pixels = read(self.processor, path)["pixel_values_videos"]  # (1, T, 3, h, w)
         return self.model.encode_video(pixels.to(self.model.device))  # (1, N, Dx)
 
-    @torch.inference_mode()
-    def _embed(self, answers: tuple[str, ...]) -> torch.Tensor:
-        """`(C, D)`, a hundred at a time."""
-        parts = [answers[start : start + 100] for start in range(0, len(answers), 100)]
-        batches = [self.processor(targets=part).to(self.model.device) for part in parts]
-        return torch.cat([self.model.encode_target(**batch) for batch in batches])
 
-
-def bars(ranked: list[tuple[str, float, float]]) -> str:
-    """Ranked answers as HTML: a bar is as long as the answer's share."""
+def bars(ranked: list[tuple[str, float, str]]) -> str:
+    """The first ten of ranked answers as HTML, each with its share, as the length of a bar, and a
+    note."""
     rows = (
         f"<li><div><b>{escape(answer)}</b><span>{share:.1%}</span></div>"
         f'<div class="bar"><i style="width:{share:.1%}"></i></div>'
-        f"<small>similarity {similarity:.3f}</small></li>"
-        for answer, similarity, share in ranked[:10]
+        f"<small>{escape(note)}</small></li>"
+        for answer, share, note in ranked[:10]
     )
     return f'<ol class="answers">{"".join(rows)}</ol>'
 
@@ -114,7 +103,8 @@ def ask_tab(model: PreTrainedModel, processor: ProcessorMixin) -> None:
         )
 
     def answer(path: str | None, question: str, candidates: str) -> str:
-        return bars(asker.rank(path, question, candidates))
+        ranked = asker.rank(path, question, candidates)
+        return bars([(text, share, f"similarity {near:.3f}") for text, near, share in ranked])
 
     with gr.Row():
         with gr.Column():

@@ -27,6 +27,8 @@ def examine(path: str | Path) -> str:
     """
     path = Path(path)
     name = escape(path.name)
+    if not path.is_file():
+        raise sorry("This file is gone: uploads are kept for an hour. Upload it again.")
     megabytes = path.stat().st_size / 1e6
     if megabytes > MAX_MEGABYTES:
         raise sorry(
@@ -61,6 +63,12 @@ def examine(path: str | Path) -> str:
             "Save it with fewer frames per second."
         )
     return "videos"
+
+
+def seconds_of(path: str | Path) -> float:
+    """The length of a video that `examine` let through."""
+    with av.open(path, options={"format_whitelist": VIDEO_FORMATS}) as container:
+        return measure(container)[1]
 
 
 def measure(container: "av.container.InputContainer") -> tuple[int, float]:
