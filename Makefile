@@ -2,7 +2,7 @@
 # make test   environment and the default test suite
 # make full   the whole recipe, one seed: make full SEED=1
 # make streams  teach the trained model to watch streams, and measure selective decoding
-# make app    ask the trained model and search clips in a browser; make app-test tests that page
+# make app    ask the trained model, search clips, watch videos in a browser; make app-test tests it
 # make smoke  the demonstration's path in two minutes, too short to learn; remakes its data small
 #
 # The constraints pin every version that the numbers in this repository were made with, torch
@@ -93,7 +93,8 @@ $(APP)/.installed: $(VENV)/.installed pyproject.toml constraints-app.txt
 
 app: $(APP)/.installed
 	@test -e $(OUT)/sft/config.json || { echo "no model in $(OUT)/sft: make demo trains it"; exit 1; }
-	$(APP)/bin/python space/app.py --model $(OUT)/sft --library data/demo/babyai/clips --limit 60
+	$(APP)/bin/python -m space.app --model $(OUT)/sft --library data/demo/babyai/clips --limit 60 \
+		--captions data/demo/babyai/test_captions.jsonl
 
 app-test: $(APP)/.installed
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || \

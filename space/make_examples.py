@@ -1,16 +1,19 @@
 """Make `space/examples` from the demo's BabyAI test clips: `python -m space.make_examples`.
 
 Run it from a clone after `make data`. The number in a clip's name is the seed that plays it again
-(`training.demo_data.babyai.play`). The picture is the room before the first step.
+(`training.demo_data.babyai.play`). The picture is the room before the first step. The long video is
+a chain of missions, each in a room of its own.
 """
 
 import json
 import shutil
 from pathlib import Path
 
+import av
 from PIL import Image
 
 from training.demo_data.babyai import play
+from training.demo_data.babyai_splits import NARRATE
 
 DATA = Path("data/demo/babyai")
 EXAMPLES = Path(__file__).parent / "examples"
@@ -29,10 +32,62 @@ CLIPS = {
     "test_2000000200": "where",
 }
 PICTURE = "test_2000000100"
+CHAIN = (
+    "test_2000001100",
+    "test_2000002600",
+    "test_2000004000",
+    "test_2000004200",
+    "test_2000005700",
+    "test_2000007100",
+    "test_2000008000",
+    "test_2000008600",
+)
+NEVER = (
+    "the agent put the red ball next to the grey box",
+    "the agent picked up the yellow key",
+    "the agent went to the purple ball",
+)
+
+
+def join(clips: list[Path], path: Path) -> None:
+    """One video of several of one size and rate, encoded anew."""
+    with av.open(path, "w") as joined:
+        stream, number = None, 0
+        for clip in clips:
+            with av.open(clip) as container:
+                video = container.streams.video[0]
+                if stream is None:
+                    stream = joined.add_stream("libx264", rate=video.guessed_rate)
+                    stream.width, stream.height = video.width, video.height
+                    stream.options = {"crf": "18"}
+                    stream.codec_context.thread_count = 1  # their number changes x264's output
+                for frame in container.decode(video):
+                    frame.pts, frame.time_base = number, 1 / video.guessed_rate
+                    joined.mux(stream.encode(frame))
+                    number += 1
+        joined.mux(stream.encode())
+
+
+def write_chain() -> None:
+    """The long video, in a folder of its own: it is no clip of the library."""
+    folder = EXAMPLES / "watch"
+    folder.mkdir(exist_ok=True)
+    join([DATA / "clips" / f"{clip}.mp4" for clip in CHAIN], folder / "missions.mp4")
+    rows = [json.loads(line) for line in (DATA / "test_events.jsonl").open(encoding="utf-8")]
+    events = {Path(row["video"]).stem: row["events"] for row in rows}
+    told = {event["text"] for clip in CHAIN for event in events[clip]}
+    example = {
+        "file": "missions.mp4",
+        "label": f"{len(CHAIN)} missions, one after the other",
+        "query": NARRATE,
+        "candidates": sorted({*told, *NEVER}),
+    }
+    (folder / "examples.jsonl").write_text(json.dumps(example) + "\n")
 
 
 def main() -> None:
     EXAMPLES.mkdir(exist_ok=True)
+    write_chain()
     rows = [json.loads(line) for line in (DATA / "test_vqa.jsonl").open(encoding="utf-8")]
     examples = []
     for clip, kind in {**CLIPS, PICTURE: "count"}.items():

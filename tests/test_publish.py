@@ -144,8 +144,8 @@ def test_everything_is_there_and_was_loaded_back(published):
     assert len(off) == 2 and max(off) <= 1e-6  # before and after the upload
     assert "sentence-transformers/all-MiniLM-L6-v2" in output  # the licence table
     space = hub.repositories["me/show"]
-    assert {"app.py", "README.md", "requirements.txt"} <= space.keys()
-    assert any(name.startswith("examples/") for name in space)
+    assert {"app.py", "space/app.py", "README.md", "requirements.txt"} <= space.keys()
+    assert any(name.startswith("space/examples/") for name in space)
     assert hub.variables["me/show"] == {"VLJEPA_MODEL": "me/tiny"}
     assert hub.commits == 2
 

@@ -27,6 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_vljepa
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
@@ -49,6 +50,12 @@ EXTRA_CODE = (
     "stream_session.py",
     "st_vljepa.py",
     "handler.py",
+)
+# Of our packages, what `space/` imports.
+SPACE_IMPORTS = (
+    "modeling_vljepa/segmentation.py",
+    "modeling_vljepa/stream_session.py",
+    "modeling_vljepa/y_decoder.py",
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt")
 TOLERANCE = 1e-6  # largest difference of an embedding after the way to the Hub and back
@@ -246,21 +253,44 @@ def upload(folder: Path, repo: str, *, private: bool | None, token: str | None =
     return str(url)
 
 
+def write_space(folder: Path) -> None:
+    """What a Space runs: `space/` as the package that it is here, those modules of ours that it
+    imports, and a file that starts it.
+
+    Model and processor come with the published model, whose code they bring along: of our packages
+    nothing else is there, and nothing of them is registered.
+    """
+    settings = ("README.md", "requirements.txt")  # looked for at the top
+    left_out = shutil.ignore_patterns(*settings, "make_examples.py", "__pycache__")
+    shutil.copytree(ROOT / "space", folder / "space", ignore=left_out)
+    for name in settings:
+        shutil.copy(ROOT / "space" / name, folder)
+    for name in SPACE_IMPORTS:
+        module = ROOT / name
+        for path in (module, *map(Path, get_relative_import_files(module))):
+            target = folder / path.relative_to(ROOT)
+            target.parent.mkdir(exist_ok=True)
+            (target.parent / "__init__.py").touch()
+            shutil.copy(path, target)
+    (folder / "app.py").write_text("from space.app import main\n\nmain()\n")
+
+
 def publish_space(repo: str, space: str, *, private: bool | None, token: str | None = None) -> str:
-    """Make a Space that shows the published model, from `space/`; returns its address."""
+    """Make a Space that shows the published model; returns its address."""
     api = HfApi(token=token)
     url = api.create_repo(
         space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
     )
     api.add_space_variable(space, "VLJEPA_MODEL", repo)
-    api.upload_folder(
-        repo_id=space,
-        repo_type="space",
-        folder_path=ROOT / "space",
-        ignore_patterns=["__pycache__/*", "*.pyc"],
-        delete_patterns="*",
-        commit_message=f"Show {repo}",
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_space(Path(folder))
+        api.upload_folder(
+            repo_id=space,
+            repo_type="space",
+            folder_path=folder,
+            delete_patterns="*",
+            commit_message=f"Show {repo}",
+        )
     return str(url)
 
 

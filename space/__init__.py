@@ -1,0 +1,1 @@
+"""A model in a browser; also what a Space on the Hub runs."""

@@ -1,0 +1,101 @@
+"""Search a library of clips by a sentence: the clips are embedded once, at the start.
+
+Shapes: F files of a library, D embedding size.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from .uploads import read, sorry
+
+CAPTION = "Describe this video in detail."  # the query under which a library is embedded
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Library:
+    """A folder of clips and what the model predicts for each.
+
+    Attributes:
+        folder (`Path`): all that may be shown.
+        paths (`list[Path]`): F files of it.
+        embeds (`torch.Tensor` of shape `(F, D)`): Ŝ_Y under the query `CAPTION`, unit vectors.
+    """
+
+    folder: Path
+    paths: list[Path]
+    embeds: torch.Tensor
+
+    @classmethod
+    @torch.inference_mode()
+    def of(
+        cls,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        folder: str | Path,
+        limit: int | None = None,
+    ) -> "Library":
+        """Embed the clips and images of a folder, in the order of their names.
+
+        Files that cannot be used are named and left out.
+        Raises: `FileNotFoundError` for a folder that has none.
+        """
+        folder = Path(folder).resolve()
+        media = ("*.mp4", "*.webm", "*.mkv", "*.mov", "*.avi", "*.gif", "*.png", "*.jpg", "*.jpeg")
+        found = sorted(path for pattern in media for path in folder.glob(pattern))[:limit]
+        paths, embeds = [], []
+        for path in tqdm(found, "embedding the library", disable=None):
+            try:
+                batch = read(processor, path, text=CAPTION).to(model.device)
+            except gr.Error as error:
+                print(f"left out of the library: {error.message}")
+                continue
+            paths.append(path)
+            embeds.append(model.predict(**batch))  # (1, D)
+        if not paths:
+            raise FileNotFoundError(
+                f"{folder}: no clip or image that can be read. Give another folder as --library."
+            )
+        return cls(folder, paths, torch.cat(embeds))
+
+
+@torch.inference_mode()
+def search(
+    model: PreTrainedModel, processor: ProcessorMixin, library: Library, sentence: str
+) -> list[tuple[Path, float]]:
+    """The best clips for a sentence and their similarities. Raises: `gr.Error` without one."""
+    if not (sentence or "").strip():
+        raise sorry("Type a sentence that describes the clip.")
+    wanted = processor(targets=sentence.strip()).to(model.device)
+    similarities = (library.embeds @ model.encode_target(**wanted).T)[:, 0]  # (F,)
+    best = similarities.float().topk(min(SHOWN, len(library.paths)))
+    return [
+        (library.paths[index], similarity)
+        for index, similarity in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def search_tab(model: PreTrainedModel, processor: ProcessorMixin, library: Library) -> None:
+    """A sentence in; the clips of the library that come nearest to it out."""
+
+    def find(sentence: str) -> list[tuple[str, str]]:
+        return [
+            (str(path), f"{similarity:.3f} · {path.stem}")
+            for path, similarity in search(model, processor, library, sentence)
+        ]
+
+    sentence = gr.Textbox(
+        label=f"Search {len(library.paths)} clips",
+        placeholder="pick up the blue key",
+        elem_id="sentence",
+    )
+    button = gr.Button("Search", variant="primary", elem_id="search")
+    found = gr.Gallery(
+        show_label=False, columns=3, height="auto", interactive=False, buttons=[], elem_id="found"
+    )
+    gr.on([button.click, sentence.submit], find, sentence, found, api_name="search")
