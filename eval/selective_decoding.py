@@ -9,7 +9,9 @@ pairs. What is compared is which embeddings are chosen, at equal numbers of them
   segment's average.
 - online: the middle or the average of each segment that `OnlineSegmenter` closes while the stream
   runs.
-- oracle: at the time of every annotation, which nobody knows; what could be gained by choosing.
+- oracle: the stretches around the annotations, which nobody knows: at each annotation's time, or
+  with `oracle + pool` the average from halfway to the one before until halfway to the next. What
+  could be gained by choosing.
 
 The budgets run from 2 to 0.01 decodes per second, as in the paper's figure 4. The online
 segmenter has thresholds and no number of segments: they are chosen on the validation streams, for
@@ -85,15 +87,20 @@ def count_of(rate: float, stream: EmbeddedStream) -> int:
 def uniform(stream: EmbeddedStream, count: int, *, pool: bool = False) -> Choice:
     """`count` moments at equal intervals, each in the middle of its own."""
     edges = np.linspace(0, stream.end_time, count + 1)
-    middles = (edges[:-1] + edges[1:]) / 2
-    places = np.abs(stream.times - middles[:, None]).argmin(axis=1)
+    return at(stream, (edges[:-1] + edges[1:]) / 2, edges[1:-1], pool=pool)
+
+
+def at(stream: EmbeddedStream, times: np.ndarray, bounds: np.ndarray, *, pool: bool) -> Choice:
+    """The embedding nearest to each of `times` `(N,)`, or the average of what lies between
+    `bounds` `(N - 1,)`."""
+    places = np.abs(stream.times - times[:, None]).argmin(axis=1)
     embeds = stream.embeds[places]
     if pool:
-        parts = np.searchsorted(edges[1:-1], stream.times, side="right")
-        for place in range(count):
+        parts = np.searchsorted(bounds, stream.times, side="right")
+        for place in range(len(times)):
             if (inside := parts == place).any():  # else the nearest one, as without pooling
                 embeds[place] = as_unit(stream.embeds[inside].mean(axis=0))
-    return Choice(middles, embeds.astype(np.float32), edges[1:-1])
+    return Choice(times, embeds.astype(np.float32), bounds)
 
 
 def of_segments(stream: EmbeddedStream, segments: list[Segment]) -> Choice:
@@ -115,10 +122,9 @@ def online(stream: EmbeddedStream, settings: dict[str, float | str]) -> Choice:
     return of_segments(stream, segmenter.segment(stream.embeds, stream.times, stream.end_time))
 
 
-def oracle(stream: EmbeddedStream) -> Choice:
+def oracle(stream: EmbeddedStream, *, pool: bool = False) -> Choice:
     times = stream.annotated.times
-    places = np.abs(stream.times - times[:, None]).argmin(axis=1)
-    return Choice(times, stream.embeds[places].astype(np.float32), boundaries(stream))
+    return at(stream, times, boundaries(stream), pool=pool)
 
 
 # What is compared with which reference.
@@ -313,7 +319,10 @@ def measure(
     judge: Judge, budgets: Sequence[float], settings: Sequence[dict[str, float | str]]
 ) -> tuple[dict[str, Score], dict[str, list[tuple[float, float]]]]:
     """CIDEr at each budget of every way of choosing, and each way's curve."""
-    best = judge.score([oracle(stream) for stream in judge.streams]).mean
+    best = {
+        name: judge.score([oracle(stream, pool=pool) for stream in judge.streams]).mean
+        for name, pool in (("oracle", False), ("oracle + pool", True))
+    }
     scores = {}
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in (*METHODS, "online")}
     for budget, chosen in zip(tqdm(budgets, "budgets"), settings, strict=True):
@@ -323,7 +332,7 @@ def measure(
             curves[name].append((round(outcome.rate, 4), round(outcome.mean, 4)))
         shown = outcomes.pop("selective")
         beside = {name: outcome.mean for name, outcome in outcomes.items()}
-        beside |= {"offline, as many as online": offline.mean, "oracle": best}
+        beside |= {"offline, as many as online": offline.mean, **best}
         interval = judge.interval(shown.cider)
         scores[f"CIDEr at {budget:.3g} Hz"] = Score(shown.mean, *interval, len(shown.cider), beside)
     return scores, curves

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "modeling_vljepa").glob("[!_]*.py")) + sorted(
     (ROOT / "processing").glob("[!_]*.py")
 )
-OWN = {"modeling_vljepa", "processing", "training", "eval", "benchmarks", "tests"}
+OWN = {"modeling_vljepa", "processing", "training", "eval", "benchmarks", "space", "tests"}
 PACKAGES = {"torch", "transformers", "numpy", "PIL"}
 OPTIONAL = {"av", "datasets"}  # under `if is_..._available():`
 # Home folders and common working folders, none of which a manual would name.
@@ -68,6 +68,7 @@ def test_imports_are_seen():
         ("modeling_vljepa", {"processing"}),  # to register them together; no shipped file
         ("processing", set()),
         ("training", {"modeling_vljepa", "processing", "eval"}),
+        ("space", {"modeling_vljepa", "training"}),  # training: to make its examples
         ("eval", {"modeling_vljepa", "processing"}),
         ("benchmarks", {"modeling_vljepa", "processing", "training", "eval"}),
     ],

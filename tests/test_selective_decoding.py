@@ -148,6 +148,15 @@ def test_the_nearest_decode_tells_the_annotation() -> None:
     assert told == [TEXTS[place] for place in (4, 4, 4, 7, 7)]
 
 
+def test_the_oracle_pools_from_halfway_to_halfway(judge: Judge) -> None:
+    given = stream([4, 4, 8])  # annotated at 0.4, 1.2 and 2.4 s: halfway are 0.8 and 1.8 s
+    choice = oracle(given, pool=True)
+    parts = given.embeds[:4], given.embeds[4:9], given.embeds[9:]
+    expected = as_unit(np.stack([part.mean(axis=0) for part in parts]))
+    np.testing.assert_allclose(choice.embeds, expected, atol=1e-7)
+    assert choice.times.tolist() == oracle(given).times.tolist() == given.annotated.times.tolist()
+
+
 def test_rates_count_every_decode(judge: Judge) -> None:
     outcome = judge.score([uniform(each, 5) for each in judge.streams])
     assert outcome.rate == pytest.approx(15 / sum(each.end_time for each in judge.streams))
@@ -231,7 +240,7 @@ def test_the_budget_table_has_every_way_beside_every_other(judge: Judge) -> None
     scores, curves = measure(judge, budgets, thresholds(judge, budgets))
     assert list(scores) == ["CIDEr at 1 Hz", "CIDEr at 0.1 Hz"]
     columns = ["uniform", "uniform + pool", "selective + pool", "online"]
-    columns += ["offline, as many as online", "oracle"]
+    columns += ["offline, as many as online", "oracle", "oracle + pool"]
     for score in scores.values():
         assert list(score.baselines) == columns
         assert score.low <= score.value <= score.high
