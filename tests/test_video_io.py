@@ -8,7 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from processing import Excerpt, VLJEPAVideoProcessor, video_io
+from processing import (
+    Excerpt,
+    VLJEPAVideoProcessor,
+    containers,
+    media,
+    packets,
+    sampling,
+    video_io,
+)
 from processing.video_io import (
     MediaError,
     even_indices,
@@ -80,7 +88,7 @@ def test_at_a_varying_rate_the_frames_nearest_in_time_are_taken():
             found = even_indices(seconds, num_frames)
             instants = np.linspace(0, seconds[-1], num_frames)
             least = np.abs(seconds[None] - instants[:, None]).min(axis=1)
-            assert (np.abs(seconds[found] - instants) <= least + video_io.ROUNDING).all()
+            assert (np.abs(seconds[found] - instants) <= least + sampling.ROUNDING).all()
             assert found[0] == 0 and (np.diff(found) >= 0).all()
             assert num_frames == 1 or found[-1] == total - 1
 
@@ -159,7 +167,7 @@ def kinds(tmp_path_factory) -> Path:
 def ways(monkeypatch) -> list[str]:
     """Which ways were gone to the end: "packets", "linear"."""
     gone = []
-    by_packets, linearly = video_io._read_by_packets, video_io._read_linearly
+    by_packets, linearly = video_io.read_by_packets, video_io.read_linearly
 
     def count_packets(*args):
         clip = by_packets(*args)
@@ -170,8 +178,8 @@ def ways(monkeypatch) -> list[str]:
         gone.append("linear")
         return linearly(*args)
 
-    monkeypatch.setattr(video_io, "_read_by_packets", count_packets)
-    monkeypatch.setattr(video_io, "_read_linearly", count_linear)
+    monkeypatch.setattr(video_io, "read_by_packets", count_packets)
+    monkeypatch.setattr(video_io, "read_linearly", count_linear)
     return gone
 
 
@@ -206,14 +214,14 @@ def test_every_single_frame_can_be_sought(kinds, ways, name):
 def test_what_no_sampled_frame_needs_is_not_decoded(kinds, monkeypatch):
     """Two frames of a long GOP, and two of short ones; positive control: all frames."""
     decoded = []
-    plain = video_io._decode_run
+    plain = packets.decode_run
 
     def counted(*args):
         for frame in plain(*args):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(video_io, "_decode_run", counted)
+    monkeypatch.setattr(packets, "decode_run", counted)
     found = {}
     for name in ("mjpeg.mp4", "vp9.webm", "b-frames.mp4"):
         for num_frames in (2, 60):
@@ -309,9 +317,9 @@ def test_times_that_the_video_has_not_are_named(tmp_path, name, start, end):
 def test_a_late_part_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     path = encode(tmp_path / "long.mp4", moving(200), g="10")
     taken = []
-    plain = video_io._read_packets
+    plain = packets.read_packets
     monkeypatch.setattr(
-        video_io, "_read_packets", lambda *args: taken.append(plain(*args)) or taken[-1]
+        packets, "read_packets", lambda *args: taken.append(plain(*args)) or taken[-1]
     )
     clip = read_clip(path, 2, start=15.0, end=15.5)
     np.testing.assert_array_equal(clip.frames, plainly(path)[0][[150, 154]])
@@ -393,23 +401,23 @@ class Clock:
 def test_decoding_that_takes_too_long_ends(tmp_path, monkeypatch, name, step, num_frames):
     path = grey_clip(tmp_path / name)
     clock = Clock(step)
-    monkeypatch.setattr(video_io, "time", clock)
+    monkeypatch.setattr(media, "time", clock)
     with pytest.raises(MediaError, match="not decoded within 5 seconds") as caught:
         read_clip(path, num_frames, max_decode_seconds=5)
     assert str(caught.value).startswith(f"{path}: ")
     assert clock.now < 5 + 2 * step + 1e-6  # asked no more once it is up
-    monkeypatch.setattr(video_io, "time", Clock(1e-3))
+    monkeypatch.setattr(media, "time", Clock(1e-3))
     assert len(read_clip(path, num_frames, max_decode_seconds=5).frames) == (num_frames or 20)
 
 
 def test_opening_that_takes_too_long_ends(tmp_path, monkeypatch):
     """FFmpeg's search for something readable ends with what it reads from."""
     path = grey_clip(tmp_path / "clip.mp4")
-    monkeypatch.setattr(video_io, "time", Clock(6.0))
-    limits = video_io._Limits("clip.mp4", max_decode_seconds=5)
+    monkeypatch.setattr(media, "time", Clock(6.0))
+    limits = media.Limits("clip.mp4", max_decode_seconds=5)
     with (
         pytest.raises(MediaError, match="clip.mp4: not decoded within 5 seconds"),
-        video_io._open(path, limits),
+        containers.open_container(path, limits),
     ):
         pytest.fail("it was opened")
 
@@ -421,14 +429,14 @@ def test_the_processor_bounds_decoding_and_saves_no_bound(tmp_path, monkeypatch)
     processor.max_decode_seconds = 2
     assert "max_decode_seconds" not in processor.to_dict()
     assert processor(path)["pixel_values_videos"][0].shape == (4, 3, 32, 32)
-    monkeypatch.setattr(video_io, "time", Clock(1.0))
+    monkeypatch.setattr(media, "time", Clock(1.0))
     with pytest.raises(MediaError, match="clip.mp4: not decoded within 2 seconds"):
         processor(path)
 
 
 def test_one_thread_decodes(tmp_path):
     path = grey_clip(tmp_path / "clip.mp4")
-    with video_io._open(path, video_io._Limits("clip")) as container:
+    with containers.open_container(path, media.Limits("clip")) as container:
         assert container.streams.video[0].codec_context.thread_count == 1
 
 

@@ -1,0 +1,89 @@
+"""A clip by decoding the whole file, from the first frame to the last.
+
+Shapes: H height, W width.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from transformers.utils import is_av_available
+
+from .containers import duration_of, open_container, picture_of, reason_of
+from .media import Clip, Limits, MediaError, Source, stack
+from .sampling import Part, sample, uniform_indices
+
+if is_av_available():
+    import av
+    from av.video.reformatter import VideoReformatter
+
+
+def read_linearly(source: Source, num_frames: int | None, part: Part, limits: Limits) -> Clip:
+    """One pass from the first frame to the last, keeping the frames that the header makes one
+    expect; a second where the header has no count (Matroska, WebM) or a wrong one, or the frame
+    rate varies."""
+    # The length of a part is not that of the video.
+    bounds = limits if part.is_whole else replace(limits, max_seconds=None)
+    keep = None
+    if not part.is_whole:
+        keep = set()
+    elif num_frames is not None:
+        keep = set(uniform_indices(max(header_count(source, limits), 1), num_frames).tolist())
+    pictures, seconds, duration = decode(source, keep, bounds)
+    first, last = 0, len(seconds)
+    if not part.is_whole:
+        if not np.isfinite(seconds).all():
+            raise MediaError(f"{limits.name}: has no times. Re-encode it, or take the whole.")
+        part.check(duration)
+        first, last = part.window(seconds)
+        limits.check_time(last - first, seconds[last - 1] - seconds[first])
+    indices = first + sample(seconds[first:last], num_frames)
+    if not pictures.keys() >= set(indices.tolist()):
+        pictures, seconds, _ = decode(source, set(indices.tolist()), bounds)
+    return stack([pictures[index] for index in indices.tolist()], seconds[indices], limits)
+
+
+def header_count(source: Source, limits: Limits) -> int:
+    with open_container(source, limits) as container:
+        return container.streams.video[0].frames
+
+
+def decode(
+    source: Source, keep: set[int] | None, limits: Limits
+) -> tuple[dict[int, np.ndarray], np.ndarray, float]:
+    """One pass over the file, keeping the frames whose index is in `keep` (`None`: all).
+
+    Returns: the kept frames by index, each `(H, W, 3)` uint8; the times of all frames in
+    seconds since the first, float64; and how long they last, in seconds.
+    """
+    pictures: dict[int, np.ndarray] = {}
+    times: list[float] = []
+    with open_container(source, limits) as container:
+        stream = container.streams.video[0]
+        reformatter = VideoReformatter()
+        # Bare H.264 streams carry no times; few streams carry neither times nor a rate.
+        rate = float(stream.guessed_rate or math.nan)
+        try:
+            for index, frame in enumerate(container.decode(stream)):
+                limits.check_clock()
+                limits.check_size(frame.width, frame.height)
+                times.append(index / rate if frame.time is None else frame.time)
+                limits.check_time(len(times), times[-1] - times[0])
+                if keep is None or index in keep:
+                    pictures[index] = picture_of(frame, reformatter, limits)
+        except MediaError:
+            raise
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise MediaError(
+                f"{limits.name}: truncated or damaged after {len(times)} frames "
+                f"({reason_of(error)}). Fetch or export it again."
+            ) from error
+        if not times:
+            raise MediaError(
+                f"{limits.name}: no frame could be decoded: truncated or empty. Fetch or export "
+                "it again."
+            )
+        # AVI gives the times of reordered frames out of order; as shown, they ascend.
+        seconds = np.sort(np.array(times, dtype=np.float64))
+        seconds -= seconds[0]
+        return pictures, seconds, duration_of(seconds, stream)

@@ -1,0 +1,101 @@
+"""What every reader of clips shares: sources, clips, limits and the errors that name a file.
+
+Shapes: T frames, H height, W width.
+"""
+
+import io
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Source = str | os.PathLike | bytes
+
+MAX_FRAME_RATE = 240  # frames per second of a clip whose length is bounded
+
+
+class MediaError(ValueError):
+    """A video or image that cannot be used. The message names the file and the cure."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames in the order they are shown, with their times.
+
+    Attributes:
+        frames (`np.ndarray` of shape `(T, H, W, 3)`, uint8): RGB.
+        timestamps (`np.ndarray` of shape `(T,)`, float64): seconds since the first frame of the
+            video, also where the clip is a part of it; NaN in a folder of images.
+    """
+
+    frames: np.ndarray
+    timestamps: np.ndarray
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused of the file `name`; `None` bounds nothing. The clock starts here."""
+
+    name: str
+    max_seconds: float | None = None
+    max_pixels: int | None = None
+    max_decode_seconds: float | None = None
+    started: float = field(default_factory=lambda: time.monotonic())
+
+    def check_size(self, width: int, height: int) -> None:
+        if self.max_pixels is not None and width * height > self.max_pixels:
+            raise MediaError(
+                f"{self.name}: {width} x {height} pixels, but at most {self.max_pixels} are "
+                "taken. Make it smaller."
+            )
+
+    def check_time(self, frames: int, seconds: float) -> None:
+        if self.max_seconds is None:
+            return
+        if seconds > self.max_seconds or frames > self.max_seconds * MAX_FRAME_RATE:
+            raise MediaError(
+                f"{self.name}: longer than {self.max_seconds:g} seconds, or more than "
+                f"{MAX_FRAME_RATE} frames in each. Cut it."
+            )
+
+    def check_clock(self) -> None:
+        limit = self.max_decode_seconds
+        if limit is not None and time.monotonic() - self.started > limit:
+            raise MediaError(
+                f"{self.name}: not decoded within {limit:g} seconds. It is damaged, or too long "
+                "or too large for this limit: cut or re-encode it."
+            )
+
+
+def name_of(source: Source) -> str:
+    """What to call it in a message: a path, or an excerpt of a string too long to be one."""
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes"
+    name = os.fspath(source)
+    return name if len(name) < 1000 else f"{name[:50]}..."
+
+
+@contextmanager
+def open_file(source: Source) -> Iterator[io.BufferedIOBase]:
+    """The source, open for reading."""
+    if isinstance(source, bytes):
+        yield io.BytesIO(source)
+        return
+    # Unlike Path.is_file, this takes strings that are too long for a path.
+    if not os.path.isfile(source):
+        raise MediaError(
+            f"{name_of(source)}: no such file. Check the path; URLs must be downloaded first."
+        )
+    with open(source, "rb") as file:
+        yield file
+
+
+def stack(pictures: list[np.ndarray], seconds: np.ndarray, limits: Limits) -> Clip:
+    if len({picture.shape for picture in pictures}) > 1:
+        raise MediaError(
+            f"{limits.name}: the frame size changes within the video. Re-encode it to one."
+        )
+    return Clip(np.stack(pictures), seconds)
