@@ -25,27 +25,26 @@ if is_av_available():
 
 # Where each packet is one frame, shown at the packet's time, and a search by time exact. Not VP8
 # (hidden frames), not AVI (no times), not MPEG-TS (searched by guessing).
-TRUSTED = {
-    "mov,mp4,m4a,3gp,3g2,mj2": {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"},
-    "matroska,webm": {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"},
-}
+TRUSTED_FORMATS = {"mp4", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+TRUSTED_CODECS = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
+HELD = 2**25  # bytes of packets that are held; those of a longer clip are read again
 
 
 def read_by_packets(
     source: Source, num_frames: int | None, part: Part, limits: Limits
 ) -> Clip | None:
     """The clip, or `None` where only linear decoding can tell."""
-    with open_container(source, limits) as container:
+    with open_container(source, limits, for_packets=True) as container:
         stream = container.streams.video[0]
-        codecs = TRUSTED.get(container.format.name, set())
-        if stream.codec_context.codec.canonical_name not in codecs:
+        codec = stream.codec_context.codec.canonical_name
+        if container.format.name not in TRUSTED_FORMATS or codec not in TRUSTED_CODECS:
             return None
         try:
             packets = read_packets(container, stream, part, limits)
             if packets is None:
                 return None
             shown, seconds = packets.shown(stream.time_base)
-            if packets.is_complete:
+            if packets.is_complete and not part.is_whole:
                 part.check(duration_of(seconds, stream))
             first, last = part.window(seconds)
             shown, seconds = shown[first:last], seconds[first:last]
@@ -70,12 +69,14 @@ class Packets:
         is_key: whether decoding can begin there; the first is.
         origin: when the video's first frame is shown.
         is_complete: whether the last one is the video's last.
+        held: the packets themselves; empty where they are too large to be held.
     """
 
     times: list[int]
     is_key: list[bool]
     origin: int
     is_complete: bool
+    held: list["av.Packet"]
 
     def shown(self, time_base: "av.AVRational") -> tuple[np.ndarray, np.ndarray]:
         """Times in the order of showing: in ticks, and in seconds since the video's first frame.
@@ -126,7 +127,7 @@ def read_packets(
             container.seek(head.dts - 1, stream=stream)
             packets = container.demux(stream)
             head = next(packets)
-    times, is_key, is_complete = [], [], False
+    times, is_key, is_complete, held, room = [], [], False, [], HELD
     for packet in chain([head], packets):
         limits.check_clock()
         is_complete = packet.pts is None and packet.size == 0  # what demuxing ends with
@@ -137,6 +138,11 @@ def read_packets(
             return None
         times.append(packet.pts)
         is_key.append(packet.is_keyframe)
+        room -= packet.size
+        if room >= 0:
+            held.append(packet)
+        else:
+            held.clear()
         if part.is_whole:
             limits.check_time(len(times), (packet.pts - origin) / per_second)
     if not times or not is_key[0] or len(set(times)) < len(times):
@@ -147,7 +153,7 @@ def read_packets(
         return None  # a recording that begins in the middle: some frames cannot be decoded
     if start == 0 and is_complete and stream.frames not in (0, len(times)):
         return None
-    return Packets(times, is_key, origin, is_complete)
+    return Packets(times, is_key, origin, is_complete, held)
 
 
 def decode_packets(
@@ -159,44 +165,58 @@ def decode_packets(
     """
     stream = container.streams.video[0]
     stream.codec_context.open(strict=False)  # AV1's decoder asks once, here, what to leave out
-    places = {pts: position for position, pts in enumerate(packets.times)}
     reformatter = VideoReformatter()
     pictures: dict[int, np.ndarray] = {}
-    for first, last in packets.runs(wanted):
-        container.seek(packets.times[first], stream=stream)
+    for run in packets.runs(wanted):
         latest = -math.inf
-        for frame in decode_run(container, stream, range(first, last + 1), places, wanted):
+        for frame in decode_run(container, stream, packets, run, wanted):
             limits.check_clock()
             if frame.is_corrupt or frame.pts is None or frame.pts <= latest:
                 return None
             if frame.interlaced_frame:
                 return None  # a packet may have been half a frame
             latest = frame.pts
-            if frame.pts in wanted:
-                pictures[frame.pts] = picture_of(frame, reformatter, limits)
+            if latest in wanted:
+                pictures[latest] = picture_of(frame, reformatter, limits)
     return pictures if pictures.keys() == wanted else None
 
 
 def decode_run(
     container: "av.container.InputContainer",
     stream: "av.VideoStream",
-    run: range,
-    places: dict[int, int],
+    packets: Packets,
+    run: tuple[int, int],
     wanted: set[int],
 ) -> Iterator["av.VideoFrame"]:
-    """The frames of the packets at the places of `run`, less those that nothing needs."""
-    due = iter(run)
-    position = next(due)
-    for packet in container.demux(stream):
-        place = places.get(packet.pts, len(places))
-        if place < position:
-            continue  # the search ended at an earlier key frame
-        if place > position:
-            raise ValueError("the packets are not those of the first reading")
+    """The frames of the packets of `run`, less those that nothing needs."""
+    decoder = stream.codec_context
+    decoder.flush_buffers()
+    for packet in packets_of(container, stream, packets, run):
         # Frames to which no other refers are left out by the decoder, which knows them.
-        stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-        yield from packet.decode()
-        if position == run[-1]:
-            yield from stream.codec_context.decode(None)  # those that it held back
-            return
-        position = next(due)
+        decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        yield from decoder.decode(packet)
+    yield from decoder.decode(None)  # those that it held back
+
+
+def packets_of(
+    container: "av.container.InputContainer",
+    stream: "av.VideoStream",
+    packets: Packets,
+    run: tuple[int, int],
+) -> Iterator["av.Packet"]:
+    """The packets of `run`, as they were held, or read again."""
+    first, last = run
+    if packets.held:
+        yield from packets.held[first : last + 1]
+        return
+    container.seek(packets.times[first], stream=stream)
+    due = iter(packets.times[first : last + 1])
+    before = set(packets.times[:first])
+    found = container.demux(stream)
+    for pts in due:
+        packet = next(found)
+        while packet.pts in before:
+            packet = next(found)  # the search ended at an earlier key frame
+        if packet.pts != pts:
+            raise ValueError("the packets are not those of the first reading")
+        yield packet

@@ -23,7 +23,7 @@ from transformers.image_utils import (
     SizeDict,
 )
 from transformers.processing_utils import Unpack, VideosKwargs
-from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_processing_utils import BaseVideoProcessor, validate_typed_dict
 
 from .video_io import Excerpt, read_clip, read_image, uniform_indices
 
@@ -129,8 +129,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             length or not in one of the layouts above, `TypeError` for an option of the base
             class that has no meaning here.
         """
-        if unsupported := sorted(_UNSUPPORTED & kwargs.keys()):
-            raise TypeError(f"VLJEPAVideoProcessor takes no {', '.join(unsupported)}")
+        settings = self.settings(kwargs)
         if num_frames is None:
             num_frames = self.num_frames
         if do_sample_frames is None:
@@ -139,17 +138,70 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         clips = []
         for video in as_batch(videos):
             frames = self.load_frames(video, num_frames if do_sample_frames else None)
-            done = super().preprocess(
-                [frames], do_sample_frames=False, input_data_format="channels_first", **kwargs
-            )
-            clips.append(done["pixel_values_videos"][0].contiguous())
+            clips.append(self.transform(frames, **settings))
         lengths = [len(clip) for clip in clips]
         if return_tensors is not None and len(set(lengths)) > 1:
             raise ValueError(
                 f"clips of one batch need one length, got {lengths} frames: sample them "
                 "(do_sample_frames=True) or process them one by one"
             )
+        if return_tensors == "pt" and len(clips) == 1:
+            clips = clips[0][None]  # a batch of one needs no copy
         return BatchFeature({"pixel_values_videos": clips}, tensor_type=return_tensors)
+
+    # The base class does the following two for a batch, with a copy of every clip for each step and
+    # more checks than a small clip takes to decode.
+
+    def settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `transform`: the processor's own, where a call does not override them.
+
+        Raises: `TypeError` for an option that has no meaning here.
+        """
+        if unsupported := sorted(_UNSUPPORTED & kwargs.keys()):
+            raise TypeError(f"VLJEPAVideoProcessor takes no {', '.join(unsupported)}")
+        if not all(isinstance(value, bool) for value in kwargs.values()):
+            validate_typed_dict(self.valid_kwargs, kwargs)
+        settings = {
+            "do_resize": self.do_resize,
+            "size": self.size,
+            "default_to_square": self.default_to_square,
+            "resample": self.resample,
+            "do_center_crop": self.do_center_crop,
+            "crop_size": self.crop_size,
+            "do_rescale": self.do_rescale,
+            "rescale_factor": self.rescale_factor,
+            "do_normalize": self.do_normalize,
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+        }
+        settings = self._standardize_kwargs(**settings | kwargs)
+        del settings["pad_size"]
+        self._validate_preprocess_kwargs(**settings)
+        return settings
+
+    def transform(
+        self,
+        frames: torch.Tensor,
+        *,
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+    ) -> torch.Tensor:
+        """(T, 3, H, W) uint8 -> (T, 3, h, w), uint8 or float32: the steps that are on."""
+        if do_resize:
+            frames = self.resize(frames, size, resample)
+        if do_center_crop:
+            frames = self.center_crop(frames, crop_size)
+        return self.rescale_and_normalize(
+            frames, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+        ).contiguous()
 
     def load_frames(self, video: Video, num_frames: int | None) -> torch.Tensor:
         """Read one clip and sample it, `num_frames=None` keeping every frame.
