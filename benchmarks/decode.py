@@ -1,11 +1,12 @@
 """From files to the tensors of a model against decoding alone: `python -m benchmarks.decode`.
 
 Plain decoding is PyAV's loop over all frames on one thread, `for frame in container.decode(...)`,
-which converts and keeps nothing. Against it stands all that the training's loader does: eight
-frames are decoded and converted, resized and cropped to `(8, 3, 256, 256)`, uint8; they are
-normalised on the device. Clips are made here: a moving scene with noise, at 30 frames per second,
-as x264 stores it by default (a key frame at most every 250 frames) and as streaming sites do (every
-60), and short ones like BabyAI's, which are read at their own size.
+which converts and keeps nothing. Against it stands all that the training's loader does: four, eight
+or sixteen frames are decoded and converted, resized and cropped to `(T, 3, 256, 256)`, uint8; they
+are normalised on the device. Clips are made here: a moving scene with noise, at 30 frames per
+second, as x264 stores it by default (a key frame at most every 250 frames) and as streaming sites
+do (every 60), and short ones like BabyAI's, which are read at their own size. `--steps` tells
+where the loader's time goes.
 """
 
 import argparse
@@ -22,20 +23,25 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import cpu_seconds
-from processing import VLJEPAVideoProcessor
+from processing import VLJEPAVideoProcessor, read_clip
+from processing.containers import open_container
+from processing.media import Limits
+from processing.packets import read_packets
+from processing.sampling import Part
 from training.data import read_frames
 
 # name: frames, height, width, frames per second, x264's options
 SMALL = "BabyAI, 2 s, 64 x 64"
 CLIPS = {
-    "10 s, 320 x 240": (300, 240, 320, 30, {}),
-    "10 s, 320 x 240, key frames every 2 s": (300, 240, 320, 30, {"g": "60"}),
-    "10 s, 320 x 240, no B-frames": (300, 240, 320, 30, {"tune": "zerolatency"}),
-    "10 s, 640 x 480": (300, 480, 640, 30, {}),
-    "10 s, 640 x 480, key frames every 2 s": (300, 480, 640, 30, {"g": "60"}),
-    "60 s, 320 x 240": (1800, 240, 320, 30, {}),
     SMALL: (11, 64, 64, 5, {}),
+    "2 s, 320 x 240": (60, 240, 320, 30, {}),
+    "10 s, 340 x 256": (300, 256, 340, 30, {}),
+    "10 s, 340 x 256, key frames every 2 s": (300, 256, 340, 30, {"g": "60"}),
+    "10 s, 340 x 256, no B-frames": (300, 256, 340, 30, {"tune": "zerolatency"}),
+    "10 s, 640 x 480": (300, 480, 640, 30, {}),
+    "60 s, 340 x 256": (1800, 256, 340, 30, {}),
 }
+WANTED = (4, 8, 16)  # frames
 
 
 def write(path: Path, frames: int, height: int, width: int, rate: int, options: dict) -> None:
@@ -109,30 +115,75 @@ def clips_per_second(path: Path, workers: int, count: int) -> float:
     return clips / (time.monotonic() - since)
 
 
+def processor_of(name: str, num_frames: int) -> VLJEPAVideoProcessor:
+    """The usual one, or one that leaves a small clip at its own size."""
+    if name != SMALL:
+        return VLJEPAVideoProcessor(num_frames=num_frames)
+    crop = {"height": 64, "width": 64}
+    return VLJEPAVideoProcessor(size={"shortest_edge": 64}, crop_size=crop, num_frames=num_frames)
+
+
+def steps(path: Path, processor: VLJEPAVideoProcessor, repeats: int) -> dict[str, float]:
+    """CPU-seconds of the loader's steps: opening, reading packets, decoding and converting, and
+    resizing and cropping; of plain decoding, opening."""
+    source, num_frames = str(path), processor.num_frames
+    limits, whole = Limits(source), Part(source, None, None)
+    frames = torch.from_numpy(read_clip(source, num_frames).frames).permute(0, 3, 1, 2)
+    settings = processor.settings({"do_rescale": False, "do_normalize": False})
+
+    def opened(*, for_packets: bool, read: bool) -> None:
+        with open_container(source, limits, for_packets=for_packets) as container:
+            if read:
+                read_packets(container, container.streams.video[0], whole, limits)
+
+    calls = [
+        partial(opened, for_packets=False, read=False),
+        partial(opened, for_packets=True, read=False),
+        partial(opened, for_packets=True, read=True),
+        partial(read_clip, source, num_frames),
+        partial(processor.transform, frames, **settings),
+        partial(read_frames, source, True, processor),
+    ]
+    full, opening, packets, clip, transform, whole_loader = least(calls, repeats)
+    return {
+        "plain's opening": full,
+        "opening": opening,
+        "packets": packets - opening,
+        "decoding, converting": clip - packets,
+        "resizing, cropping": transform,
+        "the rest": whole_loader - clip - transform,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="ten times as many of short clips")
     parser.add_argument("--clips", type=int, default=80, help="for each number of workers")
+    parser.add_argument("--steps", action="store_true", help="where the time goes, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    usual = VLJEPAVideoProcessor()
-    small = VLJEPAVideoProcessor(
-        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, num_frames=8
-    )
     with tempfile.TemporaryDirectory() as folder:
-        print(f"CPU-seconds x 1000 of a clip, {usual.num_frames} frames, least of {args.repeats}")
-        print(f"{'':<40}{'plain':>8}{'loader':>8}{'ratio':>7}   (of clips per CPU-second)")
+        print(f"CPU-seconds x 1000 of a clip, least of {args.repeats}, at {WANTED} frames;")
+        print(f"ratio of clips per CPU-second{'plain':>19}{'loader':>20}{'ratio':>21}")
         for number, (name, clip) in enumerate(CLIPS.items()):
             path = Path(folder) / f"{number}.mp4"
             write(path, *clip)
-            processor = small if name == SMALL else usual
-            calls = [partial(plain, path), partial(read_frames, str(path), True, processor)]
-            alone, loader = least(calls, args.repeats)
-            print(f"{name:<40}{1e3 * alone:>8.1f}{1e3 * loader:>8.1f}{alone / loader:>7.2f}")
-        path = Path(folder) / "1.mp4"
-        turns = [[clips_per_second(path, workers, args.clips) for workers in (1, 2)] for _ in "123"]
-        one, two = (max(column) for column in zip(*turns, strict=True))
-        print(f"workers, by the clock: 1: {one:.1f} clips/s, 2: {two:.1f}, ratio {two / one:.2f}")
+            processors = [processor_of(name, num_frames) for num_frames in WANTED]
+            loaders = [partial(read_frames, str(path), True, each) for each in processors]
+            repeats = args.repeats * (10 if clip[0] < 100 else 1)
+            alone, *found = least([partial(plain, path), *loaders], repeats)
+            times = "".join(f"{1e3 * seconds:>8.1f}" for seconds in found)
+            ratios = "".join(f"{alone / seconds:>7.2f}" for seconds in found)
+            print(f"{name:<40}{1e3 * alone:>8.1f}{times}{ratios}", flush=True)
+            if args.steps:
+                parts = steps(path, processors[1], repeats).items()
+                text = ", ".join(f"{part} {1e3 * seconds:.2f}" for part, seconds in parts)
+                print(f"    at {WANTED[1]} frames: {text}", flush=True)
+        if args.clips:
+            path = Path(folder) / "2.mp4"
+            runs = [[clips_per_second(path, each, args.clips) for each in (1, 2)] for _ in "123"]
+            one, two = (max(column) for column in zip(*runs, strict=True))
+            print(f"workers, by the clock: 1: {one:.1f} clips/s, 2: {two:.1f}, {two / one:.2f}")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def open_container(
     Args:
         for_packets (`bool`, *optional*): leave out what its packets do not need. Of an MP4 file the
             index tells the streams and the times of all packets; FFmpeg would decode the beginning
-            nevertheless, for what decoding finds again. That is half of the time of reading a clip
-            of a dozen small frames.
+            nevertheless, for what decoding finds again. For a clip of a dozen small frames that
+            takes a quarter as long as to decode it.
     """
     with open_file(source) as file:
         try:
@@ -91,11 +91,8 @@ def open_container(
             yield container
 
 
-def picture_of(
-    frame: "av.VideoFrame", reformatter: "VideoReformatter", limits: Limits
-) -> np.ndarray:
+def picture_of(frame: "av.VideoFrame", reformatter: "VideoReformatter") -> np.ndarray:
     """A decoded frame, upright, `(H, W, 3)` uint8. One reformatter serves all frames of a video."""
-    limits.check_size(frame.width, frame.height)
     picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     return np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
 

@@ -70,7 +70,7 @@ def decode(
                 times.append(index / rate if frame.time is None else frame.time)
                 limits.check_time(len(times), times[-1] - times[0])
                 if keep is None or index in keep:
-                    pictures[index] = picture_of(frame, reformatter, limits)
+                    pictures[index] = picture_of(frame, reformatter)
         except MediaError:
             raise
         except (av.FFmpegError, OSError, ValueError) as error:

@@ -115,7 +115,7 @@ def read_packets(
     head = next(packets)
     if head.pts is None:
         return None
-    origin, per_second = head.pts, float(1 / stream.time_base)
+    origin, per_second = head.pts, stream.time_base.denominator / stream.time_base.numerator
     start, end = part.bounds
     begin = origin + (start + ROUNDING / 2) * per_second
     if start > 0:
@@ -171,13 +171,14 @@ def decode_packets(
         latest = -math.inf
         for frame in decode_run(container, stream, packets, run, wanted):
             limits.check_clock()
+            limits.check_size(frame.width, frame.height)
             if frame.is_corrupt or frame.pts is None or frame.pts <= latest:
                 return None
             if frame.interlaced_frame:
                 return None  # a packet may have been half a frame
             latest = frame.pts
             if latest in wanted:
-                pictures[latest] = picture_of(frame, reformatter, limits)
+                pictures[latest] = picture_of(frame, reformatter)
     return pictures if pictures.keys() == wanted else None
 
 
@@ -210,10 +211,9 @@ def packets_of(
         yield from packets.held[first : last + 1]
         return
     container.seek(packets.times[first], stream=stream)
-    due = iter(packets.times[first : last + 1])
     before = set(packets.times[:first])
     found = container.demux(stream)
-    for pts in due:
+    for pts in packets.times[first : last + 1]:
         packet = next(found)
         while packet.pts in before:
             packet = next(found)  # the search ended at an earlier key frame

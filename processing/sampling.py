@@ -21,7 +21,8 @@ def uniform_indices(total: int, num_frames: int) -> np.ndarray:
     """
     if total < 1 or num_frames < 1:
         raise ValueError(f"cannot sample {num_frames} frames from {total}: both must be at least 1")
-    return np.linspace(0, total - 1, num_frames).round().astype(np.int64)
+    step = (total - 1) / max(num_frames - 1, 1)
+    return np.rint(np.arange(num_frames) * step).astype(np.int64)
 
 
 def even_indices(seconds: np.ndarray, num_frames: int) -> np.ndarray:
@@ -37,9 +38,16 @@ def even_indices(seconds: np.ndarray, num_frames: int) -> np.ndarray:
     Returns: `np.ndarray` of shape `(num_frames,)`, int64, never decreasing.
     """
     by_count = uniform_indices(len(seconds), num_frames)
-    if len(seconds) == 1 or not (np.diff(seconds) > 0).all():  # NaN is not above 0
+    if len(seconds) == 1:
         return by_count
-    instants = np.linspace(seconds[0], seconds[-1], num_frames)
+    gaps = np.diff(seconds)
+    least, most = gaps.min(), gaps.max()
+    if not least > 0:  # NaN is not either
+        return by_count
+    if (most - least) * len(seconds) <= ROUNDING / 2:
+        return by_count  # a constant rate, as most have; no frame is farther from its place
+    step = (seconds[-1] - seconds[0]) / max(num_frames - 1, 1)
+    instants = seconds[0] + np.arange(num_frames) * step
     after = np.searchsorted(seconds, instants).clip(1, len(seconds) - 1)
     nearest = after - (instants - seconds[after - 1] <= seconds[after] - instants)
     farther = np.abs(seconds[by_count] - instants) - np.abs(seconds[nearest] - instants)

@@ -139,14 +139,14 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         for video in as_batch(videos):
             frames = self.load_frames(video, num_frames if do_sample_frames else None)
             clips.append(self.transform(frames, **settings))
+        if return_tensors == "pt" and len(clips) == 1:
+            return BatchFeature({"pixel_values_videos": clips[0][None]})  # needs no copy
         lengths = [len(clip) for clip in clips]
         if return_tensors is not None and len(set(lengths)) > 1:
             raise ValueError(
                 f"clips of one batch need one length, got {lengths} frames: sample them "
                 "(do_sample_frames=True) or process them one by one"
             )
-        if return_tensors == "pt" and len(clips) == 1:
-            clips = clips[0][None]  # a batch of one needs no copy
         return BatchFeature({"pixel_values_videos": clips}, tensor_type=return_tensors)
 
     # The base class does the following two for a batch, with a copy of every clip for each step and
@@ -199,9 +199,11 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             frames = self.resize(frames, size, resample)
         if do_center_crop:
             frames = self.center_crop(frames, crop_size)
-        return self.rescale_and_normalize(
-            frames, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-        ).contiguous()
+        if do_rescale or do_normalize:
+            frames = self.rescale_and_normalize(
+                frames, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            )
+        return frames.contiguous()
 
     def load_frames(self, video: Video, num_frames: int | None) -> torch.Tensor:
         """Read one clip and sample it, `num_frames=None` keeping every frame.
@@ -234,7 +236,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
                 f"{type(frames).__name__} of shape {tuple(frames.shape)}"
             )
         if layout == "THWC":
-            frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
+            frames = torch.from_numpy(frames.transpose(0, 3, 1, 2))
         if frames.dtype != torch.uint8:
             raise ValueError(f"a clip holds uint8 pixels from 0 to 255, got {frames.dtype}")
         return frames

@@ -201,6 +201,17 @@ def test_frames_are_those_of_linear_decoding(kinds, ways, name):
 
 
 @pytest.mark.parametrize("name", [*KINDS, "mpeg4.avi"])
+def test_packets_too_large_to_be_held_are_read_again(kinds, ways, monkeypatch, name):
+    clips = [read_clip(kinds / name, 8), read_clip(kinds / name, 3, start=2.5, end=4.5)]
+    monkeypatch.setattr(packets, "HELD", 0)
+    again = [read_clip(kinds / name, 8), read_clip(kinds / name, 3, start=2.5, end=4.5)]
+    for clip, other in zip(clips, again, strict=True):
+        np.testing.assert_array_equal(clip.frames, other.frames)
+        np.testing.assert_array_equal(clip.timestamps, other.timestamps)
+    assert set(ways) == {"packets" if name in KINDS else "linear"}
+
+
+@pytest.mark.parametrize("name", [*KINDS, "mpeg4.avi"])
 def test_every_single_frame_can_be_sought(kinds, ways, name):
     frames, times = plainly(kinds / name)
     times = np.sort(times)
@@ -246,6 +257,31 @@ def test_phones_and_edit_lists(tmp_path, ways):
     frames, times = plainly(hidden)
     assert len(frames) == 15
     np.testing.assert_array_equal(read_clip(hidden, 3).frames, frames[[0, 7, 14]])
+
+
+def test_without_a_decoder_an_index_tells_as_much(kinds, tmp_path, ways):
+    """Which is how MP4 is opened for its packets, and a file that hides what it is, is not."""
+    for name in ("b-frames.mp4", "hevc.mp4", "av1.mp4", "mpeg4.mp4"):
+        hidden = tmp_path / name
+        hidden.write_bytes((kinds / name).read_bytes().replace(b"ftyp", b"free", 1))
+        opened = []
+        for path in (kinds / name, hidden):
+            with containers.open_container(path, media.Limits(name), for_packets=True) as container:
+                stream = container.streams.video[0]
+                opened.append((stream.frames, stream.time_base, stream.guessed_rate))
+                found = container.format.name
+                assert found == ("mp4" if path != hidden else "mov,mp4,m4a,3gp,3g2,mj2")
+        assert opened[0] == opened[1] == (60, opened[0][1], 10)
+        for num_frames, start in ((5, None), (3, 2.5), (1, 5.9)):
+            clips = [read_clip(path, num_frames, start=start) for path in (kinds / name, hidden)]
+            np.testing.assert_array_equal(clips[0].frames, clips[1].frames)
+            np.testing.assert_array_equal(clips[0].timestamps, clips[1].timestamps)
+        assert set(ways) == {"packets"}
+        ways.clear()
+        # Of MPEG-4, only the decoder knows the size.
+        with pytest.raises(MediaError, match="64 x 48 pixels, but at most 3071 are taken"):
+            read_clip(kinds / name, 1, start=3.3, max_pixels=3071)
+        assert ways == []  # it was refused on the way
 
 
 def test_a_damaged_part_is_found_if_it_is_read(kinds, tmp_path):
