@@ -17,6 +17,7 @@ Shapes: S embeddings of a stream, D embedding size.
 import heapq
 from collections import deque
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,20 @@ def as_tensor(vector: np.ndarray) -> torch.Tensor:
 def check_decode_from(decode_from: str) -> None:
     if decode_from not in DECODE_FROM:
         raise ValueError(f"decode_from is {decode_from!r}: choose one of {DECODE_FROM}.")
+
+
+def check_number(name: str, value: Any, least: float, *, whole: bool = False) -> None:
+    """Raises: `ValueError` for what is less, NaN, or no number at all."""
+    kind = Integral if whole else Real
+    # A boolean is an integer to Python, and nothing to be compared with a threshold.
+    if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
+        number = "a whole number of " if whole else ""
+        raise ValueError(f"{name} is {value!r}: give {number}at least {least}.")
+
+
+def check_shape(unit: np.ndarray, expected: tuple[int, ...] | None) -> None:
+    if unit.ndim != 1 or expected not in (None, unit.shape):
+        raise ValueError(f"an embedding has shape {unit.shape}, expected {expected or '(D,)'}.")
 
 
 def check_time(time: float, last: float | None) -> None:
@@ -150,8 +165,10 @@ class WardSegmenter:
     ):
         if (num_segments is None) == (threshold is None):
             raise ValueError("give num_segments or threshold, and not both.")
-        if num_segments is not None and num_segments < 1:
-            raise ValueError(f"num_segments is {num_segments}: give at least 1.")
+        if num_segments is not None:
+            check_number("num_segments", num_segments, 1, whole=True)
+        if threshold is not None:
+            check_number("threshold", threshold, 0)
         check_decode_from(decode_from)
         self.num_segments = num_segments
         self.threshold = threshold
@@ -161,8 +178,10 @@ class WardSegmenter:
 
     def push(self, embedding: torch.Tensor | np.ndarray, time: float) -> list[Segment]:
         """Keep an embedding `(D,)`; no segment is complete before the stream is."""
+        unit = as_unit(embedding)
+        check_shape(unit, self.embeds[0].shape if self.embeds else None)
         check_time(time, self.times[-1] if self.times else None)
-        self.embeds.append(as_unit(embedding))
+        self.embeds.append(unit)
         self.times.append(time)
         return []
 
@@ -185,6 +204,8 @@ class WardSegmenter:
         times = check_times(timestamps, len(unit))
         if not len(unit):
             return []
+        if end_time is not None:
+            check_time(end_time, times[-1])
         bounds = [0, *self.boundaries(unit), len(unit)]
         times = [*times, times[-1] if end_time is None else end_time]
         segments = []
@@ -313,12 +334,18 @@ class OnlineSegmenter:
             ("burst", burst, 2),
             ("max_decodes", 1 if max_decodes is None else max_decodes, 1),
         ):
-            if value < least:
-                raise ValueError(f"{name} is {value}: give at least {least}.")
+            check_number(name, value, least, whole=True)
+        for name, value in (
+            ("variance_threshold", variance_threshold),
+            ("drift_threshold", drift_threshold),
+            ("smoothing", smoothing),
+            ("decodes_per_second", 0 if decodes_per_second is None else decodes_per_second),
+        ):
+            check_number(name, value, 0)
         if not 0 < smoothing <= 1:
             raise ValueError(f"smoothing is {smoothing}: give more than 0 and at most 1.")
-        if decodes_per_second is not None and decodes_per_second < 0:
-            raise ValueError(f"decodes_per_second is {decodes_per_second}: give at least 0.")
+        if decodes_per_second == np.inf:  # times no time at all, it would be NaN
+            raise ValueError("decodes_per_second is inf: leave it out, there is no budget then.")
         check_decode_from(decode_from)
         self.window = window
         self.smoothing = smoothing
@@ -356,7 +383,8 @@ class OnlineSegmenter:
     def push(self, embedding: torch.Tensor | np.ndarray, time: float) -> list[Segment]:
         """Take the next embedding `(D,)`; the segment that it closes, if it closes one."""
         unit = as_unit(embedding)
-        self.check(unit, time)
+        check_shape(unit, None if self.total is None else self.total.shape)
+        check_time(time, self.time)
         self.save_up(time)
         if self.total is None:
             self.total, self.start_time = np.zeros_like(unit), time
@@ -396,13 +424,8 @@ class OnlineSegmenter:
         if self.total is None:
             return None
         end_time = self.time if end_time is None else end_time
+        check_time(end_time, self.time)
         return self.complete(self.count, end_time, self.total)
-
-    def check(self, unit: np.ndarray, time: float) -> None:
-        check_time(time, self.time)
-        if unit.ndim != 1 or (self.total is not None and unit.shape != self.total.shape):
-            expected = "(D,)" if self.total is None else self.total.shape
-            raise ValueError(f"an embedding has shape {unit.shape}, expected {expected}.")
 
     def save_up(self, time: float) -> None:
         if self.decodes_per_second is not None and self.time is not None:

@@ -197,10 +197,49 @@ def test_settings_that_mean_nothing_are_refused():
     for setting in ({"window": 1}, {"patience": 0}, {"burst": 1}, {"max_decodes": 0}):
         with pytest.raises(ValueError, match=min(setting)):
             OnlineSegmenter(**setting)
-    online = OnlineSegmenter()
-    online.push(np.ones(4), 0.0)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"window": 2.5},
+        {"window": "abc"},
+        {"patience": True},
+        {"max_decodes": 1.5},
+        {"burst": math.inf},
+        {"drift_threshold": math.nan},
+        {"drift_threshold": "abc"},
+        {"variance_threshold": None},
+        {"variance_threshold": -0.1},
+        {"smoothing": math.nan},
+        {"decodes_per_second": math.nan},
+        {"decodes_per_second": math.inf},
+    ],
+)
+def test_a_setting_that_is_no_such_number_is_named(setting):
+    """Compared with NaN, nothing ever changes; a word fails only once the stream runs."""
+    with pytest.raises(ValueError, match=f"{min(setting)} is .*: (give|leave it out)"):
+        OnlineSegmenter(**setting)
+
+
+@pytest.mark.parametrize("value", [math.nan, -1, "a"])
+def test_a_threshold_is_a_distance(value):
+    with pytest.raises(ValueError, match="threshold is .*: give at least 0"):
+        WardSegmenter(threshold=value)
+    assert len(WardSegmenter(threshold=math.inf).segment(np.eye(4))) == 1
+    assert len(WardSegmenter(threshold=0).segment(np.ones((4, 4)))) == 4  # 0 is not below 0
+
+
+@pytest.mark.parametrize("make", [lambda: WardSegmenter(4), OnlineSegmenter])
+def test_embeddings_are_of_one_size_and_a_stream_ends_after_the_last(make):
+    segmenter = make()
+    segmenter.push(np.ones(4), 5.0)
     with pytest.raises(ValueError, match="expected .4,."):
-        online.push(np.ones(5), 1.0)
+        segmenter.push(np.ones(5), 6.0)
+    with pytest.raises(ValueError, match="expected .4,."):
+        segmenter.push(np.ones((1, 4)), 6.0)
+    with pytest.raises(ValueError, match="time 4.0 after 5.0"):
+        segmenter.close(4.0)
 
 
 # -- online --------------------------------------------------------------------------------
