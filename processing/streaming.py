@@ -19,6 +19,7 @@ Shapes: T frames, H and W pixels as they come, h and w as cropped.
 """
 
 import io
+import math
 import os
 import re
 import sys
@@ -28,6 +29,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -175,10 +177,17 @@ class FrameStream:
         give_up_seconds: float = 30.0,
         max_pixels: int | None = None,
     ):
-        if fps is not None and fps <= 0:
-            raise ValueError(f"fps is {fps}: give more than 0.")
+        if fps is not None and not 0 < fps < math.inf:
+            raise ValueError(f"fps is {fps}: give more than 0, or leave it out for all frames.")
         if queue_size < 1:
             raise ValueError(f"queue_size is {queue_size}: give at least 1.")
+        if isinstance(source, bool) or not isinstance(
+            source, str | os.PathLike | bytes | int | Iterable
+        ):
+            raise ValueError(
+                f"source is a {type(source).__name__}: give a path or content of a video, the "
+                "number of a camera, an address, or an iterator of (seconds, frame)."
+            )
         self.source = source
         self.scheme = check_address(source, allow_urls)
         self.is_camera = isinstance(source, int)
@@ -308,6 +317,9 @@ class FrameStream:
         if shape is not None and (picture.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3):
             raise ValueError(f"a frame is {picture.dtype} of {shape}: give uint8 (H, W, 3).")
         height, width = shape[:2] if shape else (picture.height, picture.width)
+        if not height * width:
+            self.broken(f"a frame of {width} x {height}")
+            return None
         if self.max_pixels is not None and height * width > self.max_pixels:
             self.broken(f"a frame of {width} x {height}, more than {self.max_pixels} pixels")
             return None
@@ -322,7 +334,7 @@ class FrameStream:
     def pictures(self) -> Iterator[tuple[float, Any]]:
         """Each picture with its time, which never goes backwards."""
         if not isinstance(self.source, str | os.PathLike | bytes | int):
-            yield from self.in_order(iter(self.source), period=0.0)
+            yield from self.in_order(pairs(self.source), period=0.0)
             return
         with self.container() as container:
             stream = container.streams.video[0]
@@ -423,12 +435,31 @@ class FrameStream:
                 )
             return av.open(f"/dev/video{self.source}", format="v4l2", **limits)
         if not isinstance(self.source, bytes) and not os.path.isfile(self.source):
+            if os.path.isdir(self.source):
+                raise MediaError(f"{self.name}: is a folder. Give one of the videos in it.")
             raise MediaError(f"{self.name}: no such file. Check the path.")
         source = self.source
         # Closed by the collector, with the container.
         file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
         # No protocol: what is no more than a list of other files or addresses opens none.
         return av.open(file, options={"protocol_whitelist": "none"})
+
+
+def pairs(source: Iterable[tuple[float, np.ndarray | None]]) -> Iterator[tuple[float, Any]]:
+    """What an iterator gives.
+
+    Raises: `ValueError` for what is no pair, and for times that are no numbers.
+    """
+    for item in source:
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise ValueError(
+                f"the iterator gave a {type(item).__name__}: it has to give pairs of seconds and a "
+                "frame. Of several videos, watch one after the other."
+            )
+        seconds, picture = item
+        if not isinstance(seconds, Real) or not math.isfinite(seconds):
+            raise ValueError(f"the iterator gave a frame at {seconds!r}: times are seconds.")
+        yield seconds, picture
 
 
 def reason(error: Exception) -> str:

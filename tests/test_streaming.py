@@ -134,6 +134,44 @@ def test_settings_that_mean_nothing_are_refused():
 # -- what goes wrong -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("source", [None, 3.5, True])
+def test_what_is_no_source_is_refused(source):
+    with pytest.raises(ValueError, match=f"source is a {type(source).__name__}: give a path"):
+        FrameStream(source)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["a.mp4", "b.mp4"], "gave a str: .* Of several videos, watch one after the other"),
+        (noise(2, 4, 4, 3), "gave a ndarray: it has to give pairs"),
+        ([(float("nan"), noise(4, 4, 3))], "at nan: times are seconds"),
+        ([("a", noise(4, 4, 3))], "at 'a': times are seconds"),
+        ([(None, noise(4, 4, 3))], "at None: times are seconds"),
+    ],
+)
+def test_an_iterator_gives_pairs_of_seconds_and_frame(items, message):
+    with pytest.raises(ValueError, match=message):
+        list(FrameStream(items))
+    assert len(list(FrameStream([[np.float32(0.5), noise(4, 4, 3)]]))) == 1  # positive control
+
+
+def test_a_frame_without_pixels_is_left_out():
+    stream = FrameStream([(0.0, noise(0, 4, 3)), (1.0, noise(4, 4, 3))])
+    assert [frame.time for frame in stream] == [1.0] and stream.report.broken == 1
+
+
+@pytest.mark.parametrize("fps", [float("nan"), float("inf")])
+def test_a_rate_is_a_finite_number(fps):
+    with pytest.raises(ValueError, match=f"fps is {fps}: give more than 0"):
+        FrameStream([], fps=fps)
+
+
+def test_a_folder_is_named_as_one(tmp_path):
+    with pytest.raises(MediaError, match="is a folder. Give one of the videos in it"):
+        list(FrameStream(tmp_path))
+
+
 def test_another_resolution_is_reported_and_survived(tmp_path):
     small, large = write_ts(tmp_path / "a.ts", 20), write_ts(tmp_path / "b.ts", 20, 96, 128)
     stream = FrameStream(small.read_bytes() + large.read_bytes())
