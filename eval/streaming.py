@@ -9,8 +9,11 @@ A source without an end is watched until it is interrupted (Ctrl-C).
 """
 
 import argparse
+import inspect
 import json
+import os
 import sys
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +25,7 @@ from tqdm import tqdm
 from eval.subtitles import clock, one_line, write_subtitles
 from eval.timeline import timeline
 from modeling_vljepa import (
+    OnlineSegmenter,
     Segment,
     StreamEncoder,
     StreamSession,
@@ -34,6 +38,7 @@ from modeling_vljepa.pipeline_vljepa import VLJEPAStreamingCaptionPipeline
 from modeling_vljepa.stream_session import EmbeddedWindow
 from processing import FrameStream, StreamReport, VLJEPAProcessor, WindowStream
 
+SETTINGS = tuple(inspect.signature(OnlineSegmenter).parameters)
 FILE_BATCH = 8  # windows of a file per pass; of a live source one, which waits for no other
 
 
@@ -148,6 +153,8 @@ def segmenter_kwargs(settings: list[str]) -> dict[str, Any]:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"--segmenter: {setting} is no NAME=VALUE.")
+        if name not in SETTINGS:
+            raise ValueError(f"--segmenter: there is no {name!r}, only {', '.join(SETTINGS)}.")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -178,16 +185,19 @@ def seconds_of(frames: FrameStream) -> float | None:
 def load(path: str) -> tuple[VLJEPAModel | VLJEPAForConditionalGeneration, VLJEPAProcessor]:
     """The model, with its decoder if it has one.
 
-    Raises: `ValueError` where there is none.
+    Raises: `ValueError` where there is none, or not a whole one.
     """
     try:
         config = VLJEPAConfig.from_pretrained(path)
         has_decoder = config.decoder_config is not None
         kind = VLJEPAForConditionalGeneration if has_decoder else VLJEPAModel
         return kind.from_pretrained(path), VLJEPAProcessor.from_pretrained(path)
-    except OSError as error:
-        message = f"--model: {path} is no folder or Hub id of a VL-JEPA with its processor."
-        raise ValueError(message) from error
+    except Exception as error:  # damaged JSON, shapes and weights have a kind of error each
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"--model: {path} is no folder or Hub id of a VL-JEPA with its processor, all of it "
+            f"readable ({textwrap.shorten(first, 240, placeholder=' …')})."
+        ) from error
 
 
 def new_session(
@@ -195,16 +205,27 @@ def new_session(
 ) -> StreamSession | OfflineSession:
     """Raises: `ValueError` for a model that has neither decoder nor candidates, and for settings
     that a segmenter does not have."""
-    settings = segmenter_kwargs(args.segmenter)
-    try:
-        session = pipe.session(
-            query=args.query, candidates=args.candidates, segmenter_kwargs=settings
-        )
-    except TypeError as error:  # a setting that is not there, or a word where a number is needed
-        raise ValueError(f"--segmenter: {error}.") from error
+    session = pipe.session(
+        query=args.query,
+        candidates=args.candidates,
+        segmenter_kwargs=segmenter_kwargs(args.segmenter),
+    )
     if not is_offline(args):
         return session
     return OfflineSession(session, WardSegmenter(args.segments, args.threshold))
+
+
+def make_folder(path: Path) -> None:
+    """Before anything is watched: a stream cannot be watched again.
+
+    Raises: `ValueError` where nothing can be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: {path} cannot be made ({error.strerror}).") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"--output: {path} cannot be written to. Give another folder.")
 
 
 # -- watching ------------------------------------------------------------------------------
@@ -258,6 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = VLJEPAStreamingCaptionPipeline(model=model, processor=processor, device=device)
     session = new_session(pipe, args)
+    if args.output is not None:
+        make_folder(args.output)
 
     # 3. watch
     size = args.batch_size if args.batch_size is not None else FILE_BATCH if seconds else 1
@@ -268,7 +291,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. for people
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
         write_subtitles(args.output, watched.captions)
         figure = timeline(watched.captions, watched.times, watched.changes)
         figure.savefig(args.output / "timeline.png", dpi=110, metadata={"Software": None})
@@ -279,5 +301,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

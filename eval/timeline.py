@@ -51,13 +51,20 @@ def draw_segments(axes: Any, captions: Sequence[Mapping[str, Any]]) -> None:
     axes.yaxis.tick_right()
     axes.set_yticks(
         rows,
-        [textwrap.shorten(text, LETTERS, placeholder=" …") for text in texts],
+        [shortened(text) for text in texts],
         fontsize=8,
         parse_math=False,  # two dollar signs are no formula
     )
     axes.tick_params("y", length=0)
     axes.set_xlim(0, end)
     axes.set_ylim(len(captions) - 0.4, -0.6)
+
+
+def shortened(text: str) -> str:
+    """At most `LETTERS` of a text, cut between words where there are any."""
+    words = textwrap.shorten(text, LETTERS, placeholder=" …")
+    # Of a script without spaces, all of a text is one word, and nothing would be left of it.
+    return words if len(words) > LETTERS // 2 or len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"
 
 
 __all__ = ["timeline"]

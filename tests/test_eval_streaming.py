@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -128,7 +129,12 @@ def test_bad_input_is_met_with_a_sentence(folder, tmp_path, monkeypatch, capsys)
         (("--batch-size", "0"), "batch_size is 0"),
         (("--segmenter", "patience=0"), "patience is 0"),
         (("--segmenter", "patient=1"), "--segmenter: .*'patient'"),
-        (("--segmenter", "patience=much"), "--segmenter: .*str"),
+        (("--segmenter", "patience=much"), "patience is 'much': give a whole number"),
+        (("--segmenter", "drift_threshold=abc"), "drift_threshold is 'abc'"),
+        (("--segmenter", "drift_threshold=NaN"), "drift_threshold is nan"),
+        (("--threshold", "nan"), "threshold is nan"),
+        (("--fps", "nan"), "fps is nan"),
+        (("--source", str(tmp_path)), "is a folder"),
         (("--segmenter", "patience"), "--segmenter: patience is no NAME=VALUE"),
         (("--segmenter", "patience=1", "--segments", "2"), "leave one away"),
         (("--segments", "2", "--threshold", "1"), "num_segments or threshold"),
@@ -144,6 +150,32 @@ def test_bad_input_is_met_with_a_sentence(folder, tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("eval.streaming", run_name="__main__")
     assert stopped.value.code == "error: window is 0: give at least 1 frame."  # printed, code 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[1]", "damaged is no folder or Hub id of a VL-JEPA .*'list'"),
+        ("config.json", '{"model_type": "vlj', "not a valid JSON file"),
+        ("model.safetensors", "half", "header"),
+        ("tokenizer.json", None, "tokenizer"),
+    ],
+)
+def test_a_damaged_model_is_named_in_one_sentence(folder, tmp_path, name, content, message):
+    damaged = shutil.copytree(folder / "mute", tmp_path / "damaged")
+    (damaged / name).unlink()
+    if content is not None:
+        (damaged / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        main(command(folder, "--candidates", "a", "--model", str(damaged)))
+    assert str(raised.value).startswith("--model: ") and "\n" not in str(raised.value)
+
+
+def test_where_nothing_can_be_written_nothing_is_watched(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--output: .* cannot be made"):
+        main(command(folder, "--output", str(tmp_path / "file" / "out")))
+    assert capsys.readouterr().out == ""
 
 
 # -- the timeline --------------------------------------------------------------------------
@@ -167,6 +199,7 @@ def test_the_timeline_shows_every_segment_and_every_change():
 
     said = captions_of(3)
     said[1]["text"] = "costs $5 or $6,\n" + "and more " * 30
+    said[0]["text"] = "字" * 400  # of a script without spaces
     said[2]["text"] = " "
     above, below = timeline(said, watched.times, watched.changes).axes
     [line] = above.lines[-1:]
@@ -176,7 +209,7 @@ def test_the_timeline_shows_every_segment_and_every_change():
     bars = [(bar.get_x(), bar.get_width()) for bar in below.patches]
     assert bars == [(0, 2), (2, 2), (4, 2)]
     labels = [label.get_text() for label in below.get_yticklabels()]
-    assert labels[0] == "text 0" and labels[2] == "(no words)"
+    assert labels[0] == "字" * 89 + "…" and labels[2] == "(no words)"
     assert labels[1].startswith("costs $5 or $6, and more") and len(labels[1]) <= 90
     assert not any(label.get_parse_math() for label in below.get_yticklabels())
     assert below.get_ylabel() == "3 segments"
