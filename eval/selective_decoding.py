@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ from eval.streams import EmbeddedStream, embed_streams, read_streams
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from modeling_vljepa.segmentation import OnlineSegmenter, Segment, WardSegmenter, as_unit
 from processing import Excerpt, VLJEPAProcessor
+from processing.rows import BadRow
 
 BUDGETS = (2.0, 1.0, 0.5, 0.35, 0.2, 0.1, 0.05, 0.02, 0.01)  # decodes per second
 REFERENCE_DENSITY = 2.5  # decodes per annotation
@@ -391,15 +393,21 @@ def evaluate(
             f"{benchmark.name}: streams are read window by window, with neither --ablation nor "
             "--features."
         )
+    if limit is not None and limit < 1:
+        raise ValueError(f"{benchmark.name}: limit is {limit}: give at least 1 stream.")
+
+    check_files(benchmark)
 
     # 1. Embed: each window once
     annotated, bad = read_streams(benchmark.rows)
-    chosen_on, _ = read_streams(benchmark.validation_rows)
+    chosen_on, bad_validation = read_streams(benchmark.validation_rows)
     embed = partial(embed_streams, model.vljepa, processor, batch_size=batch_size)
     streams, left_out = embed(annotated[:limit], benchmark)
-    held_out, _ = embed(chosen_on[:limit], benchmark)
+    held_out, left_out_validation = embed(chosen_on[:limit], benchmark)
     captions = Captions(model, processor, benchmark.query or "", batch_size)
     test, validation = Judge(streams, captions), Judge(held_out, captions)
+    for path, judge in ((benchmark.rows, test), (benchmark.validation_rows, validation)):
+        check_references(path, judge.references)
 
     # 2. Choose on the validation streams
     fewer = {pair: enough(validation, *pair) for pair in PAIRS}
@@ -429,8 +437,10 @@ def evaluate(
         "decoding": "greedy",
         "limit": "none" if limit is None else limit,
     }
-    name = benchmark.rows.name
-    skipped = [f"{name}:{row.line}: {row.reason}" for row in bad]
+    skipped = [
+        *left_out_lines(benchmark.rows, bad, left_out),
+        *left_out_lines(benchmark.validation_rows, bad_validation, left_out_validation),
+    ]
     return TaskResult(
         name=benchmark.name,
         task=benchmark.task,
@@ -440,9 +450,32 @@ def evaluate(
         numbers={"reference rate": round(rate, 4), **boundary_scores(test)},
         comparisons=comparisons,
         curves=curves,
-        skipped=skipped + [f"{name}, {reason}" for reason in left_out],
+        skipped=skipped,
         examples=examples(test, rate),
     )
+
+
+def check_files(benchmark: Benchmark) -> None:
+    if sha256(benchmark.rows) == sha256(benchmark.validation_rows):
+        raise ValueError(
+            f"{benchmark.name}: rows and validation_rows are the same streams. What is chosen on "
+            "streams is not measured on them: divide them into two files."
+        )
+
+
+def check_references(path: Path, references: list[list[str]]) -> None:
+    """CIDEr weighs words by how few annotations have them: where all are one, none counts, every
+    choice scores 0 and seems to be enough."""
+    if len({text for [text] in references}) < 2:
+        raise ValueError(f"{path}: all annotations say the same. Give at least two texts.")
+
+
+def left_out_lines(path: Path, bad: list[BadRow], left_out: list[str]) -> list[str]:
+    """In words, what of a file was not measured on."""
+    return [
+        *(f"{path.name}:{row.line}: {row.reason}" for row in bad),
+        *(f"{path.name}, {reason}" for reason in left_out),
+    ]
 
 
 def examples(judge: Judge, rate: float) -> list[Example]:

@@ -8,7 +8,7 @@ Shapes: S windows of a stream, A its annotations, D embedding size.
 """
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from modeling_vljepa.segmentation import as_unit
 from modeling_vljepa.stream_session import StreamEncoder
 from processing import MediaError, VLJEPAProcessor
 from processing.rows import BadRow
+
+LATE = 1.0  # seconds after the last frame, whose time is that of its beginning
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def _stream(path: Path, number: int, row: dict) -> AnnotatedStream:
         if not isinstance(event, dict) or not {"time", "text"} <= event.keys():
             raise ValueError(f'events: {event!r} is no {{"time": seconds, "text": ...}}')
         time, text = event["time"], event["text"]
-        if not isinstance(time, int | float) or not math.isfinite(time) or time < 0:
+        # From 0 to no more than a float holds, which JSON's integers do not mind.
+        is_number = isinstance(time, int | float) and not isinstance(time, bool)
+        if not is_number or not 0 <= time <= sys.float_info.max:
             raise ValueError(f"events: time is {time!r}, must be seconds from 0")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"events: text at {time} s is empty")
@@ -107,7 +111,8 @@ def embed_streams(
     *,
     batch_size: int,
 ) -> tuple[list[EmbeddedStream], list[str]]:
-    """Every window of every stream, and in words which streams or frames could not be read.
+    """Every window of every stream, and in words which streams or frames could not be read, and
+    which annotations are of no time that could be seen.
 
     Raises: `ValueError` where no stream can be read.
     """
@@ -132,9 +137,21 @@ def embed_streams(
         if not embedded:
             left_out.append(f"line {stream.line}: {stream.video} has no frames")
             continue
+        end_time = embedded[-1].end_time
+        if not end_time:
+            left_out.append(
+                f"line {stream.line}: {stream.video} is one frame: decodes per second need seconds"
+            )
+            continue
+        late = stream.times[stream.times > end_time + LATE]
+        if len(late):
+            left_out.append(
+                f"line {stream.line}: {stream.video} ends at {end_time:g} s, and {len(late)} of "
+                "its annotations come later: they are paired with its last text"
+            )
         embeds = as_unit(torch.stack([window.embedding for window in embedded]))
         times = np.array([window.time for window in embedded])
-        found.append(EmbeddedStream(stream, embeds, times, embedded[-1].end_time))
+        found.append(EmbeddedStream(stream, embeds, times, end_time))
     if not found:
         raise ValueError(f"no stream could be read. The first reason: {left_out[0]}")
     return found, left_out

@@ -314,6 +314,8 @@ def test_streams_are_read_and_bad_lines_named(tmp_path: Path) -> None:
         "a list of at least one": {**good, "events": []},
         "must be seconds": {**good, "events": [{"time": -1, "text": "a"}]},
         "must be seconds from 0": {**good, "events": [{"time": float("nan"), "text": "a"}]},
+        "time is True": {**good, "events": [{"time": True, "text": "a"}]},
+        "time is 1000": {**good, "events": [{"time": 10**400, "text": "a"}]},
         "text at 1": {**good, "events": [{"time": 1, "text": " "}]},
         "is no {": {**good, "events": [{"when": 1}]},
     }
@@ -322,7 +324,7 @@ def test_streams_are_read_and_bad_lines_named(tmp_path: Path) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
     [found], left_out = read_streams(path)
     assert found.times.tolist() == [1.0, 2.0] and found.texts == ["a", "b"]
-    assert [row.line for row in left_out] == list(range(2, 10))
+    assert [row.line for row in left_out] == list(range(2, 12))
     for reason, row in zip(bad, left_out, strict=False):
         assert reason in row.reason
 
@@ -374,6 +376,41 @@ def test_the_command_measures_streams(data: Path, short: None, capsys) -> None:
     assert "CIDEr at 0.01 Hz" in capsys.readouterr().out
     with pytest.raises(ValueError, match="neither --ablation"):
         main([*options, "--tasks", "tiny", "--ablation", "grey"])
+
+
+def test_what_is_left_out_of_either_file_is_said(data: Path, short: None) -> None:
+    """A stream of one frame has no seconds; what comes after the end is nobody's to see."""
+    write_clip(data / "one.mp4", noise(1, 40, 40, 3))
+    events = [{"time": 0.5, "text": "go to the key"}, {"time": 90, "text": "open the door"}]
+    rows = [{"video": f"{name}.mp4", "events": events} for name in ("a", "one", "missing")]
+    write_rows(data / "val.jsonl", rows)
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    result = evaluate(tiny_writer(), tiny_processor(), benchmark)
+    found = [line.replace(f"{data}/", "") for line in result.skipped]
+    assert found == [
+        "streams.jsonl:2: video: there is no file missing.mp4",
+        "val.jsonl:3: video: there is no file missing.mp4",
+        "val.jsonl, line 1: a.mp4 ends at 1.9 s, and 1 of its annotations come later: they are "
+        "paired with its last text",
+        "val.jsonl, line 2: one.mp4 is one frame: decodes per second need seconds",
+    ]
+    write_rows(data / "val.jsonl", rows[1:2])
+    with pytest.raises(ValueError, match="no stream could be read.*one.mp4 is one frame"):
+        evaluate(tiny_writer(), tiny_processor(), benchmark)
+
+
+def test_streams_that_measure_nothing_are_refused(data: Path, short: None) -> None:
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    parts = tiny_writer(), tiny_processor(), benchmark
+    with pytest.raises(ValueError, match="limit is 0: give at least 1 stream"):
+        evaluate(*parts, limit=0)
+    same = [{"time": time, "text": "go to the key"} for time in (0.5, 1.5)]
+    write_rows(data / "val.jsonl", [{"video": "a.mp4", "events": same}])
+    with pytest.raises(ValueError, match="val.jsonl: all annotations say the same"):
+        evaluate(*parts)
+    (data / "val.jsonl").write_bytes((data / "streams.jsonl").read_bytes())
+    with pytest.raises(ValueError, match="rows and validation_rows are the same streams"):
+        evaluate(*parts)
 
 
 def test_the_same_streams_give_the_same_numbers(data: Path, short: None) -> None:
