@@ -118,7 +118,11 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
             be; `MediaError`, with the first caption, for a source that cannot be opened.
         """
         watched, asked, _ = self._sanitize_parameters(**parameters)
-        asked = self._forward_params | asked | given(batch_size=batch_size or self._batch_size)
+        asked = (
+            self._forward_params
+            | asked
+            | given(batch_size=self._batch_size if batch_size is None else batch_size)
+        )
         windows = self.preprocess(source, **self._preprocess_params | watched)
         session = self.session(**asked)
         return CaptionStream(self.captions(windows, session), session, windows)

@@ -306,8 +306,11 @@ class StreamSession:
             the segment that it fits best. The score is a cosine.
         Raises: `ValueError` if nothing was seen, or no candidate given.
         """
-        if isinstance(candidates, str) or not candidates:
+        candidates = [] if isinstance(candidates, str | None) else list(candidates)
+        if not candidates or not all(isinstance(text, str) for text in candidates):
             raise ValueError("candidates: give a list of at least one text.")
+        if not isinstance(query, str | None):
+            raise ValueError(f"query is a {type(query).__name__}: give a string.")
         memories = list(self.memories)
         still_open = self.segmenter.open_segment()
         if still_open is not None:

@@ -264,6 +264,23 @@ def test_a_source_that_cannot_be_opened_is_named(writer, tmp_path):
     assert list(writer([])) == []
 
 
+def test_a_batch_of_no_windows_is_refused(chooser):
+    with pytest.raises(ValueError, match="batch_size is 0: give at least 1"):
+        list(chooser(scenes([3]), candidates=TEXTS, batch_size=0))
+
+
+def test_candidates_of_a_question_may_come_from_a_generator(chooser):
+    captions = chooser(scenes([3]), candidates=TEXTS)
+    list(captions)
+    expected = captions.session.ask(TEXTS)
+    assert captions.session.ask(text for text in TEXTS) == expected
+    for candidates in (None, [], "red", [3]):
+        with pytest.raises(ValueError, match="candidates: give a list of at least one text"):
+            captions.session.ask(candidates)
+    with pytest.raises(ValueError, match="query is a int"):
+        captions.session.ask(TEXTS, query=3)
+
+
 # -- without this package ------------------------------------------------------------------
 
 
