@@ -147,5 +147,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except FeatureError as error:
+    except (FeatureError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
