@@ -10,8 +10,8 @@ pairs. What is compared is which embeddings are chosen, at equal numbers of them
 - online: the middle or the average of each segment that `OnlineSegmenter` closes while the stream
   runs.
 - oracle: the stretches around the annotations, which nobody knows: at each annotation's time, or
-  with `oracle + pool` the average from halfway to the one before until halfway to the next. What
-  could be gained by choosing.
+  with `oracle + pool` the average from halfway to the one before until halfway to the next. It
+  shows what could be gained by choosing, and is no bound where single windows are uncertain.
 
 The budgets run from 2 to 0.01 decodes per second, as in the paper's figure 4. The online
 segmenter has thresholds and no number of segments: they are chosen on the validation streams, for
@@ -209,6 +209,7 @@ class Judge:
         self.stream_of = np.repeat(
             np.arange(len(streams)), [len(stream.annotated.texts) for stream in streams]
         )  # (A,)
+        self.outcomes: dict[tuple[str, float], Outcome] = {}
 
     def score(self, choices: list[Choice]) -> Outcome:
         """A choice for each stream."""
@@ -228,9 +229,11 @@ class Judge:
         )
 
     def at_rate(self, method: str, rate: float) -> Outcome:
-        return self.score(
-            [METHODS[method](stream, count_of(rate, stream)) for stream in self.streams]
-        )
+        """A way of choosing at a budget, scored once: several comparisons have the same side."""
+        if (method, rate) not in self.outcomes:
+            choices = [METHODS[method](stream, count_of(rate, stream)) for stream in self.streams]
+            self.outcomes[method, rate] = self.score(choices)
+        return self.outcomes[method, rate]
 
     def online(self, settings: dict[str, float | str]) -> tuple[Outcome, Outcome]:
         """The online segmenter, and as many offline segments of each stream."""
