@@ -1,6 +1,7 @@
 """Training a Y-Decoder: only the decoder moves, and what is saved is the whole checkpoint."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tests.tiny import (
 from training.arguments import RecipeError
 from training.train_decoder import (
     DecoderCollator,
+    DecoderDataArguments,
     DecoderModelArguments,
     EmbeddedTexts,
     embedded_texts,
@@ -30,6 +32,7 @@ from training.train_decoder import (
     on_the_sphere,
     predicted_texts,
     read_recipe,
+    training_texts,
     with_decoder,
 )
 
@@ -217,6 +220,17 @@ def test_texts_are_learnt_once_and_clips_as_often_as_they_are(tmp_path):
     assert texts.contexts == ["\n", "the door opens\n"]
 
 
+def test_a_source_comes_as_often_as_the_recipe_says(tmp_path):
+    model, processor = tiny_writer(), tiny_processor()
+    tiny_rows(tmp_path)
+    sources = [{"rows": str(tmp_path / "rows.jsonl"), "repeat": 3}]
+    write_rows(tmp_path / "more.jsonl", [{"image": "wide.png", "target": "he rides a bike"}])
+    sources.append({"rows": str(tmp_path / "more.jsonl")})
+    texts = training_texts(model, processor, DecoderDataArguments(sources=sources))
+    seen = Counter(sample["text"] for sample in texts)
+    assert seen == {"a cat": 3, "red": 3, "he rides a bike": 3 + 1, "the door opens": 3}
+
+
 def test_a_batch_ends_its_texts():
     processor = tiny_processor()
     texts = EmbeddedTexts(torch.eye(24)[:2], ["what ?\n", "\n"], ["a cat", "the door opens"])
@@ -257,6 +271,7 @@ def test_the_recipe_parses(tmp_path, monkeypatch):
         ("data.sources=[]", "data.sources: give at least one"),
         ("data.sources=[{row: a}]", r"data.sources\[0\].row: no such key"),
         ("data.sources=[{rows: gone.jsonl}]", "gone.jsonl: .*no such JSONL file"),
+        ("data.sources=[{rows: a, repeat: 0}]", "data.sources: a has repeat 0; give at least 1"),
         ("training.max_steps=0", "training.max_steps: 0 is no number"),
         ("training.steps=1", "training.steps: no such key"),
         ("training.eval_strategy=steps", "data.validation: training.eval_strategy asks"),

@@ -79,10 +79,18 @@ class DecoderSource:
         rows: a JSONL file; `processing/rows.py` says what a row holds. A column `previous` is
             the text of the segment before, for a decoder that reads it.
         query: asked of every row in place of its own query.
+        repeat: how often each of its embeddings comes in a pass over all sources.
     """
 
     rows: str
     query: str | None = None
+    repeat: int = 1
+
+    def __post_init__(self):
+        if self.repeat < 1:
+            raise RecipeError(
+                f"data.sources: {self.rows} has repeat {self.repeat}; give at least 1."
+            )
 
 
 @dataclass(kw_only=True)
@@ -92,8 +100,8 @@ class DecoderDataArguments:
         sources: what to learn from; at least one.
         validation: sources with clips, held out: the loss on their predicted embeddings is what
             `noise` is chosen by.
-        embeddings: of the "text", each distinct one once; "predicted" of every row's clip; or
-            "both" together.
+        embeddings: of the "text", each distinct one of a source once; "predicted" of every row's
+            clip; or "both" together.
         noise: expected length of the gaussian noise that moves each embedding, a unit vector,
             before it is put back on the sphere: the cosine between both is about
             1 / sqrt(1 + noise^2).
@@ -341,14 +349,18 @@ def training_texts(
     processor: VLJEPAProcessor,
     arguments: DecoderDataArguments,
 ) -> ConcatDataset:
-    rows = [
-        row for source in arguments.sources for row in read_source(source, arguments.max_bad_share)
-    ]
+    """What a pass over all sources sees."""
     parts = []
-    if arguments.embeddings != "predicted":
-        parts.append(embedded_texts(model, processor, rows, arguments.noise))
-    if arguments.embeddings != "text":
-        parts.append(predicted_texts(model, processor, rows, arguments.noise))
+    for source in arguments.sources:
+        rows = read_source(source, arguments.max_bad_share)
+        of_source = []
+        if arguments.embeddings != "predicted":
+            of_source.append(embedded_texts(model, processor, rows, arguments.noise))
+        if arguments.embeddings != "text":
+            of_source.append(predicted_texts(model, processor, rows, arguments.noise))
+        size = sum(len(part) for part in of_source)
+        print(f"{source.rows}: {size} embeddings, repeat {source.repeat}", flush=True)
+        parts += of_source * source.repeat
     return ConcatDataset(parts)
 
 
