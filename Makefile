@@ -23,7 +23,7 @@ SEED ?= 0
 EPISODES ?= 6000
 EVAL_CLIPS ?= 700
 PRETRAIN_STEPS ?= 1100
-SFT_STEPS ?= 500
+SFT_STEPS ?= 1000
 TASKS ?= all
 LIMIT ?=
 OUT = runs/$(NAME)-seed$(SEED)
@@ -31,7 +31,7 @@ OUT = runs/$(NAME)-seed$(SEED)
 full: NAME = full
 full: EPISODES = 12000
 full: PRETRAIN_STEPS = 1800
-full: SFT_STEPS = 3800
+full: SFT_STEPS = 7600
 
 smoke: NAME = smoke
 smoke: EPISODES = 300
