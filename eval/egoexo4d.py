@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             place = os.path.relpath(video, args.output.parent)
             rows.append({"video": place, "take": take["take_name"], "events": events})
+    if unknown := len(annotations.keys() - {take["take_uid"] for take in takes}):
+        left_out["annotated takes that takes.json does not hold"] = unknown
     for reason, count in left_out.items():
         print(f"left out: {count} {reason}")
     if not rows:

@@ -299,6 +299,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # captions go on where a terminal lacks a letter
     try:
         main()
     except (OSError, ValueError) as error:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 DECODE_FROM = ("midpoint", "mean")
+MOST = 2**31 - 1  # of whatever is counted
 SAMPLES = 32  # embeddings kept of an open segment, whatever its length, one to be its midpoint
 
 
@@ -84,6 +85,8 @@ def check_number(name: str, value: Any, least: float, *, whole: bool = False) ->
     if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
         number = "a whole number of " if whole else ""
         raise ValueError(f"{name} is {value!r}: give {number}at least {least}.")
+    if whole and value > MOST:
+        raise ValueError(f"{name} is {value}: give at most {MOST}.")
 
 
 def check_shape(unit: np.ndarray, expected: tuple[int, ...] | None) -> None:

@@ -475,7 +475,10 @@ def check_address(source: Source, allow_urls: bool) -> str | None:
     if scheme not in PROTOCOLS:
         raise MediaError(f"{scheme}:// is not opened, only {', '.join(PROTOCOLS)}, and files.")
     if not allow_urls:
-        raise MediaError("an address is opened with allow_urls=True alone: see what it allows.")
+        raise MediaError(
+            "an address is opened with allow_urls=True alone (--allow-urls of a command): see what "
+            "it allows."
+        )
     return scheme
 
 

@@ -66,6 +66,7 @@ def downloads(tmp_path: Path) -> Path:
         "uid-gone": [described((0.2, "C stirs."))],
         "uid-ball": [described((0.2, "C kicks."))],
         "uid-bad": [described((0.2, "C sits."), rejected=True)],
+        "uid-lost": [described((0.2, "C jumps."))],
     }
     (tmp_path / "annotations").mkdir()
     path = tmp_path / "annotations/atomic_descriptions_val.json"
@@ -88,6 +89,7 @@ def test_takes_become_streams(downloads: Path, capsys) -> None:
         "left out: 1 takes of other domains",
         "left out: 1 takes whose video was not downloaded",
         "left out: 1 takes without an accepted annotation",
+        "left out: 1 annotated takes that takes.json does not hold",
         "2 streams, 3 annotations",
     ):
         assert line in printed

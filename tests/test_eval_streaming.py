@@ -117,7 +117,7 @@ def test_bad_input_is_met_with_a_sentence(folder, tmp_path, monkeypatch, capsys)
     for options, message in (
         (("--source", "gone.mp4"), "gone.mp4: no such file. Check the path."),
         (("--source", str(tmp_path / "text.mp4")), "text.mp4: cannot be opened as a video"),
-        (("--source", "http://127.0.0.1/a.mp4"), "allow_urls=True alone"),
+        (("--source", "http://127.0.0.1/a.mp4"), "--allow-urls"),
         (("--source", "file:///a.mp4"), "file:// is not opened"),
         (("--source", "0", "--segments", "3"), "a camera has no end"),
         (("--model", "nowhere"), "--model: nowhere is no folder or Hub id"),
@@ -129,6 +129,7 @@ def test_bad_input_is_met_with_a_sentence(folder, tmp_path, monkeypatch, capsys)
         (("--batch-size", "0"), "batch_size is 0"),
         (("--segmenter", "patience=0"), "patience is 0"),
         (("--segmenter", "patient=1"), "--segmenter: .*'patient'"),
+        (("--segmenter", "window=99999999999999999999"), "give at most 2147483647"),
         (("--segmenter", "patience=much"), "patience is 'much': give a whole number"),
         (("--segmenter", "drift_threshold=abc"), "drift_threshold is 'abc'"),
         (("--segmenter", "drift_threshold=NaN"), "drift_threshold is nan"),
@@ -150,6 +151,7 @@ def test_bad_input_is_met_with_a_sentence(folder, tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("eval.streaming", run_name="__main__")
     assert stopped.value.code == "error: window is 0: give at least 1 frame."  # printed, code 1
+    assert sys.stdout.errors == "replace"  # a terminal without arrows ends no watching
 
 
 @pytest.mark.parametrize(
