@@ -207,7 +207,7 @@ def test_texts_are_learnt_once_and_clips_as_often_as_they_are(tmp_path):
     expected = embed_texts(model.vljepa, processor, ["red"])[0]
     assert torch.equal(texts.embeds, expected.expand(2, -1))
     assert not torch.equal(texts[0]["embeds"], texts[0]["embeds"])  # each look moves it anew
-    clips = predicted_texts(model, processor, rows)
+    [clips] = predicted_texts(model, processor, [rows])
     assert len(clips) == 3
     pixels = processor(images=rows[0]["image"], text="who ?")
     torch.testing.assert_close(
@@ -229,6 +229,43 @@ def test_a_source_comes_as_often_as_the_recipe_says(tmp_path):
     texts = training_texts(model, processor, DecoderDataArguments(sources=sources))
     seen = Counter(sample["text"] for sample in texts)
     assert seen == {"a cat": 3, "red": 3, "he rides a bike": 3 + 1, "the door opens": 3}
+
+
+def test_a_clip_that_sources_share_is_read_once(tmp_path, capsys, monkeypatch):
+    model, processor = tiny_writer(), tiny_processor()
+    tiny_rows(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    captions = [{"image": "wide.png", "target": "a cat"}, {"image": "broken.png", "target": "red"}]
+    answers = [{"image": name, "target": "red"} for name in ("broken.png", "tall.jpg", "wide.png")]
+    write_rows(tmp_path / "captions.jsonl", captions)
+    write_rows(tmp_path / "answers.jsonl", answers)
+    seen = []
+    encode_video = VLJEPAModel.encode_video
+    monkeypatch.setattr(
+        VLJEPAModel, "encode_video", lambda *args: seen.append(len(args[1])) or encode_video(*args)
+    )
+    sources = [
+        {"rows": str(tmp_path / "captions.jsonl"), "query": "what ?", "repeat": 2},
+        {"rows": str(tmp_path / "answers.jsonl"), "query": "who ?"},
+    ]
+    arguments = {"sources": sources, "embeddings": "predicted"}
+    with pytest.raises(RecipeError, match="source 0: 1 of 2 rows .* at most 40.0% may"):
+        training_texts(model, processor, DecoderDataArguments(max_bad_share=0.4, **arguments))
+    assert sum(seen) == 2  # wide and tall
+    assert capsys.readouterr().out.count("left out: ") == 1
+
+    arguments = DecoderDataArguments(max_bad_share=0.5, **arguments)
+    texts = training_texts(model, processor, arguments)
+    # Each part holds its own source's rows, with what its own query predicts.
+    assert [sample["text"] for sample in texts] == ["a cat", "a cat", "red", "red"]
+    for sample, (name, query) in zip(
+        texts,
+        [("wide.png", "what ?")] * 2 + [("tall.jpg", "who ?"), ("wide.png", "who ?")],
+        strict=True,
+    ):
+        asked = processor(images=str(tmp_path / name), text=query)
+        expected = model.vljepa.predict(**asked)[0]
+        torch.testing.assert_close(sample["embeds"], expected, atol=1e-5, rtol=0)
 
 
 def test_a_batch_ends_its_texts():

@@ -11,6 +11,7 @@ predicted embeddings of clips (`data.embeddings`). Nothing else of the model cha
 import argparse
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import (
     AutoConfig,
     PreTrainedConfig,
@@ -332,16 +333,34 @@ def embedded_texts(
 def predicted_texts(
     model: VLJEPAForConditionalGeneration,
     processor: VLJEPAProcessor,
-    rows: list[dict],
+    sources: list[list[dict]],
     noise: float = 0.0,
-) -> EmbeddedTexts:
-    """Each row's text, as the model predicts its embedding from the clip and the query."""
+    max_bad_share: float = 0.0,
+) -> list[Subset]:
+    """Of each source, every row's text as the model predicts its embedding from the clip and the
+    query. A clip is read once, however many sources ask about it.
+
+    Raises:
+        RecipeError: more than `max_bad_share` of a source's rows have a clip that is broken.
+    """
+    rows = [row | {"source": place} for place, source in enumerate(sources) for row in source]
     predictions = predict_rows(model.vljepa, processor, rows)
     for path, reason in predictions.broken.items():
         print(f"left out: {path}: {reason}", flush=True)
+    places = defaultdict(list)
+    for index, row in enumerate(predictions.rows):
+        places[row["source"]].append(index)
+    for place, source in enumerate(sources):
+        if len(source) - len(places[place]) > max_bad_share * len(source):
+            raise RecipeError(
+                f"source {place}: {len(source) - len(places[place])} of {len(source)} rows have a "
+                f"file that cannot be read, named above; at most {max_bad_share:.1%} may. Mend "
+                "them, or raise data.max_bad_share."
+            )
     contexts = contexts_of(model.config, predictions.rows)
     texts = [row["target"] for row in predictions.rows]
-    return EmbeddedTexts(predictions.embeds, contexts, texts, noise)
+    whole = EmbeddedTexts(predictions.embeds, contexts, texts, noise)
+    return [Subset(whole, places[place]) for place in range(len(sources))]
 
 
 def training_texts(
@@ -350,15 +369,16 @@ def training_texts(
     arguments: DecoderDataArguments,
 ) -> ConcatDataset:
     """What a pass over all sources sees."""
+    noise = arguments.noise
+    sources = [read_source(source, arguments.max_bad_share) for source in arguments.sources]
+    kinds = []
+    if arguments.embeddings != "predicted":
+        kinds.append([embedded_texts(model, processor, rows, noise) for rows in sources])
+    if arguments.embeddings != "text":
+        kinds.append(predicted_texts(model, processor, sources, noise, arguments.max_bad_share))
     parts = []
-    for source in arguments.sources:
-        rows = read_source(source, arguments.max_bad_share)
-        of_source = []
-        if arguments.embeddings != "predicted":
-            of_source.append(embedded_texts(model, processor, rows, arguments.noise))
-        if arguments.embeddings != "text":
-            of_source.append(predicted_texts(model, processor, rows, arguments.noise))
-        size = sum(len(part) for part in of_source)
+    for source, *of_source in zip(arguments.sources, *kinds, strict=True):
+        size = sum(map(len, of_source))
         print(f"{source.rows}: {size} embeddings, repeat {source.repeat}", flush=True)
         parts += of_source * source.repeat
     return ConcatDataset(parts)
@@ -417,8 +437,8 @@ def main(argv: list[str] | None = None) -> Trainer:
 
     # 3. Embeddings, computed once
     texts = training_texts(model, processor, recipe.data)
-    rows = [row for source in recipe.data.validation for row in read_source(source, 0.0)]
-    held_out = predicted_texts(model, processor, rows) if rows else None
+    clips = [read_source(source, 0.0) for source in recipe.data.validation]
+    held_out = ConcatDataset(predicted_texts(model, processor, clips)) if clips else None
     if held_out is None and args.eval_strategy != "no":
         raise RecipeError("data.validation: training.eval_strategy asks for some; name sources.")
 
