@@ -98,6 +98,7 @@ def test_overrides_are_read_as_yaml(recipe):
         ("data.sources=3", "data.sources: .* expected list, got int"),
         ("data.sources=[rows.jsonl]", r"data.sources\[0\]: expected keys and values, found 'rows"),
         ("training.learning_rate=1e-3", "YAML reads 1e-3 as text: write 1.0e-3"),
+        ("training.save_strategy=no", "got bool .* YAML reads yes and no as true and false unless"),
         ("training.learning_rate=2.5E5", "YAML reads 1e-3 as text: write 1.0e-3"),
         # Values
         ("data.num_workers=0", "data.num_workers: at least one"),

@@ -346,6 +346,8 @@ def check_keys(given: Any, cls: type, where: str) -> dict:
             hint = ""
             if isinstance(value, str) and re.fullmatch(r"[\d.]+[eE][-+]?\d+", value):
                 hint = " YAML reads 1e-3 as text: write 1.0e-3, with a point and a sign."
+            if isinstance(value, bool):
+                hint = " YAML reads yes and no as true and false unless quoted: '\"no\"'."
             raise RecipeError(f"{name}: {error}.{hint}") from error
         checked[key] = value
     missing = [
