@@ -1,9 +1,10 @@
 """From files to the tensors of a model against decoding alone: `python -m benchmarks.decode`.
 
 Plain decoding is PyAV's loop over all frames on one thread, `for frame in container.decode(...)`,
-which converts and keeps nothing. Against it stands all that the training's loader does: four, eight
-or sixteen frames are decoded and converted, resized and cropped to `(T, 3, 256, 256)`, uint8; they
-are normalised on the device. Clips are made here: a moving scene with noise, at 30 frames per
+which converts and keeps nothing; "arrays" is the same loop with the `to_ndarray(format="rgb24")`
+without which there are no pixels. Against both stands all that the training's loader does: four,
+eight or sixteen frames are decoded and converted, resized and cropped to `(T, 3, 256, 256)`, uint8;
+they are normalised on the device. Clips are made here: a moving scene with noise, at 30 frames per
 second, as x264 stores it by default (a key frame at most every 250 frames) and as streaming sites
 do (every 60), and short ones like BabyAI's, which are read at their own size. `--steps` tells
 where the loader's time goes.
@@ -71,12 +72,13 @@ def write(path: Path, frames: int, height: int, width: int, rate: int, options: 
         container.mux(stream.encode())
 
 
-def plain(path: Path) -> None:
+def plain(path: Path, *, to_arrays: bool = False) -> None:
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        for _ in container.decode(stream):
-            pass
+        for frame in container.decode(stream):
+            if to_arrays:
+                frame.to_ndarray(format="rgb24")
 
 
 def least(calls: list[Callable[[], object]], repeats: int) -> list[float]:
@@ -164,17 +166,19 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         print(f"CPU-seconds x 1000 of a clip, least of {args.repeats}, at {WANTED} frames;")
-        print(f"ratio of clips per CPU-second{'plain':>19}{'loader':>20}{'ratio':>21}")
+        print("ratios of clips per CPU-second: loader / plain, loader / to arrays")
+        print(f"{'':40}{'plain':>8}{'arrays':>8}{'loader':>24}{'/ plain':>21}{'/ arrays':>21}")
         for number, (name, clip) in enumerate(CLIPS.items()):
             path = Path(folder) / f"{number}.mp4"
             write(path, *clip)
             processors = [processor_of(name, num_frames) for num_frames in WANTED]
             loaders = [partial(read_frames, str(path), True, each) for each in processors]
             repeats = args.repeats * (10 if clip[0] < 100 else 1)
-            alone, *found = least([partial(plain, path), *loaders], repeats)
-            times = "".join(f"{1e3 * seconds:>8.1f}" for seconds in found)
-            ratios = "".join(f"{alone / seconds:>7.2f}" for seconds in found)
-            print(f"{name:<40}{1e3 * alone:>8.1f}{times}{ratios}", flush=True)
+            baselines = [partial(plain, path), partial(plain, path, to_arrays=True)]
+            alone, arrays, *found = least([*baselines, *loaders], repeats)
+            times = "".join(f"{1e3 * seconds:>8.1f}" for seconds in (alone, arrays, *found))
+            ratios = "".join(f"{base / each:>7.2f}" for base in (alone, arrays) for each in found)
+            print(f"{name:<40}{times}{ratios}", flush=True)
             if args.steps:
                 parts = steps(path, processors[1], repeats).items()
                 text = ", ".join(f"{part} {1e3 * seconds:.2f}" for part, seconds in parts)
