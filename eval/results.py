@@ -79,7 +79,8 @@ class TaskResult:
         scores (`dict[str, Score]`): by metric.
         ranks (`dict[str, float]`): median and mean ranks, of retrieval.
         numbers (`dict[str, float]`): what is no share of rows, of streaming.
-        comparisons (`dict[str, dict[str, float]]`): one way against another, of streaming.
+        comparisons (`dict[str, dict[str, float]]`): one way against another, of captioning
+            and streaming.
         curves (`dict[str, list[tuple[float, float]]]`): decodes per second and CIDEr, by the way
             of choosing what to decode, of streaming.
         by_type (`dict[str, Score]`): accuracy by question type, of VQA.

@@ -98,6 +98,15 @@ def test_every_column_is_what_it_says(told, processor, data):
     assert result.scores["CIDEr"].baselines["unconditional"] == pytest.approx(usual)
     assert best > result.scores["CIDEr"].value > usual > 0
 
+    # Clip by clip only the fourth differs: 0, 0, 0, 1, of standard deviation sqrt(3) / 4.
+    better = result.comparisons["written against nearest caption"]
+    half = 1.959964 * 3**0.5 / 4 / 4**0.5
+    assert better["exact match"] == 0.25
+    assert better["exact match low"] == pytest.approx(0.25 - half, abs=1e-4)
+    assert better["exact match high"] == pytest.approx(0.25 + half, abs=1e-4)
+    worse = result.comparisons["written against true text"]["CIDEr"]
+    assert worse == pytest.approx(result.scores["CIDEr"].value - best, abs=1e-4)
+
     protocol = result.protocol
     assert (protocol["clips"], protocol["training_captions"]) == (4, 4)
     assert protocol["clips_with_a_training_caption"] == 3
@@ -121,9 +130,15 @@ def test_the_report_shows_the_captions(told, processor, data):
     result = captioning.evaluate(told, processor, benchmark(data))
     table = text_tables([result])
     assert "captioning (in %)" in table and "nearest caption" in table
+    assert "clips: written against nearest caption: CIDEr " in table
     write_report(data / "report.html", "model", [result], data / "no_log.json")
     page = (data / "report.html").read_text()
-    for text in ("<th>unconditional</th>", f"nearest caption: {TRUE[0]}", "Captions and their"):
+    for text in (
+        "<th>unconditional</th>",
+        f"nearest caption: {TRUE[0]}",
+        "Captions and their",
+        "match low",
+    ):
         assert text in page
 
 
