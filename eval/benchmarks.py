@@ -21,7 +21,7 @@ _OPTIONAL = {
     "retrieval": {"query", "num_frames"},
     "classification": {"query", "num_frames", "candidates"},
     "vqa": {"num_frames"},
-    "captioning": {"query", "num_frames"},
+    "captioning": {"query", "num_frames", "num_beams"},
     "streaming": {"query", "num_frames", "fps", "stride"},
 }
 TASKS = tuple(_OF_TASK)
@@ -45,6 +45,7 @@ class Benchmark:
             the processor's.
         candidates (`list[str]`, *optional*, classification only): the labels to choose from,
             instead of the distinct targets of the rows.
+        num_beams (`int`, *optional*, captioning only, defaults to 1): of the beam search.
         fps (`float`, *optional*, streaming only): frames kept of each second; all by default.
         stride (`int`, *optional*, streaming only, defaults to 1): frames from one window's
             beginning to the next one's.
@@ -59,6 +60,7 @@ class Benchmark:
     num_frames: int | None = None
     candidates: list[str] | None = None
     validation_rows: Path | None = None
+    num_beams: int = 1
     fps: float | None = None
     stride: int = 1
 

@@ -35,13 +35,16 @@ def write(
     previous: list[str],
     *,
     batch_size: int,
+    num_beams: int = 1,
 ) -> list[str]:
-    """The greedy text of each embedding `(R, D)`, for a decoder that may read what was asked and
-    what was said before."""
+    """The likeliest text of each embedding `(R, D)`, for a decoder that may read what was asked and
+    what was said before; with one beam, the greedy one."""
     texts = []
     for places in tqdm(list(batches(range(len(embeds)), batch_size)), desc="decoding"):
         asked, said = ([each[place] for place in places] for each in (queries, previous))
-        texts += decode_texts(model, processor, embeds[places], queries=asked, previous=said)
+        texts += decode_texts(
+            model, processor, embeds[places], queries=asked, previous=said, num_beams=num_beams
+        )
     return texts
 
 
@@ -115,7 +118,7 @@ def evaluate(
     mean = train_embeds.mean(dim=0, keepdim=True)  # (1, D)
 
     previous = [row.get("previous", "") for row in predictions.rows]
-    tell = partial(write, model, processor, batch_size=batch_size)
+    tell = partial(write, model, processor, batch_size=batch_size, num_beams=benchmark.num_beams)
     written = tell(predictions.embeds, predictions.queries, previous)
     captions = {
         "true text": tell(true_embeds, predictions.queries, previous),
@@ -140,7 +143,7 @@ def evaluate(
         "train_rows_sha256": sha256(benchmark.train_rows),
         "training_captions": len(train_texts),
         "mean_cosine_to_the_true_text": round(cosines.mean().item(), 4),
-        "decoding": "greedy",
+        "beams": benchmark.num_beams,
         "decoder_reads_query": str(model.config.decoder_reads_query).lower(),
         "decoder_reads_previous": str(model.config.decoder_reads_previous).lower(),
     }

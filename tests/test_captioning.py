@@ -67,7 +67,7 @@ def told(model, processor, monkeypatch) -> VLJEPAForConditionalGeneration:
         calls.append(batch)
         return true[[0, 0, 2, 3]]
 
-    def decode(model, processor, given, queries, previous):
+    def decode(model, processor, given, queries, previous, num_beams):
         assert set(queries) == {"describe"}
         cosines, places = (given @ embeds.T).max(dim=1)
         found = zip(cosines.tolist(), places.tolist(), strict=True)
@@ -124,6 +124,18 @@ def test_several_references_of_one_clip(told, processor, data):
     write_rows(data / "rows.jsonl", [rows[0] | {"query": "who?"}, rows[1]])
     with pytest.raises(ValueError, match="asks one query"):
         captioning.evaluate(told, processor, benchmark(data, query=None))
+
+
+def test_a_benchmark_says_how_many_beams(told, processor, data, monkeypatch):
+    asked, decode = [], captioning.decode_texts
+    monkeypatch.setattr(
+        captioning,
+        "decode_texts",
+        lambda *args, **kwargs: asked.append(kwargs["num_beams"]) or decode(*args, **kwargs),
+    )
+    result = captioning.evaluate(told, processor, benchmark(data, num_beams=3))
+    assert asked == [3, 3, 3]  # written, true text, unconditional
+    assert result.protocol["beams"] == 3
 
 
 def test_the_report_shows_the_captions(told, processor, data):
