@@ -391,6 +391,11 @@ def evaluate(
             f"{benchmark.name}: streams are told by a Y-Decoder, and this model has none. Train "
             "one with `python -m training.train_decoder`."
         )
+    if model.config.decoder_reads_previous:
+        raise ValueError(
+            f"{benchmark.name}: this decoder reads what was said before, and here texts are "
+            "decoded apart from each other. Take one without decoder_reads_previous."
+        )
     if ablation != "none" or features is not None:
         raise ValueError(
             f"{benchmark.name}: streams are read window by window, with neither --ablation nor "

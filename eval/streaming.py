@@ -12,9 +12,11 @@ import argparse
 import inspect
 import json
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,8 @@ class OfflineSession:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises: `ValueError` for options that do not go together."""
+    if args.segments is not None and args.threshold is not None:
+        raise ValueError("--segments and --threshold: each says where to cut, give one of them.")
     if is_offline(args) and args.segmenter:
         raise ValueError(
             "--segmenter has settings of the online segmenter, and --segments and --threshold cut "
@@ -231,6 +235,26 @@ def make_folder(path: Path) -> None:
 # -- watching ------------------------------------------------------------------------------
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until this is done, or it is pressed again: a segment that is being put into
+    words would be lost."""
+    pressed = []
+
+    def hold(*received: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(received)
+
+    former = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def watch(
     session: StreamSession | OfflineSession,
     embedded: Iterable[EmbeddedWindow],
@@ -246,8 +270,9 @@ def watch(
     ) as progress:
         try:
             for window in embedded:
-                watched.see(window)
-                watched.say(session.push(window))
+                with uninterrupted():
+                    watched.see(window)
+                    watched.say(session.push(window))
                 progress.update(min(window.end_time, seconds or 0.0) - progress.n)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -69,6 +69,19 @@ def as_unit(embeds: Any) -> np.ndarray:
     return embeds / norms
 
 
+def as_stream(embeds: Any) -> np.ndarray:
+    """Embeddings `(S, D)` as unit vectors in float64; none at all make `(0, 0)`.
+
+    Raises: `ValueError` for another shape, and as `as_unit` does.
+    """
+    if not len(embeds):
+        return np.zeros((0, 0))
+    unit = as_unit(embeds)
+    if unit.ndim != 2:
+        raise ValueError(f"the embeddings of a stream have shape {unit.shape}, expected (S, D).")
+    return unit
+
+
 def as_tensor(vector: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(vector.astype(np.float32))
 
@@ -203,7 +216,7 @@ class WardSegmenter:
     ) -> list[Segment]:
         """The segments of a whole stream `(S, D)`; its times `(S,)` are 0, 1, 2, ... if left
         out."""
-        unit = as_unit(embeds)
+        unit = as_stream(embeds)
         times = check_times(timestamps, len(unit))
         if not len(unit):
             return []
@@ -277,11 +290,6 @@ class EvenSample:
         """The item nearest to a place, of those before another."""
         found = [each for each in self.items if before is None or each[0] < before]
         return min(found, key=lambda each: abs(each[0] - place))[1]
-
-    def forget(self, before: int) -> None:
-        """Begin anew with the items from this place on."""
-        self.items = [each for each in self.items if each[0] >= before]
-        self.stride = 1
 
 
 class OnlineSegmenter:
@@ -414,10 +422,11 @@ class OnlineSegmenter:
         end_time: float | None = None,
     ) -> list[Segment]:
         """The segments of a whole stream `(S, D)`, pushed one by one."""
-        times = check_times(timestamps, len(embeds))
+        unit = as_stream(embeds)
+        times = check_times(timestamps, len(unit))
         found = [
             segment
-            for embedding, time in zip(embeds, times, strict=True)
+            for embedding, time in zip(unit, times, strict=True)
             for segment in self.push(embedding, time)
         ]
         return found + self.close(end_time)

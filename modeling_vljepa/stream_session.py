@@ -14,6 +14,7 @@ Shapes: B windows, T frames, h and w pixels, P tokens of a frame, N visual token
 D embedding size.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -136,6 +137,7 @@ class StreamEncoder:
         and delay a live source."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: give at least 1.")
+        self.seen = {}  # another stream counts its frames from 0, too
         windows = iter(windows)
         while batch := list(islice(windows, batch_size)):
             yield from self.embed(batch)
@@ -236,8 +238,13 @@ class StreamSession:
         self.max_segments = max_segments
         self.memories: list[Memory] = []
         self.tokens = EvenSample(TOKEN_SAMPLES)
+        # Visual tokens of the last windows, of which one will be the first of the next segment.
+        self.latest: deque[tuple[int, torch.Tensor]] = deque(
+            maxlen=self.segmenter.window + self.segmenter.patience
+        )
         self.decodes = 0
         self.end_time = 0.0  # of the newest window
+        self.ended = False
 
     @property
     def segments(self) -> list[Segment]:
@@ -255,18 +262,24 @@ class StreamSession:
         yield from self.close()
 
     def push(self, window: EmbeddedWindow) -> list[Segment]:
-        """Take the next window; the segment that it closes, if it closes one."""
+        """Take the next window; the segment that it closes, if it closes one.
+
+        Raises: `ValueError` when the session was closed.
+        """
+        if self.ended:
+            raise ValueError("the stream of this session has ended: make another StreamSession.")
         place = self.segmenter.count
-        self.tokens.add(place, window.visual_embeds)
+        tokens = window.visual_embeds.clone()  # a view would hold all windows of its pass
+        self.latest.append((place, tokens))
+        self.tokens.add(place, tokens)
         self.end_time = window.end_time
         moment = window.time if place else window.start_time
         return [self.remember(each) for each in self.segmenter.push(window.embedding, moment)]
 
     def close(self) -> list[Segment]:
         """The last segment, which ends with the last window's last frame."""
-        last = [self.remember(segment) for segment in self.segmenter.close(self.end_time)]
-        self.tokens = EvenSample(TOKEN_SAMPLES)
-        return last
+        self.ended = True
+        return [self.remember(segment) for segment in self.segmenter.close(self.end_time)]
 
     def remember(self, segment: Segment) -> Segment:
         if self.decode is not None:
@@ -274,14 +287,17 @@ class StreamSession:
             self.decodes += 1
             segment = replace(segment, text=text)
         self.memories.append(Memory(segment, self.seen_during(segment)))
-        self.tokens.forget(before=segment.end)
+        self.tokens = EvenSample(TOKEN_SAMPLES)
+        for place, tokens in self.latest:
+            if place >= segment.end:
+                self.tokens.add(place, tokens)
         if len(self.memories) > self.max_segments:
             self.merge_nearest(self.memories)
         return segment
 
     def seen_during(self, segment: Segment) -> torch.Tensor:
-        """Visual tokens of the window nearest to the segment's middle of those that were kept."""
-        return self.tokens.nearest((segment.start + segment.end - 1) // 2)
+        """Visual tokens of that of its windows, of those kept, which is nearest to its middle."""
+        return self.tokens.nearest((segment.start + segment.end - 1) // 2, before=segment.end)
 
     @staticmethod
     def merge_nearest(memories: list[Memory]) -> None:

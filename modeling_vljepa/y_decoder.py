@@ -108,7 +108,9 @@ class YDecoder(nn.Module):
         **kwargs,
     ) -> torch.Tensor:
         """The text's tokens as the library's `generate` returns them: `(B, L)`, padded on the
-        right; `kwargs` are its arguments."""
+        right; `kwargs` are its arguments. `max_length` counts what stands before the text, too."""
+        if "max_length" in kwargs:
+            kwargs.setdefault("max_new_tokens", None)  # or our default would win
         prompt, mask = self.prompt(embeds, context_input_ids, context_attention_mask)
         return self.backbone.generate(inputs_embeds=prompt, attention_mask=mask, **kwargs)
 

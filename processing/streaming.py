@@ -177,8 +177,8 @@ class FrameStream:
         give_up_seconds: float = 30.0,
         max_pixels: int | None = None,
     ):
-        if fps is not None and not 0 < fps < math.inf:
-            raise ValueError(f"fps is {fps}: give more than 0, or leave it out for all frames.")
+        if fps is not None and not (isinstance(fps, Real) and 0 < fps < math.inf):
+            raise ValueError(f"fps is {fps!r}: give more than 0, or leave it out for all frames.")
         if queue_size < 1:
             raise ValueError(f"queue_size is {queue_size}: give at least 1.")
         if isinstance(source, bool) or not isinstance(
@@ -235,7 +235,7 @@ class FrameStream:
             return f"camera {self.source}"
         if isinstance(self.source, str | os.PathLike):
             # An address may hold a password.
-            return re.sub(r"//[^/@]*@", "//", os.fspath(self.source))
+            return re.sub(r"//[^/]*@", "//", os.fspath(self.source))
         return f"{len(self.source)} bytes" if isinstance(self.source, bytes) else "the iterator"
 
     # -- a thread of its own ---------------------------------------------------------------
@@ -289,15 +289,14 @@ class FrameStream:
         """The frames of the source at the rate asked for."""
         number, slot, size = 0, None, None
         for seconds, picture in self.pictures():
-            if self.fps is not None:
-                # A thousandth of a slot of rounding decides nothing.
-                this = int(seconds * self.fps + 1e-3)
-                if this == slot:
-                    continue
-                slot = this
+            # A thousandth of a slot of rounding decides nothing.
+            this = None if self.fps is None else int(seconds * self.fps + 1e-3)
+            if this is not None and this == slot:
+                continue
             pixels = self.pixels(picture)
             if pixels is None:
                 continue
+            slot = this
             if size is not None and pixels.shape != size:
                 self.report.size_changes += 1
                 sizes = [f"{width} x {height}" for height, width, _ in (size, pixels.shape)]
@@ -350,12 +349,18 @@ class FrameStream:
     def in_order(
         self, pictures: Iterator[tuple[float, Any]], period: float
     ) -> Iterator[tuple[float, Any]]:
-        last = None
+        """The same, with times that never go backwards: where a clock has begun anew (joined files,
+        a camera that restarts), the time goes on from where it was."""
+        last, shift = None, 0.0
         for seconds, picture in pictures:
+            seconds += shift
             ahead = 0.0 if last is None else seconds - last
             if ahead < 0 or (period and ahead > max(LEAP_SECONDS, 3 * period)):
                 self.report.leaps += 1
                 self.report.note(f"{self.name}: from {last:g} s to {seconds:g} s")
+            if ahead < -LEAP_SECONDS:
+                shift += last + period - seconds
+                seconds = last + period
             last = seconds if last is None else max(last, seconds)
             yield last, picture
 
@@ -423,10 +428,12 @@ class FrameStream:
     def open(self) -> Any:
         limits = {"timeout": (self.give_up_seconds, self.give_up_seconds)}
         if self.scheme is not None:
+            rest = ADDRESS.sub("", os.fspath(self.source), count=1)
             options = {"protocol_whitelist": PROTOCOLS[self.scheme]}
             if self.scheme == "rtsp":
                 options["rtsp_transport"] = "tcp"  # over UDP, packets get lost
-            return av.open(os.fspath(self.source), options=options, **limits)
+            # In small letters, which alone FFmpeg knows.
+            return av.open(f"{self.scheme}://{rest}", options=options, **limits)
         if self.is_camera:
             if sys.platform != "linux":
                 raise MediaError(
@@ -459,7 +466,7 @@ def pairs(source: Iterable[tuple[float, np.ndarray | None]]) -> Iterator[tuple[f
         seconds, picture = item
         if not isinstance(seconds, Real) or not math.isfinite(seconds):
             raise ValueError(f"the iterator gave a frame at {seconds!r}: times are seconds.")
-        yield seconds, picture
+        yield float(seconds), picture
 
 
 def reason(error: Exception) -> str:

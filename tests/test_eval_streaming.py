@@ -3,6 +3,7 @@
 import re
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.streaming import Watched, main, watch
+from eval.streaming import Watched, main, uninterrupted, watch
 from eval.subtitles import clock, one_line, srt, vtt
 from eval.timeline import MOST_ROWS, timeline
 from modeling_vljepa import StreamSession, WardSegmenter, stream
@@ -111,6 +112,33 @@ def test_an_interruption_ends_the_stream_and_not_the_captions(capsys):
     assert [line.split("  ")[1] for line in printed.out.splitlines()] == ["a b", "a b"]
 
 
+def test_an_interruption_waits_for_the_segment_that_is_put_into_words():
+    def decode(embeds: torch.Tensor) -> list[str]:
+        if not session.memories:
+            signal.raise_signal(signal.SIGINT)  # while the first is
+        return ["a"]
+
+    session = StreamSession(tiny_model(), tiny_processor(), segmenter=quick(), decode=decode)
+    former = signal.getsignal(signal.SIGINT)
+    watched = watch(session, session.encoder.stream(cut(scenes([40, 30, 30]))), None)
+    assert signal.getsignal(signal.SIGINT) is former
+    first, last = watched.captions
+    assert (first["start"], first["end"]) == (0, last["start"])
+    assert last["end"] < 49  # of fifty seconds
+
+    def held() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            after.append("one press")
+            signal.raise_signal(signal.SIGINT)
+            after.append("two")
+
+    after = []
+    with pytest.raises(KeyboardInterrupt):
+        held()
+    assert after == ["one press"]
+
+
 def test_bad_input_is_met_with_a_sentence(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "empty").mkdir()
@@ -138,7 +166,7 @@ def test_bad_input_is_met_with_a_sentence(folder, tmp_path, monkeypatch, capsys)
         (("--source", str(tmp_path)), "is a folder"),
         (("--segmenter", "patience"), "--segmenter: patience is no NAME=VALUE"),
         (("--segmenter", "patience=1", "--segments", "2"), "leave one away"),
-        (("--segments", "2", "--threshold", "1"), "num_segments or threshold"),
+        (("--segments", "2", "--threshold", "1"), "--segments and --threshold: each says where"),
         (("--segments", "0"), "num_segments is 0"),
         (("--output", str(folder / "clip.mp4")), "--output: .* is no folder"),
     ):

@@ -354,7 +354,7 @@ def data(tmp_path: Path) -> Path:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny decoder never ends a text by itself."""
 
-    def decode(model, processor, given, queries, previous):
+    def decode(model, processor, given, queries, previous, num_beams):
         return [TEXTS[int(row.argmax())] for row in given]
 
     monkeypatch.setattr(captioning, "decode_texts", decode)
@@ -426,6 +426,12 @@ def test_a_model_without_words_is_refused(data: Path) -> None:
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
     with pytest.raises(ValueError, match="tiny: streams are told by a Y-Decoder"):
         evaluate(tiny_model(), tiny_processor(), benchmark)
+
+
+def test_a_decoder_that_reads_what_was_said_before_is_refused(data: Path) -> None:
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    with pytest.raises(ValueError, match="tiny: this decoder reads what was said before"):
+        evaluate(tiny_writer(decoder_reads_previous=True), tiny_processor(), benchmark)
 
 
 def test_a_streaming_benchmark_needs_validation_streams(data: Path) -> None:

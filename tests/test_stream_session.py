@@ -80,6 +80,15 @@ def test_an_image_tower_sees_every_frame_once(counted, batch_size):
     assert len(encoder.seen) <= 4 + 2 * (batch_size - 1)
 
 
+def test_an_encoder_tells_one_stream_from_the_next():
+    encoder = StreamEncoder(tiny_model(**TOWERS), PROCESSOR)
+    other = [(time, 255 - frame) for time, frame in moving()]
+    found = [list(encoder.stream(cut(source))) for source in (moving(), other)]
+    fresh = list(StreamEncoder(encoder.model, PROCESSOR).stream(cut(other)))
+    assert all(torch.equal(a.embedding, b.embedding) for a, b in zip(found[1], fresh, strict=True))
+    assert not torch.allclose(found[0][0].embedding, fresh[0].embedding, atol=1e-4)
+
+
 def test_v_jepa_2_sees_a_frame_as_often_as_it_has_windows(counted):
     """It must: the tokens of a frame depend on the other frames of the window."""
     model, calls = counted()
@@ -259,6 +268,30 @@ def test_the_kept_tokens_are_of_a_window_near_the_middle():
         apart = [(memory.visual_embeds - each.visual_embeds).abs().max() for each in found]
         middle = (memory.segment.start + memory.segment.end - 1) / 2
         assert abs(int(np.argmin(apart)) - middle) <= 5 and min(apart) < 1e-4
+
+
+@pytest.mark.parametrize("lengths", [[60, 8, 40], [20, 6, 6, 50]])
+def test_the_kept_tokens_are_of_the_segment_itself(lengths):
+    """Also of one that is closed soon after it was opened."""
+    segmenter = quick(window=8, patience=4)
+    session = StreamSession(tiny_model(**TOWERS), PROCESSOR, segmenter=segmenter, batch_size=5)
+    embedded = list(session.encoder.stream(cut(scenes(lengths)), 5))
+    for window in embedded:
+        session.push(window)
+    session.close()
+    assert len(session.memories) == len(lengths)
+    for memory in session.memories:
+        own = embedded[memory.segment.start : memory.segment.end]
+        assert any(torch.equal(memory.visual_embeds, window.visual_embeds) for window in own)
+        # No more is held than this one window's.
+        tokens = memory.visual_embeds
+        assert tokens.untyped_storage().nbytes() == tokens.numel() * tokens.element_size()
+
+
+def test_a_session_is_of_one_stream():
+    session = watched()
+    with pytest.raises(ValueError, match="has ended: make another StreamSession"):
+        list(session.run(cut(scenes([8]))))
 
 
 def test_the_open_segment_is_asked_about_as_well():

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -121,6 +122,43 @@ def test_times_never_go_backwards():
     stream = FrameStream([(0.0, frame), (1.0, frame), (0.5, frame), (1.5, frame)])
     assert [each.time for each in stream] == [0.0, 1.0, 1.0, 1.5]
     assert stream.report.leaps == 1
+
+
+@pytest.mark.parametrize("fps", [None, 5])
+def test_a_clock_that_begins_anew_loses_no_frame(fps):
+    tens = [place / 10 for place in range(50)]
+    after = [5 + place / 10 for place in range(49)]
+    for times, leaps in (
+        (tens + tens, 1),
+        ([*tens, 1e4, *after], 1),  # one stamp was wrong
+    ):
+        stream = FrameStream([(seconds, pictures(1)[0]) for seconds in times], fps=fps)
+        found = [frame.time for frame in stream]
+        assert found == sorted(found)
+        assert len(found) == pytest.approx(100 if fps is None else 50, abs=1)
+        assert stream.report.leaps == leaps
+        assert found[-1] - found[-40 if fps is None else -20] == pytest.approx(3.9, abs=0.11)
+
+
+def test_a_broken_frame_leaves_its_slot_to_the_next():
+    frames = [
+        (place / 10, None if place % 10 == 0 else picture)
+        for place, picture in enumerate(pictures(50))
+    ]
+    stream = FrameStream(frames, fps=1)
+    assert [round(frame.time, 1) for frame in stream] == [0.1, 1.1, 2.1, 3.1, 4.1]
+    assert stream.report.broken == 5
+
+
+def test_times_may_be_any_number():
+    for kind in (Fraction, np.float32, int):
+        for frame in FrameStream([(kind(place), pictures(1)[0]) for place in range(3)]):
+            assert type(frame.time) is float
+
+
+def test_no_part_of_a_password_is_told():
+    stream = FrameStream("RTSP://admin:p@ss@127.0.0.1:9/door?at=@", allow_urls=True)
+    assert stream.name == "RTSP://127.0.0.1:9/door?at=@"
 
 
 def test_settings_that_mean_nothing_are_refused():

@@ -131,6 +131,8 @@ def test_a_pretrained_decoder_keeps_its_weights_and_tokenizer(checkpoint, tmp_pa
     language_model.save_pretrained(tmp_path / "language_model")
     own.save_pretrained(tmp_path / "language_model")
     source = str(tmp_path / "language_model")
+    with pytest.raises(RecipeError, match="model.decoder: gone is no folder or Hub id"):
+        with_decoder(DecoderModelArguments(checkpoint=str(checkpoint), decoder="gone"), seed=0)
     model, processor = with_decoder(
         DecoderModelArguments(checkpoint=str(checkpoint), decoder=source), seed=0
     )
@@ -164,6 +166,11 @@ def test_a_decoder_that_is_there_trains_on(tmp_path):
     )
     name = "y_decoder.prefix_projection.weight"
     assert not torch.equal(fresh.state_dict()[name], state[name])
+    same = {"decoder_prefix_tokens": model.config.decoder_prefix_tokens}
+    with_decoder(DecoderModelArguments(checkpoint=str(tmp_path), config=same), seed=0)
+    other = same | {"decoder_reads_previous": True}
+    with pytest.raises(RecipeError, match="decoder_reads_previous: .*decoder has False and trains"):
+        with_decoder(DecoderModelArguments(checkpoint=str(tmp_path), config=other), seed=0)
 
 
 def test_the_same_seed_gives_the_same_losses(checkpoint):
@@ -317,7 +324,10 @@ def test_the_recipe_parses(tmp_path, monkeypatch):
         ("model.config={decoder_prefix: 1}", "model.config.decoder_prefix: there is no such"),
         ("model.config={decoder_config: {width: 1}}", "decoder_config.width: there is no such"),
         ("model.config={}", "model.checkpoint: .*has no Y-Decoder"),
-        ("model.decoder=gone", "model.decoder: gone is no folder or Hub id"),
+        ("model.decoder=gone", "model.config.decoder_config: it is of a new decoder"),
+        ("model.config.decoder_prefix_tokens=0", "decoder_prefix_tokens: 0 is no number of"),
+        ("model.config.decoder_prefix_tokens=true", "decoder_prefix_tokens: True is no number of"),
+        ("model.config.decoder_reads_query=maybe", "reads_query: 'maybe' is neither true nor"),
         ("model.checkpoint=gone", "model.checkpoint: gone is no folder or Hub id"),
     ],
 )

@@ -195,6 +195,9 @@ def test_generation_takes_the_librarys_arguments(taught, processor):
     several = texts(num_beams=4, num_return_sequences=2)
     assert len(several) == 6 and several[::2] == list(TEXTS[:3])
     assert taught.generate(predicted_embeds=points(3), max_new_tokens=2).shape == (3, 2)
+    # The library's: with what stands before the text, here the embedding.
+    prefix = taught.config.decoder_prefix_tokens
+    assert taught.generate(predicted_embeds=points(3), max_length=prefix + 2).shape == (3, 2)
     assert texts(generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=EOS)) == texts(
         max_new_tokens=2
     )

@@ -202,19 +202,46 @@ def new_decoder_config(settings: dict, processor: VLJEPAProcessor) -> PreTrained
     return config
 
 
+def check_decoder_config(arguments: DecoderModelArguments) -> None:
+    """
+    Raises:
+        RecipeError: a setting that is not the decoder's, or none that it can have.
+    """
+    check_config(arguments.config)
+    for name in arguments.config:
+        if not name.startswith("decoder_"):
+            raise RecipeError(f"model.config.{name}: only what begins with decoder_ changes here.")
+    if arguments.decoder is not None and "decoder_config" in arguments.config:
+        raise RecipeError(
+            "model.config.decoder_config: it is of a new decoder, and model.decoder brings its "
+            "own. Leave one of them out, as with 'model.config={decoder_prefix_tokens: 4}'."
+        )
+    tokens = arguments.config.get("decoder_prefix_tokens", 1)
+    if type(tokens) is not int or tokens < 1:
+        raise RecipeError(
+            f"model.config.decoder_prefix_tokens: {tokens!r} is no number of tokens, of 1 or more."
+        )
+    for name in ("decoder_reads_query", "decoder_reads_previous"):
+        if not isinstance(value := arguments.config.get(name, False), bool):
+            raise RecipeError(f"model.config.{name}: {value!r} is neither true nor false.")
+
+
 def with_decoder(
     arguments: DecoderModelArguments, seed: int
 ) -> tuple[VLJEPAForConditionalGeneration, VLJEPAProcessor]:
     """The checkpoint's model and processor with the decoder that the recipe asks for; only the
     decoder takes a gradient."""
-    check_config(arguments.config)
-    for name in arguments.config:
-        if not name.startswith("decoder_"):
-            raise RecipeError(f"model.config.{name}: only what begins with decoder_ changes here.")
+    check_decoder_config(arguments)
     path = arguments.checkpoint
     processor = load(VLJEPAProcessor, "model.checkpoint", path)
     if arguments.decoder is None and "decoder_config" not in arguments.config:
         model = load(VLJEPAForConditionalGeneration, "model.checkpoint", path)
+        for name, value in arguments.config.items():
+            if (is_so := vars(model.config)[name]) != value:
+                raise RecipeError(
+                    f"model.config.{name}: the checkpoint's decoder has {is_so!r} and trains on as "
+                    "it is. For another one give model.decoder or model.config.decoder_config."
+                )
         model.y_decoder.float()
         model.vljepa.requires_grad_(False)
         return model, processor
@@ -227,7 +254,6 @@ def with_decoder(
         part = read_decoder("model.decoder", arguments.decoder)
         base.config.backbones["decoder"] = part.name
         base.config.decoder_config = part.config
-        base.config.decoder_config.update(arguments.config.get("decoder_config", {}))
         processor.decoder_tokenizer = part.tokenizer
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(part.config, token, getattr(part.tokenizer, token))
