@@ -3,15 +3,16 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from benchmarks.kills import kill_and_resume
-from tests.tiny import tiny_recipe, tiny_rows
+from tests.tiny import tiny_recipe, tiny_rows, write_rows
 from training.arguments import RecipeError
-from training.checkpoints import INCOMPLETE
+from training.checkpoints import INCOMPLETE, REPLACED, checkpoint_to_resume
 from training.train import main
 from training.trainer import VLJEPATrainer
 
@@ -83,15 +84,74 @@ def test_resuming_means_the_last_checkpoint_or_the_beginning(arguments, tmp_path
         assert torch.equal(parameter, first[name])
 
 
-@pytest.mark.parametrize("name", ["checkpoint-9", INCOMPLETE, "empty"])
+@pytest.mark.parametrize("name", ["checkpoint-9", "empty"])
 def test_what_is_no_checkpoint_is_refused(arguments, tmp_path, name):
     folder = tmp_path / "out" / name
-    if name != "checkpoint-9":
+    if name == "empty":
         folder.mkdir(parents=True)
-    if name == INCOMPLETE:  # even where all but the renaming was done
-        (folder / "trainer_state.json").write_text("{}")
-    with pytest.raises(RecipeError, match=f"{name} is no complete checkpoint. Give one of"):
+    with pytest.raises(RecipeError, match=f"{name} is no complete checkpoint: it lacks .*Give one"):
         main([*arguments, f"training.resume_from_checkpoint={folder}"])
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(arguments, tmp_path):
+    """The Trainer would go on with a new optimizer, or with the rows of the beginning."""
+    main(arguments)
+    out = tmp_path / "out"
+    last = out / "checkpoint-4"
+
+    def resume(wanted: Path | bool) -> str | None:
+        return checkpoint_to_resume(
+            SimpleNamespace(output_dir=str(out), resume_from_checkpoint=wanted)
+        )
+
+    def refused(wanted: Path | bool, message: str) -> None:
+        with pytest.raises(RecipeError, match=message):
+            resume(wanted)
+
+    assert resume(True) == str(last) and resume(last) == last
+    refused(out, "out is no complete checkpoint: it lacks the run's optimizer's state")
+    for name in SAVED - {"config.json"}:
+        (last / name).rename(out / "away")
+        refused(True, f"checkpoint-4 is no complete .*: it lacks the run's .*{name[:5]}.*Remove")
+        refused(last, "checkpoint-4 is no complete checkpoint: it lacks .*; or begin a new run")
+        (out / "away").rename(last / name)
+    whole = (last / "model.safetensors").read_bytes()
+    (last / "model.safetensors").write_bytes(whole[:5000])
+    refused(True, "checkpoint-4 is no complete checkpoint: model.safetensors is broken")
+    # What accelerate writes of a model that is spread over processes.
+    for name, other in (("model.safetensors", "pytorch_model_fsdp_0"), ("optimizer.pt", "")):
+        (last / name).unlink()
+        (last / (other or "optimizer_0")).mkdir()
+    (last / "rng_state.pth").rename(last / "rng_state_0.pth")
+    assert resume(True) == str(last)
+    for name in (INCOMPLETE, REPLACED):  # even where all but the renaming was done
+        shutil.copytree(last, out / name)
+        refused(out / name, f"{name} is no complete checkpoint: its name says")
+        assert resume(True) == str(last)
+
+
+def test_a_checkpoint_is_replaced_by_a_whole_one(arguments, tmp_path, monkeypatch):
+    """Killed while the one before it is deleted, which is of a run that was taken up earlier."""
+    out = tmp_path / "out"
+    main(arguments)
+    expected = (out / "checkpoint-4" / "model.safetensors").read_bytes()
+    original = shutil.rmtree
+
+    def stop(path: Path, **options) -> None:
+        if (Path(path) / "optimizer.pt").is_file() and Path(path).name != "checkpoint-3":
+            (Path(path) / "optimizer.pt").unlink()
+            raise KeyboardInterrupt
+        original(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main([*arguments, f"training.resume_from_checkpoint={out / 'checkpoint-3'}"])
+    assert (out / REPLACED).is_dir()
+    assert {path.name for path in (out / "checkpoint-4").iterdir()} >= SAVED
+    assert (out / "checkpoint-4" / "model.safetensors").read_bytes() == expected
+    main([*arguments, "training.resume_from_checkpoint=true", "training.max_steps=5"])
+    assert not (out / REPLACED).exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -154,6 +214,32 @@ def test_a_checkpoint_of_other_sources_is_not_taken_up(tmp_path):
                 "training.resume_from_checkpoint=true",
             ]
         )
+
+
+def test_places_that_mean_other_rows_are_not_taken_up(tmp_path):
+    """In other lanes or blocks some rows would be read twice, and others never."""
+    tiny_rows(tmp_path)
+    rows = [{"image": "wide.png", "target": f"text {number}"} for number in range(16)]
+    stream = write_rows(tmp_path / "stream.jsonl", rows)
+    source = f"data.sources=[{{rows: {stream}, streaming: true, shuffle_rows: 4}}]"
+    recipe = tiny_recipe(stream, save_strategy="steps", save_steps=2)
+    main([str(recipe), source])
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    resume = [str(recipe), source, "training.resume_from_checkpoint=true"]
+    for override, message in (
+        ("data.lanes=1", "data.lanes: .*checkpoint-2 was trained with 2 lanes.* Set data.lanes"),
+        (source.replace("4}", "8}"), r"data.sources\[0\].shuffle_rows: .*trained with 4.* with 8"),
+        (source.replace("true", "false"), r"data.sources\[0\].streaming: .* trained with True"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            main([*resume, override])
+    places = tmp_path / "out" / "checkpoint-2" / "positions_0.json"
+    whole = json.loads(places.read_text())
+    places.write_text(json.dumps(whole | {"positions": {"0": {"0": whole["positions"]["0"]["0"]}}}))
+    with pytest.raises(RecipeError, match="lacks positions_N.json of some of the processes"):
+        main(resume)
+    places.write_text(json.dumps(whole))
+    assert main([*resume, "data.lanes=2"]).state.global_step == 4
 
 
 def test_too_many_bad_rows_stop_a_training(tmp_path):

@@ -19,17 +19,22 @@ from eval.evaluate import TASKS
 from processing.rows import BadRow
 
 from .arguments import RecipeError, VLJEPATrainingArguments
-from .checkpoints import AtomicCheckpoints
+from .checkpoints import (
+    POSITIONS,
+    AtomicCheckpoints,
+    read_positions,
+    reading,
+    write_positions,
+)
 from .collator import ContrastiveCollator, to_pixel_values
 from .data import Batch
 from .distributed import all_mean, all_sum
 from .grad_cache import cached_step
-from .mixture import MixtureSampler, Positions
+from .mixture import MixtureSampler
 from .objective import Embeds, Ids, Objective
 from .publish import publish
 from .speed import peak_memory, training_flops
 
-POSITIONS = "positions_{}.json"  # of each process, in a checkpoint
 BAD_ROWS = "bad_rows.txt"
 FEW_ROWS = 1000  # a share of fewer says little
 LANES = 8
@@ -72,6 +77,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         )
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.lanes, self.max_bad_share = lanes, max_bad_share
+        self.reading = reading([source.arguments for source in self.train_dataset.sources])
         self.seen, self.bad = ([0] * len(self.train_dataset.sources) for _ in range(2))
         self._new_bad: list[BadRow] = []
         self._resumed: str | None = None
@@ -262,11 +268,15 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """This process's part of every batch, made by `dataloader_num_workers` processes."""
         args = self.args
+        lanes = self.lanes or default_lanes(args)
         done, positions = 0, {}
         if self._resumed is not None:
             done = json.loads(Path(self._resumed, TRAINER_STATE_NAME).read_text())["global_step"]
             positions, self.seen, self.bad = read_positions(
-                Path(self._resumed), len(self.seen), is_first=args.process_index == 0
+                Path(self._resumed),
+                lanes=lanes,
+                sources=self.reading,
+                is_first=args.process_index == 0,
             )
         self.mixture = MixtureSampler(
             self.train_dataset.buckets,
@@ -274,7 +284,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             num_batches=args.max_steps,
             seed=args.seed if args.data_seed is None else args.data_seed,
             parts=args.gradient_accumulation_steps,
-            lanes=self.lanes or default_lanes(args),
+            lanes=lanes,
             rank=args.process_index,
             world_size=args.world_size,
             start=done,
@@ -298,8 +308,10 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         write_positions(
             Path(output_dir, POSITIONS.format(self.args.process_index)),
             self.mixture.position(self.state.global_step),
-            self.seen,
-            self.bad,
+            lanes=self.mixture.lanes,
+            sources=self.reading,
+            seen=self.seen,
+            bad=self.bad,
         )
 
     def count_rows(self, inputs: dict) -> None:
@@ -351,40 +363,6 @@ def default_lanes(args: VLJEPATrainingArguments) -> int:
 def collate(collator: ContrastiveCollator, batch: Batch) -> dict:
     """A batch's tensors, and beside them its source and the rows that it had to do without."""
     return {**collator(batch.samples), "source": batch.source, "bad_rows": batch.bad}
-
-
-def write_positions(path: Path, positions: Positions, seen: list[int], bad: list[int]) -> None:
-    content = {"positions": positions, "seen": seen, "bad": bad}
-    path.write_text(json.dumps(content))
-
-
-def read_positions(
-    folder: Path, sources: int, is_first: bool
-) -> tuple[Positions, list[int], list[int]]:
-    """Where a checkpoint's run was in each lane, of all its processes, and what it had counted,
-    which the first process of this one goes on with.
-
-    Raises:
-        RecipeError: the checkpoint is of another number of sources.
-    """
-    positions: Positions = {}
-    seen, bad = [0] * sources, [0] * sources
-    for path in sorted(folder.glob(POSITIONS.format("*"))):
-        content = json.loads(path.read_text())
-        if len(content["seen"]) != sources:
-            raise RecipeError(
-                f"training.resume_from_checkpoint: {folder} was trained on {len(content['seen'])} "
-                f"sources, and the recipe has {sources}. Resume with the recipe it was started "
-                "with, or start from its weights: model.checkpoint."
-            )
-        for bucket, lanes in content["positions"].items():
-            positions.setdefault(int(bucket), {}).update(
-                {int(lane): position for lane, position in lanes.items()}
-            )
-        if is_first:
-            seen = [a + b for a, b in zip(seen, content["seen"], strict=True)]
-            bad = [a + b for a, b in zip(bad, content["bad"], strict=True)]
-    return positions, seen, bad
 
 
 def take_ids(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
