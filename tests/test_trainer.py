@@ -14,8 +14,9 @@ import torch
 import yaml
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import is_torchao_available
 
 from modeling_vljepa import VLJEPAModel
@@ -25,10 +26,12 @@ from tests.tiny import (
     noise,
     tiny_config,
     tiny_model,
+    tiny_processor,
     tiny_recipe,
     tiny_rows,
     tiny_settings,
     tiny_tokenizer,
+    tiny_writer,
     write_rows,
 )
 from training import grad_cache
@@ -618,6 +621,64 @@ def test_a_checkpoint_is_trained_in_fp32_and_as_the_recipe_says(overfit, tmp_pat
             ModelArguments(checkpoint=str(tmp_path), config={"freeze_visio": True}),
             ProcessorArguments(),
         )
+
+
+def without(folder: Path, start: str) -> None:
+    """Take the weights whose names begin so out of a checkpoint."""
+    path = folder / "model.safetensors"
+    kept = {name: w for name, w in load_file(path).items() if not name.startswith(start)}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+def saved(model: PreTrainedModel, folder: Path) -> str:
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"embedding_dim": 12},
+            r"embedding_dim.* has predictor_head.* of shape \(24,\), .* \(12,\)",
+        ),
+        ({"embedding_dim": "abc"}, "model.config.embedding_dim: .* expected int, got str"),
+        ({"freeze_vision": "maybe"}, "model.config.freeze_vision: .* expected bool, got str"),
+        ({"logit_bias_init_value": "abc"}, "model.config.logit_bias_init_value: "),
+        (
+            {"vision_config": {"num_hidden_layers": "x"}},
+            "(?s)model.config.vision_config: .* expected int",
+        ),
+        ({"predictor_config": {"num_hidden_layers": 3}}, "lacks predictor.backbone.layers.2.*rand"),
+    ],
+)
+def test_changes_that_do_not_fit_a_checkpoint_are_named(tmp_path, changes, message):
+    arguments = ModelArguments(checkpoint=saved(tiny_model(), tmp_path), config=changes)
+    with pytest.raises(RecipeError, match=message):
+        load_checkpoint(arguments, ProcessorArguments())
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    """They would be random, and the training would look like one from a checkpoint."""
+    arguments = ModelArguments(checkpoint=saved(tiny_model(), tmp_path))
+    load_checkpoint(arguments, ProcessorArguments())
+    without(tmp_path, "y_head")
+    with pytest.raises(RecipeError, match="model.checkpoint.* lacks y_head.* begin at random"):
+        load_checkpoint(arguments, ProcessorArguments())
+    arguments.config = {"project_target": True}  # as it is there
+    with pytest.raises(RecipeError, match="lacks y_head"):
+        load_checkpoint(arguments, ProcessorArguments())
+
+
+def test_a_checkpoint_takes_a_bias_and_loses_its_decoder(tmp_path):
+    changes = {"logit_bias_init_value": -10}
+    arguments = ModelArguments(checkpoint=saved(tiny_writer(), tmp_path), config=changes)
+    model, _ = load_checkpoint(arguments, ProcessorArguments())
+    assert model.logit_bias.weight.item() == -10
+    expected = tiny_writer().vljepa.state_dict()
+    for name, value in model.state_dict().items():
+        assert name.startswith("logit_bias") or torch.equal(value, expected[name]), name
 
 
 def test_cached_targets_change_nothing(recipe):

@@ -324,6 +324,23 @@ class Recipe:
     given: dict
 
 
+def check_value(name: str, value: Any, hint: Any) -> Any:
+    """The value, if it is of the type `hint`; a whole number is a float, too."""
+    kinds = {hint, *typing.get_args(hint)}
+    if type(value) is int and float in kinds and int not in kinds:
+        value = float(value)
+    try:
+        type_validator(name, value, hint)
+    except (TypeError, ValueError) as error:
+        cure = ""
+        if isinstance(value, str) and re.fullmatch(r"[\d.]+[eE][-+]?\d+", value):
+            cure = " YAML reads 1e-3 as text: write 1.0e-3, with a point and a sign."
+        if isinstance(value, bool):
+            cure = " YAML reads yes and no as true and false unless quoted: '\"no\"'."
+        raise RecipeError(f"{name}: {error}.{cure}") from error
+    return value
+
+
 def check_keys(given: Any, cls: type, where: str) -> dict:
     """The mapping `given`, if every key is a field of `cls` and every value of its type."""
     if not isinstance(given, dict):
@@ -337,19 +354,7 @@ def check_keys(given: Any, cls: type, where: str) -> dict:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise RecipeError(f"{name}: no such key.{hint}")
-        kinds = {hints[key], *typing.get_args(hints[key])}
-        if type(value) is int and float in kinds and int not in kinds:
-            value = float(value)
-        try:
-            type_validator(name, value, hints[key])
-        except (TypeError, ValueError) as error:
-            hint = ""
-            if isinstance(value, str) and re.fullmatch(r"[\d.]+[eE][-+]?\d+", value):
-                hint = " YAML reads 1e-3 as text: write 1.0e-3, with a point and a sign."
-            if isinstance(value, bool):
-                hint = " YAML reads yes and no as true and false unless quoted: '\"no\"'."
-            raise RecipeError(f"{name}: {error}.{hint}") from error
-        checked[key] = value
+        checked[key] = check_value(name, value, hints[key])
     missing = [
         f.name
         for f in fields(cls)

@@ -19,8 +19,10 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.image_processing_utils import get_size_dict
@@ -36,6 +38,8 @@ from .arguments import RecipeError
 PREDICTORS = ("llama", "mistral", "qwen2", "qwen3")
 LLAMA_3_PAD = "<|finetune_right_pad_id|>"  # reserved by Llama 3; its end-of-text token is text
 ACTIVATIONS = {"Identity": "linear", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu"}
+
+MODELS = (PreTrainedModel, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
 
 Weights = dict[str, torch.Tensor]
 
@@ -87,14 +91,39 @@ class DecoderBackbone:
 # -- files ---------------------------------------------------------------------------------
 
 
-def load(auto: type, key: str, path: str, **options: Any) -> Any:
-    """`auto.from_pretrained(path)`, with an error that names the setting `key`."""
+def load(auto: type, key: str, path: str, *, new: tuple[str, ...] = (), **options: Any) -> Any:
+    """`auto.from_pretrained(path)`, with an error that names the setting `key`.
+
+    Args:
+        new: how the names of weights begin that need not be there; others would be random.
+
+    Raises:
+        RecipeError: it does not load, or a model lacks weights, or they are of other shapes.
+    """
+    is_model = issubclass(auto, MODELS) and "output_loading_info" not in options
+    if is_model:  # upstream warns of what is missing, and its error on shapes is a table
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return auto.from_pretrained(path, **options)
+        loaded = auto.from_pretrained(path, **options)
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{key}: {path} is no folder or Hub id that loads. {error}") from error
     except (ValueError, KeyError) as error:
         raise RecipeError(f"{key}: {path} does not load: {error}") from error
+    if not is_model:
+        return loaded
+    model, info = loaded
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise RecipeError(
+            f"{key}: {path} has {name} of shape {tuple(found)}, and the configuration asks for "
+            f"{tuple(wanted)}. Leave a change of sizes away."
+        )
+    for name in sorted(info["missing_keys"]):
+        if not name.startswith(new):
+            raise RecipeError(
+                f"{key}: {path} lacks {name}, which would begin at random. Give a checkpoint that "
+                "has all that the configuration asks for."
+            )
+    return model
 
 
 def public_name(source: str) -> str:

@@ -32,6 +32,7 @@ from .arguments import (
     Recipe,
     RecipeError,
     VLJEPATrainingArguments,
+    check_value,
 )
 from .backbones import TextBackbone, load, read_text
 from .objective import PAIRWISE
@@ -39,6 +40,8 @@ from .sources import Source, StreamedSource, texts_of
 
 # Llama 3's own names, so that a trained-from-scratch predictor has the tokenizer of a real one.
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
+# What a setting that is changed beside a checkpoint adds to its weights, new.
+ADDED = {"logit_bias_init_value": "logit_bias", "project_target": "y_head."}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -91,8 +94,9 @@ def new_processor(
     )
 
 
-def check_config(config: dict) -> None:
-    """Stop at a key that no configuration has: transformers would keep it and go on."""
+def check_config(config: dict) -> dict:
+    """The settings, if every key is one of the configuration and every value of its type:
+    transformers would keep others and go on."""
     unknown = [key for key in config if key not in VLJEPAConfig.__dataclass_fields__]
     for box, spec in VLJEPAConfig.sub_configs_defaults.items():
         section = config.get(box, {})
@@ -105,14 +109,18 @@ def check_config(config: dict) -> None:
         unknown += [f"{box}.{key}" for key in section if key not in {"model_type", *fields}]
     if unknown:
         raise RecipeError(f"model.config.{unknown[0]}: there is no such setting.")
+    hints = VLJEPAConfig.__annotations__
+    return config | {
+        key: check_value(f"model.config.{key}", config[key], hints[key])
+        for key in config.keys() & hints.keys()
+    }
 
 
 def new_config(
     arguments: ModelArguments, processor: VLJEPAProcessor, text: TextBackbone | None
 ) -> VLJEPAConfig:
     """The recipe's configuration, with what follows from the processor and the Y-Encoder."""
-    check_config(arguments.config)
-    settings = dict(arguments.config)
+    settings = check_config(arguments.config)
     if text is not None:
         text.config.dtype = torch.float32
         pretrained = {
@@ -157,7 +165,10 @@ def new_model(
     processor = new_processor(train_tokenizer(texts, arguments.vocab_size), processing, text)
     config = new_config(arguments, processor, text)
     torch.manual_seed(seed)
-    model = VLJEPAModel(config)
+    try:
+        model = VLJEPAModel(config)
+    except (RuntimeError, ValueError) as error:  # sizes that are none, or do not fit together
+        raise RecipeError(f"model.config: {error}") from error
     if text is not None:
         missing, _ = model.y_encoder.load_state_dict(text.weights, strict=False)
         if missing:  # what is left over, such as a pooler, is not read here
@@ -169,18 +180,34 @@ def load_checkpoint(
     arguments: ModelArguments, processing: ProcessorArguments
 ) -> tuple[VLJEPAModel, VLJEPAProcessor]:
     """The model and processor of `checkpoint`, changed as the recipe says."""
-    check_config(arguments.config)
+    changes = check_config(arguments.config)
     config = load(AutoConfig, "model.checkpoint", arguments.checkpoint)
-    for name, value in arguments.config.items():
+    new = []
+    for name, value in changes.items():
         if name in VLJEPAConfig.sub_configs_defaults:
-            getattr(config, name).update(value)
+            change_box(config, name, value)
         else:
+            if name in ADDED and vars(config)[name] != value:
+                new.append(ADDED[name])
             setattr(config, name, value)
-    # Weights stored in bf16 would hardly move at this objective's learning rates.
+    changed = f" with another {', '.join(changes)}" if changes else ""
     model = load(
-        AutoModel, "model.checkpoint", arguments.checkpoint, config=config, dtype=torch.float32
+        AutoModel,
+        f"model.checkpoint{changed}",
+        arguments.checkpoint,
+        new=tuple(new),
+        config=config,
+        dtype=torch.float32,  # weights in bf16 would hardly move at this objective's rates
     )
     return model, load_processor(arguments, processing)
+
+
+def change_box(config: VLJEPAConfig, name: str, changes: dict) -> None:
+    """Change settings of a sub-network of a checkpoint."""
+    try:
+        getattr(config, name).update(changes)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise RecipeError(f"model.config.{name}: {error}") from error
 
 
 def load_processor(arguments: ModelArguments, processing: ProcessorArguments) -> VLJEPAProcessor:
