@@ -38,6 +38,7 @@ from training import grad_cache
 from training.arguments import ModelArguments, ProcessorArguments, RecipeError
 from training.recipe_model import (
     AdaptedModel,
+    add_adapters,
     load_checkpoint,
     new_model,
     prepare_for_training,
@@ -394,9 +395,23 @@ def test_what_trains_is_there_once_and_in_fp32(recipe):
         assert parameter.dtype == expected, name
 
 
-def test_settings_that_no_adapter_has_are_named(recipe):
-    with pytest.raises(RecipeError, match="model.lora: .*'rank'"):
-        main([str(recipe), "model.lora={rank: 2}"])
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 2}, "model.lora.rank: no such key"),
+        ({"r": 0}, "model.lora: `r` should be a positive integer value"),
+        ({"r": "abc"}, "model.lora.r: .* expected int, got str"),
+        ({"lora_alpha": "x"}, "model.lora.lora_alpha: .* expected int, got str"),
+        ({"lora_dropout": 2}, "model.lora: dropout probability has to be between 0 and 1"),
+        ({"init_lora_weights": "foo"}, "model.lora.init_lora_weights: "),
+        ({"task_type": "X"}, "model.lora.*task.type"),
+        ({"bias": "foo"}, "model.lora.bias: "),
+        ({"target_modules": ["q_proj"]}, "model.lora: .*target_modules"),
+    ],
+)
+def test_settings_that_no_adapter_has_are_named(lora, message):
+    with pytest.raises(RecipeError, match=message):
+        add_adapters(tiny_model(), lora)
 
 
 def test_trackers_get_the_parts_of_the_loss(recipe, tmp_path):

@@ -32,6 +32,7 @@ from .arguments import (
     Recipe,
     RecipeError,
     VLJEPATrainingArguments,
+    check_keys,
     check_value,
 )
 from .backbones import TextBackbone, load, read_text
@@ -297,11 +298,12 @@ def add_adapters(model: VLJEPAModel, lora: dict) -> AdaptedModel:
     others = (*LORA_MODULES_TO_SAVE, "logit_bias", "x_encoder", "y_encoder")
     modules = {path.split(".")[-1]: module for path, module in model.named_modules()}
     whole = [name for name in others if name in modules and any_trains(modules[name])]
+    settings = check_keys(lora, LoraConfig, "model.lora")
     try:
-        config = LoraConfig(**lora, target_modules=LORA_TARGET_MODULES, modules_to_save=whole)
-    except TypeError as error:
+        config = LoraConfig(**settings, target_modules=LORA_TARGET_MODULES, modules_to_save=whole)
+        return AdaptedModel(model, config)
+    except (NotImplementedError, TypeError, ValueError) as error:
         raise RecipeError(f"model.lora: {error}") from error
-    return AdaptedModel(model, config)
 
 
 def prepare_for_training(
