@@ -6,6 +6,7 @@ there alone.
 """
 
 import difflib
+import math
 import os
 import re
 import time
@@ -22,6 +23,14 @@ from transformers import TrainingArguments
 
 class RecipeError(ValueError):
     """A recipe that cannot be followed; the message names the key, what is wrong and the cure."""
+
+
+def check_least(arguments: Any, where: str, **least: int) -> None:
+    """Stop at a number of a section that is below its least one, infinite, or none at all."""
+    for name, limit in least.items():
+        value = vars(arguments)[name]
+        if value is not None and not limit <= value < math.inf:
+            raise RecipeError(f"{where}.{name}: it is {value}; give {limit} or more.")
 
 
 @dataclass(kw_only=True)
@@ -49,6 +58,9 @@ class ModelArguments:
     tokenizer_rows: list[str] = field(default_factory=list)
     lora: dict | None = None
 
+    def __post_init__(self):
+        check_least(self, "model", vocab_size=1)
+
 
 @dataclass(kw_only=True)
 class ProcessorArguments:
@@ -64,6 +76,9 @@ class ProcessorArguments:
     image_size: int | None = None
     shortest_edge: int | None = None
     num_frames: int = 8
+
+    def __post_init__(self):
+        check_least(self, "processor", image_size=1, shortest_edge=1, num_frames=1)
 
 
 @dataclass(kw_only=True)
@@ -107,12 +122,11 @@ class SourceArguments:
     def __post_init__(self):
         if (self.rows is None) == (self.dataset is None):
             raise RecipeError("data.sources: a source has rows or a dataset, exactly one of them.")
-        if not self.weight > 0:
+        if not 0 < self.weight < math.inf:
             raise RecipeError(
                 f"data.sources: {self.name} has weight {self.weight}; give more than 0."
             )
-        if self.shuffle_rows < 1:
-            raise RecipeError(f"data.sources: {self.name}: shuffle_rows: give at least 1.")
+        check_least(self, f"data.sources: {self.name}", shuffle_rows=1)
         if self.streaming and self.group_by_length:
             raise RecipeError(
                 f"data.sources: {self.name}: group_by_length needs all rows; a streamed source has "
@@ -170,12 +184,7 @@ class DataArguments:
     def __post_init__(self):
         if not 0 <= self.max_bad_share <= 1:
             raise RecipeError(f"data.max_bad_share: {self.max_bad_share} is no share from 0 to 1.")
-        if self.num_workers < 1:
-            raise RecipeError("data.num_workers: at least one process has to decode.")
-        if self.lanes is not None and self.lanes < 1:
-            raise RecipeError("data.lanes: give at least 1.")
-        if self.hard_negatives < 0:
-            raise RecipeError("data.hard_negatives: give 0 or more.")
+        check_least(self, "data", num_workers=1, lanes=1, hard_negatives=0)
 
 
 @dataclass(kw_only=True)
@@ -193,9 +202,20 @@ class EvaluationArguments:
     benchmarks: str = "eval/benchmarks.yaml"
     limit: int | None = None
 
+    def __post_init__(self):
+        check_least(self, "evaluation", limit=1)
+
 
 OBJECTIVES = ("info_nce", "sigmoid", "cosine", "l1", "l2")
 INTERCHANGEABLE = ("masked", "positives")
+LEAST = {
+    **dict.fromkeys(("max_steps", "global_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("gradient_cache_rows", "world_size_expected"), 1),
+    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), 0),
+    **dict.fromkeys(("text_learning_rate_scale", "vision_learning_rate_scale"), 0),
+    **dict.fromkeys(("sigreg_weight", "variance_weight", "covariance_weight"), 0),
+}
 
 
 @dataclass(kw_only=True)
@@ -259,17 +279,17 @@ class VLJEPATrainingArguments(TrainingArguments):
     bf16: bool = field(default=False, init=False)
     fp16: bool = field(default=False, init=False)
     label_names: list[str] = field(default_factory=list, init=False)
+    ignore_data_skip: bool = field(default=False, init=False)  # a place in the data is always kept
 
     def __post_init__(self):
-        if self.max_steps < 1:
-            raise RecipeError(f"training.max_steps: {self.max_steps} is no number of steps.")
+        check_least(self, "training", **LEAST)
+        if Path(self.output_dir).is_file():
+            raise RecipeError(f"training.output_dir: {self.output_dir} is a file; name a folder.")
         for name, choices in (("objective", OBJECTIVES), ("interchangeable", INTERCHANGEABLE)):
             if vars(self)[name] not in choices:
                 raise RecipeError(
                     f"training.{name}: {vars(self)[name]!r} is none of {', '.join(choices)}."
                 )
-        if self.gradient_cache_rows is not None and self.gradient_cache_rows < 1:
-            raise RecipeError("training.gradient_cache_rows: give at least one row at a time.")
         by_loss = self.metric_for_best_model in (None, "loss", "eval_loss")
         if by_loss and (self.load_best_model_at_end or self.save_strategy == "best"):
             raise RecipeError(
