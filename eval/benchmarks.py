@@ -65,10 +65,16 @@ class Benchmark:
     stride: int = 1
 
     def load(self) -> tuple[list[dict], list[BadRow]]:
-        """The good rows, with the query they are asked here, and the bad ones."""
+        """The good rows, with the query they are asked here, and the bad ones.
+
+        Raises: `ValueError` when no row is good, or when those of retrieval ask different queries:
+            a file has one embedding there.
+        """
         rows, bad = usable_rows(self.rows)
         if self.query is not None:
             rows = [row | {"query": self.query} for row in rows]
+        if self.task == "retrieval" and len({row["query"] for row in rows}) > 1:
+            raise ValueError(f"{self.name}: retrieval asks one query; give it as `query`")
         return rows, bad
 
 
@@ -83,13 +89,20 @@ def usable_rows(path: Path) -> tuple[list[dict], list[BadRow]]:
 def load_benchmarks(path: Path, names: list[str]) -> list[Benchmark]:
     """The named benchmarks of a YAML file in the order asked for; `["all"]` gives every one.
 
-    Raises: `ValueError` for unknown names, tasks and keys; `FileNotFoundError` for missing files.
+    Raises: `ValueError` for a file that is no YAML of this kind, unknown names, tasks and keys;
+        `FileNotFoundError` for missing files.
     """
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: benchmarks are entries `name: {{task: …}}`, found {entries!r}")
     names = list(entries) if names == ["all"] else names
     if unknown := [name for name in names if name not in entries]:
-        raise ValueError(f"{path} has no {', '.join(unknown)}. It has: {', '.join(entries)}")
-    return [_benchmark(name, dict(entries[name])) for name in names]
+        known = ", ".join(map(str, entries))
+        raise ValueError(f"{path} has no {', '.join(unknown)}. It has: {known}")
+    return [_benchmark(name, entries[name]) for name in names]
 
 
 def sha256(path: Path) -> str:
@@ -97,7 +110,10 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def _benchmark(name: str, entry: dict) -> Benchmark:
+def _benchmark(name: str, entry: object) -> Benchmark:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: a benchmark has keys and values, found {entry!r}")
+    entry = dict(entry)
     task = entry.get("task")
     if task not in TASKS:
         raise ValueError(f"{name}: task is {task!r}, must be one of {', '.join(TASKS)}")

@@ -142,9 +142,11 @@ def predict_rows(
         features (`FeatureStore`, *optional*): where the visual tokens are read in place of the
             files; opened for this model.
 
-    Raises: `ValueError` for an unknown ablation, or when no file can be read; `FeatureError` for
-        rows whose file is not in the store or has changed since.
+    Raises: `ValueError` for an unknown ablation, without rows, or when no file can be read;
+        `FeatureError` for rows whose file is not in the store or has changed since.
     """
+    if not rows:
+        raise ValueError("there is no row to predict: a limit on them has to be 1 or more")
     if ablation not in ABLATIONS:
         raise ValueError(f"ablation is {ablation!r}, must be one of {', '.join(ABLATIONS)}")
     if features is not None:

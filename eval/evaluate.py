@@ -30,6 +30,13 @@ TASKS = {
 WITH_DECODER = ("captioning", "streaming")
 
 
+def at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"it is {number}; give 1 or more")
+    return number
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a model")
@@ -43,8 +50,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="default: MODEL/eval, for an ablation MODEL/eval_ABLATION"
     )
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--limit", type=int, help="only the first so many rows, for a trial")
+    parser.add_argument("--batch-size", type=at_least_one, default=64)
+    parser.add_argument(
+        "--limit", type=at_least_one, help="only the first so many rows, for a trial"
+    )
     parser.add_argument(
         "--features", type=Path, help="a store of training.cache_features, with every file in it"
     )

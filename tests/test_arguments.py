@@ -124,7 +124,6 @@ def test_overrides_are_read_as_yaml(recipe):
         ("training.text_learning_rate_scale=-1", "rate_scale: it is -1.0; give 0 or more"),
         ("training.sigreg_weight=.nan", "training.sigreg_weight: it is nan; give 0 or more"),
         ("training.ignore_data_skip=true", "training.ignore_data_skip: no such key"),
-        ("training.output_dir=pyproject.toml", "training.output_dir: pyproject.toml is a file"),
         ("training.gradient_accumulation_steps=4", "2 rows do not divide among 1 processes x 4"),
         ("training.max_steps=0", "training.max_steps: it is 0; give 1 or more"),
         ("evaluation.limit=0", "evaluation.limit: it is 0; give 1 or more"),
@@ -140,6 +139,11 @@ def test_overrides_are_read_as_yaml(recipe):
 def test_a_wrong_value_is_named(recipe, override, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe(str(recipe), [override])
+
+
+def test_an_output_folder_that_is_a_file_is_named(recipe):
+    with pytest.raises(RecipeError, match="training.output_dir: .*recipe.yaml is a file; name a f"):
+        read_recipe(str(recipe), [f"training.output_dir={recipe}"])
 
 
 def test_a_text_that_is_no_number_gets_no_hint(recipe):

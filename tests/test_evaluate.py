@@ -194,6 +194,11 @@ def test_relevance_by_text_and_by_group():
     assert relevant.int().tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]]
 
 
+def test_rows_that_are_none_are_named(processor):
+    with pytest.raises(ValueError, match="there is no row to predict: a limit"):
+        predict_rows(Oracle(processor), processor, [])
+
+
 def test_retrieval_refuses_several_queries(data, processor):
     benchmark = Benchmark("clips", "retrieval", data / "vqa.jsonl", "")
     with pytest.raises(ValueError, match="asks one query"):
@@ -349,6 +354,7 @@ def test_the_demo_benchmarks_are_well_formed(monkeypatch):
         ("{task: vqa, rows: vqa.jsonl, train_rows: x.jsonl, description: d}", "x.jsonl"),
         ("{task: retrieval, rows: vqa.jsonl, description: d, frames: 2}", "takes no frames"),
         ("{task: counting, rows: vqa.jsonl, description: d}", "task is 'counting'"),
+        ("5", "name: a benchmark has keys and values, found 5"),
     ],
 )
 def test_a_wrong_entry_is_named(data, monkeypatch, entry, message):
@@ -360,7 +366,30 @@ def test_a_wrong_entry_is_named(data, monkeypatch, entry, message):
         load_benchmarks(data / "b.yaml", ["other"])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "b.yaml: benchmarks are entries `name: {task: …}`, found None"),
+        ("- 1", "b.yaml: benchmarks are entries .* found .1."),
+        ("a: [1", "b.yaml: not a YAML file: "),
+    ],
+)
+def test_a_file_that_holds_no_benchmarks(tmp_path, content, message):
+    (tmp_path / "b.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_benchmarks(tmp_path / "b.yaml", ["all"])
+
+
 # -- the program -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_a_limit_that_is_none_is_named(limit, capsys):
+    """As a slice, -1 would leave the last row out."""
+    with pytest.raises(SystemExit):
+        main(["--model", "m", "--tasks", "all", "--limit", limit])
+    assert f"argument --limit: it is {limit}; give 1 or more" in capsys.readouterr().err
+
 
 BENCHMARKS = """
 colours: {task: vqa, rows: vqa.jsonl, train_rows: vqa.jsonl, description: Colours.}

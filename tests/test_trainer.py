@@ -434,6 +434,8 @@ def evaluated(recipe, tmp_path) -> tuple[Path, list[str]]:
     benchmarks = {
         "words": {"task": "vqa", "rows": rows, "train_rows": rows, "description": "words"},
         "find": {"task": "retrieval", "rows": rows, "query": "", "description": "images"},
+        "asks": {"task": "retrieval", "rows": rows, "description": "images"},
+        "writes": {"task": "captioning", "rows": rows, "train_rows": rows, "description": "texts"},
     }
     path = tmp_path / "benchmarks.yaml"
     path.write_text(yaml.safe_dump(benchmarks))
@@ -489,14 +491,18 @@ def test_evaluation_changes_no_step(evaluated, precision):
     ("override", "message"),
     [
         ("evaluation.tasks=[]", "evaluation.tasks: training.eval_strategy asks for some"),
-        ("evaluation.tasks=[wrods]", "evaluation: .* has no wrods. It has: find, words"),
+        ("evaluation.tasks=[wrods]", "evaluation: .* has no wrods. It has: asks, find, w"),
         ("evaluation.benchmarks=nowhere.yaml", "evaluation: .*nowhere.yaml"),
+        ("evaluation.tasks=[asks]", "evaluation: asks: retrieval asks one query; give it as"),
+        ("evaluation.tasks=[writes]", "evaluation: writes needs a Y-Decoder"),
     ],
 )
-def test_an_evaluation_that_is_not_there_is_named(evaluated, override, message):
+def test_an_evaluation_that_cannot_be_is_named(evaluated, override, message, capsys):
+    """Before the first step."""
     recipe, overrides = evaluated
     with pytest.raises(RecipeError, match=message):
         main([str(recipe), *overrides, override])
+    assert "chance loss of" not in capsys.readouterr().out
 
 
 def test_a_collapse_is_reported(recipe, capsys):

@@ -16,6 +16,7 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from eval.benchmarks import Benchmark, load_benchmarks
+from eval.evaluate import measurable
 from eval.features import FeatureError, FeatureStore
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
@@ -51,7 +52,11 @@ def read_benchmarks(
             raise RecipeError("evaluation.tasks: training.eval_strategy asks for some; name them.")
         return []
     try:
-        return load_benchmarks(Path(arguments.benchmarks), arguments.tasks)
+        benchmarks = load_benchmarks(Path(arguments.benchmarks), arguments.tasks)
+        benchmarks = measurable(benchmarks, arguments.tasks, has_decoder=False)
+        for benchmark in benchmarks:
+            benchmark.load()
+        return benchmarks
     except (FileNotFoundError, ValueError) as error:
         raise RecipeError(f"evaluation: {error}") from error
 
