@@ -258,6 +258,11 @@ def test_too_many_bad_rows_stop_a_training(tmp_path):
         main([str(recipe)])
     assert "torn.png: not an image" in str(error.value)
     assert "At most 0.0% may be (data.max_bad_share)" in str(error.value)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    # Where no line of the log stops it, the steps are done, and what they made is kept.
+    with pytest.raises(RecipeError, match="stream.jsonl: [1-9] of [0-9]+ rows are unusable"):
+        main([str(recipe), 'training.logging_strategy="no"'])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

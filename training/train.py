@@ -157,8 +157,8 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     trainer.train(resume_from_checkpoint=resume_from)
 
     # 6. Save what a user loads: the log for the report, the recipes for the card, adapters and
-    #    the model with these in its weights, processor; the last two take the others along with
-    #    `push_to_hub`
+    #    the model with these in its weights, processor. If too many of the last rows were bad, this
+    #    stops here, with a model that is saved and not published
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_recipes(recipe.model.checkpoint, args.output_dir, recipe.given)
@@ -167,7 +167,10 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
             Path(args.output_dir, "adapter"), is_main_process=trainer.is_world_process_zero()
         )
         trainer.model = trainer.model.merge_and_unload()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)
+    trainer.report_bad_rows()
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return trainer
 
 

@@ -261,9 +261,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train; with a checkpoint, go on from it, in the data, too."""
         self._resumed = resume_from_checkpoint
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.report_bad_rows()
-        return output
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's part of every batch, made by `dataloader_num_workers` processes."""
