@@ -644,6 +644,20 @@ def test_a_checkpoint_is_trained_in_fp32_and_as_the_recipe_says(overfit, tmp_pat
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedding_dim": -3}, "model.config: .*negative dimension -3"),
+        ({"text_pooling": "max"}, "model.config: text_pooling is 'max'"),
+        ({"freeze_text": "maybe"}, "model.config.freeze_text: .* expected bool, got str"),
+    ],
+)
+def test_a_new_model_that_cannot_be_is_named(changes, message):
+    arguments = ModelArguments(config=tiny_settings(**changes))
+    with pytest.raises(RecipeError, match=message):
+        new_model(arguments, ProcessorArguments(image_size=32), ["a b c"], seed=0)
+
+
 def without(folder: Path, start: str) -> None:
     """Take the weights whose names begin so out of a checkpoint."""
     path = folder / "model.safetensors"
