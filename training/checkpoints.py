@@ -133,6 +133,11 @@ def read_positions(
 
 def check_reading(folder: Path, content: dict, lanes: int, sources: list[dict]) -> None:
     """Stop where a checkpoint's places mean other rows: some would be read twice, others never."""
+    if "lanes" not in content:
+        raise RecipeError(
+            f"training.resume_from_checkpoint: {folder} does not say how its sources were read; an "
+            "earlier version wrote it. Start from its weights: model.checkpoint."
+        )
     if len(content["sources"]) != len(sources):
         raise RecipeError(
             f"training.resume_from_checkpoint: {folder} was trained on {len(content['sources'])} "
