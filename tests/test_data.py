@@ -1,9 +1,11 @@
 """Rows and files to batches: nothing is decoded twice, skipped in silence or mixed by chance."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -264,6 +266,18 @@ def test_a_file_in_many_rows_is_decoded_once(folder, processor):
     assert len(dataset.clips) == 1
 
 
+def test_a_file_may_be_an_image_here_and_a_video_there(folder, processor):
+    """And is decoded anew where it becomes the other."""
+    pictures = [Image.fromarray(noise(40, 60, 3) + step) for step in range(5)]
+    pictures[0].save(folder / "wide.gif", save_all=True, append_images=pictures[1:])
+    image, video = ({kind: "wide.gif", "target": kind} for kind in ("image", "video"))
+    both = write_rows(folder / "both.jsonl", [image, video])
+    assert [len(sample["frames"]) for sample in build(processor, both)] == [1, 4]
+    for row, frames in ((image, 1), (video, 4)):
+        (sample,) = build(processor, write_rows(folder / "one.jsonl", [row]))
+        assert len(sample["frames"]) == frames
+
+
 # -- bad rows ------------------------------------------------------------------------------
 
 
@@ -304,6 +318,35 @@ def test_bad_rows_are_set_aside_where_the_recipe_allows_it(spoilt, processor):
         "he rides a bike",
         "the door opens",
     ]
+
+
+def test_files_that_are_not_there_are_bad_rows(folder, processor):
+    """Of a dataset, whose files nobody asked for before; and in a folder of frames."""
+    (folder / "frames").mkdir()
+    Image.fromarray(noise(40, 40, 3)).save(folder / "frames" / "0.png")
+    (folder / "frames" / "1.png").symlink_to(folder / "gone.png")
+    files = ["wide.mp4", "absent.mp4", "tall.mkv", "frames", "null\0byte.mp4"]
+    table = {"file": files, "text": list("abcde")}
+    datasets.Dataset.from_dict(table).to_parquet(folder / "files.parquet")
+    source = SourceArguments(
+        dataset="parquet",
+        data_files=str(folder / "files.parquet"),
+        media_folder=str(folder),
+        columns={"video": "file", "target": "text"},
+    )
+    options = {"cache_dir": str(folder / "cache"), "num_workers": 1}
+
+    def built(max_bad_share: float) -> ContrastiveDataset:
+        arguments = DataArguments(sources=[source], max_bad_share=max_bad_share, **options)
+        return build_dataset([read_source(source)], processor.video_processor, arguments)
+
+    assert [sample["target"] for sample in built(0.6)] == ["a", "c"]
+    with pytest.raises(RecipeError, match="3 of 5 rows are unusable") as error:
+        built(0.5)
+    for row in ("2: .*absent.mp4: no such file", "4: .*1.png: no such file", "5: .*byte.mp4: no"):
+        assert re.search(row, str(error.value))
+    write_clip(folder / "absent.mp4", noise(6, 48, 64, 3))  # what was missing is read when it comes
+    assert [sample["target"] for sample in built(0.6)] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("media", ["gone.png", "torn.png"])

@@ -39,8 +39,21 @@ def identity(media: Media) -> tuple:
     if isinstance(media, bytes):
         return (hashlib.blake2b(media, digest_size=16).hexdigest(),)
     paths = sorted(Path(media).iterdir()) if os.path.isdir(media) else [media]
-    stats = [(str(path), os.stat(path)) for path in paths]
-    return tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    return tuple((str(path), *size_and_time(path)) for path in paths)
+
+
+def size_and_time(path: str | Path) -> tuple[int, int]:
+    """Of a file; -1 where there is none, which whoever reads it will say."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # ValueError: no path at all, such as one with a null byte
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def clip_of(row: dict) -> tuple[Media, bool]:
+    """What is read for a row, and whether as a video: the same GIF may be an image elsewhere."""
+    return media_of(row), "video" in row
 
 
 def read_frames(
@@ -61,12 +74,12 @@ def read_frames(
 
 
 def decode(
-    number: int, media: list[Media], are_videos: list[bool], video_processor: VLJEPAVideoProcessor
+    number: int, wanted: list[tuple[Media, bool]], video_processor: VLJEPAVideoProcessor
 ) -> dict:
-    """One media file to its frames as bytes, or to the reason why not."""
+    """One clip to its frames as bytes, or to the reason why not."""
     torch.set_num_threads(1)  # one process per core already
     try:
-        frames = read_frames(media[number], are_videos[number], video_processor)
+        frames = read_frames(*wanted[number], video_processor)
     except MediaError as error:
         return {"frames": b"", "error": str(error)}
     return {"frames": frames.numpy().tobytes(), "error": ""}
@@ -74,27 +87,24 @@ def decode(
 
 def decode_clips(
     sources: list[Source], video_processor: VLJEPAVideoProcessor, arguments: DataArguments
-) -> tuple[dict[Media, int], datasets.Dataset]:
-    """Decode every distinct media file once, with a progress bar and all cores.
+) -> tuple[dict[tuple[Media, bool], int], datasets.Dataset]:
+    """Decode every distinct clip once, with a progress bar and all cores.
 
     The result stays on disk, memory-mapped, under a name made from the files' identity and the
     processor's settings: a second run finds it, a changed file or setting makes a new one.
 
-    Returns: the number of each clip, and columns `frames` (bytes) and `error` ("" where it could
-        be read).
+    Returns: the number of each clip (see `clip_of`), and columns `frames` (bytes) and `error` (""
+        where it could be read).
     """
-    media = {media_of(row): "video" in row for source in sources for row in source.rows}
-    fingerprint = Hasher.hash(([identity(each) for each in media], video_processor.to_dict()))
-    clips = datasets.Dataset.from_dict({"number": range(len(media))})
+    wanted = list(dict.fromkeys(clip_of(row) for source in sources for row in source.rows))
+    identities = [(*identity(media), is_video) for media, is_video in wanted]
+    fingerprint = Hasher.hash((identities, video_processor.to_dict()))
+    clips = datasets.Dataset.from_dict({"number": range(len(wanted))})
     Path(arguments.cache_dir).mkdir(parents=True, exist_ok=True)
     decoded = clips.map(
         decode,
         input_columns="number",
-        fn_kwargs={
-            "media": list(media),
-            "are_videos": list(media.values()),
-            "video_processor": video_processor,
-        },
+        fn_kwargs={"wanted": wanted, "video_processor": video_processor},
         num_proc=min(arguments.num_workers, len(clips)),
         new_fingerprint=fingerprint,
         cache_file_name=str(Path(arguments.cache_dir) / f"clips-{fingerprint}.arrow"),
@@ -105,7 +115,7 @@ def decode_clips(
         ),
         desc="Reading clips",
     )
-    return {each: number for number, each in enumerate(media)}, decoded
+    return {clip: number for number, clip in enumerate(wanted)}, decoded
 
 
 def text_id(text: str) -> int:
@@ -153,11 +163,11 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         self,
         sources: list[Source | StreamedSource],
         video_processor: VLJEPAVideoProcessor,
-        clips: tuple[dict[Media, int], datasets.Dataset] | None = None,
+        clips: tuple[dict[tuple[Media, bool], int], datasets.Dataset] | None = None,
         features: FeatureStore | None = None,
     ):
         self.sources, self.video_processor, self.features = sources, video_processor, features
-        self.clip_of, self.clips = clips or ({}, None)
+        self.decoded, self.clips = clips or ({}, None)
         self.rows: list[dict] = []
         self.source_of: list[int] = []
         self.buckets: list[Bucket] = []
@@ -215,10 +225,10 @@ class ContrastiveDataset(torch.utils.data.Dataset):
 
     def frames(self, row: dict) -> torch.Tensor:
         """The clip `(T, 3, h, w)` of a row, uint8."""
-        media = media_of(row)
-        if media not in self.clip_of:
-            return read_frames(media, "video" in row, self.video_processor)
-        stored = self.clips[self.clip_of[media]]["frames"]
+        clip = clip_of(row)
+        if clip not in self.decoded:
+            return read_frames(*clip, self.video_processor)
+        stored = self.clips[self.decoded[clip]]["frames"]
         crop = self.video_processor.crop_size
         frames = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
         return frames.view(-1, 3, crop["height"], crop["width"])
@@ -282,11 +292,11 @@ def build_dataset(
     clips, errors = None, {}
     if features is not None:
         absent = [row for source in held for row in features.missing(source.rows)]
-        errors = {media_of(row): f"no features of it in {features.folder}" for row in absent}
+        errors = {clip_of(row): f"no features of it in {features.folder}" for row in absent}
     elif held and arguments.decode_once:
         clips = decode_clips(held, video_processor, arguments)
         errors = {
-            media: error for media, error in zip(clips[0], clips[1]["error"], strict=True) if error
+            clip: error for clip, error in zip(clips[0], clips[1]["error"], strict=True) if error
         }
     for source in held:
         set_aside(source, errors, arguments.max_bad_share)
@@ -296,16 +306,16 @@ def build_dataset(
     return dataset
 
 
-def set_aside(source: Source, errors: dict[Media, str], max_share: float) -> None:
-    """Count the rows of a source whose media could not be read among its bad ones."""
+def set_aside(source: Source, errors: dict[tuple[Media, bool], str], max_share: float) -> None:
+    """Count the rows of a source whose clip could not be read among its bad ones."""
     total = len(source.rows) + len(source.bad)
     name = source.arguments.name
     source.bad += [
-        BadRow(name, row["line"], errors[media_of(row)])
+        BadRow(name, row["line"], errors[clip_of(row)])
         for row in source.rows
-        if media_of(row) in errors
+        if clip_of(row) in errors
     ]
-    source.rows = [row for row in source.rows if media_of(row) not in errors]
+    source.rows = [row for row in source.rows if clip_of(row) not in errors]
     source.bad.sort(key=lambda row: row.line)
     try:
         source.report = bad_rows_report(source.bad, total, max_share)
