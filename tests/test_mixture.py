@@ -406,10 +406,49 @@ def test_broken_rows_are_replaced_and_named(spoilt, kind):
         assert batch == first + second and sorted(map(str, bad)) == sorted(map(str, some + others))
 
 
-def test_a_lane_without_a_good_row_stops(spoilt):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_broken_rows_one_after_the_other_are_replaced_too(spoilt, streaming):
+    """A lane has one row of each batch, and four of five are broken. What replaces them is the same
+    for every number of processes and workers, and after the run was resumed."""
+    good = {f"number {number}" for number in range(20) if number % 5 == 1}
+    for number in range(20):
+        if f"number {number}" not in good:
+            (spoilt / f"{number}.png").write_bytes(b"no picture")
+    write_rows(
+        spoilt / "rows.jsonl",
+        [{"image": f"{number}.png", "target": f"number {number}"} for number in range(20)],
+    )
+    rows = SourceArguments(rows=str(spoilt / "rows.jsonl"), streaming=streaming)
+    dataset = build(spoilt, [lambda folder: rows])
+    options = {"steps": 20, "lanes": 8}
+    one = batches(dataset, **options)
+    assert {len(batch) for batch, _ in one} == {8}
+    assert {text for batch, _ in one for text in batch} == good
+    assert sum(len(bad) for _, bad in one) == pytest.approx(0.8 * 160, abs=8)
+    two = [batches(dataset, rank=rank, world_size=2, **options) for rank in (0, 1)]
+    assert [batch for batch, _ in one] == [a + b for (a, _), (b, _) in zip(*two, strict=True)]
+
+    loader = DataLoader(
+        dataset, batch_sampler=sampler(dataset, **options), collate_fn=lambda x: x, num_workers=2
+    )
+    assert [[sample["target"] for sample in batch.samples] for batch in loader] == [
+        batch for batch, _ in one
+    ]
+    whole = sampler(dataset, **options)
+    list(whole)
+    resumed = sampler(dataset, start=7, positions=whole.position(7), **options)
+    rest = [dataset.__getitems__(step) for step in resumed if step is not None]
+    assert [[each["target"] for each in batch.samples] for batch in rest] == [
+        batch for batch, _ in one[7:]
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_source_without_a_good_row_stops(spoilt, streaming):
     rows = write_rows(spoilt / "bad.jsonl", [{"image": "0.png", "target": "a"}] * 4)
-    dataset = build(spoilt, [lambda folder: SourceArguments(rows=str(rows))])
-    with pytest.raises(RecipeError, match="bad.jsonl: no row of a lane's part"):
+    arguments = SourceArguments(rows=str(rows), streaming=streaming)
+    dataset = build(spoilt, [lambda folder: arguments])
+    with pytest.raises(RecipeError, match="bad.jsonl: no row of a lane's part(.|\n)*0.png: not an"):
         dataset.__getitems__(next(iter(sampler(dataset))))
 
 

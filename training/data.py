@@ -12,7 +12,9 @@ Nothing here knows where rows come from.
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -28,7 +30,7 @@ from processing.video_processing_vljepa import VLJEPAVideoProcessor
 
 from .arguments import DataArguments, RecipeError
 from .mixture import VISIT, Bucket, Step
-from .sources import Source, StreamedSource
+from .sources import RESERVE, Source, StreamedSource
 from .streams import bad_row
 
 
@@ -235,10 +237,10 @@ class ContrastiveDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, step: Step) -> Batch:
         """A process's share of a step. A row whose media cannot be read is replaced by the next
-        one of its lane that can.
+        one of its lane that can, or else by one of the source's reserve.
 
         Raises:
-            RecipeError: no row of a lane can.
+            RecipeError: no row of these can.
         """
         samples, bad = [], list(step.bad)
         for lane, rows, spare in zip(step.lanes, step.rows, step.spares, strict=True):
@@ -261,14 +263,34 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         return self.sample(row, step.source, (lane, *row["visit"]), alone=-1 - lane - 2**20 * place)
 
     def spare(self, step: Step, lane: int, row: int | dict, bad: list[BadRow]) -> dict:
-        try:
-            return self.sample_of(step, lane, 2**20, row)
-        except MediaError as error:
-            few = "".join(f"\n  {each}" for each in [*bad[-20:], error])
-            name = self.sources[step.source].arguments.name
-            raise RecipeError(
-                f"{name}: no row of a lane's part of a step is usable.{few}"
-            ) from error
+        for each in chain([row], self.reserve(step, lane, row)):
+            try:
+                return self.sample_of(step, lane, 2**20, each)
+            except MediaError as error:
+                last = error
+        few = "".join(f"\n  {each}" for each in [*bad[-20:], last])
+        name = self.sources[step.source].arguments.name
+        raise RecipeError(
+            f"{name}: no row of a lane's part of a step is usable, nor is another one.{few}"
+        ) from last
+
+    def reserve(self, step: Step, lane: int, row: int | dict) -> Iterator[int | dict]:
+        """Rows of a source for a lane whose next ones are all broken. They depend on these alone,
+        so they are the same on every process; they count as broken when it is their own turn."""
+        if isinstance(row, dict):
+            rows, seed = self.sources[step.source].reserve, (lane, *row["visit"])
+            order = np.random.default_rng(seed).permutation(len(rows))
+            yield from ({**rows[place], "visit": row["visit"]} for place in order)
+        else:
+            rows = next(each.rows for each in self.buckets if self.is_of(row, each))
+            yield from np.random.default_rng(row).choice(rows, RESERVE).tolist()
+
+    def is_of(self, row: int, bucket: Bucket) -> bool:
+        """Whether a row that is held is from this bucket."""
+        row %= VISIT
+        if bucket.rows is None or bucket.source != self.source_of[row]:
+            return False
+        return ("video" in self.rows[row]) == ("video" in self.rows[bucket.rows[0]])
 
     def bad_row(self, step: Step, row: int | dict, error: MediaError) -> BadRow:
         row = self.rows[row % VISIT] if isinstance(row, int) else row
