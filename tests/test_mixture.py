@@ -80,7 +80,7 @@ def streamed(folder: Path, **changes) -> SourceArguments:
 
 def webdataset(folder: Path, **changes) -> SourceArguments:
     keys = {"data_files": str(folder / "*.tar"), "columns": WDS_COLUMNS, "shuffle_rows": 16}
-    return SourceArguments(dataset="webdataset", streaming=True, **{**keys, **changes})
+    return SourceArguments(dataset="webdataset", **{"streaming": True, **keys, **changes})
 
 
 def parquet(folder: Path, streaming: bool = True, **changes) -> SourceArguments:
@@ -318,6 +318,30 @@ def test_classes_are_called_by_their_names(tmp_path):
         assert [row["image"] for row in rows] == [f"pictures/{number}.png" for number in range(3)]
 
 
+def test_examples_without_a_class(tmp_path):
+    """Test splits have -1 for it. Where it is the target there is no row, as of any null."""
+    label = datasets.ClassLabel(names=["a cat", "a dog"])
+    features = datasets.Features(file=datasets.Value("string"), label=label)
+    table = {"file": ["0.png", "1.png", "2.png", "3.png"], "label": [1, -1, None, 0]}
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "labels.parquet")
+    keys = {"dataset": "parquet", "data_files": str(tmp_path / "labels.parquet")}
+
+    def read(streaming: bool, **columns: str) -> tuple[list[str], list[str]]:
+        source = read_source(SourceArguments(**keys, streaming=streaming, columns=columns))
+        if streaming:
+            rows, bad = source.blocks(0, 1, seed=0).read()
+        else:
+            rows, bad = source.rows, source.bad
+        return [row["target"] for row in rows], [row.reason for row in bad]
+
+    for streaming in (False, True):
+        assert read(streaming, image="file", target="file") == (table["file"], [])
+        assert read(streaming, image="file", target="label") == (["a dog", "a cat"], [])
+        texts, reasons = read(streaming, image="file", target="file", query="is it {label} ?")
+        assert texts == ["0.png", "3.png"]
+        assert len(reasons) == 2 and all("is null" in reason for reason in reasons)
+
+
 def test_a_bad_row_of_an_example_is_not_all_of_it(tmp_path):
     table = {"file": ["0.png"], "texts": [["a cat", " ", "a pet"]]}
     pq.write_table(pa.table(table), tmp_path / "some.parquet")
@@ -450,6 +474,73 @@ def test_a_source_without_a_good_row_stops(spoilt, streaming):
     dataset = build(spoilt, [lambda folder: arguments])
     with pytest.raises(RecipeError, match="bad.jsonl: no row of a lane's part(.|\n)*0.png: not an"):
         dataset.__getitems__(next(iter(sampler(dataset))))
+
+
+def spoil(path: Path, kind: str) -> None:
+    """Break the ninth of a shard's fifteen examples, or cut the file off there."""
+    with tarfile.open(path) as tar:
+        members = [(each, tar.extractfile(each).read()) for each in tar.getmembers()]
+    place, extra = 17, tarfile.TarInfo(f"{members[17][0].name.split('.')[0]}.{kind}")
+    content = {"json": b"{oops", "npy": b"1", "txt": b"\xff\xfe\xff"}.get(kind)
+    with tarfile.open(path, "w") as tar:
+        for number, (member, old) in enumerate(members):
+            if number == place and kind == "txt":
+                old, member.size = content, len(content)
+            tar.addfile(member, io.BytesIO(old))
+            if number == place and kind in ("json", "npy"):
+                extra.size = len(content)
+                tar.addfile(extra, io.BytesIO(content))
+    if kind == "cut":
+        with tarfile.open(path) as tar:
+            end = tar.getmembers()[place - 1].offset_data
+        path.write_bytes(path.read_bytes()[: end + 600])
+
+
+@pytest.fixture(params=["json", "npy", "txt", "cut"])
+def spoilt_shards(folder, tmp_path, request) -> Path:
+    for shard in range(SHARDS):
+        (tmp_path / f"{shard}.tar").write_bytes((folder / f"{shard}.tar").read_bytes())
+    spoil(tmp_path / "2.tar", request.param)
+    return tmp_path
+
+
+@pytest.mark.parametrize("lanes", [2, 8])
+def test_a_shard_ends_where_it_breaks(spoilt_shards, lanes):
+    """What it holds before is read, what other shards hold as well, and the place is named."""
+    source = read_source(webdataset(spoilt_shards))
+    found, broken = Counter(), []
+    for number in range(lanes):
+        blocks = source.blocks(number, lanes, seed=3)
+        while blocks.epoch == 0:
+            rows, bad = blocks.read()
+            broken += bad
+            found.update(row["target"] for row in rows)
+    lost = set(range(2 + 8 * SHARDS, 60, SHARDS))
+    if lanes == 8:  # each reads of all shards, one after the other, from eight examples at a time
+        lost = set(range(2 + 2 * SHARDS, 60, SHARDS)) | set(range(3, 60, SHARDS))
+    assert found == Counter(f"number {n}" for n in range(60) if n not in lost)
+    assert len(broken) == (1 if lanes == 2 else 8)
+    left = "the rest of shard 3 of 4" if lanes == 2 else "all that this lane had left of the epoch"
+    assert all(f"cannot be read, and {left} is lost (" in row.reason for row in broken)
+    if lanes == 2:
+        assert broken[0].line == 9
+
+
+def test_broken_shards_leave_the_sequence_as_it_is(spoilt_shards):
+    """On every number of processes, and in a run that is resumed."""
+    dataset = build(spoilt_shards, [webdataset])
+    whole = sampler(dataset)
+    one = sets_of(dataset, whole)
+    ranks = [sampler(dataset, rank=rank, world_size=2) for rank in (0, 1)]
+    assert sets_of(dataset, *ranks) == one
+    for done in (3, 8):
+        resumed = sampler(dataset, start=done, positions=whole.position(done))
+        assert sets_of(dataset, resumed) == one[done:]
+
+
+def test_a_held_dataset_with_a_broken_member_says_what_broke(spoilt_shards):
+    with pytest.raises(RecipeError, match="generating the dataset.*(Error|NotSupported).*\\("):
+        read_source(webdataset(spoilt_shards, streaming=False))
 
 
 def test_an_epoch_without_a_good_row_stops(spoilt):

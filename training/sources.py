@@ -120,7 +120,7 @@ class ExampleReader:
         Raises:
             RecipeError: a column of the mapping is not there.
         """
-        names = {name: label.int2str(example[name]) for name, label in self.labels.items()}
+        names = {name: class_name(label, example[name]) for name, label in self.labels.items()}
         try:
             rows = self.columns.rows({**example, **names})
         except ColumnError as error:
@@ -141,6 +141,11 @@ class ExampleReader:
         if self.folder is None or not isinstance(row[media], str):
             return row
         return {**row, media: os.path.join(self.folder, row[media])}
+
+
+def class_name(label: datasets.ClassLabel, number: int | None) -> str | None:
+    """Of an example without a class, whose number is null or -1 as in many a test split, `None`."""
+    return None if number is None or number < 0 else label.int2str(number)
 
 
 def with_query(rows: list[dict], arguments: SourceArguments) -> list[dict]:
@@ -190,9 +195,10 @@ def load_dataset(arguments: SourceArguments) -> datasets.Dataset | datasets.Iter
             revision=arguments.revision,
             streaming=arguments.streaming,
         )
-    # It raises what its builders, fsspec and the Hub do.
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise RecipeError(f"data.sources: {arguments.name}: {error}") from error
+    # It raises what its builders, fsspec and the Hub do. What a builder raised is the cause.
+    except Exception as error:
+        cause = "" if error.__cause__ is None else f" ({error.__cause__!r})"
+        raise RecipeError(f"data.sources: {arguments.name}: {error}{cause}") from error
     return dataset
 
 

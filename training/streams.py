@@ -147,6 +147,9 @@ class DatasetBlocks(Blocks):
     Its shards are read one by one, in a new random order in every epoch, and dealt to the lanes in
     turn. Where there are fewer shards than lanes, a lane takes every so many-th example of all.
 
+    A file that breaks off, or a member of it that cannot be read, ends its shard: `datasets` reads
+    nothing behind such a place.
+
     Args:
         samples_of: an example to its rows, and what of it is none.
     """
@@ -172,11 +175,12 @@ class DatasetBlocks(Blocks):
         """Go to this lane's shard of a turn, or to a place within."""
         shards = self.dataset.num_shards
         if shards < self.lanes:
-            self.epoch = turn
+            self.epoch, self.left = turn, "all that this lane had left of the epoch"
             self.part = split_dataset_by_node(self.dataset, self.lane, self.lanes)
         else:
             self.epoch, place = divmod(turn * self.lanes + self.lane, shards)
             shard = int(chunk_order(shards, self.seed, self.epoch)[place])
+            self.left = f"the rest of shard {shard + 1} of {shards}"
             self.part = self.dataset.shard(shards, shard)
         if state is not None:
             self.part.load_state_dict(state)
@@ -195,6 +199,16 @@ class DatasetBlocks(Blocks):
             try:
                 example = next(self.examples)
             except StopIteration:
+                self.begin(self.turn + 1)
+                return rows, bad
+            except (ConnectionError, TimeoutError):
+                raise  # that is no fault of the file: go on from the last checkpoint
+            # Readers of files raise what they like; whatever it is, it is named.
+            except Exception as error:
+                reason = (
+                    f"cannot be read, and {self.left} is lost ({type(error).__name__}: {error})"
+                )
+                bad.append(BadRow(self.name, self.number + 1, reason))
                 self.begin(self.turn + 1)
                 return rows, bad
             self.number += 1
