@@ -259,6 +259,25 @@ def test_lines_belong_to_the_chunk_in_which_they_begin(tmp_path):
         assert found == texts
 
 
+@pytest.mark.parametrize("kind", [streamed, webdataset, parquet])
+def test_some_rows_of_a_stream_are_each_there_once(folder, kind):
+    texts = Counter(f"number {number}" for number in range(60))
+    if kind is parquet:
+        texts += Counter(f"nr. {number}" for number in range(60))
+    for shuffle_rows in (16, 10_000):
+        source = read_source(kind(folder, shuffle_rows=shuffle_rows))
+        assert Counter(row["target"] for row in source.some_rows()) == texts
+        assert source.some_rows(5) == source.some_rows()[:5]
+
+
+def test_empty_files_among_others_of_a_stream(folder, tmp_path):
+    rows = [{"image": str(folder / f"{number}.png"), "target": str(number)} for number in range(6)]
+    for number, some in enumerate(([], rows[:4], [], rows[4:], [])):
+        write_rows(tmp_path / f"{number}.jsonl", some)
+    source = read_source(SourceArguments(rows=str(tmp_path / "*.jsonl"), streaming=True))
+    assert sorted(row["target"] for row in source.some_rows()) == list("012345")
+
+
 def test_epochs_differ_in_their_order(folder):
     for kind in (streamed, webdataset, parquet):
         source = read_source(kind(folder, shuffle_rows=10))
@@ -394,7 +413,12 @@ def spoilt(folder, tmp_path) -> Path:
     for number in range(20):
         content = b"no picture" if number % 5 == 0 else picture(number)
         (tmp_path / f"{number}.png").write_bytes(content)
-        lines.append(json.dumps({"image": f"{number}.png", "target": f"number {number}"}))
+        row = {
+            "image": f"{number}.png",
+            "target": f"number {number}",
+            "file": "a column of one's own",
+        }
+        lines.append(json.dumps(row))
     lines[7:7] = ["{oops", '{"image": "0.png"}', '{"video": "1.mp4", "target": "a"}']
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     return tmp_path

@@ -78,16 +78,17 @@ class StreamedSource:
         return Lane(blocks, self.kind, (seed, lane), self.arguments.query)
 
     def some_rows(self, limit: int = SOME_ROWS) -> list[dict]:
-        """Rows from the beginning of the first epoch.
+        """Rows from the beginning of the first epoch, none of them twice.
 
         Raises:
             RecipeError: there is none.
         """
-        blocks = self.blocks(lane=0, lanes=1, seed=0)
         rows, bad = [], []
-        while len(rows) < limit and blocks.epoch == 0:
-            more, worse = blocks.read()
-            rows, bad = rows + more, bad + worse
+        for more, worse in self.blocks(lane=0, lanes=1, seed=0).first_epoch():
+            rows += more
+            bad += worse
+            if len(rows) >= limit:
+                break
         if not rows:
             report = bad_rows_report(bad, len(bad), max_share=1.0)
             raise RecipeError(f"{self.arguments.name}: no row is usable. {report}")

@@ -25,6 +25,7 @@ from .arguments import RecipeError
 
 MIB = 2**20
 CHUNKS = 8  # of a JSONL file in a block: more of them mix better, and are more places to read
+FILE = "_streamed_from"  # key of the file that a row is from, beside the columns that it has there
 
 
 class Blocks:
@@ -46,6 +47,11 @@ class Blocks:
     def seek(self, position: Any) -> None:
         raise NotImplementedError
 
+    def first_epoch(self) -> Iterator[tuple[list[dict], list[BadRow]]]:
+        """What the lane has in the first epoch, once; asked before anything is read."""
+        while self.epoch == 0:
+            yield self.read()
+
 
 @cache
 def chunk_order(chunks: int, seed: int, epoch: int) -> np.ndarray:
@@ -61,14 +67,15 @@ class JSONLBlocks(Blocks):
     """
 
     def __init__(self, paths: list[Path], lane: int, lanes: int, rows: int, seed: int):
-        self.paths, self.lane, self.lanes, self.seed = paths, lane, lanes, seed
+        self.paths = [path for path in paths if path.stat().st_size]
+        self.lane, self.lanes, self.seed = lane, lanes, seed
         self.name = str(paths[0])
-        self.ends = np.cumsum([path.stat().st_size for path in paths])
-        if not self.ends[-1]:
+        if not self.paths:
             raise RecipeError(
                 f"{self.name}: the file holds no row. Write one JSON object per line."
             )
-        with open(paths[0], "rb") as file:
+        self.ends = np.cumsum([path.stat().st_size for path in self.paths])
+        with open(self.paths[0], "rb") as file:
             head = file.read(2**16)
         row_bytes = len(head) / max(head.count(b"\n"), 1)
         self.size = int(max(rows / CHUNKS, 2) * row_bytes)
@@ -88,17 +95,29 @@ class JSONLBlocks(Blocks):
     def read(self) -> tuple[list[dict], list[BadRow]]:
         rows, bad = [], []
         for number in range(CHUNKS * self.block, CHUNKS * (self.block + 1)):
-            epoch, turn = divmod(number * self.lanes + self.lane, self.chunks)
-            chunk = int(chunk_order(self.chunks, self.seed, epoch)[turn])
-            for path, place, line in self.lines(chunk * self.size, (chunk + 1) * self.size):
-                if not line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    continue
-                try:
-                    parsed = parse_line(line, path.parent, where=(str(path), place))
-                    rows += [{**row, "file": str(path)} for row in parsed]
-                except RowError as error:
-                    bad.append(BadRow(str(path), line_number(path, place), str(error)))
+            more, worse = self.read_chunk(number)
+            rows += more
+            bad += worse
         self.block += 1
+        return rows, bad
+
+    def first_epoch(self) -> Iterator[tuple[list[dict], list[BadRow]]]:
+        """By chunks: the last of its blocks goes on into the next epoch."""
+        yield from map(self.read_chunk, range(-(-(self.chunks - self.lane) // self.lanes)))
+
+    def read_chunk(self, number: int) -> tuple[list[dict], list[BadRow]]:
+        """The lane's chunk of this number, counted from the first epoch's first."""
+        epoch, turn = divmod(number * self.lanes + self.lane, self.chunks)
+        chunk = int(chunk_order(self.chunks, self.seed, epoch)[turn])
+        rows, bad = [], []
+        for path, place, line in self.lines(chunk * self.size, (chunk + 1) * self.size):
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
+                continue
+            try:
+                parsed = parse_line(line, path.parent, where=(str(path), place))
+                rows += [{**row, FILE: str(path)} for row in parsed]
+            except RowError as error:
+                bad.append(BadRow(str(path), line_number(path, place), str(error)))
         return rows, bad
 
     def lines(self, start: int, end: int) -> Iterator[tuple[Path, int, bytes]]:
@@ -136,8 +155,8 @@ def line_number(path: Path, place: int) -> int:
 def bad_row(row: dict, name: str, reason: str) -> BadRow:
     """A row that turned out to be none; one of a streamed JSONL file has a place there, and its
     line is counted now."""
-    if "file" in row:
-        return BadRow(row["file"], line_number(Path(row["file"]), row["line"]), reason)
+    if FILE in row:
+        return BadRow(row[FILE], line_number(Path(row[FILE]), row["line"]), reason)
     return BadRow(name, row["line"], reason)
 
 
