@@ -12,6 +12,7 @@
 | `start`, `end` | seconds of a video, where the sample is a part of it                         |
 | `negatives`  | a list of texts that are wrong here though they come close; may be left out    |
 | `group_id`   | equal for samples whose targets are interchangeable; may be left out           |
+| `previous`   | the text of the segment before, for a decoder that reads it; may be left out   |
 
 Other columns are handed on as they are. docs/data.md has the other ways to bring data.
 """
@@ -19,6 +20,7 @@ Other columns are handed on as they are. docs/data.md has the other ways to brin
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,17 @@ from .video_io import Excerpt
 
 Media = str | bytes | Excerpt
 
-_FIELDS = ("video", "image", "query", "target", "negatives", "start", "end", "group_id")
+_FIELDS = (
+    "video",
+    "image",
+    "query",
+    "target",
+    "negatives",
+    "start",
+    "end",
+    "group_id",
+    "previous",
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,8 @@ def parse_line(line: bytes, folder: Path, where: tuple[str, int]) -> list[dict]:
         raise RowError(f"not valid JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise RowError("not valid JSON (nested too deep)") from error
+    except ValueError as error:
+        raise RowError(f"not valid JSON ({error})") from error  # a number of too many digits
     if not isinstance(row, dict):
         raise RowError(f"not a JSON object but a {type(row).__name__}")
     return samples_of(row, where, folder)
@@ -130,6 +144,8 @@ def samples_of(row: dict, where: tuple[str, int], folder: Path | None = None) ->
         for name in ("video", "image"):
             _check_text(row, name)
     _check_text(row, "query")
+    _check_text(row, "previous")
+    _check_whole(str(row.get("group_id")), "group_id")
     _check_times(row)
     targets = row["target"] if isinstance(row.get("target"), list) else [row.get("target")]
     if not targets:
@@ -152,6 +168,17 @@ def samples_of(row: dict, where: tuple[str, int], folder: Path | None = None) ->
 def _check_text(row: dict, name: str) -> None:
     if name in row and not isinstance(row[name], str):
         raise RowError(f"{name} is not a string but a {type(row[name]).__name__}")
+    if name in row:
+        _check_whole(row[name], name)
+
+
+def _check_whole(text: str, name: str) -> None:
+    """Refuse half of a character, as JSON has it of a text that was cut within an emoji."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise RowError(f"{name} holds half a character, {half}: cut it between two") from error
 
 
 def _check_target(row: dict) -> None:
@@ -172,9 +199,9 @@ def _check_times(row: dict) -> None:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not math.isfinite(value)
+            or not abs(value) <= sys.float_info.max  # a whole number may be larger; NaN is not less
         ):
-            raise RowError(f"{name} is no number of seconds but {value!r}")
+            raise RowError(f"{name} is no number of seconds but {value!r:.40}")
     if given and "image" in row:
         raise RowError(f"{given[0]} is given, but an image has no times")
     if row.get("start", 0) < 0 or row.get("start", 0) >= row.get("end", math.inf):
@@ -190,6 +217,8 @@ def _check_negatives(row: dict) -> None:
         raise RowError("negatives is not a list of texts")
     if row["target"] in negatives:
         raise RowError("negatives hold the target itself")
+    for text in negatives:
+        _check_whole(text, "negatives")
 
 
 __all__ = [

@@ -31,7 +31,8 @@ def test_good_rows(folder):
         "",
         {"image": "b.png", "video": None, "query": None, "target": " t ", "group_id": [3]},
         "  \r",
-        {"image": str(folder / "b.png"), "target": "x", "line": 99},
+        {"image": str(folder / "b.png"), "target": "x", "line": 99, "previous": None},
+        {"image": "b.png", "target": "\U0001f6b2", "group_id": "\U0001f6b2", "previous": "y"},
     )
     rows, bad = read_rows(path)
     assert bad == []
@@ -40,6 +41,14 @@ def test_good_rows(folder):
         {"line": 1, "video": video, "query": "What?", "target": "café"},
         {"line": 3, "image": image, "query": "", "target": " t ", "group_id": [3]},
         {"line": 5, "image": image, "query": "", "target": "x"},
+        {
+            "line": 6,
+            "image": image,
+            "query": "",
+            "target": "\U0001f6b2",
+            "group_id": "\U0001f6b2",
+            "previous": "y",
+        },
     ]
 
 
@@ -70,6 +79,18 @@ def test_good_rows(folder):
         ({"image": "b.png", "target": []}, "target is empty"),
         ({"image": "b.png", "target": ["x", 3]}, "target is not a string but a int"),
         ("[" * 100000, "not valid JSON"),
+        (b'{"image": "b.png", "target": "x", "n": %s}' % (b"1" * 5000), "not valid JSON (Exceeds"),
+        (
+            b'{"video": "clips/a.mp4", "target": "x", "start": %s}' % (b"1" * 400),
+            "start is no number of seconds but 111",
+        ),
+        # json.dumps writes the half of a character that a careless cut leaves as an escape.
+        ({"image": "b.png", "target": "cut \ud83d"}, "target holds half a character, '\\ud83d': "),
+        ({"image": "b.png", "target": "x", "query": "\udc00"}, "query holds half a character"),
+        ({"image": "\udc00.png", "target": "x"}, "image holds half a character"),
+        ({"image": "b.png", "target": "x", "negatives": ["\udc00"]}, "negatives holds half"),
+        ({"image": "b.png", "target": "x", "group_id": "\udc00"}, "group_id holds half"),
+        ({"image": "b.png", "target": "x", "previous": 3}, "previous is not a string but a int"),
         ({"image": "b.png"}, "target is missing"),
         ({"image": "b.png", "target": None}, "target is missing"),
         ({"image": "b.png", "target": " \n"}, "target is empty"),
