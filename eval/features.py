@@ -70,6 +70,17 @@ def made_with(model: VLJEPAModel, processor: VLJEPAVideoProcessor, num_frames: i
     return json.loads(json.dumps(facts))
 
 
+def read_facts(path: Path) -> dict:
+    """
+    Raises:
+        FeatureError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise FeatureError(f"{path}: damaged ({error}). {cure(path.parent)}") from error
+
+
 def differences(there: dict, here: dict, where: str = "") -> list[str]:
     """What two dictionaries of facts do not have in common, one sentence each."""
     found = []
@@ -109,16 +120,20 @@ def key_number(key: str) -> int:
 
 
 def stamp(media: str | bytes) -> list[int]:
-    """Size and time of a file, or of all in a folder, which change when it does; of one that is
-    gone, -1."""
+    """Size and time of a file, which change when it does; of a folder, a hash of its files' names,
+    sizes and times, and the latest time; of what is gone, -1."""
     if isinstance(media, bytes):
         return [len(media), 0]
     try:
-        paths = list(Path(media).iterdir()) if os.path.isdir(media) else [media]
-        found = [os.stat(path) for path in paths]
+        if not os.path.isdir(media):
+            found = os.stat(media)
+            return [found.st_size, found.st_mtime_ns]
+        files = [(path.name, path.stat()) for path in sorted(Path(media).iterdir())]
     except OSError:
         return [-1, -1]
-    return [sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=0)]
+    # Frames that change places keep their sizes and times, under other names.
+    facts = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
+    return [key_number(repr(facts)), max((time for _, _, time in facts), default=0)]
 
 
 # -- int8 ------------------------------------------------------------------------------------
@@ -181,7 +196,7 @@ class FeatureStore:
         folder = Path(folder)
         if not (folder / FACTS).is_file():
             raise FeatureError(f"{folder}: there is no complete feature store. {cure(folder)}")
-        facts = json.loads((folder / FACTS).read_text())
+        facts = read_facts(folder / FACTS)
         wanted = made_with(model, video_processor, num_frames or video_processor.num_frames)
         if found := differences(facts["made_with"], wanted):
             raise FeatureError(

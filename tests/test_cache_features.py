@@ -225,6 +225,7 @@ def test_another_plan_is_not_mixed_in(recipe, whole, tmp_path):
     for options, name in (
         (["--dtype", "int8"], "dtype is bfloat16 there and int8 here"),
         (["--batch-size", "2"], "batch_size is 32 there and 2 here"),
+        (["training.precision=bf16"], "precision is fp32 there and bf16 here"),
         (["training.seed=5"], "the X-Encoder has other weights"),
         (["processor.num_frames=8"], "num_frames is 4 there and 8 here"),
     ):

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from eval import features as reading
 from eval.embed import predict_rows
 from eval.evaluate import main as evaluate
-from eval.features import FeatureError, FeatureStore, from_int8, media_key, to_int8
+from eval.features import FeatureError, FeatureStore, from_int8, media_key, stamp, to_int8
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from tests.tiny import tiny_model, tiny_processor, tiny_recipe, tiny_rows, write_rows
@@ -285,6 +286,16 @@ def test_a_store_without_index_is_none(store, model, processor, tmp_path):
         FeatureStore.open(tmp_path / "half", model, processor.video_processor)
 
 
+def test_a_damaged_index_is_named(store, model, processor, tmp_path):
+    shutil.copytree(store.folder, tmp_path / "cut")
+    for name in ("index.json", "plan.json"):
+        (tmp_path / "cut" / name).write_text("{")
+    with pytest.raises(FeatureError, match="cut/index.json: damaged .*Delete the folder"):
+        FeatureStore.open(tmp_path / "cut", model, processor.video_processor)
+    with pytest.raises(FeatureError, match="cut/plan.json: damaged .*Delete the folder"):
+        begin(tmp_path / "cut", {})
+
+
 def test_clips_that_are_not_there_are_named_and_counted(store, dataset, tmp_path):
     store.check(dataset.rows)
     assert store.missing(dataset.rows) == []
@@ -317,6 +328,22 @@ def test_a_changed_or_lost_file_is_stale(store, dataset):
         store.check(dataset.rows)
     path.with_name("elsewhere").rename(path)
     assert len(store[row]) == 4
+
+
+def test_frames_that_change_places_are_another_clip(tmp_path):
+    for number, colour in enumerate((10, 90, 170, 250)):
+        Image.new("RGB", (40, 40), (colour,) * 3).save(tmp_path / f"{number}.bmp")
+        os.utime(tmp_path / f"{number}.bmp", ns=(number, number))
+    before = stamp(str(tmp_path))
+    assert stamp(str(tmp_path)) == before
+    for one, other in (("0.bmp", "x.bmp"), ("3.bmp", "0.bmp"), ("x.bmp", "3.bmp")):
+        (tmp_path / one).rename(tmp_path / other)
+    assert len({path.stat().st_size for path in tmp_path.iterdir()}) == 1
+    assert stamp(str(tmp_path)) != before
+    # Of a file, and of what is gone, it is as it was: stores of these stay.
+    found = (tmp_path / "0.bmp").stat()
+    assert stamp(str(tmp_path / "0.bmp")) == [found.st_size, found.st_mtime_ns]
+    assert stamp(str(tmp_path / "gone")) == [-1, -1]
 
 
 # -- training --------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ The same command goes on with what a killed run has left; docs/features.md says 
 """
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval.features import FACTS, FeatureError, made_with
+from eval.features import FACTS, FeatureError, made_with, read_facts
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 
@@ -169,12 +168,12 @@ def main(argv: list[str] | None = None) -> None:
     # 2. A new store, or one to go on with
     clips = distinct_clips(dataset.rows)
     facts = made_with(model, video, video.num_frames)
-    plan = make_plan(dataset.rows, clips, facts, dtype, batch_size)
+    plan = make_plan(dataset.rows, clips, facts, dtype, batch_size, args.bf16)
     with args.main_process_first(local=False, desc="finding the folder"):
         begin(folder, plan)
     if (folder / FACTS).is_file():
         if is_first:
-            print(f"complete already. {report(folder, json.loads((folder / FACTS).read_text()))}")
+            print(f"complete already. {report(folder, read_facts(folder / FACTS))}")
         return
 
     # 3. How large, and how long

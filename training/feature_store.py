@@ -32,6 +32,7 @@ from eval.features import (
     key_number,
     media_key,
     media_path,
+    read_facts,
     shard_path,
     stamp,
     to_int8,
@@ -152,9 +153,19 @@ def cut_into_shards(
 
 
 def make_plan(
-    rows: list[dict], clips: dict[str, list[int]], facts: dict, dtype: str, batch_size: int
+    rows: list[dict],
+    clips: dict[str, list[int]],
+    facts: dict,
+    dtype: str,
+    batch_size: int,
+    bf16: bool = False,
 ) -> dict:
-    """What two runs must have in common for both to write the same store."""
+    """What two runs must have in common for both to write the same store.
+
+    Args:
+        dtype: of what is written.
+        bf16: compute in bf16.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for row in (rows[index] for indices in clips.values() for index in indices):
         digest.update(f"{media_key(row)} {stamp(media_path(row))} ".encode())
@@ -163,6 +174,7 @@ def make_plan(
         "made_with": facts,
         "dtype": dtype,
         "batch_size": batch_size,
+        "precision": "bf16" if bf16 else "fp32",
         "media": f"{count} clips ({digest.hexdigest()})",
     }
 
@@ -196,7 +208,7 @@ def begin(folder: Path, plan: dict) -> None:
         if any(folder.iterdir()):
             raise FeatureError(f"{folder}: there are other files in it. Give an empty folder.")
         put(folder / PLAN, json.dumps(plan, indent=2))
-    if found := differences(json.loads((folder / PLAN).read_text()), plan):
+    if found := differences(read_facts(folder / PLAN), plan):
         raise FeatureError(
             f"{folder}: begun for something else: {'; '.join(found)}. Delete the folder, or give "
             "another one."
