@@ -4,7 +4,9 @@ import io
 import itertools
 import math
 import re
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,51 @@ def test_of_a_stream_the_first_rows_are_shown(folder, capsys):
     assert page.count('class="card"') == 1
 
 
+def test_odd_rows_are_on_the_page_too(folder, capsys):
+    """An image that unpacks to gigabytes, a part that ends long after the video does, and a folder
+    of frames with a file that a desktop left there. The overrides may stand behind the options."""
+    content = (folder / "wide.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 40_000, 40_000) + content[24:29]
+    check = struct.pack(">I", zlib.crc32(header))
+    (folder / "bomb.png").write_bytes(content[:12] + header + check + content[33:])
+    (folder / "frames").mkdir()
+    (folder / "frames" / ".DS_Store").write_bytes(b"Bud1")
+    for number in range(3):
+        Image.fromarray(noise(8, 10, 3)).save(folder / "frames" / f"{number}.png")
+    rows = [
+        {"image": "bomb.png", "target": "a"},
+        {"video": "wide.mp4", "end": 1e308, "target": "b"},
+        {"video": "frames", "target": "c"},
+    ]
+    write_rows(folder / "odd.jsonl", rows)
+    output = ["--output", str(folder / "odd.html")]
+    main([str(folder / "recipe.yaml"), *output, f"data.sources=[{{rows: {folder}/odd.jsonl}}]"])
+    # The bomb's header, and twice a sample.
+    assert "3 unreadable files of 3 rows" in capsys.readouterr().out
+    page = (folder / "odd.html").read_text()
+    assert "bomb.png: " in page and "decompression bomb" in page
+    assert "wide.mp4: has no part from 0 to 1e+308 seconds" in page
+    assert page.count('class="card"') == 1
+    assert ".DS_Store" not in page
+
+
+@pytest.mark.parametrize("option", ["--limit", "--samples"])
+@pytest.mark.parametrize("number", ["0", "-1", "few"])
+def test_numbers_that_are_none_are_refused(folder, option, number, capsys):
+    with pytest.raises(SystemExit):
+        main([str(folder / "recipe.yaml"), "--output", "page.html", f"{option}={number}"])
+    assert f"{option}: {number} is no number of rows; give 1 or more" in capsys.readouterr().err
+
+
+def test_of_a_small_stream_every_row_is_shown_once(folder, capsys):
+    rows = [{"image": "wide.png", "target": text} for text in "abcdefgh"]
+    write_rows(folder / "small.jsonl", rows)
+    source = f"data.sources=[{{rows: {folder}/small.jsonl, streaming: true}}]"
+    main([str(folder / "recipe.yaml"), source, "--output", str(folder / "small.html")])
+    printed = capsys.readouterr().out
+    assert "8 rows of 1 media, 8 targets" in printed and "0 repeated rows" in printed
+
+
 # -- samples as the model sees them -------------------------------------------------------------
 
 
@@ -227,6 +274,8 @@ def test_headers(folder, tmp_path):
     assert clip_seconds(video, header) == header.seconds
     assert clip_seconds(video | {"start": 0.1, "end": 0.35}, header) == pytest.approx(0.25)
     assert clip_seconds(video | {"start": 0.5}, header) == pytest.approx(0.1)
+    assert clip_seconds(video | {"start": 0.5, "end": 1e308}, header) == pytest.approx(0.1)
+    assert clip_seconds(video | {"start": 5, "end": 6}, header) == 0
     matroska = read_header({"video": str(folder / "tall.mkv")})
     assert matroska.frames is None  # it does not say
     assert matroska.seconds == pytest.approx(0.9)
@@ -235,8 +284,10 @@ def test_headers(folder, tmp_path):
     assert read_header({"image": str(folder / "tall.jpg")}).width == 50
     for number in range(3):
         Image.fromarray(noise(8, 10, 3)).save(tmp_path / f"{number}.png")
+    (tmp_path / ".DS_Store").touch()
     frames = read_header({"video": str(tmp_path)})
     assert (frames.width, frames.height, frames.frames, frames.seconds) == (10, 8, 3, None)
+    assert clip_seconds({"video": str(tmp_path), "end": 2}, frames) is None
     for broken in (folder / "broken.mp4", folder / "absent.mp4"):
         with pytest.raises((OSError, ValueError)):
             read_header({"video": str(broken)})

@@ -130,13 +130,14 @@ class Header:
 
 
 def read_header(row: dict) -> Header:
-    """The header of a row's file, nothing decoded; of a folder of frames, the first one's.
+    """The header of a row's file, nothing decoded; of a folder of frames, one of theirs.
 
-    Raises: `OSError` or `ValueError` if there is none.
+    Raises: `OSError`, `ValueError` or whatever PIL and FFmpeg do if there is none.
     """
     media = media_path(row)
     if isinstance(media, str) and os.path.isdir(media):
-        paths = sorted(path for path in Path(media).iterdir() if path.is_file())
+        # Hidden files are no frames to training, either.
+        paths = sorted(path for path in Path(media).iterdir() if not path.name.startswith("."))
         if not paths:
             raise ValueError("an empty folder")
         return replace(_image_header(str(paths[0])), frames=len(paths))
@@ -144,9 +145,11 @@ def read_header(row: dict) -> Header:
 
 
 def clip_seconds(row: dict, header: Header) -> float | None:
-    """How long the row's clip is: the part that it asks for, or the whole video."""
-    end = row.get("end", header.seconds)
-    return None if end is None else end - row.get("start", 0.0)
+    """How long the row's clip is: what there is of the part that it asks for, or the whole video;
+    `None` where the file does not say how long it is."""
+    if header.seconds is None:
+        return None
+    return max(min(row.get("end", math.inf), header.seconds) - row.get("start", 0.0), 0.0)
 
 
 def _opened(media: str | bytes) -> io.BufferedIOBase:

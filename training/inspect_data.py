@@ -16,7 +16,6 @@ from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -202,7 +201,7 @@ def read_headers(
         try:
             found[name] = read_header(row)
         # PIL's and FFmpeg's readers raise what they like; whatever it is, the page names it.
-        except (OSError, ValueError, SyntaxError, av.FFmpegError) as error:
+        except Exception as error:
             unreadable[name] = str(error)
     headers = [(row, found[name]) for row in rows if (name := media_name(row)) in found]
     return headers, list(unreadable.items())
@@ -343,6 +342,12 @@ def write_page(
     path.write_text(page, encoding="utf-8")
 
 
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of rows; give 1 or more.")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="training.inspect_data", description=__doc__.split("\n")[0]
@@ -352,10 +357,14 @@ def main(argv: list[str] | None = None) -> None:
         "overrides", nargs="*", help="changes to it, such as processor.num_frames=4"
     )
     parser.add_argument("--output", type=Path, required=True, help="the page")
-    parser.add_argument("--limit", type=int, default=2000, help="rows of a source to look into")
-    parser.add_argument("--samples", type=int, default=12, help="of each source on the page")
+    parser.add_argument(
+        "--limit", type=at_least_one, default=2000, help="rows of a source to look into"
+    )
+    parser.add_argument(
+        "--samples", type=at_least_one, default=12, help="of each source on the page"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     recipe = read_recipe(arguments.recipe, arguments.overrides)
     sources, processor = read_sources(recipe)
