@@ -275,6 +275,27 @@ def _named(media: str | bytes) -> tuple[str | bytes, str]:
 # -- the mapping -----------------------------------------------------------------------------
 
 
+def _check_type(key: str, value: Any) -> None:
+    """Refuse a part of a mapping that is nothing of its kind; `None` is one that is left out."""
+    if key in ("target", "absent", "remove"):
+        kind = "a text or a list of texts"
+        right = isinstance(value, str) or (
+            isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+        )
+    elif key == "seconds":
+        kind = "a number of seconds above 0"
+        right = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    elif key == "where":
+        kind = "a mapping of paths to values, such as {split: train}"
+        right = isinstance(value, Mapping) and all(isinstance(path, str) for path in value)
+    elif key == "numbers":
+        kind, right = "true or false", isinstance(value, bool)
+    else:
+        kind, right = "a text", isinstance(value, str)
+    if not right and (value is not None or key in ("query", "where", "numbers")):
+        raise ColumnError(f"{key} is {value!r}; give {kind}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """Where the parts of a row stand in the examples of one data set.
@@ -313,13 +334,19 @@ class Columns:
     def from_mapping(cls, name: str, mapping: Mapping[str, Any]) -> "Columns":
         """
         Raises:
-            ColumnError: an unknown key, a part that is missing or no path.
+            ColumnError: no mapping, an unknown key, a part that is missing, of a wrong type or no
+                path.
         """
         known = {item.name for item in fields(cls)} - {"name"}
         try:
-            for key in mapping:
+            if not isinstance(mapping, Mapping):
+                raise ColumnError(
+                    f"{mapping!r} is no mapping; one looks like {{image: jpg, target: txt}}"
+                )
+            for key, value in mapping.items():
                 if key not in known:
-                    raise ColumnError(f"no {key!r} in a mapping.{_near(key, known)}")
+                    raise ColumnError(f"no {key!r} in a mapping.{_near(str(key), known)}")
+                _check_type(key, value)
             listed = {
                 key: (value,) if isinstance(value, str) else tuple(value)
                 for key in ("target", "absent", "remove")

@@ -324,6 +324,31 @@ def test_the_message_has_the_columns_found_and_the_nearest():
             {"video": "v", "target": "text", "moment": "t", "seconds": 2, "start": "s"},
             "start and end, or a moment",
         ),
+        ({"image": 5, "target": "t"}, "image is 5; give a text"),
+        ({"image": ["image"], "target": "t"}, r"image is \['image'\]; give a text"),
+        ({"image": "i", "target": 5}, "target is 5; give a text or a list of texts"),
+        ({"image": "i", "target": {"x": 1}}, "target is {'x': 1}; give a text or a list"),
+        ({"image": "i", "target": "t", "absent": 3}, "absent is 3; give a text or a list of texts"),
+        ({"image": "i", "target": "t", "remove": [3]}, r"remove is \[3\]; give a text or a list"),
+        ({"image": "i", "target": "t", "query": 5}, "query is 5; give a text"),
+        ({"image": "i", "target": "t", "query": None}, "query is None; give a text"),
+        ({"image": "i", "target": "t", "negatives": ["t"]}, r"negatives is \['t'\]; give a text"),
+        ({"image": "i", "target": "t", "where": "q"}, "where is 'q'; give a mapping of paths"),
+        (
+            {"image": "i", "target": "t", "where": {1: 2}},
+            "where is {1: 2}; give a mapping of paths",
+        ),
+        ({"image": "i", "target": "t", "numbers": "yes"}, "numbers is 'yes'; give true or false"),
+        (
+            {"video": "v", "target": "t", "moment": "m", "seconds": "x"},
+            "seconds is 'x'; give a number",
+        ),
+        (
+            {"video": "v", "target": "t", "moment": "m", "seconds": -1},
+            "seconds is -1; give a number",
+        ),
+        ({5: "v", "target": "t"}, "no 5 in a mapping"),
+        (["image"], r"\['image'\] is no mapping"),
     ],
 )
 def test_a_mapping_that_makes_no_sense_is_refused(mapping, complaint):
@@ -522,6 +547,9 @@ def test_records_that_are_not_there_are_named(tmp_path):
     public = public_set("coco_captions")
     with pytest.raises(ColumnError, match="no 'annotations', but info, annotation"):
         convert(public, annotations, tmp_path, tmp_path / "rows.jsonl")
+    annotations.write_text(f'label,youtube_id,time_start,time_end\na,b,1,2\n"{"x" * 200_000}')
+    with pytest.raises(ColumnError, match="kinetics: .*: behind line 2: field larger .*quote that"):
+        convert(public_set("kinetics"), annotations, tmp_path, tmp_path / "rows.jsonl")
     annotations.write_text("{")
     with pytest.raises(ColumnError, match="is no JSON file"):
         convert(public, annotations, tmp_path, tmp_path / "rows.jsonl")

@@ -81,11 +81,18 @@ def load_columns(given: str | Mapping[str, Any]) -> Columns:
 def read_examples(path: Path, public: PublicSet) -> Iterator[Any]:
     """The examples of an annotation file as it was published.
 
-    Raises: `ColumnError` if it is no JSON, or has no records where the entry says.
+    Raises: `ColumnError` if it is no JSON or no CSV, or has no records where the entry says.
     """
     if public.tabular:
         with open(path, newline="", encoding="utf-8-sig") as lines:
-            yield from csv.DictReader(lines)
+            table = csv.DictReader(lines)
+            try:
+                yield from table
+            except csv.Error as error:
+                raise ColumnError(
+                    f"{public.name}: {path}: behind line {table.line_num}: {error}. Look for a "
+                    "quote that is not closed."
+                ) from error
         return
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
