@@ -359,6 +359,13 @@ def test_examples_without_a_class(tmp_path):
         texts, reasons = read(streaming, image="file", target="file", query="is it {label} ?")
         assert texts == ["0.png", "3.png"]
         assert len(reasons) == 2 and all("is null" in reason for reason in reasons)
+    table["label"] = [-1] * 4
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "labels.parquet")
+    for streaming in (False, True):
+        with pytest.raises(
+            RecipeError, match="no row is usable. It is empty, or all of its targets"
+        ):
+            read(streaming, image="file", target="label")
 
 
 def test_a_bad_row_of_an_example_is_not_all_of_it(tmp_path):

@@ -106,7 +106,7 @@ def sharing(rows: list[dict], batch: int) -> Sharing | None:
     return Sharing(
         batch=batch,
         pairs=(alike.mean() / (total - 1)).item(),
-        rows=(1 - alone).mean().item(),
+        rows=(1 - alone).clamp(min=0).mean().item(),  # or rounding would make it -0 %
         chance_loss=negatives.log1p().mean().item(),
     )
 

@@ -90,8 +90,7 @@ class StreamedSource:
             if len(rows) >= limit:
                 break
         if not rows:
-            report = bad_rows_report(bad, len(bad), max_share=1.0)
-            raise RecipeError(f"{self.arguments.name}: no row is usable. {report}")
+            raise no_row(self.arguments, bad)
         return with_query(rows[:limit], self.arguments)
 
     def __str__(self) -> str:
@@ -213,9 +212,16 @@ def read_source(arguments: SourceArguments) -> Source | StreamedSource:
     else:
         rows, bad = read_examples(arguments)
     if not rows:
-        report = bad_rows_report(bad, len(bad), max_share=1.0)
-        raise RecipeError(f"{arguments.name}: no row is usable. {report}")
+        raise no_row(arguments, bad)
     return Source(arguments, with_query(rows, arguments), bad)
+
+
+def no_row(arguments: SourceArguments, bad: list[BadRow]) -> RecipeError:
+    """Of a source whose rows are all bad, or that has none."""
+    why = "It is empty, or all of its targets are null, `absent` or not those of `where`."
+    if bad:
+        why = bad_rows_report(bad, len(bad), max_share=1.0)
+    return RecipeError(f"{arguments.name}: no row is usable. {why}")
 
 
 def read_jsonl(paths: list[Path]) -> tuple[list[dict], list[BadRow]]:
