@@ -73,7 +73,7 @@ def write_store(
     distinct = distinct_clips(clips.rows)
     shape = tuple(encoder([clips[0]]).shape[1:])
     facts = made_with(model, video, video.num_frames)
-    plan = make_plan(clips.rows, distinct, facts, "bfloat16", 1)
+    plan = make_plan(clips.rows, distinct, facts, "bfloat16", 1, bf16)
     begin(folder, plan)
     shards = cut_into_shards(distinct, {"video": shape}, "bfloat16")
     list(write_shards(folder, shards, clips, encoder, dtype="bfloat16", batch_size=1))

@@ -65,7 +65,7 @@ def write_store(
     video = processor.video_processor
     clips = distinct_clips(dataset.rows)
     facts = reading.made_with(model, video, video.num_frames)
-    plan = make_plan(dataset.rows, clips, facts, dtype, batch_size=2)
+    plan = make_plan(dataset.rows, clips, facts, dtype, batch_size=2, bf16=False)
     begin(folder, plan)
     shards = cut_into_shards(clips, SHAPES, dtype, shard_bytes=2000)
     encoder = Encoder(model, processor.video_processor, bf16)

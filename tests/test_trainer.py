@@ -285,7 +285,7 @@ def test_every_objective_learns(recipe, config, overrides):
         ({}, "objective=sigmoid", "set model.config.logit_bias_init_value"),
         ({}, "objective=infonce", "'infonce' is none of info_nce, sigmoid, cosine, l1, l2"),
         ({}, "interchangeable=x", "'x' is none of masked, positives"),
-        ({}, "gradient_cache_rows=0", "at least one row"),
+        ({}, "gradient_cache_rows=0", "gradient_cache_rows: it is 0; give 1 or more"),
         ({}, "load_best_model_at_end=true", "name a score of the section 'evaluation'"),
     ],
 )

@@ -158,7 +158,7 @@ def make_plan(
     facts: dict,
     dtype: str,
     batch_size: int,
-    bf16: bool = False,
+    bf16: bool,
 ) -> dict:
     """What two runs must have in common for both to write the same store.
 
