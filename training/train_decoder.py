@@ -40,6 +40,7 @@ from processing import VLJEPAProcessor, bad_rows_report, read_rows
 from .arguments import (
     RecipeError,
     check_keys,
+    check_least,
     read_sections,
     save_recipes,
     training_arguments,
@@ -88,10 +89,7 @@ class DecoderSource:
     repeat: int = 1
 
     def __post_init__(self):
-        if self.repeat < 1:
-            raise RecipeError(
-                f"data.sources: {self.rows} has repeat {self.repeat}; give at least 1."
-            )
+        check_least(self, f"data.sources: {self.rows}", repeat=1)
 
 
 @dataclass(kw_only=True)
@@ -126,8 +124,7 @@ class DecoderDataArguments:
             raise RecipeError(
                 f"data.embeddings: {self.embeddings!r} is none of {', '.join(EMBEDDINGS)}."
             )
-        if not self.noise >= 0:
-            raise RecipeError(f"data.noise: {self.noise} is no length; give 0 or more.")
+        check_least(self, "data", noise=0, max_bad_share=0)
 
 
 @dataclass(kw_only=True)
@@ -151,8 +148,7 @@ class DecoderTrainingArguments(TrainingArguments):
     fp16: bool = field(default=False, init=False)
 
     def __post_init__(self):
-        if self.max_steps < 1:
-            raise RecipeError(f"training.max_steps: {self.max_steps} is no number of steps.")
+        check_least(self, "training", max_steps=1, seed=0, learning_rate=0, weight_decay=0)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = use_bf16(self.precision, torch.device("cpu") if self.use_cpu else None)
         super().__post_init__()
@@ -202,28 +198,24 @@ def new_decoder_config(settings: dict, processor: VLJEPAProcessor) -> PreTrained
     return config
 
 
-def check_decoder_config(arguments: DecoderModelArguments) -> None:
-    """
+def check_decoder_config(arguments: DecoderModelArguments) -> dict:
+    """The settings, each of its type.
+
     Raises:
-        RecipeError: a setting that is not the decoder's, or none that it can have.
+        RecipeError: one that is not the decoder's, or none that it can have.
     """
-    check_config(arguments.config)
-    for name in arguments.config:
+    config = check_config(arguments.config)
+    for name in config:
         if not name.startswith("decoder_"):
             raise RecipeError(f"model.config.{name}: only what begins with decoder_ changes here.")
-    if arguments.decoder is not None and "decoder_config" in arguments.config:
+    if arguments.decoder is not None and "decoder_config" in config:
         raise RecipeError(
             "model.config.decoder_config: it is of a new decoder, and model.decoder brings its "
             "own. Leave one of them out, as with 'model.config={decoder_prefix_tokens: 4}'."
         )
-    tokens = arguments.config.get("decoder_prefix_tokens", 1)
-    if type(tokens) is not int or tokens < 1:
-        raise RecipeError(
-            f"model.config.decoder_prefix_tokens: {tokens!r} is no number of tokens, of 1 or more."
-        )
-    for name in ("decoder_reads_query", "decoder_reads_previous"):
-        if not isinstance(value := arguments.config.get(name, False), bool):
-            raise RecipeError(f"model.config.{name}: {value!r} is neither true nor false.")
+    if (tokens := config.get("decoder_prefix_tokens", 1)) < 1:
+        raise RecipeError(f"model.config.decoder_prefix_tokens: it is {tokens}; give 1 or more.")
+    return config
 
 
 def with_decoder(
@@ -231,12 +223,12 @@ def with_decoder(
 ) -> tuple[VLJEPAForConditionalGeneration, VLJEPAProcessor]:
     """The checkpoint's model and processor with the decoder that the recipe asks for; only the
     decoder takes a gradient."""
-    check_decoder_config(arguments)
+    config = check_decoder_config(arguments)
     path = arguments.checkpoint
     processor = load(VLJEPAProcessor, "model.checkpoint", path)
-    if arguments.decoder is None and "decoder_config" not in arguments.config:
+    if arguments.decoder is None and "decoder_config" not in config:
         model = load(VLJEPAForConditionalGeneration, "model.checkpoint", path)
-        for name, value in arguments.config.items():
+        for name, value in config.items():
             if (is_so := vars(model.config)[name]) != value:
                 raise RecipeError(
                     f"model.config.{name}: the checkpoint's decoder has {is_so!r} and trains on as "
@@ -247,7 +239,7 @@ def with_decoder(
         return model, processor
 
     base = load(VLJEPAModel, "model.checkpoint", path)
-    for name, value in arguments.config.items():
+    for name, value in config.items():
         setattr(base.config, name, value)
     part = None
     if arguments.decoder is not None:
@@ -258,7 +250,7 @@ def with_decoder(
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(part.config, token, getattr(part.tokenizer, token))
     else:
-        settings = arguments.config["decoder_config"]
+        settings = config["decoder_config"]
         base.config.backbones.pop("decoder", None)
         base.config.decoder_config = new_decoder_config(settings, processor)
         processor.decoder_tokenizer = None
