@@ -2,6 +2,7 @@
 # make test   environment and the default test suite
 # make full   the whole recipe, one seed: make full SEED=1
 # make streams  teach the trained model to watch streams, and measure selective decoding
+# make small  stage 2 and SFT of the one-card recipes with small pretrained backbones, two processes
 # make app    ask the trained model, search clips, watch videos in a browser; make app-test tests it
 # make smoke  the demonstration's path in two minutes, too short to learn; remakes its data small
 #
@@ -40,7 +41,7 @@ smoke: PRETRAIN_STEPS = 20
 smoke: SFT_STEPS = 20
 smoke: LIMIT = --limit 200
 
-.PHONY: env data train demo full smoke streams test test-slow app app-test lint clean
+.PHONY: env data train demo full smoke streams small test test-slow app app-test lint clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -71,6 +72,43 @@ streams: env
 	$(RUN) -m training.train_decoder training/recipes/babyai_streams_decoder.yaml \
 		model.checkpoint=$(OUT)/streams training.seed=$(SEED) training.output_dir=$(OUT)/watcher
 	$(RUN) -m eval.evaluate --model $(OUT)/watcher --benchmarks eval/streams.yaml --tasks all
+
+# The recipes for one card, shorter and in smaller batches: once in full, once with adapters. Frames
+# of 56 pixels are 16 visual tokens.
+SMALL_STAGE2_STEPS ?= 96
+SMALL_SFT_STEPS ?= 288
+BACKBONES = data/backbones
+DESCRIBED = rows: data/demo/babyai/train_captions.jsonl
+CAPTIONS = data.sources=[{$(DESCRIBED)}]
+QUESTIONS = data.sources=[{rows: data/demo/babyai/train_vqa.jsonl, weight: 2}, \
+	{rows: data/demo/babyai/train_where.jsonl, weight: 2}, \
+	{$(DESCRIBED), query: Describe this video in one sentence., weight: 1}]
+SMALLER = processor.image_size=56 processor.shortest_edge=56 training.global_batch_size=32 \
+	training.gradient_cache_rows=null training.activation_checkpointing=false \
+	training.precision=fp32 training.warmup_steps=0.05 training.save_strategy='"no"' \
+	training.seed=$(SEED)
+STAGE = $(RUN) -m torch.distributed.run --nproc_per_node 2 -m training.train training/recipes/small
+
+small: NAME = small
+small: EPISODES = 12000
+small: data
+	$(RUN) -m training.demo_data.backbones --output $(BACKBONES)
+	test -e $(OUT)/init/config.json || \
+		$(RUN) -m training.init_checkpoint --output $(OUT)/init --vision $(BACKBONES)/dinov2-s \
+		--predictor $(BACKBONES)/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+		--pad-token "<|endoftext|>" --text $(BACKBONES)/minilm --seed $(SEED)
+	$(STAGE)/stage2_24gb.yaml model.checkpoint=$(OUT)/init training.output_dir=$(OUT)/stage2 \
+		training.max_steps=$(SMALL_STAGE2_STEPS) $(SMALLER) "$(CAPTIONS)"
+	$(STAGE)/sft_24gb.yaml model.checkpoint=$(OUT)/stage2 training.output_dir=$(OUT)/sft \
+		training.max_steps=$(SMALL_SFT_STEPS) $(SMALLER) "$(QUESTIONS)"
+	$(STAGE)/stage2_lora_16gb.yaml model.checkpoint=$(OUT)/init \
+		training.output_dir=$(OUT)/stage2_lora training.max_steps=$(SMALL_STAGE2_STEPS) \
+		$(SMALLER) "$(CAPTIONS)"
+	$(STAGE)/sft_lora_24gb.yaml model.checkpoint=$(OUT)/stage2_lora \
+		training.output_dir=$(OUT)/sft_lora training.max_steps=$(SMALL_SFT_STEPS) \
+		$(SMALLER) "$(QUESTIONS)"
+	for model in sft sft_lora; do \
+		$(RUN) -m eval.evaluate --model $(OUT)/$$model --tasks babyai_vqa || exit 1; done
 
 # A process for each core, with one thread: torch's threads would wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
