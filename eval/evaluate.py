@@ -31,10 +31,10 @@ WITH_DECODER = ("captioning", "streaming")
 
 
 def at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"it is {number}; give 1 or more")
-    return number
+    """A whole number that an option of a command asks for."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text}; give 1 or more")
+    return int(text)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -422,11 +422,10 @@ class OnlineSegmenter:
         end_time: float | None = None,
     ) -> list[Segment]:
         """The segments of a whole stream `(S, D)`, pushed one by one."""
-        unit = as_stream(embeds)
-        times = check_times(timestamps, len(unit))
+        times = check_times(timestamps, len(as_stream(embeds)))  # all of it, or nothing is pushed
         found = [
             segment
-            for embedding, time in zip(unit, times, strict=True)
+            for embedding, time in zip(embeds, times, strict=True)
             for segment in self.push(embedding, time)
         ]
         return found + self.close(end_time)

@@ -163,7 +163,7 @@ def test_odd_rows_are_on_the_page_too(folder, capsys):
 def test_numbers_that_are_none_are_refused(folder, option, number, capsys):
     with pytest.raises(SystemExit):
         main([str(folder / "recipe.yaml"), "--output", "page.html", f"{option}={number}"])
-    assert f"{option}: {number} is no number of rows; give 1 or more" in capsys.readouterr().err
+    assert f"argument {option}: it is {number}; give 1 or more" in capsys.readouterr().err
 
 
 def test_of_a_small_stream_every_row_is_shown_once(folder, capsys):

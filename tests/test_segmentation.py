@@ -405,3 +405,18 @@ def test_an_even_sample(length):
     gaps = np.diff(kept)
     assert (gaps[:-1] == sample.stride).all() and (gaps[-1:] <= sample.stride).all()
     assert abs(sample.nearest(length // 2, length) - length // 2) <= sample.stride
+
+
+@pytest.mark.parametrize("segmenter", [OnlineSegmenter(), WardSegmenter(2)])
+def test_a_stream_that_is_none_leaves_nothing_behind(segmenter):
+    good = np.eye(4)
+    expected = [(each.start, each.end) for each in segmenter.segment(good)]
+    for bad, message in (
+        (np.ones(5), r"shape \(5,\), expected \(S, D\)"),
+        (np.ones((2, 3, 4)), r"shape \(2, 3, 4\), expected \(S, D\)"),
+        (np.array([[1.0, 0.0], [0.0, 0.0]]), "zero or not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            segmenter.segment(bad)
+        assert [(each.start, each.end) for each in segmenter.segment(good)] == expected
+    assert segmenter.segment([]) == []

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from eval.evaluate import at_least_one
 from eval.page import png, render, strip
 from processing.processing_vljepa import VLJEPAProcessor
 from processing.rows import BadRow
@@ -340,12 +341,6 @@ def write_page(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of rows; give 1 or more.")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:
