@@ -74,20 +74,26 @@ streams: env
 	$(RUN) -m eval.evaluate --model $(OUT)/watcher --benchmarks eval/streams.yaml --tasks all
 
 # The recipes for one card, shorter and in smaller batches: once in full, once with adapters. Frames
-# of 56 pixels are 16 visual tokens.
-SMALL_STAGE2_STEPS ?= 96
-SMALL_SFT_STEPS ?= 288
+# of 56 pixels are 16 patches. The X-Encoder is frozen, so it sees each clip once, for all of them.
+SMALL_STAGE2_STEPS ?= 250
+SMALL_SFT_STEPS ?= 1260
 BACKBONES = data/backbones
 DESCRIBED = rows: data/demo/babyai/train_captions.jsonl
-CAPTIONS = data.sources=[{$(DESCRIBED)}]
-QUESTIONS = data.sources=[{rows: data/demo/babyai/train_vqa.jsonl, weight: 2}, \
+CAPTIONS = "data.sources=[{$(DESCRIBED)}]"
+QUESTIONS = "data.sources=[{rows: data/demo/babyai/train_vqa.jsonl, weight: 2}, \
 	{rows: data/demo/babyai/train_where.jsonl, weight: 2}, \
-	{$(DESCRIBED), query: Describe this video in one sentence., weight: 1}]
-SMALLER = processor.image_size=56 processor.shortest_edge=56 training.global_batch_size=32 \
+	{$(DESCRIBED), query: Describe this video in one sentence., weight: 1}]"
+SMALLER = processor.image_size=56 processor.shortest_edge=56 training.global_batch_size=16 \
 	training.gradient_cache_rows=null training.activation_checkpointing=false \
 	training.precision=fp32 training.warmup_steps=0.05 training.save_strategy='"no"' \
 	training.seed=$(SEED)
-STAGE = $(RUN) -m torch.distributed.run --nproc_per_node 2 -m training.train training/recipes/small
+STAGE2 = $(SMALLER) $(CAPTIONS) data.features=$(OUT)/features \
+	training.max_steps=$(SMALL_STAGE2_STEPS)
+SFT = $(SMALLER) $(QUESTIONS) data.features=$(OUT)/features \
+	training.max_steps=$(SMALL_SFT_STEPS) training.eval_strategy=steps training.eval_steps=0.25 \
+	evaluation.tasks=[babyai_val_vqa] evaluation.benchmarks=eval/validation.yaml evaluation.limit=300
+TWO = $(RUN) -m torch.distributed.run --nproc_per_node 2 -m
+ONE_CARD = training/recipes/small
 
 small: NAME = small
 small: EPISODES = 12000
@@ -97,16 +103,16 @@ small: data
 		$(RUN) -m training.init_checkpoint --output $(OUT)/init --vision $(BACKBONES)/dinov2-s \
 		--predictor $(BACKBONES)/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
 		--pad-token "<|endoftext|>" --text $(BACKBONES)/minilm --seed $(SEED)
-	$(STAGE)/stage2_24gb.yaml model.checkpoint=$(OUT)/init training.output_dir=$(OUT)/stage2 \
-		training.max_steps=$(SMALL_STAGE2_STEPS) $(SMALLER) "$(CAPTIONS)"
-	$(STAGE)/sft_24gb.yaml model.checkpoint=$(OUT)/stage2 training.output_dir=$(OUT)/sft \
-		training.max_steps=$(SMALL_SFT_STEPS) $(SMALLER) "$(QUESTIONS)"
-	$(STAGE)/stage2_lora_16gb.yaml model.checkpoint=$(OUT)/init \
-		training.output_dir=$(OUT)/stage2_lora training.max_steps=$(SMALL_STAGE2_STEPS) \
-		$(SMALLER) "$(CAPTIONS)"
-	$(STAGE)/sft_lora_24gb.yaml model.checkpoint=$(OUT)/stage2_lora \
-		training.output_dir=$(OUT)/sft_lora training.max_steps=$(SMALL_SFT_STEPS) \
-		$(SMALLER) "$(QUESTIONS)"
+	$(TWO) training.cache_features $(ONE_CARD)/stage2_24gb.yaml model.checkpoint=$(OUT)/init \
+		$(SMALLER) $(CAPTIONS) --output $(OUT)/features
+	$(TWO) training.train $(ONE_CARD)/stage2_24gb.yaml model.checkpoint=$(OUT)/init \
+		training.output_dir=$(OUT)/stage2 $(STAGE2)
+	$(TWO) training.train $(ONE_CARD)/sft_24gb.yaml model.checkpoint=$(OUT)/stage2 \
+		training.output_dir=$(OUT)/sft $(SFT)
+	$(TWO) training.train $(ONE_CARD)/stage2_lora_16gb.yaml model.checkpoint=$(OUT)/init \
+		training.output_dir=$(OUT)/stage2_lora $(STAGE2)
+	$(TWO) training.train $(ONE_CARD)/sft_lora_24gb.yaml model.checkpoint=$(OUT)/stage2_lora \
+		training.output_dir=$(OUT)/sft_lora $(SFT)
 	for model in sft sft_lora; do \
 		$(RUN) -m eval.evaluate --model $(OUT)/$$model --tasks babyai_vqa || exit 1; done
 
