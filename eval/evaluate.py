@@ -15,10 +15,9 @@ from eval import captioning, classification, retrieval, selective_decoding, vqa
 from eval.benchmarks import Benchmark, load_benchmarks
 from eval.embed import ABLATIONS
 from eval.features import FeatureError, FeatureStore
+from eval.models import load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
-from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
-from processing import VLJEPAProcessor
 
 TASKS = {
     "retrieval": retrieval.evaluate,
@@ -111,13 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     benchmarks = load_benchmarks(args.benchmarks, args.tasks)
 
     # 2. the model, with its decoder if it has one, and its processor
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = VLJEPAModel.from_pretrained(args.model)
+    model, processor = load_model(args.model)
     benchmarks = measurable(benchmarks, args.tasks, model.config.decoder_config is not None)
-    if model.config.decoder_config is not None:
-        model = VLJEPAForConditionalGeneration.from_pretrained(args.model)
-    model.to(device)
-    processor = VLJEPAProcessor.from_pretrained(args.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     model_name = Path(args.model).resolve().name
 
     # 3. one benchmark after the other; what is done is on disk

@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from eval.models import load_model
 from eval.subtitles import clock, one_line, write_subtitles
 from eval.timeline import timeline
 from modeling_vljepa import (
@@ -31,9 +31,6 @@ from modeling_vljepa import (
     Segment,
     StreamEncoder,
     StreamSession,
-    VLJEPAConfig,
-    VLJEPAForConditionalGeneration,
-    VLJEPAModel,
     WardSegmenter,
 )
 from modeling_vljepa.pipeline_vljepa import VLJEPAStreamingCaptionPipeline
@@ -186,24 +183,6 @@ def seconds_of(frames: FrameStream) -> float | None:
         return container.duration / 1e6 if container.duration else None  # AV_TIME_BASE
 
 
-def load(path: str) -> tuple[VLJEPAModel | VLJEPAForConditionalGeneration, VLJEPAProcessor]:
-    """The model, with its decoder if it has one.
-
-    Raises: `ValueError` where there is none, or not a whole one.
-    """
-    try:
-        config = VLJEPAConfig.from_pretrained(path)
-        has_decoder = config.decoder_config is not None
-        kind = VLJEPAForConditionalGeneration if has_decoder else VLJEPAModel
-        return kind.from_pretrained(path), VLJEPAProcessor.from_pretrained(path)
-    except Exception as error:  # damaged JSON, shapes and weights have a kind of error each
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"--model: {path} is no folder or Hub id of a VL-JEPA with its processor, all of it "
-            f"readable ({textwrap.shorten(first, 240, placeholder=' …')})."
-        ) from error
-
-
 def new_session(
     pipe: VLJEPAStreamingCaptionPipeline, args: argparse.Namespace
 ) -> StreamSession | OfflineSession:
@@ -296,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. what is asked for, and from where: checked before the model does anything
     check_options(args)
-    model, processor = load(args.model)
+    model, processor = load_model(args.model)
     windows = open_source(args, processor)
     seconds = seconds_of(windows.frames)
 

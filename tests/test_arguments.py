@@ -106,6 +106,8 @@ def test_overrides_are_read_as_yaml(recipe):
         ("processor.image_size=0", "processor.image_size: it is 0; give 1 or more"),
         ("data.num_workers=0", "data.num_workers: it is 0; give 1 or more"),
         ("data.lanes=0", "data.lanes: it is 0; give 1 or more"),
+        ("training.save_steps=0", "training.save_steps: it is 0.0; give more than 0"),
+        ("training.device_tflops=-1", "training.device_tflops: it is -1.0; give more than 0"),
         ("data.hard_negatives=-1", "data.hard_negatives: it is -1; give 0 or more"),
         ("data.sources=[{rows: a, shuffle_rows: 0}]", "a.shuffle_rows: it is 0; give 1 or more"),
         ("data.max_bad_share=2", "data.max_bad_share: 2.0 is no share"),

@@ -431,6 +431,20 @@ def test_main_is_reproducible_byte_for_byte(data, processor, model, monkeypatch,
     assert "http" not in page
 
 
+@pytest.mark.parametrize("name", ["predictor_head.projection.weight", "y_head.projection.bias"])
+def test_a_model_that_lacks_a_weight_is_not_measured(data, processor, model, monkeypatch, name):
+    """transformers would make it up, and the scores would be of noise."""
+    monkeypatch.chdir(data)
+    (data / "b.yaml").write_text(BENCHMARKS)
+    weights = model.state_dict()
+    del weights[name]
+    model.save_pretrained(data / "half", state_dict=weights)
+    processor.save_pretrained(data / "half")
+    with pytest.raises(ValueError, match=f"--model: half lacks {name}, and random weights"):
+        main(["--model", "half", "--tasks", "all", "--benchmarks", "b.yaml"])
+    assert not (data / "half/eval").exists()
+
+
 def test_the_report_escapes_what_users_wrote(data, processor):
     script = "<script>alert(1)</script>"
     write_rows(data / "vqa.jsonl", [row | {"query": script} for row in read(data / "vqa.jsonl")])

@@ -283,6 +283,10 @@ class VLJEPATrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         check_least(self, "training", **LEAST)
+        for name in ("save_steps", "device_tflops"):  # the former may be a share of the steps
+            value = vars(self)[name]
+            if value is not None and value <= 0:
+                raise RecipeError(f"training.{name}: it is {value}; give more than 0.")
         if Path(self.output_dir).is_file():
             raise RecipeError(f"training.output_dir: {self.output_dir} is a file; name a folder.")
         for name, choices in (("objective", OBJECTIVES), ("interchangeable", INTERCHANGEABLE)):
