@@ -1,0 +1,131 @@
+"""What the frozen X-Encoder's tokens tell by themselves: a linear classifier for each question.
+
+    python -m eval.probe --model runs/small-seed0/sft --features runs/small-seed0/features \\
+        --rows data/demo/babyai/train_where.jsonl --match "at the start" --tokens 17
+
+Each distinct query is learnt from four fifths of its clips by ridge regression on their visual
+tokens, as they lie in a feature store, and judged on the other clips, beside their most common
+answer. Where a line through the tokens answers and the model does not, the Predictor has not learnt
+yet to read them, and a larger encoder or sharper frames would not help. The converse does not hold:
+attention can read what a linear classifier cannot.
+"""
+
+import argparse
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.linear_model import RidgeClassifierCV
+from sklearn.model_selection import GroupShuffleSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
+
+from eval.benchmarks import usable_rows
+from eval.evaluate import at_least_one
+from eval.features import FeatureStore, media_key
+from eval.metrics import wilson
+from eval.models import load_model
+
+LEAST_ROWS = 100  # of a question
+ALPHAS = (1e2, 1e3, 1e4, 1e5)  # strong: thousands of features of hundreds of clips
+
+
+class Probed(NamedTuple):
+    """Of how many held-out rows a linear classifier, and the most common answer, is right."""
+
+    right: int
+    usual: int
+    rows: int
+
+    def __str__(self) -> str:
+        low, high = wilson(self.right, self.rows)
+        share, usual = self.right / self.rows, self.usual / self.rows
+        return f"{share:.3f} ({low:.3f} to {high:.3f}), most common answer {usual:.3f}"
+
+
+def can_be_learnt(rows: list[dict]) -> bool:
+    return len(rows) >= LEAST_ROWS and len({row["target"] for row in rows}) > 1
+
+
+def probe(tokens: np.ndarray, answers: list[str], clips: list[str]) -> Probed:
+    """Learn from four fifths of the clips, and judge on the others.
+
+    Args:
+        tokens: `(R, N * Dx)`, of each row's clip.
+        answers: R of them.
+        clips: R names; rows of one clip stay on one side.
+    """
+    ((seen, held_out),) = GroupShuffleSplit(1, test_size=0.2, random_state=0).split(
+        tokens, groups=clips
+    )
+    learnt, truth = ([answers[row] for row in part] for part in (seen, held_out))
+    classifier = make_pipeline(StandardScaler(), RidgeClassifierCV(ALPHAS))
+    predicted = classifier.fit(tokens[seen], learnt).predict(tokens[held_out])
+    usual = Counter(learnt).most_common(1)[0][0]
+    return Probed(int((predicted == truth).sum()), truth.count(usual), len(truth))
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.probe")
+    parser.add_argument("--model", required=True, help="folder or Hub id whose X-Encoder it is")
+    parser.add_argument("--features", required=True, type=Path, help="its feature store")
+    parser.add_argument("--rows", required=True, type=Path, help="JSONL of questions, stored clips")
+    parser.add_argument("--match", default="", help="only queries that hold this text")
+    parser.add_argument(
+        "--tokens", type=at_least_one, help="only a clip's first so many: of its first frames"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> Probed:
+    args = arguments(argv)
+
+    # 1. questions with enough clips and more than one answer
+    usable, bad = usable_rows(args.rows)
+    asked = defaultdict(list)
+    for row in usable:
+        if args.match in row["query"]:
+            asked["video" if "video" in row else "image", row["query"]].append(row)
+    queries = [query for query in sorted(asked) if can_be_learnt(asked[query])]
+    if not queries:
+        raise ValueError(
+            f"{args.rows}: no query that holds {args.match!r} has {LEAST_ROWS} rows and two "
+            "answers. Give other rows, or another --match."
+        )
+
+    # 2. their clips, as the X-Encoder saw them
+    model, processor = load_model(args.model)
+    store = FeatureStore.open(args.features, model.base_model, processor.video_processor)
+    store.check([row for query in queries for row in asked[query]])
+
+    # 3. one classifier after the other
+    found = []
+    for kind, query in tqdm(queries, desc="probes", unit="question"):
+        rows = asked[kind, query]
+        clips = torch.stack([store[row][: args.tokens].float() for row in rows])  # (R, N, Dx)
+        answers = [row["target"] for row in rows]
+        found.append(probe(clips.flatten(1).numpy(), answers, [media_key(row) for row in rows]))
+        tqdm.write(f"{found[-1]}  {kind}s: {query}")
+    total = Probed(*map(sum, zip(*found, strict=True)))
+    print(f"{total}  all {len(queries)} questions, {total.rows} rows held out")
+
+    # 4. what was left out, by name
+    if left := sorted(asked.keys() - set(queries)):
+        few = (
+            f"left out, with fewer than {LEAST_ROWS} rows or with one answer: {len(left)} questions"
+        )
+        print(few, *(f"{kind}s: {query}" for kind, query in left[:20]), sep="\n  ")
+    if bad:
+        print(f"left out, which cannot be used: {len(bad)} rows", *bad[:20], sep="\n  ")
+    return total
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
