@@ -77,6 +77,8 @@ streams: env
 # of 56 pixels are 16 patches. The X-Encoder is frozen, so it sees each clip once, for all of them.
 SMALL_STAGE2_STEPS ?= 250
 SMALL_SFT_STEPS ?= 1260
+SMALL_LORA_STEPS ?= 640
+SMALL_AGAIN_STEPS ?= 900
 BACKBONES = data/backbones
 DESCRIBED = rows: data/demo/babyai/train_captions.jsonl
 CAPTIONS = "data.sources=[{$(DESCRIBED)}]"
@@ -89,9 +91,9 @@ SMALLER = processor.image_size=56 processor.shortest_edge=56 training.global_bat
 	training.seed=$(SEED)
 STAGE2 = $(SMALLER) $(CAPTIONS) data.features=$(OUT)/features \
 	training.max_steps=$(SMALL_STAGE2_STEPS)
-SFT = $(SMALLER) $(QUESTIONS) data.features=$(OUT)/features \
-	training.max_steps=$(SMALL_SFT_STEPS) training.eval_strategy=steps training.eval_steps=0.25 \
-	evaluation.tasks=[babyai_val_vqa] evaluation.benchmarks=eval/validation.yaml evaluation.limit=300
+SFT = $(SMALLER) $(QUESTIONS) data.features=$(OUT)/features
+CURVE = training.eval_strategy=steps evaluation.tasks=[babyai_val_vqa] \
+	evaluation.benchmarks=eval/validation.yaml evaluation.limit=300
 TWO = $(RUN) -m torch.distributed.run --nproc_per_node 2 -m
 ONE_CARD = training/recipes/small
 
@@ -108,12 +110,17 @@ small: data
 	$(TWO) training.train $(ONE_CARD)/stage2_24gb.yaml model.checkpoint=$(OUT)/init \
 		training.output_dir=$(OUT)/stage2 $(STAGE2)
 	$(TWO) training.train $(ONE_CARD)/sft_24gb.yaml model.checkpoint=$(OUT)/stage2 \
-		training.output_dir=$(OUT)/sft $(SFT)
+		training.output_dir=$(OUT)/sft $(SFT) training.max_steps=$(SMALL_SFT_STEPS) \
+		$(CURVE) training.eval_steps=0.25
 	$(TWO) training.train $(ONE_CARD)/stage2_lora_16gb.yaml model.checkpoint=$(OUT)/init \
 		training.output_dir=$(OUT)/stage2_lora $(STAGE2)
 	$(TWO) training.train $(ONE_CARD)/sft_lora_24gb.yaml model.checkpoint=$(OUT)/stage2_lora \
-		training.output_dir=$(OUT)/sft_lora $(SFT)
-	for model in sft sft_lora; do \
+		training.output_dir=$(OUT)/sft_lora $(SFT) training.max_steps=$(SMALL_LORA_STEPS) \
+		$(CURVE) training.eval_steps=0.5
+	$(TWO) training.train $(ONE_CARD)/sft_lora_24gb.yaml model.checkpoint=$(OUT)/sft_lora \
+		training.output_dir=$(OUT)/sft_lora_again $(SFT) \
+		training.max_steps=$(SMALL_AGAIN_STEPS) training.seed=$$(($(SEED) + 1))
+	for model in sft sft_lora sft_lora_again; do \
 		$(RUN) -m eval.evaluate --model $(OUT)/$$model --tasks babyai_vqa || exit 1; done
 
 # A process for each core, with one thread: torch's threads would wait for each other.
