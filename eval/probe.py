@@ -5,9 +5,8 @@
 
 Each distinct query is learnt from four fifths of its clips by ridge regression on their visual
 tokens, as they lie in a feature store, and judged on the other clips, beside their most common
-answer. Where a line through the tokens answers and the model does not, the Predictor has not learnt
-yet to read them, and a larger encoder or sharper frames would not help. The converse does not hold:
-attention can read what a linear classifier cannot.
+answer. Where that is right and the model is not, the tokens hold the answer, and the Predictor has
+not learnt to read them. The converse does not hold: attention can read what is not linear.
 """
 
 import argparse
