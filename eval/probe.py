@@ -47,7 +47,9 @@ class Probed(NamedTuple):
 
 
 def can_be_learnt(rows: list[dict]) -> bool:
-    return len(rows) >= LEAST_ROWS and len({row["target"] for row in rows}) > 1
+    """Whether there are rows enough, of several clips, and an answer to choose."""
+    clips, answers = {media_key(row) for row in rows}, {row["target"] for row in rows}
+    return len(rows) >= LEAST_ROWS and len(clips) > 1 and len(answers) > 1
 
 
 def probe(tokens: np.ndarray, answers: list[str], clips: list[str]) -> Probed:
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> Probed:
     if not queries:
         raise ValueError(
             f"{args.rows}: no query that holds {args.match!r} has {LEAST_ROWS} rows and two "
-            "answers. Give other rows, or another --match."
+            "answers, of two clips. Give other rows, or another --match."
         )
 
     # 2. their clips, as the X-Encoder saw them
@@ -114,9 +116,8 @@ def main(argv: list[str] | None = None) -> Probed:
 
     # 4. what was left out, by name
     if left := sorted(asked.keys() - set(queries)):
-        few = (
-            f"left out, with fewer than {LEAST_ROWS} rows or with one answer: {len(left)} questions"
-        )
+        few = f"left out, fewer than {LEAST_ROWS} rows, of one clip or with one answer: "
+        few += f"{len(left)} questions"
         print(few, *(f"{kind}s: {query}" for kind, query in left[:20]), sep="\n  ")
     if bad:
         print(f"left out, which cannot be used: {len(bad)} rows", *bad[:20], sep="\n  ")

@@ -60,9 +60,9 @@ def folder(tmp_path_factory):
     few = [{**media[0], "query": "rare?", "target": "a"}]
     write_rows(folder / "asked.jsonl", [*asked, *few, {"query": "no media", "target": "a"}])
     shutil.copy(media[2]["video"], folder / "strange.mp4")
-    write_rows(
-        folder / "strange.jsonl", [{**row, "video": "strange.mp4"} for row in asked[4:6]] * 2
-    )
+    write_rows(folder / "one_clip.jsonl", asked[4:6] * 2)
+    strange = [{**row, "video": "strange.mp4"} for row in asked[4:6]]
+    write_rows(folder / "strange.jsonl", [*asked[4:6], *strange])
     return folder
 
 
@@ -92,5 +92,7 @@ def test_bad_input_is_named(folder, monkeypatch):
     monkeypatch.setattr(probing, "LEAST_ROWS", 4)
     with pytest.raises(ValueError, match="no query that holds 'who' has 4 rows"):
         main(options(folder, "asked.jsonl", "--match", "who"))
-    with pytest.raises(ValueError, match="1 of 1 clips are not in it: .*strange.mp4"):
+    with pytest.raises(ValueError, match="no query that holds '' has 4 rows.* of two clips"):
+        main(options(folder, "one_clip.jsonl"))
+    with pytest.raises(ValueError, match="1 of 2 clips are not in it: .*strange.mp4"):
         main(options(folder, "strange.jsonl"))
