@@ -150,7 +150,7 @@ app: $(APP)/.installed
 app-test: $(APP)/.installed
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || \
 		{ echo "no browser to test in: apt-get install chromium chromium-driver"; exit 1; }
-	$(APP)/bin/python -m pytest tests/test_space.py -m "slow or not slow"
+	$(APP)/bin/python -m pytest tests/space/test_space.py -m "slow or not slow"
 
 lint: env
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -29,7 +29,7 @@ from processing.containers import open_container
 from processing.media import Limits
 from processing.packets import read_packets
 from processing.sampling import Part
-from training.data import read_frames
+from training.data.dataset import read_frames
 
 # name: frames, height, width, frames per second, x264's options
 SMALL = "BabyAI, 2 s, 64 x 64"

@@ -3,8 +3,8 @@
 Random weights, clips of eight frames at 256 pixels, queries and targets of 32 tokens. A live step
 begins with uint8 frames in memory, so decoding is in neither; a step from the store begins with the
 reading of its features from disk. Both are taken in turn, and the least CPU-seconds of each count.
-Operations are counted as `training/speed.py` does: their ratio is the gain of a machine that is
-equally fast in all of them and reads for nothing.
+Operations are counted as `training/loop/speed.py` does: their ratio is the gain of a machine that
+is equally fast in all of them and reads for nothing.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import torch
 
 from benchmarks.configs import mid_config
 from benchmarks.measure import Cost, cost, cpu_seconds, in_own_process
-from eval.features import FeatureStore, made_with
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from processing import VLJEPAProcessor
+from processing.feature_store import FeatureStore, made_with
 from training.arguments import ProcessorArguments, use_bf16
-from training.collator import to_pixel_values
-from training.feature_store import (
+from training.data.collator import to_pixel_values
+from training.data.feature_writer import (
     Encoder,
     as_written,
     begin,
@@ -32,11 +32,11 @@ from training.feature_store import (
     write_index,
     write_shards,
 )
-from training.grad_cache import cached_step
+from training.loop.grad_cache import cached_step
+from training.loop.objective import Embeds, Ids, Objective
+from training.loop.speed import forward_flops, training_flops
 from training.memory import ADAPTED, FULL, Setting, model_to_train, training_step
-from training.objective import Embeds, Ids, Objective
-from training.recipe_model import new_processor, train_tokenizer
-from training.speed import forward_flops, training_flops
+from training.model.recipe_model import new_processor, train_tokenizer
 
 CONFIGS = {"mid": mid_config, "paper": VLJEPAConfig}
 SETTINGS = {"LoRA": Setting("LoRA", ADAPTED, {"r": 16}), "full": Setting("full", FULL)}

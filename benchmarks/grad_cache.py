@@ -17,9 +17,9 @@ from benchmarks.configs import mid_config
 from benchmarks.measure import Cost, cost, in_own_process
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAVideoProcessor
-from training.collator import to_pixel_values
-from training.grad_cache import cached_step
-from training.objective import Embeds, Ids, Objective
+from training.data.collator import to_pixel_values
+from training.loop.grad_cache import cached_step
+from training.loop.objective import Embeds, Ids, Objective
 
 FRAMES, LENGTH = 2, 32
 

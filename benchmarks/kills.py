@@ -25,7 +25,7 @@ import torch
 import yaml
 from PIL import Image
 
-from training.checkpoints import INCOMPLETE
+from training.loop.checkpoints import INCOMPLETE
 from training.train import main as train
 
 CONTEXT = get_context("forkserver")

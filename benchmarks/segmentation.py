@@ -15,7 +15,7 @@ from scipy.sparse import diags
 from sklearn.cluster import AgglomerativeClustering
 
 from benchmarks.measure import Cost, cost, cpu_seconds, in_own_process, status
-from modeling_vljepa.segmentation import OnlineSegmenter, WardSegmenter, as_unit
+from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, WardSegmenter, as_unit
 
 EVERY = 50  # steps of one meaning
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from benchmarks.measure import Cost, cost, in_own_process
 from training.arguments import SourceArguments
-from training.mixture import Bucket, MixtureSampler, Positions
-from training.sources import StreamedSource, read_source
+from training.data.mixture import Bucket, MixtureSampler, Positions
+from training.data.sources import StreamedSource, read_source
 
 BATCH, LANES = 1024, 8
 FILES = 16  # of parquet

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from benchmarks.measure import cpu_seconds
+from eval.annotated_streams import read_streams
 from eval.selective_decoding import CLAIM, REFERENCE_DENSITY
-from eval.streams import read_streams
 from modeling_vljepa import VLJEPAForConditionalGeneration, decode_texts
-from modeling_vljepa.segmentation import OnlineSegmenter, WardSegmenter
-from modeling_vljepa.stream_session import StreamEncoder
+from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, WardSegmenter
+from modeling_vljepa.pipelines.stream_session import StreamEncoder
 from processing import VLJEPAProcessor, Window
 
 BATCH = 32  # windows per pass, and texts that are decoded together

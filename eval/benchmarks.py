@@ -35,7 +35,7 @@ class Benchmark:
         name (`str`): its key.
         task (`str`): one of `TASKS`.
         rows (`Path`): JSONL file, as [`read_rows`] reads it, or for streaming
-            [`eval.streams.read_streams`].
+            [`eval.annotated_streams.read_streams`].
         description (`str`): what it measures, in a sentence.
         train_rows (`Path`, *optional*, VQA and captioning only): source of the candidates and the
             baselines.

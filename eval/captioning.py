@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from eval.benchmarks import Benchmark, sha256, usable_rows
 from eval.embed import batches, embed_texts, predict_rows
-from eval.features import FeatureStore
 from eval.metrics import cider, exact_match, mean_interval, token_f1
 from eval.results import Example, Score, TaskResult, common_protocol, portable, skipped_rows, spread
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, decode_texts
 from processing import VLJEPAProcessor
+from processing.feature_store import FeatureStore
 from processing.rows import media_of
 
 

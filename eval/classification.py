@@ -9,11 +9,11 @@ import torch
 
 from eval.benchmarks import Benchmark
 from eval.embed import embed_texts, predict_rows
-from eval.features import FeatureStore
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
 from eval.results import Score, TaskResult, answer_examples, common_protocol, skipped_rows
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
+from processing.feature_store import FeatureStore
 
 
 def evaluate(

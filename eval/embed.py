@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.features import FeatureStore
 from modeling_vljepa import VLJEPAModel
 from processing import MediaError, VLJEPAProcessor
+from processing.feature_store import FeatureStore
 from processing.rows import Media, media_of
 
 ABLATIONS = ("none", "grey", "shuffled_queries")

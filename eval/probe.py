@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from eval.benchmarks import usable_rows
 from eval.evaluate import at_least_one
-from eval.features import FeatureStore, media_key
 from eval.metrics import wilson
 from eval.models import load_model
+from processing.feature_store import FeatureStore, media_key
 
 LEAST_ROWS = 100  # of a question
 ALPHAS = (1e2, 1e3, 1e4, 1e5)  # strong: thousands of features of hundreds of clips

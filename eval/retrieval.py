@@ -7,7 +7,6 @@ import torch
 
 from eval.benchmarks import Benchmark
 from eval.embed import embed_texts, predict_rows
-from eval.features import FeatureStore
 from eval.metrics import chance_recall, first_relevant_ranks
 from eval.results import (
     Example,
@@ -20,6 +19,7 @@ from eval.results import (
 )
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
+from processing.feature_store import FeatureStore
 from processing.rows import media_of
 
 

@@ -36,15 +36,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eval.annotated_streams import EmbeddedStream, embed_streams, read_streams
 from eval.benchmarks import Benchmark, sha256
 from eval.captioning import write
-from eval.features import FeatureStore
 from eval.metrics import cider, exact_match
 from eval.results import Example, Score, TaskResult, portable, spread
-from eval.streams import EmbeddedStream, embed_streams, read_streams
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
-from modeling_vljepa.segmentation import OnlineSegmenter, Segment, WardSegmenter, as_unit
+from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, Segment, WardSegmenter, as_unit
 from processing import Excerpt, VLJEPAProcessor
+from processing.feature_store import FeatureStore
 from processing.rows import BadRow
 
 BUDGETS = (2.0, 1.0, 0.5, 0.35, 0.2, 0.1, 0.05, 0.02, 0.01)  # decodes per second

@@ -12,7 +12,6 @@ import torch
 
 from eval.benchmarks import Benchmark, sha256, usable_rows
 from eval.embed import embed_texts, predict_rows
-from eval.features import FeatureStore
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
 from eval.results import (
     Score,
@@ -24,6 +23,7 @@ from eval.results import (
 )
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
+from processing.feature_store import FeatureStore
 from processing.rows import media_of
 
 

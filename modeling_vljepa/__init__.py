@@ -19,13 +19,13 @@ from .modeling_vljepa import (
 )
 from .modeling_vljepa import VLJEPAModel as VLJEPAModel
 from .modeling_vljepa import VLJEPAOutput as VLJEPAOutput
-from .segmentation import OnlineSegmenter as OnlineSegmenter
-from .segmentation import Segment as Segment
-from .segmentation import WardSegmenter as WardSegmenter
-from .stream_session import StreamEncoder as StreamEncoder
-from .stream_session import StreamSession as StreamSession
-from .stream_session import stream as stream
-from .y_decoder import decode_texts as decode_texts
+from .pipelines.decoding import decode_texts as decode_texts
+from .pipelines.segmentation import OnlineSegmenter as OnlineSegmenter
+from .pipelines.segmentation import Segment as Segment
+from .pipelines.segmentation import WardSegmenter as WardSegmenter
+from .pipelines.stream_session import StreamEncoder as StreamEncoder
+from .pipelines.stream_session import StreamSession as StreamSession
+from .pipelines.stream_session import stream as stream
 
 AutoConfig.register("vljepa", VLJEPAConfig)
 AutoModel.register(VLJEPAConfig, VLJEPAModel)

@@ -10,7 +10,7 @@
 
 Shapes: B batch (of all processes together), b rows of this process, K hard negatives, D embedding
 size, r rows of a tile. What belongs to other processes is gathered by the caller: see
-`training/objective.py`.
+`training/loop/objective.py`.
 """
 
 from collections.abc import Callable, Iterator

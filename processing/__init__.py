@@ -1,14 +1,14 @@
 """What goes in: files, frames and strings to the tensors of a VL-JEPA model."""
 
+from .frame_stream import FrameStream as FrameStream
+from .frame_stream import StreamReport as StreamReport
+from .frame_stream import Window as Window
+from .frame_stream import WindowStream as WindowStream
+from .frame_stream import windows as windows
 from .processing_vljepa import VLJEPAProcessor as VLJEPAProcessor
 from .rows import BadRow as BadRow
 from .rows import bad_rows_report as bad_rows_report
 from .rows import read_rows as read_rows
-from .streaming import FrameStream as FrameStream
-from .streaming import StreamReport as StreamReport
-from .streaming import Window as Window
-from .streaming import WindowStream as WindowStream
-from .streaming import windows as windows
 from .video_io import Clip as Clip
 from .video_io import Excerpt as Excerpt
 from .video_io import MediaError as MediaError

@@ -21,9 +21,9 @@ import gradio as gr
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from modeling_vljepa.segmentation import Segment
-from modeling_vljepa.stream_session import EmbeddedWindow, StreamSession
-from modeling_vljepa.y_decoder import decode_texts
+from modeling_vljepa.pipelines.decoding import decode_texts
+from modeling_vljepa.pipelines.segmentation import Segment
+from modeling_vljepa.pipelines.stream_session import EmbeddedWindow, StreamSession
 
 from .texts import TextEmbeds, read_lines
 from .timeline import Curve, span

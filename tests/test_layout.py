@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "modeling_vljepa").glob("[!_]*.py")) + sorted(
-    (ROOT / "processing").glob("[!_]*.py")
-)
+SHIPPED = [
+    path
+    for folder in ("modeling_vljepa", "modeling_vljepa/pipelines", "processing")
+    for path in sorted((ROOT / folder).glob("[!_]*.py"))
+]
 OWN = {"modeling_vljepa", "processing", "training", "eval", "benchmarks", "space", "tests"}
-PACKAGES = {"torch", "transformers", "numpy", "PIL"}
+PACKAGES = {"torch", "transformers", "numpy", "PIL", "safetensors"}
 OPTIONAL = {"av", "datasets"}  # under `if is_..._available():`
 # Home folders and common working folders, none of which a manual would name.
 MACHINE_PATH = re.compile(r"(?<![\w.:])/(?:home|Users|root|work|mnt|data|workspace|scratch)/\w")

@@ -92,8 +92,8 @@ class SourceArguments:
             `parquet` or `webdataset`, whose files are then `data_files`.
         config, split, data_files, revision: of the dataset.
         columns: where the parts of a row stand in its examples: the name of a public set
-            (`training/public_sets.yaml`), or a mapping (`processing/columns.py`). Default: those
-            of the public set with this Hub id.
+            (`training/data/public_sets.yaml`), or a mapping (`training/data/columns.py`).
+            Default: those of the public set with this Hub id.
         media_folder: of media that are named by relative paths in a dataset.
         streaming: read rows as they are needed, instead of all before training starts.
         shuffle_rows: of a streamed source, how many are in memory and mixed.

@@ -16,14 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval.features import FACTS, FeatureError, made_with, read_facts
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
-
-from .arguments import Recipe, RecipeError, read_recipe
-from .data import ContrastiveDataset, build_dataset
-from .distributed import rank, world_size
-from .feature_store import (
+from processing.feature_store import FACTS, FeatureError, made_with, read_facts
+from training.arguments import Recipe, RecipeError, read_recipe
+from training.data.dataset import ContrastiveDataset, build_dataset
+from training.data.feature_writer import (
     Encoder,
     Shard,
     begin,
@@ -36,8 +34,9 @@ from .feature_store import (
     write_index,
     write_shards,
 )
-from .recipe_model import start_model, store_frozen_in_bf16
-from .sources import Source, StreamedSource, read_source
+from training.data.sources import Source, StreamedSource, read_source
+from training.loop.distributed import rank, world_size
+from training.model.recipe_model import start_model, store_frozen_in_bf16
 
 
 def readable(size: int) -> str:

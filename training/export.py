@@ -18,9 +18,8 @@ from torch.export import Dim
 from transformers import AutoModel, AutoProcessor
 
 from modeling_vljepa import VLJEPAModel
-
-from .arguments import RecipeError
-from .backbones import load
+from training.arguments import RecipeError
+from training.model.backbones import load
 
 FREE = {0: Dim.AUTO, 1: Dim.AUTO}  # batch and length
 

@@ -19,9 +19,8 @@ from transformers.utils import logging
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from processing import VLJEPAProcessor
-
-from .arguments import RecipeError
-from .backbones import (
+from training.arguments import RecipeError
+from training.model.backbones import (
     PredictorBackbone,
     TextBackbone,
     VisionBackbone,
@@ -30,7 +29,7 @@ from .backbones import (
     read_text,
     read_vision,
 )
-from .parameters import paper_table
+from training.model.parameters import paper_table
 
 # What no backbone brings; `VLJEPAPreTrainedModel` says how they start.
 NEW = ("predictor.visual_projection.", "predictor_head.", "y_head.", "logit_scale.")

@@ -26,11 +26,10 @@ from eval.evaluate import at_least_one
 from eval.page import png, render, strip
 from processing.processing_vljepa import VLJEPAProcessor
 from processing.rows import BadRow
-
-from .arguments import Recipe, RecipeError, SourceArguments, read_recipe
-from .collator import ContrastiveCollator
-from .data import build_dataset
-from .data_facts import (
+from training.arguments import Recipe, RecipeError, SourceArguments, read_recipe
+from training.data.collator import ContrastiveCollator
+from training.data.dataset import build_dataset
+from training.data.facts import (
     Header,
     Sharing,
     clip_seconds,
@@ -40,8 +39,8 @@ from .data_facts import (
     repeated_rows,
     sharing,
 )
-from .recipe_model import load_processor, new_model
-from .sources import Source, StreamedSource, read_source, texts_of
+from training.data.sources import Source, StreamedSource, read_source, texts_of
+from training.model.recipe_model import load_processor, new_model
 
 TEXTS_AT_ONCE = 1000  # to a tokenizer, so that progress is seen
 

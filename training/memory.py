@@ -48,11 +48,10 @@ from transformers.utils import logging
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from modeling_vljepa.x_encoder import XEncoder
-
-from .arguments import RecipeError, VLJEPATrainingArguments
-from .backbones import load
-from .objective import Embeds, Ids, Objective
-from .recipe_model import prepare_for_training
+from training.arguments import RecipeError, VLJEPATrainingArguments
+from training.loop.objective import Embeds, Ids, Objective
+from training.model.backbones import load
+from training.model.recipe_model import prepare_for_training
 
 # Rows of the steps that are run. Memory bends where another moment of the step becomes its peak,
 # always upwards: a line between two of these is never too low.

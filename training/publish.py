@@ -29,34 +29,18 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 
-import modeling_vljepa
-from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
-from modeling_vljepa.pipeline_vljepa import CUSTOM_PIPELINES
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, pipelines
+from modeling_vljepa.pipelines.pipeline_vljepa import CUSTOM_PIPELINES
 from processing import VLJEPAProcessor, read_rows
-
-from .arguments import RecipeError
-from .backbones import find_file, load
-from .licences import UNKNOWN, licence_of, licence_table
-from .model_card import write_card
-from .parameters import count_parameters
+from training.arguments import RecipeError
+from training.hub.licences import UNKNOWN, licence_of, licence_table
+from training.hub.model_card import write_card
+from training.model.backbones import find_file, load
+from training.model.parameters import count_parameters
 
 ROOT = Path(__file__).parents[1]
-# Shipped beside the weights, though no model file imports them.
-EXTRA_CODE = (
-    "pipeline_vljepa.py",
-    "pipeline_base.py",
-    "pipeline_streaming.py",
-    "segmentation.py",
-    "stream_session.py",
-    "st_vljepa.py",
-    "handler.py",
-)
-# Of our packages, what `space/` imports.
-SPACE_IMPORTS = (
-    "modeling_vljepa/segmentation.py",
-    "modeling_vljepa/stream_session.py",
-    "modeling_vljepa/y_decoder.py",
-)
+# The modules of `modeling_vljepa/pipelines/` that `space/` imports.
+SPACE_IMPORTS = ("decoding.py", "stream_session.py")
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt")
 TOLERANCE = 1e-6  # largest difference of an embedding after the way to the Hub and back
 
@@ -131,9 +115,8 @@ def write_weights(
 
 def write_code(folder: Path) -> None:
     """The files that pipelines, endpoints and sentence-transformers look for."""
-    package = Path(modeling_vljepa.__file__).parent
-    for name in EXTRA_CODE:
-        shutil.copy(package / name, folder)
+    for path in Path(pipelines.__file__).parent.glob("[!_]*.py"):
+        shutil.copy(path, folder)
     modules = [{"idx": 0, "name": "0", "path": "", "type": "st_vljepa.VLJEPAModule"}]
     (folder / "modules.json").write_text(json.dumps(modules, indent=2))
     (folder / "sentence_transformer_vljepa.json").write_text(json.dumps({"query": ""}))
@@ -265,13 +248,14 @@ def write_space(folder: Path) -> None:
     shutil.copytree(ROOT / "space", folder / "space", ignore=left_out)
     for name in settings:
         shutil.copy(ROOT / "space" / name, folder)
+    package = folder / "modeling_vljepa" / "pipelines"
+    package.mkdir(parents=True)
+    for path in (package, package.parent):
+        (path / "__init__.py").touch()
     for name in SPACE_IMPORTS:
-        module = ROOT / name
-        for path in (module, *map(Path, get_relative_import_files(module))):
-            target = folder / path.relative_to(ROOT)
-            target.parent.mkdir(exist_ok=True)
-            (target.parent / "__init__.py").touch()
-            shutil.copy(path, target)
+        module = Path(pipelines.__file__).with_name(name)
+        for path in (module, *get_relative_import_files(module)):
+            shutil.copy(path, package)
     (folder / "app.py").write_text("from space.app import main\n\nmain()\n")
 
 

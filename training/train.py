@@ -17,11 +17,10 @@ from transformers import PrinterCallback, set_seed
 
 from eval.benchmarks import Benchmark, load_benchmarks
 from eval.evaluate import measurable
-from eval.features import FeatureError, FeatureStore
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
-
-from .arguments import (
+from processing.feature_store import FeatureError, FeatureStore
+from training.arguments import (
     EvaluationArguments,
     Recipe,
     RecipeError,
@@ -29,18 +28,18 @@ from .arguments import (
     read_recipe,
     save_recipes,
 )
-from .callbacks import CollapseWarning, ProgressLine
-from .checkpoints import checkpoint_to_resume
-from .collator import ContrastiveCollator
-from .data import build_dataset
-from .distributed import check_world_size
-from .feature_store import check_recipe
-from .parameters import parameter_table
-from .recipe_model import prepare_for_training, start_model
-from .sources import Source, StreamedSource, read_source
-from .speed import reachable_flops
-from .target_states import encode_target_states
-from .trainer import VLJEPATrainer
+from training.data.collator import ContrastiveCollator
+from training.data.dataset import build_dataset
+from training.data.feature_writer import check_recipe
+from training.data.sources import Source, StreamedSource, read_source
+from training.data.target_states import encode_target_states
+from training.loop.callbacks import CollapseWarning, ProgressLine
+from training.loop.checkpoints import checkpoint_to_resume
+from training.loop.distributed import check_world_size
+from training.loop.speed import reachable_flops
+from training.loop.trainer import VLJEPATrainer
+from training.model.parameters import parameter_table
+from training.model.recipe_model import prepare_for_training, start_model
 
 
 def read_benchmarks(

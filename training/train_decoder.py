@@ -36,8 +36,7 @@ from eval.embed import embed_texts, predict_rows
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from modeling_vljepa.y_decoder import IGNORED
 from processing import VLJEPAProcessor, bad_rows_report, read_rows
-
-from .arguments import (
+from training.arguments import (
     RecipeError,
     check_keys,
     check_least,
@@ -46,10 +45,10 @@ from .arguments import (
     training_arguments,
     use_bf16,
 )
-from .backbones import load, read_decoder
-from .callbacks import ProgressLine
-from .parameters import parameter_table
-from .recipe_model import check_config
+from training.loop.callbacks import ProgressLine
+from training.model.backbones import load, read_decoder
+from training.model.parameters import parameter_table
+from training.model.recipe_model import check_config
 
 EMBEDDINGS = ("text", "predicted", "both")
 LOG = "decoder_trainer_state.json"  # beside the log of the model itself

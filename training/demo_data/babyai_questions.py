@@ -8,8 +8,8 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from .babyai import Episode, Thing
-from .babyai_goals import TYPES
+from training.demo_data.babyai import Episode, Thing
+from training.demo_data.babyai_goals import TYPES
 
 QUESTIONS_PER_CLIP = 5
 NUMBERS = ("zero", "one", "two", "three", "four")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .babyai import FPS, SPLITS, Episode, first_seed, play, split_of
-from .babyai_goals import ALL_PAIRS, SEEN_PAIRS, narrate, narrations
-from .babyai_questions import ask, ask_where
-from .writing import write_clip, write_jsonl
+from training.demo_data.babyai import FPS, SPLITS, Episode, first_seed, play, split_of
+from training.demo_data.babyai_goals import ALL_PAIRS, SEEN_PAIRS, narrate, narrations
+from training.demo_data.babyai_questions import ask, ask_where
+from training.demo_data.writing import write_clip, write_jsonl
 
 EVAL_CLIPS = {
     "val": 300,

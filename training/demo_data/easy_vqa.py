@@ -7,7 +7,7 @@ from pathlib import Path
 
 import easy_vqa
 
-from .writing import write_jsonl
+from training.demo_data.writing import write_jsonl
 
 NUM_VAL_IMAGES = 400
 SHAPES = ("circle", "rectangle", "triangle")

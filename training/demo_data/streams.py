@@ -26,9 +26,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .babyai import FPS, first_seed, play
-from .babyai_splits import NARRATE, events
-from .writing import write_clip, write_jsonl
+from training.demo_data.babyai import FPS, first_seed, play
+from training.demo_data.babyai_splits import NARRATE, events
+from training.demo_data.writing import write_clip, write_jsonl
 
 # Raised whenever the same arguments would give other streams than before.
 GENERATOR_VERSION = 1

@@ -1,0 +1,310 @@
+"""Watch a video, a camera or an address, and say what happens when it changes:
+
+    python -m eval.watch --model runs/babyai/decoder --source kitchen.mp4 --fps 4 --output out
+    python -m eval.watch --model user/name --source 0 --candidates "a cat" "a dog"
+
+Captions are printed as they come, each with how much its embeddings agree, and at the end what was
+watched. `--output` gets them as `captions.srt` and `captions.vtt`, and a picture, `timeline.png`.
+A source without an end is watched until it is interrupted (Ctrl-C).
+"""
+
+import argparse
+import inspect
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from eval.models import load_model
+from eval.subtitles import clock, one_line, write_subtitles
+from eval.timeline import timeline
+from modeling_vljepa import (
+    OnlineSegmenter,
+    Segment,
+    StreamEncoder,
+    StreamSession,
+    WardSegmenter,
+)
+from modeling_vljepa.pipelines.pipeline_vljepa import VLJEPAStreamingCaptionPipeline
+from modeling_vljepa.pipelines.stream_session import EmbeddedWindow
+from processing import FrameStream, StreamReport, VLJEPAProcessor, WindowStream
+
+SETTINGS = tuple(inspect.signature(OnlineSegmenter).parameters)
+FILE_BATCH = 8  # windows of a file per pass; of a live source one, which waits for no other
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.watch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub id of a model")
+    parser.add_argument(
+        "--source", required=True, help="a video file, the number of a camera, or an address"
+    )
+    parser.add_argument("--query", help="what is asked of every window; a caption by default")
+    parser.add_argument(
+        "--candidates", nargs="+", help="texts to choose from, where no decoder shall write"
+    )
+    parser.add_argument("--fps", type=float, help="frames kept per second; all by default")
+    parser.add_argument("--window", type=int, help="frames per window; the processor's by default")
+    parser.add_argument("--stride", type=int, help="frames; half a window by default")
+    parser.add_argument("--batch-size", type=int, help="windows per pass")
+    parser.add_argument(
+        "--segmenter",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of OnlineSegmenter, such as drift_threshold=0.1 decodes_per_second=0.35",
+    )
+    parser.add_argument("--segments", type=int, help="offline: cut the whole into so many parts")
+    parser.add_argument(
+        "--threshold", type=float, help="offline: join while Ward's distance is less"
+    )
+    parser.add_argument("--allow-urls", action="store_true", help="open an http(s) or rtsp address")
+    parser.add_argument("--output", type=Path, help="folder for subtitles and timeline")
+    return parser.parse_args(argv)
+
+
+@dataclass
+class Watched:
+    """What was watched so far: a number per window and a caption per segment, nothing larger."""
+
+    captions: list[dict[str, Any]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # of windows
+    changes: list[float] = field(default_factory=list)  # 1 - cosine to the window before
+    last: torch.Tensor | None = None  # embedding (D,)
+
+    def see(self, window: EmbeddedWindow) -> None:
+        same = window.embedding if self.last is None else self.last
+        cosine = torch.cosine_similarity(window.embedding, same, dim=0)
+        self.changes.append(max(1 - cosine.item(), 0.0))
+        self.times.append(window.time)
+        self.last = window.embedding
+
+    def say(self, segments: list[Segment]) -> None:
+        """Print them, above the progress bar if there is one, and keep what they say."""
+        for each in segments:
+            start, end = clock(each.start_time, 1), clock(each.end_time, 1)
+            text = one_line(each.text) or "(no words)"
+            tqdm.write(f"{start} → {end}  {text}  ({each.confidence:.2f})")
+            sys.stdout.flush()
+            times = {"start": each.start_time, "end": each.end_time}
+            self.captions.append({**times, "text": each.text, "confidence": each.confidence})
+
+
+class OfflineSession:
+    """As a `StreamSession`, but what it says, it says at the end, of segments by Ward's distance.
+
+    Args:
+        session ([`StreamSession`]): which says how a segment is put into words.
+        segmenter ([`WardSegmenter`]): which keeps the embeddings.
+    """
+
+    def __init__(self, session: StreamSession, segmenter: WardSegmenter):
+        self.decode = session.decode
+        self.segmenter = segmenter
+        self.end_time = 0.0
+
+    def push(self, window: EmbeddedWindow) -> list[Segment]:
+        self.end_time = window.end_time
+        is_first = not self.segmenter.times
+        return self.segmenter.push(window.embedding, window.start_time if is_first else window.time)
+
+    def close(self) -> list[Segment]:
+        segments = self.segmenter.close(self.end_time)
+        return [replace(each, text=self.decode(each.embedding[None])[0]) for each in segments]
+
+
+# -- what is given -------------------------------------------------------------------------
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises: `ValueError` for options that do not go together."""
+    if args.segments is not None and args.threshold is not None:
+        raise ValueError("--segments and --threshold: each says where to cut, give one of them.")
+    if is_offline(args) and args.segmenter:
+        raise ValueError(
+            "--segmenter has settings of the online segmenter, and --segments and --threshold cut "
+            "offline: leave one away."
+        )
+    if is_offline(args) and args.source.isdecimal():
+        raise ValueError("--segments and --threshold need a stream that ends: a camera has no end.")
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output: {args.output} is no folder.")
+
+
+def is_offline(args: argparse.Namespace) -> bool:
+    return args.segments is not None or args.threshold is not None
+
+
+def segmenter_kwargs(settings: list[str]) -> dict[str, Any]:
+    """`["patience=2", "decode_from=mean"]` as a dictionary."""
+    options = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--segmenter: {setting} is no NAME=VALUE.")
+        if name not in SETTINGS:
+            raise ValueError(f"--segmenter: there is no {name!r}, only {', '.join(SETTINGS)}.")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
+
+
+def open_source(args: argparse.Namespace, processor: VLJEPAProcessor) -> WindowStream:
+    """The source as windows; offline, an address waits for whoever reads it."""
+    return processor.watch(
+        int(args.source) if args.source.isdecimal() else args.source,
+        window=args.window,
+        stride=args.stride,
+        fps=args.fps,
+        live=False if is_offline(args) else None,
+        allow_urls=args.allow_urls,
+    )
+
+
+def seconds_of(frames: FrameStream) -> float | None:
+    """The length of a file, if its header says it; `None` for what may have no end."""
+    if frames.is_camera or frames.scheme is not None:
+        return None
+    with FrameStream(frames.source).container() as container:
+        return container.duration / 1e6 if container.duration else None  # AV_TIME_BASE
+
+
+def new_session(
+    pipe: VLJEPAStreamingCaptionPipeline, args: argparse.Namespace
+) -> StreamSession | OfflineSession:
+    """Raises: `ValueError` for a model that has neither decoder nor candidates, and for settings
+    that a segmenter does not have."""
+    session = pipe.session(
+        query=args.query,
+        candidates=args.candidates,
+        segmenter_kwargs=segmenter_kwargs(args.segmenter),
+    )
+    if not is_offline(args):
+        return session
+    return OfflineSession(session, WardSegmenter(args.segments, args.threshold))
+
+
+def make_folder(path: Path) -> None:
+    """Before anything is watched: a stream cannot be watched again.
+
+    Raises: `ValueError` where nothing can be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: {path} cannot be made ({error.strerror}).") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"--output: {path} cannot be written to. Give another folder.")
+
+
+# -- watching ------------------------------------------------------------------------------
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until this is done, or it is pressed again: a segment that is being put into
+    words would be lost."""
+    pressed = []
+
+    def hold(*received: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(received)
+
+    former = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def watch(
+    session: StreamSession | OfflineSession,
+    embedded: Iterable[EmbeddedWindow],
+    seconds: float | None,
+) -> Watched:
+    """Say what happens until the source ends, or somebody interrupts."""
+    watched = Watched()
+    with tqdm(
+        total=seconds,
+        desc="watched",
+        bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]",
+        disable=True if seconds is None else None,
+    ) as progress:
+        try:
+            for window in embedded:
+                with uninterrupted():
+                    watched.see(window)
+                    watched.say(session.push(window))
+                progress.update(min(window.end_time, seconds or 0.0) - progress.n)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+        watched.say(session.close())
+    return watched
+
+
+def summary(watched: Watched, report: StreamReport, size: int) -> str:
+    decodes, windows = len(watched.captions), len(watched.times)
+    return (
+        f"{windows} windows of {size} frames, {decodes} decodes; decoding every window would have "
+        f"been {windows}\n"
+        f"{report.frames} frames, {report.dropped} dropped, {report.broken} broken, "
+        f"{report.size_changes} changes of size, {report.leaps} leaps in time, {report.stalls} "
+        f"stalls; {report.ended or 'interrupted'}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+
+    # 1. what is asked for, and from where: checked before the model does anything
+    check_options(args)
+    model, processor = load_model(args.model)
+    windows = open_source(args, processor)
+    seconds = seconds_of(windows.frames)
+
+    # 2. the model as a pipeline, and a session that has seen nothing yet
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = VLJEPAStreamingCaptionPipeline(model=model, processor=processor, device=device)
+    session = new_session(pipe, args)
+    if args.output is not None:
+        make_folder(args.output)
+
+    # 3. watch
+    size = args.batch_size if args.batch_size is not None else FILE_BATCH if seconds else 1
+    with windows:
+        embedded = StreamEncoder(model, processor, args.query).stream(windows, size)
+        watched = watch(session, embedded, seconds)
+    print(summary(watched, windows.report, windows.window))
+
+    # 4. for people
+    if args.output is not None:
+        write_subtitles(args.output, watched.captions)
+        figure = timeline(watched.captions, watched.times, watched.changes)
+        figure.savefig(args.output / "timeline.png", dpi=110, metadata={"Software": None})
+        names = ("captions.srt", "captions.vtt", "timeline.png")
+        print(*(args.output / name for name in names), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # captions go on where a terminal lacks a letter
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

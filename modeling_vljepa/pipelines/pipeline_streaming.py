@@ -1,0 +1,242 @@
+"""Captions of a stream, each as soon as what it tells of is over.
+
+    watch = pipeline("streaming-caption", model="user/name", trust_remote_code=True)
+    captions = watch("kitchen.mp4", fps=4)
+    for caption in captions:
+        print(caption)  # {"start": 0.0, "end": 3.2, "text": "cuts an onion", "confidence": 0.97}
+    captions.session.ask(["an onion", "a carrot"], query="What is cut?")
+
+The source is a file (path or content), the number of a camera, with `allow_urls=True` an http(s) or
+rtsp address, or an iterator of pairs: seconds, and a uint8 array `(H, W, 3)`.
+
+Shapes: B segments, N texts, D embedding size.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from .decoding import decode_texts
+from .pipeline_base import PipelineBase, check_texts, given
+from .segmentation import OnlineSegmenter, Segment
+from .stream_session import EmbeddedWindow, FrameWindow, StreamSession, stream
+
+
+class Writer:
+    """Puts the segments of one stream into words, one after the other.
+
+    A decoder that reads what was said before is told so.
+
+    Args:
+        pipe ([`VLJEPAStreamingCaptionPipeline`]): whose model has a Y-Decoder.
+        query (`str`): what is asked.
+        generate_kwargs (`dict`): how it writes, as `generate` takes it.
+    """
+
+    def __init__(self, pipe: PipelineBase, query: str, generate_kwargs: dict[str, Any]):
+        if generate_kwargs.get("num_return_sequences", 1) != 1:
+            raise ValueError("generate_kwargs: a segment has one text, leave num_return_sequences.")
+        self.pipe = pipe
+        self.query = query
+        self.generate_kwargs = generate_kwargs
+        self.previous = ""
+
+    def __call__(self, embeds: torch.Tensor) -> list[str]:
+        """Embeddings `(B, D)` to B texts."""
+        return [self.write(embedding) for embedding in embeds]
+
+    def write(self, embedding: torch.Tensor) -> str:
+        [self.previous] = decode_texts(
+            self.pipe.model,
+            self.pipe.processor,
+            embedding[None],
+            queries=[self.query],
+            previous=[self.previous],
+            **self.generate_kwargs,
+        )
+        return self.previous
+
+
+class CaptionStream:
+    """The captions of one stream; it is read once.
+
+    Attributes:
+        session ([`StreamSession`]): whose `ask` answers questions about what was seen so far, in
+            between and at the end.
+        report (`StreamReport`): what happened to the source so far.
+    """
+
+    def __init__(self, captions: Iterator[dict], session: StreamSession, windows: Any):
+        self.captions = captions
+        self.session = session
+        self.windows = windows
+
+    @property
+    def report(self) -> Any:
+        return self.windows.report
+
+    def __iter__(self) -> Iterator[dict]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self.captions)
+
+    def __enter__(self) -> "CaptionStream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop watching; what was seen can still be asked about."""
+        self.captions.close()
+
+
+class VLJEPAStreamingCaptionPipeline(PipelineBase):
+    """Say what happens in a stream, when it changes.
+
+    A Y-Decoder writes the text of each segment. With `candidates`, it is the nearest of these, and
+    no decoder is needed.
+    """
+
+    def __call__(
+        self, source: Any, *, batch_size: int | None = None, **parameters: Any
+    ) -> CaptionStream:
+        """Caption one source while it runs.
+
+        Args:
+            source: see the module.
+            batch_size (`int`, *optional*, defaults to 1): windows per pass; more of them are
+                faster on a file, and delay a live source.
+            parameters: see `_sanitize_parameters`.
+
+        Returns: an iterator of `{"start", "end", "text", "confidence"}`, one for each segment as
+            it closes. They tile the stream; `start` and `end` are seconds. The confidence says
+            how much the embeddings of a segment agree, not whether the text is true.
+        Raises: `ValueError` where there is nothing to make a text of, and for options that cannot
+            be; `MediaError`, with the first caption, for a source that cannot be opened.
+        """
+        watched, asked, _ = self._sanitize_parameters(**parameters)
+        asked = (
+            self._forward_params
+            | asked
+            | given(batch_size=self._batch_size if batch_size is None else batch_size)
+        )
+        windows = self.preprocess(source, **self._preprocess_params | watched)
+        session = self.session(**asked)
+        return CaptionStream(self.captions(windows, session), session, windows)
+
+    def _sanitize_parameters(
+        self,
+        query: str | None = None,
+        candidates: Iterable[str] | None = None,
+        window: int | None = None,
+        stride: int | None = None,
+        fps: float | None = None,
+        live: bool | None = None,
+        allow_urls: bool | None = None,
+        segmenter_kwargs: dict[str, Any] | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[dict, dict, dict]:
+        """
+        Args:
+            query (`str`, *optional*): what is asked of every window; a caption by default.
+            candidates (`list[str]`, *optional*): texts to choose from.
+            window, stride (`int`, *optional*): in frames; by default as many as the video
+                processor takes of a clip, and half of that.
+            fps (`float`, *optional*): frames kept per second; all by default.
+            live (`bool`, *optional*): whether a slow reader loses frames or the source waits;
+                cameras and addresses are live by default.
+            allow_urls (`bool`, *optional*, defaults to `False`): open addresses.
+            segmenter_kwargs (`dict`, *optional*): thresholds and budget, as `OnlineSegmenter`
+                takes them: `drift_threshold`, `decodes_per_second` and others.
+            generate_kwargs (`dict`, *optional*): how a text is written, as `generate` takes it.
+        """
+        watched = given(window=window, stride=stride, fps=fps, live=live, allow_urls=allow_urls)
+        asked = given(
+            query=query,
+            candidates=candidates,
+            segmenter_kwargs=segmenter_kwargs,
+            generate_kwargs=generate_kwargs,
+        )
+        return watched, asked, {}
+
+    def preprocess(self, source: Any, **options: Any) -> Any:
+        """The source as windows of frames, a `WindowStream`."""
+        return self.processor.watch(source, **options)
+
+    def captions(self, windows: Any, session: StreamSession) -> Iterator[dict[str, Any]]:
+        with windows:
+            for segment in self._forward(windows, session):
+                yield self.postprocess(segment)
+
+    def _forward(self, windows: Iterable[FrameWindow], session: StreamSession) -> Iterator[Segment]:
+        return session.run(windows)
+
+    def postprocess(self, segment: Segment) -> dict[str, Any]:
+        return {
+            "start": segment.start_time,
+            "end": segment.end_time,
+            "text": segment.text,
+            "confidence": segment.confidence,
+        }
+
+    def session(
+        self,
+        *,
+        query: str | None = None,
+        candidates: Iterable[str] | None = None,
+        segmenter_kwargs: dict[str, Any] | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        batch_size: int = 1,
+    ) -> StreamSession:
+        """A session that has seen nothing yet; the arguments are those of a call."""
+        if query is not None and not isinstance(query, str):
+            raise ValueError(f"query is a {type(query).__name__}: give a string.")
+        session = StreamSession(
+            self.model,
+            self.processor,
+            query=query,
+            segmenter=OnlineSegmenter(**segmenter_kwargs or {}),
+            batch_size=batch_size,
+        )
+        if candidates is not None:
+            if generate_kwargs is not None:
+                raise ValueError(
+                    "generate_kwargs is for texts that are written, and these are chosen from "
+                    "candidates: leave it out."
+                )
+            session.decode = self.chooser(session, check_texts("candidates", candidates))
+        elif self.has_decoder:
+            session.decode = Writer(self, query or "", generate_kwargs or {})
+        else:
+            raise ValueError(
+                "candidates is missing, and this model has no Y-Decoder to write a text: give "
+                "candidates=[...], or train a decoder with `python -m training.train_decoder`."
+            )
+        return session
+
+    def chooser(
+        self, session: StreamSession, texts: list[str]
+    ) -> Callable[[torch.Tensor], list[str]]:
+        """What makes embeddings `(B, D)` to the nearest of some texts."""
+        text_embeds = session.encoder.embed_texts(texts)  # (N, D)
+        return lambda embeds: [
+            texts[place] for place in (embeds @ text_embeds.T).argmax(1).tolist()
+        ]
+
+    def stream(
+        self,
+        source: Any,
+        query: str | None = None,
+        window: int | None = None,
+        stride: int | None = None,
+        **options: Any,
+    ) -> Iterator[EmbeddedWindow]:
+        """The embeddings that captions are made of, with their times; `options` are those of
+        [`stream`]."""
+        return stream(self.model, self.processor, source, query, window, stride, **options)
+
+
+__all__ = ["CaptionStream", "VLJEPAStreamingCaptionPipeline"]

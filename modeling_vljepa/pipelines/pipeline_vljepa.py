@@ -1,0 +1,735 @@
+"""Pipelines: answer a question about a video, find texts for it or it by a text, name it, and
+caption it while it runs.
+
+| task                             | call                                              |
+|----------------------------------|---------------------------------------------------|
+| `visual-question-answering`      | `pipe(video=..., question=..., candidates=[...])` |
+|                                  | `pipe(video=..., question=...)`, with a Y-Decoder |
+| `video-text-retrieval`           | `pipe(video=..., texts=[...])`                    |
+|                                  | `pipe(text=..., videos=[...])`                    |
+|                                  | `pipe.build_library(...)`, `pipe.search(...)`     |
+| `zero-shot-video-classification` | `pipe(video=..., candidate_labels=[...])`         |
+| `streaming-caption`              | `pipe(source)`: see `pipeline_streaming`          |
+
+Of a published model, `pipe` is `pipeline(task, model="user/name", trust_remote_code=True)`. Of any
+other, it is made from the class: `VLJEPARetrievalPipeline(model=model, processor=processor)`.
+
+A *sample* is a dictionary with `"video"` or `"image"` (and a `"question"`, where one is asked),
+or the bare medium. One sample gives one result, a list of them a list of results, and any other
+iterable, such as a generator or a dataset, an iterator that reads it as it goes.
+
+A *medium* is a path, the bytes of a file, a PIL image, a uint8 array `(T, H, W, 3)` or
+`(H, W, 3)`, a uint8 tensor `(T, 3, H, W)` or `(3, H, W)`, or, with `allow_urls=True`, an http(s)
+address.
+
+A *score* is the cosine of the predicted embedding and the text's, from -1 to 1; it does not
+depend on the other candidates. With `calibrated=True` it is the probability of the text among the
+candidates: a softmax at the temperature that the model was trained with.
+
+Shapes: B samples, N texts, T frames, h and w pixels, D embedding size.
+"""
+
+import json
+import mimetypes
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib import request
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import is_datasets_available, is_faiss_available, logging
+
+from .decoding import decode_texts
+from .pipeline_base import CUSTOM_PIPELINES, PipelineBase, check_texts, given
+from .pipeline_streaming import VLJEPAStreamingCaptionPipeline
+
+if is_datasets_available():
+    from datasets import Dataset, Features, List, Value, load_from_disk
+
+logger = logging.get_logger(__name__)
+
+DESCRIBE = "Describe this video in detail."  # the captioning prompt of the paper's figure 2
+TEXTS_PER_PASS = 64
+MAX_URL_BYTES = 50 * 2**20
+MAX_URL_SECONDS = 60
+INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT, without importing faiss for those who never search
+MAX_DRIFT = 1e-3  # in cosine: rounding to bf16 stays below, another model far above
+
+FILE = str | os.PathLike | bytes
+
+
+# -- arguments -----------------------------------------------------------------------------
+
+
+def as_sample(sample: Any) -> Mapping[str, Any]:
+    """A sample as a dictionary; a bare medium becomes one if it is plain what it is."""
+    if isinstance(sample, Mapping):
+        return sample
+    if isinstance(sample, Image.Image):
+        return {"image": sample}
+    if isinstance(sample, np.ndarray | torch.Tensor) and sample.ndim in (3, 4):
+        return {"image" if sample.ndim == 3 else "video": sample}
+    if isinstance(sample, str | os.PathLike):
+        kind = mimetypes.guess_type(os.fspath(sample))[0] or ""
+        return {"image" if kind.startswith("image/") else "video": sample}
+    raise ValueError(
+        f"a {type(sample).__name__} may be a video, an image or neither: name it, as in "
+        '{"video": ...} or {"image": ...}.'
+    )
+
+
+def medium_of(sample: Mapping[str, Any]) -> tuple[str, Any]:
+    """`"video"` or `"image"`, and the medium."""
+    found = [kind for kind in ("video", "image") if sample.get(kind) is not None]
+    if len(found) != 1:
+        what = "both video and image" if found else "neither video nor image"
+        raise ValueError(f"{what} given: exactly one is needed.")
+    kind, medium = found[0], sample[found[0]]
+    if isinstance(medium, Mapping) and {"bytes", "path"} <= medium.keys():  # undecoded, by datasets
+        medium = medium["path"] if medium["bytes"] is None else medium["bytes"]
+    allowed = FILE | np.ndarray | torch.Tensor | (Image.Image if kind == "image" else list)
+    if not isinstance(medium, allowed):
+        raise ValueError(
+            f"{kind} is a {type(medium).__name__}: give a path, bytes, a uint8 array or tensor, "
+            f"or {'a PIL image' if kind == 'image' else 'a list of PIL images'}."
+        )
+    return kind, medium
+
+
+def is_url(medium: Any) -> bool:
+    return isinstance(medium, str) and medium.lower().startswith(("http://", "https://"))
+
+
+def fetch(url: str, max_bytes: int | None = None) -> bytes:
+    """Download at most `max_bytes` (default: `MAX_URL_BYTES`) in about `MAX_URL_SECONDS`, over
+    http(s) alone.
+
+    The address may be of a machine that only this one can reach: it is for the caller to allow.
+    """
+    opener = request.OpenerDirector()  # the usual one would follow ftp: and read file: and data:
+    opener.addheaders = [("User-Agent", "vljepa")]
+    for handler in (
+        request.ProxyHandler,
+        request.HTTPHandler,
+        request.HTTPSHandler,
+        request.HTTPRedirectHandler,
+        request.HTTPDefaultErrorHandler,
+        request.HTTPErrorProcessor,
+        request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    max_bytes = max_bytes or MAX_URL_BYTES
+    content, deadline = bytearray(), time.monotonic() + MAX_URL_SECONDS
+    try:
+        with opener.open(url, timeout=MAX_URL_SECONDS) as response:
+            while part := response.read1(2**16):
+                content += part
+                if len(content) > max_bytes:
+                    raise ValueError(f"{url}: larger than {max_bytes} bytes. Make it smaller.")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{url}: took longer than {MAX_URL_SECONDS} seconds.")
+    except (OSError, HTTPException) as error:
+        raise ValueError(f"{url}: cannot be fetched ({error}). Check the address.") from error
+    return bytes(content)
+
+
+# -- what the pipelines share --------------------------------------------------------------
+
+
+class VLJEPAPipeline(PipelineBase):
+    """Samples in, ranked texts out. The texts are embedded once per call, not once per sample."""
+
+    label: str  # what a result calls its text
+    fetch = staticmethod(fetch)
+
+    def __call__(self, inputs: Any = None, *, video: Any = None, image: Any = None, **kwargs: Any):
+        """Rank texts for one sample or many.
+
+        Args:
+            inputs (*optional*): a sample, a list or another iterable of samples.
+            video, image (*optional*): the medium of one sample.
+            batch_size (`int`, *optional*, defaults to 1): samples per pass of the model.
+            num_workers (`int`, *optional*, defaults to 0): processes that decode.
+            kwargs: the parameters of the task.
+
+        Raises: `ValueError` that names the argument, and in a list or iterable also the input,
+            counted from 0.
+        """
+        sources = given(inputs=inputs, video=video, image=image)
+        if len(sources) != 1:
+            names = " and ".join(sources) or "none"
+            raise ValueError(f"give either video, image or a list of samples; got {names}.")
+        if inputs is None:
+            return super().__call__(sources, **kwargs)
+        one = Mapping | FILE | Image.Image | np.ndarray | torch.Tensor
+        if isinstance(inputs, one):
+            return super().__call__(as_sample(inputs), **kwargs)
+        if not isinstance(inputs, Iterable):
+            raise ValueError(f"inputs is a {type(inputs).__name__}: give a sample or a list.")
+        if isinstance(inputs, list | tuple):
+            return super().__call__(list(inputs), **kwargs) if inputs else []
+        return super().__call__((sample for sample in inputs), **kwargs)
+
+    # Upstream pads and concatenates what `preprocess` returns; clips and images do not fit.
+
+    def get_iterator(
+        self,
+        inputs: Iterable[Any],
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterator[list[dict]]:
+        ranking = self.prepare(**postprocess_params)
+        if isinstance(inputs, list):
+            numbered = list(enumerate(inputs))
+            dataset = PipelineDataset(numbered, self.preprocess_nth, preprocess_params)
+        else:
+            dataset = PipelineIterator(enumerate(inputs), self.preprocess_nth, preprocess_params)
+            num_workers = min(num_workers, 1)  # each would go through all of it
+        loader = DataLoader(
+            dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list
+        )
+        return (result for items in loader for result in self.results(items, **ranking))
+
+    def run_single(
+        self,
+        inputs: Mapping[str, Any],
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> list[dict]:
+        ranking = self.prepare(**postprocess_params)
+        [result] = self.results([self.preprocess(inputs, **preprocess_params)], **ranking)
+        return result
+
+    def preprocess_nth(self, numbered: tuple[int, Any], **parameters: Any) -> dict[str, Any]:
+        place, sample = numbered
+        try:
+            return self.preprocess(sample, **parameters)
+        except (ValueError, TypeError, OSError) as error:
+            raise ValueError(f"input {place}: {error}") from error
+
+    def preprocess(
+        self, sample: Any, query: str = DESCRIBE, allow_urls: bool = False
+    ) -> dict[str, Any]:
+        """Returns: `pixels` `(T, 3, h, w)` and `query`, the text that goes with them."""
+        kind, medium = medium_of(as_sample(sample))
+        if not isinstance(query, str):
+            raise ValueError(f"query is a {type(query).__name__}: give a string.")
+        if is_url(medium):
+            if not allow_urls:
+                raise ValueError(
+                    f"{kind} is a URL, and none is fetched: pass allow_urls=True if this machine "
+                    "may, or download it first."
+                )
+            medium = fetch(medium)
+        try:
+            batch = self.processor(**{f"{kind}s": [medium]})
+        except ValueError as error:
+            raise ValueError(f"{kind}: {error}") from error
+        return {"pixels": batch["pixel_values_videos"][0], "query": query}
+
+    def _forward(self, items: list[dict[str, Any]]) -> list[torch.Tensor]:
+        """One predicted embedding `(D,)` each; one pass for each number of frames, as images and
+        clips may come mixed."""
+        embeds = {}
+        for length in {len(item["pixels"]) for item in items}:
+            places = [i for i, item in enumerate(items) if len(item["pixels"]) == length]
+            pixels = torch.stack([items[i]["pixels"] for i in places]).to(self.dtype)
+            tokens = self.processor(text=[items[i]["query"] for i in places]).to(self.device)
+            predicted = self.model.base_model.predict(pixels, **tokens)  # (B', D)
+            embeds |= dict(zip(places, predicted, strict=True))
+        return [embeds[place] for place in range(len(items))]
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """Target embeddings, unit vectors `(N, D)` on the CPU."""
+        embeds = []
+        for start in range(0, len(texts), TEXTS_PER_PASS):
+            batch = self.processor(targets=texts[start : start + TEXTS_PER_PASS])
+            embeds.append(self.model.base_model.encode_target(**batch.to(self.device)).cpu())
+        return torch.cat(embeds)
+
+    def prepare(self, **parameters: Any) -> dict[str, Any]:
+        """What `postprocess` takes beside the prediction, made once per call."""
+        raise NotImplementedError
+
+    def results(self, items: list[dict[str, Any]], **ranking: Any) -> list[list[dict]]:
+        """The result of each item; the items go through the model together."""
+        return [self.postprocess(predicted, **ranking) for predicted in self.forward(items)]
+
+    def postprocess(
+        self,
+        predicted: torch.Tensor,
+        texts: list[str],
+        text_embeds: torch.Tensor,
+        top_k: int | None,
+        calibrated: bool,
+    ) -> list[dict]:
+        ranked = self.best(text_embeds @ predicted, top_k, calibrated)
+        return [{self.label: texts[place], "score": score} for place, score in ranked]
+
+    def best(
+        self, cosines: torch.Tensor, top_k: int | None, calibrated: bool
+    ) -> list[tuple[int, float]]:
+        """Places and scores of the `top_k` (`None`: all) of `(N,)`; equals keep their order."""
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise ValueError(f"top_k is {top_k!r}: give a whole number of at least 1.")
+        scores = cosines
+        if calibrated:
+            scores = (cosines * self.model.base_model.logit_scale().detach().cpu()).softmax(dim=0)
+        order = cosines.argsort(descending=True, stable=True)[:top_k].tolist()
+        return [(place, scores[place].item()) for place in order]
+
+
+# -- the tasks -----------------------------------------------------------------------------
+
+
+class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
+    """Answer a question about a video or an image.
+
+    The answers to choose from are `candidates`, or those that the model brings along
+    (`config.answers`); the latter are embedded once for all calls. With neither, a model that has
+    a Y-Decoder writes the answer itself: its score is then the cosine of the predicted embedding
+    and that of what was written, and of several (`num_return_sequences`) the nearest comes first.
+    """
+
+    label = "answer"
+    vocabulary: tuple[list[str], torch.Tensor] | None = None
+
+    def _sanitize_parameters(
+        self,
+        question: str | None = None,
+        candidates: Iterable[str] | None = None,
+        top_k: int | None = None,
+        calibrated: bool | None = None,
+        allow_urls: bool | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[dict, dict, dict]:
+        """
+        Args:
+            question (`str`, *optional*): for samples that have none of their own.
+            candidates (`list[str]`, *optional*): answers to choose from.
+            top_k (`int`, *optional*, defaults to 5): how many are returned, best first.
+            calibrated (`bool`, *optional*, defaults to `False`): probabilities, not cosines.
+            allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
+            generate_kwargs (`dict`, *optional*): how the answer is written, as `generate` takes it.
+        """
+        before = given(question=question, allow_urls=allow_urls)
+        after = given(
+            candidates=candidates,
+            top_k=top_k,
+            calibrated=calibrated,
+            generate_kwargs=generate_kwargs,
+        )
+        return before, {}, after
+
+    def preprocess(
+        self, sample: Any, question: str | None = None, allow_urls: bool = False
+    ) -> dict[str, Any]:
+        sample = as_sample(sample)
+        if sample.get("question") is not None:
+            question = sample["question"]
+        if question is None:
+            raise ValueError("question is missing: say what is asked.")
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"question is {repr(question)[:50]}: say what is asked, in a string.")
+        return super().preprocess(sample, question, allow_urls)
+
+    def prepare(
+        self,
+        candidates: Iterable[str] | None = None,
+        top_k: int | None = 5,
+        calibrated: bool = False,
+        generate_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        ranking = {"top_k": top_k, "calibrated": calibrated}
+        if candidates is None and not self.model.config.answers:
+            if not self.has_decoder:
+                raise ValueError(
+                    "candidates is missing, this model brings no answers along (config.answers is "
+                    "empty), and it has no Y-Decoder to write one: give candidates=[...]."
+                )
+            return ranking | {"generate_kwargs": generate_kwargs or {}}
+        if generate_kwargs is not None:
+            raise ValueError(
+                "generate_kwargs is for answers that are written, and these are chosen from "
+                f"{'config.answers' if candidates is None else 'candidates'}: leave it out."
+            )
+        if candidates is None:
+            texts, text_embeds = self.stored_answers()
+        else:
+            texts = check_texts("candidates", candidates)
+            text_embeds = self.embed_texts(texts)
+        return ranking | {"texts": texts, "text_embeds": text_embeds}
+
+    def results(
+        self,
+        items: list[dict[str, Any]],
+        generate_kwargs: dict[str, Any] | None = None,
+        **ranking: Any,
+    ) -> list[list[dict]]:
+        if generate_kwargs is None:
+            return super().results(items, **ranking)
+        predicted = self.forward(items)
+        queries = [item["query"] for item in items]
+        written = decode_texts(
+            self.model, self.processor, torch.stack(predicted), queries=queries, **generate_kwargs
+        )
+        each, results = len(written) // len(items), []
+        for place, embeds in enumerate(predicted):
+            texts = list(dict.fromkeys(written[place * each : (place + 1) * each]))
+            results.append(self.postprocess(embeds, texts, self.embed_texts(texts), **ranking))
+        return results
+
+    def stored_answers(self) -> tuple[list[str], torch.Tensor]:
+        """The model's own answers and their embeddings `(N, D)`."""
+        answers = self.model.config.answers
+        if self.vocabulary is None or self.vocabulary[0] != answers:
+            self.vocabulary = (list(answers), self.embed_texts(answers))
+        return self.vocabulary
+
+
+class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
+    """Say which of the given labels a video or an image shows."""
+
+    label = "label"
+
+    def _sanitize_parameters(
+        self,
+        candidate_labels: Iterable[str] | None = None,
+        hypothesis_template: str | None = None,
+        query: str | None = None,
+        top_k: int | None = None,
+        calibrated: bool | None = None,
+        allow_urls: bool | None = None,
+    ) -> tuple[dict, dict, dict]:
+        """
+        Args:
+            candidate_labels (`list[str]`): what to choose from.
+            hypothesis_template (`str`, *optional*, defaults to `"{}"`): the text in which a
+                label stands at `{}`.
+            query (`str`, *optional*, defaults to `"What is the action shown?"`): what is asked.
+            top_k (`int`, *optional*): how many labels are returned, best first; all by default.
+            calibrated (`bool`, *optional*, defaults to `False`): probabilities, not cosines.
+            allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
+        """
+        after = given(
+            candidate_labels=candidate_labels,
+            hypothesis_template=hypothesis_template,
+            top_k=top_k,
+            calibrated=calibrated,
+        )
+        return given(query=query, allow_urls=allow_urls), {}, after
+
+    def preprocess(
+        self, sample: Any, query: str = "What is the action shown?", allow_urls: bool = False
+    ) -> dict[str, Any]:
+        return super().preprocess(sample, query, allow_urls)
+
+    def prepare(
+        self,
+        candidate_labels: Iterable[str] | None = None,
+        hypothesis_template: str = "{}",
+        top_k: int | None = None,
+        calibrated: bool = False,
+    ) -> dict[str, Any]:
+        if candidate_labels is None:
+            raise ValueError("candidate_labels is missing: give a list of labels.")
+        labels = check_texts("candidate_labels", candidate_labels)
+        if not isinstance(hypothesis_template, str) or "{}" not in hypothesis_template:
+            raise ValueError(
+                f"hypothesis_template is {hypothesis_template!r}: the label's place, {{}}, is "
+                "missing."
+            )
+        hypotheses = [hypothesis_template.replace("{}", label) for label in labels]
+        return {
+            "texts": labels,
+            "text_embeds": self.embed_texts(hypotheses),
+            "top_k": top_k,
+            "calibrated": calibrated,
+        }
+
+
+class VLJEPARetrievalPipeline(VLJEPAPipeline):
+    """Rank texts for a video, or videos for a text.
+
+    A library holds the embeddings of many clips, computed once:
+
+    ```python
+    pipe.build_library(glob("clips/*.mp4"), "library")
+    pipe.search("pick up the blue key", "library", top_k=5)
+    ```
+    """
+
+    label = "text"
+    checked: "ClipLibrary | None" = None  # a library is checked at its first search
+
+    def __call__(
+        self,
+        inputs: Any = None,
+        *,
+        text: str | None = None,
+        videos: Iterable[Any] | None = None,
+        **kwargs: Any,
+    ):
+        """`texts` are ranked for the samples given, or `videos` for the one `text`.
+
+        Returns: for texts what every pipeline does; for videos `[{"index", "video", "score"}]`,
+            best first, with each video's place in the list and the video as it was given.
+        """
+        if text is None and videos is None:
+            return super().__call__(inputs, **kwargs)
+        if text is None or videos is None:
+            raise ValueError("text and videos go together: one is given, the other is missing.")
+        if inputs is not None or given(**kwargs).keys() & {"video", "image", "texts"}:
+            raise ValueError("give texts for a video, or videos for a text, and not both.")
+        check_texts("text", [text])
+        if isinstance(videos, FILE | Mapping) or not isinstance(videos, Iterable):
+            raise ValueError(f"videos is a {type(videos).__name__}: give a list of videos.")
+        samples = [{"video": video} for video in videos]
+        if not samples:
+            raise ValueError("videos is empty: give at least one video.")
+        after = {"top_k": None, "calibrated": False} | self._postprocess_params | given(**kwargs)
+        scored = super().__call__(samples, **kwargs | {"texts": [text], "calibrated": False})
+        cosines = torch.tensor([best["score"] for [best] in scored])
+        ranked = self.best(cosines, after["top_k"], after["calibrated"])
+        return [
+            {"index": place, "video": samples[place]["video"], "score": score}
+            for place, score in ranked
+        ]
+
+    def _sanitize_parameters(
+        self,
+        texts: Iterable[str] | None = None,
+        query: str | None = None,
+        top_k: int | None = None,
+        calibrated: bool | None = None,
+        allow_urls: bool | None = None,
+    ) -> tuple[dict, dict, dict]:
+        """
+        Args:
+            texts (`list[str]`): what to rank.
+            query (`str`, *optional*, defaults to the captioning prompt): what is asked.
+            top_k (`int`, *optional*): how many are returned, best first; all by default.
+            calibrated (`bool`, *optional*, defaults to `False`): probabilities among what is
+                ranked, not cosines.
+            allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
+        """
+        before = given(query=query, allow_urls=allow_urls)
+        return before, {}, given(texts=texts, top_k=top_k, calibrated=calibrated)
+
+    def prepare(
+        self,
+        texts: Iterable[str] | None = None,
+        top_k: int | None = None,
+        calibrated: bool = False,
+    ) -> dict[str, Any]:
+        if texts is None:
+            raise ValueError("texts is missing: give texts=[...], or text and videos.")
+        texts = check_texts("texts", texts)
+        return {
+            "texts": texts,
+            "text_embeds": self.embed_texts(texts),
+            "top_k": top_k,
+            "calibrated": calibrated,
+        }
+
+    def build_library(
+        self,
+        videos: Iterable[str | os.PathLike],
+        output_dir: str | os.PathLike,
+        *,
+        query: str = DESCRIBE,
+        batch_size: int = 1,
+        allow_urls: bool = False,
+    ) -> "ClipLibrary":
+        """Embed every clip once and save the result; clips that cannot be read are named.
+
+        Args:
+            videos (`Iterable[str | os.PathLike]`): paths, as they shall stand in results.
+            output_dir (`str` or `os.PathLike`): a new folder, which `datasets` can load.
+            query (`str`, *optional*, defaults to the captioning prompt): what is asked of each.
+            batch_size (`int`, *optional*, defaults to 1): clips per pass of the model.
+            allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
+        """
+        if not is_datasets_available():
+            raise ImportError("a library needs datasets: pip install datasets")
+        if os.path.exists(output_dir):
+            raise ValueError(f"output_dir: {output_dir} is there already. Name a new folder.")
+        if isinstance(videos, FILE) or not isinstance(videos, Iterable):
+            raise ValueError(f"videos is a {type(videos).__name__}: give a list of paths.")
+        names, embeds, items, unreadable = [], [], [], []
+        for place, video in enumerate(logging.tqdm(videos, desc="clips")):
+            if not isinstance(video, str | os.PathLike):
+                raise ValueError(f"videos[{place}] is a {type(video).__name__}: give a path.")
+            try:
+                items.append(self.preprocess({"video": video}, query, allow_urls))
+            except ValueError as error:
+                unreadable.append({"video": os.fspath(video), "reason": str(error)})
+                continue
+            names.append(os.fspath(video))
+            if len(items) == batch_size:
+                embeds += self.forward(items)
+                items = []
+        if items:
+            embeds += self.forward(items)
+        if unreadable:
+            shown = "".join(f"\n  {each['reason']}" for each in unreadable[:20])
+            more = f"\n  ... and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
+            total = len(names) + len(unreadable)
+            logger.warning(f"{len(unreadable)} of {total} clips cannot be read:{shown}{more}")
+        if not names:
+            raise ValueError("videos: none is there that can be read, so there is no library.")
+        library = ClipLibrary(
+            Dataset.from_dict(
+                {"video": names, "embedding": torch.stack(embeds).numpy()},
+                features=Features(
+                    {
+                        "video": Value("string"),
+                        "embedding": List(Value("float32"), length=len(embeds[0])),
+                    }
+                ),
+            ),
+            query,
+            self.probe(),
+            unreadable,
+        )
+        library.save(output_dir)
+        return library
+
+    def load_library(self, folder: str | os.PathLike) -> "ClipLibrary":
+        """A saved library, for more than one search."""
+        return ClipLibrary.load(folder)
+
+    def search(
+        self,
+        text: str | list[str],
+        library: "str | os.PathLike | ClipLibrary",
+        top_k: int = 10,
+    ) -> list[dict] | list[list[dict]]:
+        """The clips whose embeddings are nearest to a text's, best first.
+
+        Args:
+            text (`str` or `list[str]`): one search, or several at once.
+            library (`str`, `os.PathLike` or `ClipLibrary`): a saved library, or a loaded one.
+            top_k (`int`, *optional*, defaults to 10): how many clips are returned.
+
+        Returns: `[{"video", "score"}]` with cosines as scores, or a list of such lists.
+        Raises: `ValueError` if the library was made with another model.
+        """
+        texts = check_texts("text", [text] if isinstance(text, str) else text)
+        if type(top_k) is not int or top_k < 1:
+            raise ValueError(f"top_k is {top_k!r}: give a whole number of at least 1.")
+        if not isinstance(library, ClipLibrary):
+            library = ClipLibrary.load(library)
+        if library is not self.checked:
+            library.check_model(self.probe())
+            self.checked = library
+        found = library.nearest(self.embed_texts(texts), top_k)
+        return found[0] if isinstance(text, str) else found
+
+    def probe(self) -> torch.Tensor:
+        """What this model makes of a fixed clip and of a fixed text, `(2, D)`.
+
+        It says whether two models share a space, wherever they are stored and in whatever
+        precision they run; a checksum of weights or of these numbers would not.
+        """
+        pixels = np.arange(4 * 64 * 64 * 3) * 2654435761 % 2**32 // 2**24  # Knuth's hash
+        clip = pixels.astype(np.uint8).reshape(4, 64, 64, 3)
+        [predicted] = self.forward([self.preprocess({"video": clip})])
+        return torch.stack([predicted, self.embed_texts([DESCRIBE])[0]])
+
+
+@dataclass(frozen=True)
+class ClipLibrary:
+    """Embedded clips.
+
+    Attributes:
+        dataset (`datasets.Dataset`): `video`, a path, and `embedding`, a unit vector.
+        query (`str`): what was asked of every clip.
+        probe (`torch.Tensor` of shape `(2, D)`): `VLJEPARetrievalPipeline.probe` of the model.
+        unreadable (`list[dict]`): `video` and `reason` of each clip that is not here.
+    """
+
+    dataset: "Dataset"
+    query: str
+    probe: torch.Tensor
+    unreadable: list[dict]
+
+    def save(self, folder: str | os.PathLike) -> None:
+        self.dataset.save_to_disk(folder)
+        # Last: a folder without it is a library whose saving broke off.
+        (Path(folder) / "library.json").write_text(
+            json.dumps(
+                {
+                    "query": self.query,
+                    "probe": self.probe.tolist(),
+                    "unreadable": self.unreadable,
+                },
+                indent=2,
+            )
+        )
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "ClipLibrary":
+        if not is_datasets_available():
+            raise ImportError("a library needs datasets: pip install datasets")
+        path = Path(folder) / "library.json"
+        if not path.is_file():
+            raise ValueError(
+                f"library: {folder} is none, as it has no library.json. Make one with "
+                "build_library."
+            )
+        saved = json.loads(path.read_text())
+        return cls(
+            dataset=load_from_disk(folder),
+            query=saved["query"],
+            probe=torch.tensor(saved["probe"]),
+            unreadable=saved["unreadable"],
+        )
+
+    def check_model(self, probe: torch.Tensor) -> None:
+        same = probe.shape == self.probe.shape
+        if not same or (1 - (probe * self.probe).sum(dim=1)).max() > MAX_DRIFT:
+            raise ValueError(
+                "library: it was made with another model, whose embeddings mean nothing to this "
+                "one. Build it again with this model, or load the model that made it."
+            )
+
+    def nearest(self, embeds: torch.Tensor, top_k: int) -> list[list[dict]]:
+        """The `top_k` clips nearest to each of `(N, D)`, best first."""
+        if not is_faiss_available():
+            raise ImportError("searching a library needs FAISS: pip install faiss-cpu")
+        if "embedding" not in self.dataset.list_indexes():
+            self.dataset.add_faiss_index("embedding", metric_type=INNER_PRODUCT)
+        scores, clips = self.dataset.get_nearest_examples_batch(
+            "embedding", embeds.numpy(), k=min(top_k, len(self.dataset))
+        )
+        return [
+            [
+                {"video": video, "score": float(score)}
+                for video, score in zip(found["video"], cosines, strict=True)
+            ]
+            for found, cosines in zip(clips, scores, strict=True)
+        ]
+
+
+__all__ = [
+    "CUSTOM_PIPELINES",
+    "ClipLibrary",
+    "VLJEPARetrievalPipeline",
+    "VLJEPAStreamingCaptionPipeline",
+    "VLJEPAVisualQuestionAnsweringPipeline",
+    "VLJEPAZeroShotClassificationPipeline",
+]

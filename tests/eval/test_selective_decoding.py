@@ -1,0 +1,464 @@
+"""Selective decoding measured on streams of which everything is known."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import captioning, selective_decoding
+from eval.annotated_streams import AnnotatedStream, EmbeddedStream, read_streams
+from eval.benchmarks import load_benchmarks
+from eval.evaluate import main
+from eval.report import text_tables, write_report
+from eval.selective_decoding import (
+    Captions,
+    Choice,
+    Judge,
+    boundary_f1,
+    boundary_scores,
+    compare,
+    count_of,
+    enough,
+    evaluate,
+    matches,
+    measure,
+    online,
+    oracle,
+    selective,
+    thresholds,
+    uniform,
+)
+from modeling_vljepa.pipelines.segmentation import as_unit
+from tests.tiny import noise, tiny_model, tiny_processor, tiny_writer, write_clip, write_rows
+
+WORDS = ("red", "blue", "green", "grey", "purple", "ball", "box", "key", "door", "lamp", "cup")
+TEXTS = [f"the agent went to the {a} {b} {c}" for a, b, c in combinations(WORDS, 3)]
+STEP = 0.2
+
+
+class Known(Captions):
+    """A decoder that says what it is shown: of the axis, its text."""
+
+    def __init__(self):
+        self.texts = {}
+
+    def decode(self, choices) -> None:
+        rows = [row for choice in choices for row in choice.embeds]
+        self.texts |= {row.tobytes(): TEXTS[int(row.argmax())] for row in rows}
+
+
+def stream(lengths: list[int], first: int = 0) -> EmbeddedStream:
+    """One axis for each stretch of so many windows, annotated in its middle."""
+    axes = np.repeat(np.arange(first, first + len(lengths)), lengths)
+    times = STEP * (np.arange(len(axes)) + 0.5)
+    ends = STEP * np.cumsum(lengths)
+    middles = ends - STEP * np.array(lengths) / 2
+    texts = TEXTS[first : first + len(lengths)]
+    annotated = AnnotatedStream(1, "a.mp4", middles, texts)
+    return EmbeddedStream(annotated, np.eye(len(TEXTS))[axes], times, float(ends[-1]))
+
+
+@pytest.fixture(autouse=True)
+def few_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = {"window": (2,), "smoothing": (1.0,), "patience": (1,), "decode_from": ("midpoint",)}
+    tried["drift_threshold"] = (0.01, 0.1, 0.5, 1.2)
+    monkeypatch.setattr(selective_decoding, "ONLINE", tried)
+
+
+@pytest.fixture
+def judge() -> Judge:
+    """Three streams of long and short stretches."""
+    rng = np.random.default_rng(0)
+    lengths = [rng.choice([3, 30], size=12, p=[0.7, 0.3]).tolist() for _ in range(3)]
+    return Judge([stream(each, 12 * place) for place, each in enumerate(lengths)], Known())
+
+
+# -- choosing ------------------------------------------------------------------------------
+
+
+def test_uniform_moments_lie_in_the_middle_of_equal_intervals() -> None:
+    choice = uniform(stream([4, 6, 10]), 4)
+    assert choice.times.tolist() == pytest.approx([0.5, 1.5, 2.5, 3.5])
+    assert choice.bounds.tolist() == pytest.approx([1.0, 2.0, 3.0])
+    assert choice.embeds.argmax(axis=1).tolist() == [0, 1, 2, 2]
+
+
+def test_pooling_averages_each_interval() -> None:
+    given = stream([5, 5, 10])
+    choice = uniform(given, 2, pool=True)
+    expected = as_unit(np.stack([given.embeds[:10].mean(0), given.embeds[10:].mean(0)]))
+    np.testing.assert_allclose(choice.embeds, expected, atol=1e-7)
+    assert not np.allclose(choice.embeds, uniform(given, 2).embeds)
+
+
+def test_an_interval_without_a_window_takes_the_nearest() -> None:
+    given = stream([2, 2])
+    assert uniform(given, 4, pool=True).embeds.argmax(axis=1).tolist() == [0, 0, 1, 1]
+    np.testing.assert_array_equal(uniform(given, 8, pool=True).embeds, uniform(given, 8).embeds)
+
+
+def test_selective_finds_the_stretches_and_decodes_their_middles() -> None:
+    choice = selective(stream([5, 3, 12]), 3)
+    assert choice.embeds.argmax(axis=1).tolist() == [0, 1, 2]
+    assert choice.times.tolist() == pytest.approx([0.5, 1.3, 2.7])
+    assert choice.bounds.tolist() == pytest.approx([1.1, 1.7])
+
+
+def test_online_choices_are_those_of_the_segmenter_pushed_step_by_step() -> None:
+    settings = {"window": 2, "patience": 1, "smoothing": 1.0, "drift_threshold": 0.5}
+    given = stream([10, 20, 10])
+    segmenter = selective_decoding.OnlineSegmenter(**settings)
+    pushed = [
+        segment
+        for embedding, time in zip(given.embeds, given.times, strict=True)
+        for segment in segmenter.push(embedding, time)
+    ]
+    pushed += segmenter.close(given.end_time)
+    choice = online(given, settings)
+    assert len(choice.times) == len(pushed) == 3
+    np.testing.assert_array_equal(
+        choice.embeds, np.stack([segment.embedding for segment in pushed])
+    )
+
+
+@pytest.mark.parametrize(("rate", "count"), [(1.0, 4), (0.01, 1), (100.0, 20), (0.4, 2)])
+def test_a_budget_is_a_count_between_one_and_every_window(rate: float, count: int) -> None:
+    assert count_of(rate, stream([10, 10])) == count
+
+
+# -- scoring -------------------------------------------------------------------------------
+
+
+def test_what_is_decoded_right_scores_ten_and_what_is_not_less(judge: Judge) -> None:
+    best = judge.score([oracle(each) for each in judge.streams])
+    assert best.cider.tolist() == pytest.approx([10.0] * 36)
+    assert best.captions == [text for [text] in judge.references]
+    assert best.f1 == 1.0
+    one = judge.score([uniform(each, 1) for each in judge.streams])
+    assert 0 < one.mean < 5
+
+
+def test_the_nearest_decode_tells_the_annotation() -> None:
+    captions = Known()
+    choice = Choice(np.array([1.0, 3.0]), np.eye(len(TEXTS), dtype=np.float32)[[4, 7]], np.zeros(1))
+    captions.decode([choice])
+    told = captions.nearest(choice, np.array([0.0, 1.9, 2.0, 2.1, 9.0]))
+    assert told == [TEXTS[place] for place in (4, 4, 4, 7, 7)]
+
+
+def test_the_oracle_pools_from_halfway_to_halfway(judge: Judge) -> None:
+    given = stream([4, 4, 8])  # annotated at 0.4, 1.2 and 2.4 s: halfway are 0.8 and 1.8 s
+    choice = oracle(given, pool=True)
+    parts = given.embeds[:4], given.embeds[4:9], given.embeds[9:]
+    expected = as_unit(np.stack([part.mean(axis=0) for part in parts]))
+    np.testing.assert_allclose(choice.embeds, expected, atol=1e-7)
+    assert choice.times.tolist() == oracle(given).times.tolist() == given.annotated.times.tolist()
+
+
+def test_rates_count_every_decode(judge: Judge) -> None:
+    outcome = judge.score([uniform(each, 5) for each in judge.streams])
+    assert outcome.rate == pytest.approx(15 / sum(each.end_time for each in judge.streams))
+
+
+def test_one_text_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+
+    def write(model, processor, embeds, queries, previous, batch_size):
+        decoded.append(len(embeds))
+        return [str(place) for place in range(len(embeds))]
+
+    monkeypatch.setattr(selective_decoding, "write", write)
+    captions = Captions(None, None, "q", 4)
+    given = stream([5, 5])
+    captions.decode([uniform(given, 10), selective(given, 2)])
+    captions.decode([uniform(given, 4)])
+    assert decoded == [2]
+
+
+def test_selective_needs_as_many_decodes_as_there_are_meanings(judge: Judge) -> None:
+    per_stream = [len(each.annotated.times) for each in judge.streams]
+    pairs = list(zip(judge.streams, per_stream, strict=True))
+    chosen = judge.score([selective(each, n) for each, n in pairs])
+    assert chosen.cider.tolist() == pytest.approx([10.0] * 36)
+    even = judge.score([uniform(each, n) for each, n in pairs])
+    assert even.mean < 7
+    # Halfway between annotations is not where a long stretch meets a short one.
+    assert even.f1 < chosen.f1 < 1
+
+
+def test_fewer_decodes_are_enough_where_stretches_differ(judge: Judge) -> None:
+    """12 selective decodes are perfect, so 2.5 times fewer than 30 are enough at least, and more
+    where the even ones miss something."""
+    fewer = enough(judge, "selective", "uniform")
+    assert fewer >= 2.4
+    reference = judge.at_rate("uniform", 2.5 * judge.annotation_rate)
+    kept = judge.at_rate("selective", 2.5 * judge.annotation_rate / fewer)
+    assert kept.mean >= reference.mean
+    assert reference.mean < 10
+
+
+def test_nothing_is_saved_where_all_windows_are_noise() -> None:
+    rng = np.random.default_rng(0)
+    given = stream([5] * 20)
+    noisy = EmbeddedStream(
+        given.annotated, as_unit(rng.normal(size=given.embeds.shape)), given.times, given.end_time
+    )
+    assert (
+        enough(Judge([noisy], Known()), "selective", "uniform") < 8
+    )  # chance may keep a low score with fewer
+
+
+def test_thresholds_keep_to_the_budget_of_the_validation_streams(judge: Judge) -> None:
+    budgets = [2.0, 0.6, 0.3]
+    rates = []
+    for budget, settings in zip(budgets, thresholds(judge, budgets), strict=True):
+        outcome, offline = judge.online(settings)
+        assert outcome.rate <= budget
+        assert offline.rate == pytest.approx(outcome.rate)
+        rates.append(outcome.mean)
+    assert rates[0] == pytest.approx(10.0) and rates[2] < rates[0]
+
+
+def test_a_budget_below_all_settings_takes_the_fewest_decodes(judge: Judge) -> None:
+    settings = thresholds(judge, [1e-6])[0]
+    assert judge.online(settings)[0].rate < 0.1
+
+
+def test_the_interval_is_that_of_streams_not_of_annotations(judge: Judge) -> None:
+    assert judge.interval(np.ones(36)) == (1.0, 1.0)
+    by_stream = np.repeat([0.0, 1.0, 2.0], 12)
+    low, high = judge.interval(by_stream)
+    assert low == 0.0 and high == 2.0  # three streams drawn anew: all alike in one case of nine
+    within = np.tile([0.0, 2.0], 18)  # as much variance, but the same in each stream
+    assert judge.interval(within) == (1.0, 1.0)
+
+
+def test_the_budget_table_has_every_way_beside_every_other(judge: Judge) -> None:
+    budgets = [1.0, 0.1]
+    scores, curves = measure(judge, budgets, thresholds(judge, budgets))
+    assert list(scores) == ["CIDEr at 1 Hz", "CIDEr at 0.1 Hz"]
+    columns = ["uniform", "uniform + pool", "selective + pool", "online"]
+    columns += ["offline, as many as online", "oracle", "oracle + pool"]
+    for score in scores.values():
+        assert list(score.baselines) == columns
+        assert score.low <= score.value <= score.high
+        assert score.baselines["oracle"] == pytest.approx(10.0)
+    assert set(curves) == {*columns[:3], "selective", "online"}
+    assert curves["selective"][0][1] == pytest.approx(scores["CIDEr at 1 Hz"].value, abs=1e-4)
+    assert scores["CIDEr at 1 Hz"].value > scores["CIDEr at 0.1 Hz"].value
+
+
+def test_the_claim_is_a_difference_to_the_reference(judge: Judge) -> None:
+    rate = 2.5 * judge.annotation_rate
+    numbers = compare(judge, "selective", "uniform", fewer=2.0)
+    same = judge.at_rate("uniform", rate)
+    assert numbers["reference CIDEr"] == pytest.approx(same.mean, abs=1e-4)
+    assert numbers["chosen difference"] == pytest.approx(10 - same.mean, abs=1e-4)
+    assert numbers["chosen low"] <= numbers["chosen difference"] <= numbers["chosen high"]
+    assert numbers["claimed fewer"] == 2.85
+    assert "chosen low" not in compare(judge, "selective", "uniform", fewer=0.0)
+    against_itself = compare(judge, "uniform", "uniform", fewer=1.0)
+    assert against_itself["chosen difference"] == against_itself["chosen high"] == 0.0
+
+
+def test_boundaries_are_scored_at_one_segment_per_annotation(judge: Judge) -> None:
+    found = boundary_scores(judge)
+    pairs = [(each, len(each.annotated.times)) for each in judge.streams]
+    assert found["boundary F1, selective"] == pytest.approx(
+        judge.score([selective(*each) for each in pairs]).f1, abs=1e-4
+    )
+    assert found["boundary F1, selective"] > found["boundary F1, uniform"]
+
+
+# -- boundaries ----------------------------------------------------------------------------
+
+
+def test_boundaries_match_once_and_within_the_tolerance() -> None:
+    true = np.array([1.0, 2.0, 5.0])
+    assert boundary_f1([(true, true)]) == 1.0
+    assert boundary_f1([(true + 0.49, true)]) == 1.0
+    assert boundary_f1([(true + 0.51, true)]) == pytest.approx(1 / 3)  # 1.51 is near 2.0
+    assert boundary_f1([(np.array([1.0, 1.1, 1.2]), np.array([1.0]))]) == 0.5
+    assert boundary_f1([(np.array([]), true)]) == 0.0
+    assert boundary_f1([(np.array([]), np.array([]))]) == 1.0
+
+
+def test_matches_are_the_most_there_can_be() -> None:
+    def most(found: list[float], true: list[float]) -> int:
+        if not found:
+            return 0
+        rest = most(found[1:], true)
+        near = [place for place, time in enumerate(true) if abs(time - found[0]) <= 0.5]
+        return max(
+            [rest, *(1 + most(found[1:], true[:p] + true[p + 1 :]) for p in near)], default=rest
+        )
+
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        found = sorted(rng.uniform(0, 4, rng.integers(0, 6)).round(2).tolist())
+        true = sorted(rng.uniform(0, 4, rng.integers(0, 6)).round(2).tolist())
+        assert matches(found, true) == most(found, true), (found, true)
+
+
+# -- files ---------------------------------------------------------------------------------
+
+
+def test_streams_are_read_and_bad_lines_named(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", noise(5, 40, 40, 3))
+    good = {"video": "a.mp4", "events": [{"time": 2, "text": "b"}, {"time": 1.0, "text": "a"}]}
+    bad = {
+        "no file b.mp4": {**good, "video": "b.mp4"},
+        'an object with "video"': {"video": "a.mp4"},
+        "a list of at least one": {**good, "events": []},
+        "must be seconds": {**good, "events": [{"time": -1, "text": "a"}]},
+        "must be seconds from 0": {**good, "events": [{"time": float("nan"), "text": "a"}]},
+        "time is True": {**good, "events": [{"time": True, "text": "a"}]},
+        "time is 1000": {**good, "events": [{"time": 10**400, "text": "a"}]},
+        "text at 1": {**good, "events": [{"time": 1, "text": " "}]},
+        "is no {": {**good, "events": [{"when": 1}]},
+    }
+    lines = [json.dumps(row) for row in (good, *bad.values())] + ["{", ""]
+    path = tmp_path / "streams.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    [found], left_out = read_streams(path)
+    assert found.times.tolist() == [1.0, 2.0] and found.texts == ["a", "b"]
+    assert [row.line for row in left_out] == list(range(2, 12))
+    for reason, row in zip(bad, left_out, strict=False):
+        assert reason in row.reason
+
+    path.write_text("{}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no usable stream.*streams.jsonl:1"):
+        read_streams(path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two streams, one of them without its file, and one to choose on."""
+    events = [{"time": 0.5, "text": "go to the key"}, {"time": 1.5, "text": "open the door"}]
+    for name in ("a", "b"):
+        write_clip(tmp_path / f"{name}.mp4", noise(20, 40, 40, 3))
+    names = ("a", "missing", "b")
+    rows = [{"video": f"{name}.mp4", "events": events} for name in names]
+    write_rows(tmp_path / "streams.jsonl", rows)
+    write_rows(tmp_path / "val.jsonl", rows[:1])
+    (tmp_path / "streams.yaml").write_text(
+        f"tiny:\n  task: streaming\n  description: Streams.\n  rows: {tmp_path}/streams.jsonl\n"
+        f"  validation_rows: {tmp_path}/val.jsonl\n  num_frames: 4\n  query: describe\n"
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny decoder never ends a text by itself."""
+
+    def decode(model, processor, given, queries, previous, num_beams):
+        return [TEXTS[int(row.argmax())] for row in given]
+
+    monkeypatch.setattr(captioning, "decode_texts", decode)
+
+
+def test_the_command_measures_streams(data: Path, short: None, capsys) -> None:
+    tiny_writer().save_pretrained(data / "model")
+    tiny_processor().save_pretrained(data / "model")
+    options = ["--model", str(data / "model"), "--benchmarks", str(data / "streams.yaml")]
+    main([*options, "--tasks", "tiny"])
+    saved = json.loads((data / "model/eval/results.json").read_text())["benchmarks"]["tiny"]
+    assert saved["protocol"]["streams"] == 2 and saved["protocol"]["annotations"] == 4
+    assert saved["skipped"] == ["streams.jsonl:2: video: there is no file missing.mp4"]
+    assert set(saved["curves"]) == {
+        "uniform", "uniform + pool", "selective", "selective + pool", "online"
+    }  # fmt: skip
+    report = (data / "model/eval/report.html").read_text()
+    assert "CIDEr over the time between decodes" in report and "missing.mp4" in report
+    assert "CIDEr at 0.01 Hz" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="neither --ablation"):
+        main([*options, "--tasks", "tiny", "--ablation", "grey"])
+
+
+def test_what_is_left_out_of_either_file_is_said(data: Path, short: None) -> None:
+    """A stream of one frame has no seconds; what comes after the end is nobody's to see."""
+    write_clip(data / "one.mp4", noise(1, 40, 40, 3))
+    events = [{"time": 0.5, "text": "go to the key"}, {"time": 90, "text": "open the door"}]
+    rows = [{"video": f"{name}.mp4", "events": events} for name in ("a", "one", "missing")]
+    write_rows(data / "val.jsonl", rows)
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    result = evaluate(tiny_writer(), tiny_processor(), benchmark)
+    found = [line.replace(f"{data}/", "") for line in result.skipped]
+    assert found == [
+        "streams.jsonl:2: video: there is no file missing.mp4",
+        "val.jsonl:3: video: there is no file missing.mp4",
+        "val.jsonl, line 1: a.mp4 ends at 1.9 s, and 1 of its annotations come later: they are "
+        "paired with its last text",
+        "val.jsonl, line 2: one.mp4 is one frame: decodes per second need seconds",
+    ]
+    write_rows(data / "val.jsonl", rows[1:2])
+    with pytest.raises(ValueError, match="no stream could be read.*one.mp4 is one frame"):
+        evaluate(tiny_writer(), tiny_processor(), benchmark)
+
+
+def test_streams_that_measure_nothing_are_refused(data: Path, short: None) -> None:
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    parts = tiny_writer(), tiny_processor(), benchmark
+    with pytest.raises(ValueError, match="limit is 0: give at least 1 stream"):
+        evaluate(*parts, limit=0)
+    same = [{"time": time, "text": "go to the key"} for time in (0.5, 1.5)]
+    write_rows(data / "val.jsonl", [{"video": "a.mp4", "events": same}])
+    with pytest.raises(ValueError, match="val.jsonl: all annotations say the same"):
+        evaluate(*parts)
+    (data / "val.jsonl").write_bytes((data / "streams.jsonl").read_bytes())
+    with pytest.raises(ValueError, match="rows and validation_rows are the same streams"):
+        evaluate(*parts)
+
+
+def test_the_same_streams_give_the_same_numbers(data: Path, short: None) -> None:
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    model, processor = tiny_writer().eval(), tiny_processor()
+    first, again = (
+        evaluate(model, processor, benchmark, batch_size=size).as_json() for size in (1, 7)
+    )
+    assert first == again
+
+
+def test_a_model_without_words_is_refused(data: Path) -> None:
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    with pytest.raises(ValueError, match="tiny: streams are told by a Y-Decoder"):
+        evaluate(tiny_model(), tiny_processor(), benchmark)
+
+
+def test_a_decoder_that_reads_what_was_said_before_is_refused(data: Path) -> None:
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    with pytest.raises(ValueError, match="tiny: this decoder reads what was said before"):
+        evaluate(tiny_writer(decoder_reads_previous=True), tiny_processor(), benchmark)
+
+
+def test_a_streaming_benchmark_needs_validation_streams(data: Path) -> None:
+    text = (data / "streams.yaml").read_text()
+    (data / "streams.yaml").write_text(text.replace("validation_rows", "train_rows"))
+    with pytest.raises(ValueError, match="streaming benchmark needs validation_rows"):
+        load_benchmarks(data / "streams.yaml", ["tiny"])
+
+
+def test_the_table_and_the_page_show_the_numbers(judge: Judge, tmp_path: Path) -> None:
+    budgets = [1.0, 0.1]
+    scores, curves = measure(judge, budgets, thresholds(judge, budgets))
+    result = selective_decoding.TaskResult(
+        name="tiny",
+        task="streaming",
+        description="Streams.",
+        protocol={},
+        scores=scores,
+        numbers={"reference rate": 1.0},
+        comparisons={"a against b": compare(judge, "selective", "uniform", 2.0)},
+        curves=curves,
+    )
+    table = text_tables([result])
+    assert (
+        "a against b: reference CIDEr" in table
+        and "claimed fewer 2.85" in table
+        and "oracle" in table
+    )
+    write_report(tmp_path / "report.html", "m", [result], tmp_path / "none.json")
+    assert (tmp_path / "report.html").read_text().count("data:image/png") == 1

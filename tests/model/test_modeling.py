@@ -1,0 +1,316 @@
+"""The joint model: what is saved is what is loaded, and every input and parameter counts."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from modeling_vljepa.losses import info_nce
+from tests.tiny import BERT, run_elsewhere, tiny_batch, tiny_model
+
+BATCH = tiny_batch()
+
+
+@pytest.fixture(scope="module")
+def model() -> VLJEPAModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def folder(model: VLJEPAModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    return path
+
+
+def query(batch: dict[str, torch.Tensor] = BATCH) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in ("pixel_values_videos", "input_ids", "attention_mask")}
+
+
+# -- saving and loading --------------------------------------------------------------------
+
+
+def test_loaded_equals_saved_bitwise(model, folder, tmp_path):
+    loaded = AutoModel.from_pretrained(folder)
+    assert type(loaded) is VLJEPAModel and not loaded.training
+    assert isinstance(AutoConfig.from_pretrained(folder), VLJEPAConfig)
+    loaded.save_pretrained(tmp_path)
+    name = "model.safetensors"
+    assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    # Gemma halves its window when it is made, and must not do so again at every loading.
+    assert model.config.text_config.sliding_window == 5
+    assert AutoConfig.from_pretrained(tmp_path).text_config.sliding_window == 5
+    with torch.no_grad():
+        expected, result = (some(**BATCH, return_loss=True) for some in (model, loaded))
+    for name in expected:
+        assert torch.equal(result[name], expected[name])
+    assert len(expected) == 5
+
+
+def test_the_saved_folder_works_without_this_package(model, folder, tmp_path):
+    """The model as remote code, in a process that cannot import `modeling_vljepa`."""
+    with torch.no_grad():
+        torch.save((BATCH, dict(model(**BATCH, return_loss=True))), tmp_path / "expected.pt")
+    script = f"""
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
+batch, expected = torch.load({str(tmp_path / "expected.pt")!r})
+with torch.no_grad():
+    outputs = model(**batch, return_loss=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert not model.x_encoder.backbone.encoder.layernorm.weight.requires_grad
+assert all(torch.equal(outputs[name], expected[name]) for name in expected)
+print("equal", len(expected))
+"""
+    assert run_elsewhere(script, tmp_path) == "equal 5"
+
+
+def test_shipped_code_lies_flat_beside_the_weights(folder):
+    """All of it but the entries to other libraries, which import the model and not the reverse,
+    and what the pipelines need beside it."""
+    shipped = {path.name for path in Path(__file__).parents[2].glob("modeling_vljepa/[!_]*.py")}
+    shipped -= {"pipeline_vljepa.py", "handler.py", "st_vljepa.py"}
+    shipped -= {"pipeline_base.py", "pipeline_streaming.py", "segmentation.py", "stream_session.py"}
+    assert {path.name for path in folder.glob("*.py")} == shipped
+    assert len(shipped) == 8
+
+
+def test_the_temperature_starts_at_clips_value(model, folder, tmp_path):
+    torch.testing.assert_close(model.logit_scale(), torch.tensor([1 / 0.07]))
+    weights = load_file(folder / "model.safetensors")
+    del weights["logit_scale.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = VLJEPAModel.from_pretrained(tmp_path, config=model.config)
+    torch.testing.assert_close(loaded.logit_scale(), torch.tensor([1 / 0.07]))
+    loaded.logit_scale.weight.data.fill_(10.0)
+    assert loaded.logit_scale().item() == 100  # at most
+
+
+def test_new_projections_have_the_configured_spread():
+    model = tiny_model(initializer_range=0.5, logit_scale_init_value=math.log(3))
+    for layer in (
+        model.predictor.visual_projection,
+        model.predictor_head.projection,
+        model.y_head.projection,
+    ):
+        assert layer.weight.std().item() == pytest.approx(0.5, rel=0.1)
+        assert (layer.bias == 0).all()
+    assert model.predictor.backbone.layers[0].mlp.up_proj.weight.std().item() < 0.03  # its own
+    assert model.logit_scale().item() == pytest.approx(3)
+
+
+FLAGS = {
+    "freeze_vision": "x_encoder.",
+    "freeze_text": "y_encoder.",
+    "freeze_token_embedding": "predictor.backbone.embed_tokens.",
+    "freeze_logit_scale": "logit_scale.",
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_what_is_frozen_is_frozen_after_loading(flag, tmp_path):
+    """Loading replaces every parameter by a new one, and a new one takes a gradient: the frozen
+    half of the model would come back as trainable."""
+    model = tiny_model(**{name: name == flag for name in FLAGS})
+    model.save_pretrained(tmp_path)
+    loaded, info = VLJEPAModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == info["unexpected_keys"] == set()
+    for some in (model, loaded, AutoModel.from_pretrained(tmp_path)):
+        frozen = {name for name, p in some.named_parameters() if not p.requires_grad}
+        assert frozen == {n for n, _ in some.named_parameters() if n.startswith(FLAGS[flag])}
+        assert frozen
+    thawed = VLJEPAModel.from_pretrained(tmp_path, **{flag: False})
+    assert all(p.requires_grad for p in thawed.parameters())
+    assert not (thawed.x_encoder.frozen or thawed.y_encoder.frozen)
+
+
+# -- embedding -----------------------------------------------------------------------------
+
+
+def test_visual_embeds_replace_the_pixels(model):
+    with torch.no_grad():
+        expected = model.predict(**query())
+        texts = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
+        visual_embeds = model.encode_video(BATCH["pixel_values_videos"])
+        assert torch.equal(model.predict(visual_embeds=visual_embeds, **texts), expected)
+        outputs = model(visual_embeds=visual_embeds, **texts)
+    assert torch.equal(outputs.predicted_embeds, expected)
+    assert outputs.target_embeds is None and outputs.loss is None
+    torch.testing.assert_close(expected.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
+
+
+def test_refusals_of_predict(model):
+    ids = BATCH["input_ids"]
+    for both_or_none in ({}, {**query(), "visual_embeds": torch.zeros(3, 8, 48)}):
+        with pytest.raises(ValueError, match="pixel_values_videos or visual_embeds, and not both"):
+            model.predict(**({"input_ids": ids} | both_or_none))
+
+
+def test_without_a_query_the_query_is_empty(model):
+    """The paper's pretraining asks nothing and predicts a caption."""
+    pixels, nothing = BATCH["pixel_values_videos"], torch.empty(3, 0, dtype=torch.long)
+    with torch.no_grad():
+        expected = model.predict(pixels, nothing)
+        assert torch.equal(model.predict(pixels), expected)
+        assert torch.equal(model(pixel_values_videos=pixels).predicted_embeds, expected)
+        assert not torch.allclose(model.predict(**query()), expected, atol=1e-3)
+
+
+def test_the_y_encoders_output_replaces_the_tokens(model):
+    ids, mask = BATCH["target_input_ids"], BATCH["target_attention_mask"]
+    with torch.no_grad():
+        expected = model.encode_target(ids, mask)
+        pooled = model.y_encoder(ids, mask)
+        assert torch.equal(model.encode_target(target_pooler_output=pooled), expected)
+        index = torch.tensor([2, 0, 2])
+        outputs = model(**query(), target_pooler_output=pooled, target_index=index)
+    assert torch.equal(outputs.target_embeds, expected[index])
+    for both_or_none in ({}, {"target_input_ids": ids, "target_pooler_output": pooled}):
+        with pytest.raises(ValueError, match="target_input_ids or target_pooler_output"):
+            model.encode_target(**both_or_none)
+
+
+def test_tokens_that_would_crash_a_gpu_or_be_misread_are_refused(model):
+    """An id beyond the vocabulary stops a GPU with an assertion that names nothing, and padding
+    without a mask is read as text."""
+    pixels, ids = BATCH["pixel_values_videos"], BATCH["input_ids"]
+    mask = BATCH["attention_mask"]
+    for wrong in (300, -1):
+        bad = ids.masked_fill(ids == ids[0, 0], wrong)
+        message = f"input_ids holds the id {wrong}, but the vocabulary of this encoder has 300"
+        with pytest.raises(ValueError, match=f"^{message}"):
+            model.predict(pixels, bad, mask)
+        with pytest.raises(ValueError, match=f"^target_{message}"):
+            model.encode_target(bad, mask)
+    padded = ids * mask
+    with pytest.raises(ValueError, match=r"^target_input_ids holds padding \(id 0\), which would"):
+        model.encode_target(padded)
+    with pytest.raises(
+        ValueError, match=r"attention_mask has shape \(3, 4\), input_ids has \(3, 5\)"
+    ):
+        model.predict(pixels, ids, mask[:, :4])
+    with torch.no_grad():
+        embeds = model.encode_target(padded, mask)  # with the mask, it is left out
+        alone = model.encode_target(ids[2:, :1])
+        torch.testing.assert_close(embeds[2:], alone, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    """Upstream warns, and goes on with random weights."""
+    AutoModel.from_config(tiny_model(text_config=BERT).config.text_config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a checkpoint of a 'bert' model, not of a VL-JEPA"):
+        VLJEPAModel.from_pretrained(tmp_path)
+
+
+def test_features_under_the_librarys_names(model):
+    pixels, ids, mask = (query()[name] for name in query())
+    with torch.no_grad():
+        features = model.get_video_features(pixels, ids, mask)
+        assert torch.equal(features.pooler_output, model.predict(pixels, ids, mask))
+        assert torch.equal(features.last_hidden_state, model.encode_video(pixels))
+        nothing = torch.empty(3, 0, dtype=torch.long)
+        expected = model.predict(pixels[:, :1], nothing)
+        assert torch.equal(model.get_image_features(pixels[:, 0]).pooler_output, expected)
+        ids, mask = BATCH["target_input_ids"], BATCH["target_attention_mask"]
+        assert torch.equal(
+            model.get_text_features(ids, mask).pooler_output, model.encode_target(ids, mask)
+        )
+
+
+def test_padding_order_and_size_of_the_batch_change_nothing(model):
+    with torch.no_grad():
+        expected = model(**BATCH)
+        order = torch.tensor([2, 0, 1])
+        permuted = model(**{name: tensor[order] for name, tensor in BATCH.items()})
+        longer = torch.nn.functional.pad
+        padded = model(
+            **BATCH
+            | {name: longer(BATCH[name], (0, 4)) for name in ("input_ids", "attention_mask")}
+            | {k: longer(BATCH[k], (0, 9)) for k in ("target_input_ids", "target_attention_mask")}
+        )
+        for row in range(3):
+            alone = {name: tensor[row : row + 1] for name, tensor in BATCH.items()}
+            for prefix in ("", "target_"):  # cut to the text itself, without a mask
+                length = int(alone.pop(f"{prefix}attention_mask").sum())
+                alone[f"{prefix}input_ids"] = alone[f"{prefix}input_ids"][:, :length]
+            single = model(**alone)
+            for name in ("predicted_embeds", "target_embeds"):
+                reference = expected[name][row : row + 1]
+                torch.testing.assert_close(single[name], reference, rtol=0, atol=1e-5)
+    for name in ("predicted_embeds", "target_embeds"):
+        torch.testing.assert_close(permuted[name], expected[name][order], rtol=0, atol=1e-5)
+        torch.testing.assert_close(padded[name], expected[name], rtol=0, atol=1e-5)
+        assert (expected[name][0] - expected[name][1]).abs().max() > 1e-2  # rows do differ
+
+
+def test_frames_places_and_words_all_count(model):
+    """Pooling the visual tokens before the predictor would run and train, and be another model:
+    one that cannot tell the order of frames or where a thing is."""
+    with torch.no_grad():
+        expected = model.predict(**query())
+
+        def moved(**changes: torch.Tensor) -> float:
+            changed = model.predict(**(query() | changes))
+            return (changed - expected).norm(dim=1).min().item()
+
+        pixels = BATCH["pixel_values_videos"]
+        assert moved(pixel_values_videos=pixels[:, [2, 3, 0, 1]]) > 1e-4  # frames
+        assert moved(pixel_values_videos=pixels.roll(16, dims=-1)) > 1e-4  # places
+        assert moved(input_ids=BATCH["input_ids"].roll(1, dims=0)) > 1e-3
+        swapped = BATCH["input_ids"][:1, [1, 0, 2, 3, 4]].expand(3, -1)
+        plain = BATCH["input_ids"][:1].expand(3, -1)
+        full = torch.ones_like(plain)
+        order = [model.predict(pixels, ids, full) for ids in (plain, swapped)]
+        assert (order[0] - order[1]).norm(dim=1).min() > 1e-4  # the order of words
+        assert moved() == 0
+
+
+@pytest.mark.parametrize("text_config", [{}, BERT], ids=["gemma", "bert"])
+def test_every_trainable_parameter_gets_a_gradient(text_config):
+    model = tiny_model(freeze_vision=False, freeze_token_embedding=False, text_config=text_config)
+    model.train()
+    model(**BATCH, return_loss=True).loss.backward()
+    assert all(p.requires_grad for p in model.parameters())
+    empty = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert empty == []
+
+
+# -- the loss ------------------------------------------------------------------------------
+
+
+def test_each_distinct_target_is_encoded_once(model):
+    """`target_index` names rows of the distinct targets; written out, they give the same loss
+    and the same gradient."""
+    index = torch.tensor([2, 0, 2])
+    ids, mask = BATCH["target_input_ids"], BATCH["target_attention_mask"]
+    written_out = {"target_input_ids": ids[index], "target_attention_mask": mask[index]}
+    results = []
+    for targets in ({"target_index": index}, written_out):
+        model.zero_grad()
+        outputs = model(**(BATCH | targets))
+        scale = outputs.logit_scale
+        loss = info_nce(outputs.predicted_embeds, outputs.target_embeds, scale, index).loss
+        loss.backward()
+        results.append((loss, [p.grad.clone() for p in model.parameters() if p.requires_grad]))
+    model.zero_grad()
+    (loss, gradients), (expected, expected_gradients) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - reference).norm() <= 1e-6 * reference.norm()
+
+
+def test_repeated_targets_are_no_negatives(model):
+    index = torch.tensor([0, 0, 1])
+    with torch.no_grad():
+        outputs = model(**BATCH, target_index=index, return_loss=True)
+        parts = outputs.predicted_embeds, outputs.target_embeds, outputs.logit_scale
+        assert torch.equal(outputs.loss, info_nce(*parts, index).loss)
+        assert (outputs.loss - info_nce(*parts).loss).abs() > 0.1  # positive control
+        plain = model(**BATCH, return_loss=True)
+        parts = plain.predicted_embeds, plain.target_embeds, plain.logit_scale
+        assert torch.equal(plain.loss, info_nce(*parts).loss)

@@ -1,0 +1,328 @@
+"""The endpoint: what it answers is what the pipelines say, and it reads what it is sent alone."""
+
+import base64
+import json
+import shutil
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_vljepa.pipelines import handler as handler_module
+from modeling_vljepa.pipelines.handler import EndpointHandler
+from modeling_vljepa.pipelines.pipeline_vljepa import (
+    DESCRIBE,
+    VLJEPARetrievalPipeline,
+    VLJEPAVisualQuestionAnsweringPipeline,
+    VLJEPAZeroShotClassificationPipeline,
+)
+from tests.tiny import noise, run_elsewhere, tiny_model, tiny_processor, write_clip
+
+ANSWERS = ["red", "a cat", "it rides a bike"]
+QUESTION = "what is the dog doing ?"
+
+
+def encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as it is published, and a clip and an image beside it."""
+    path = tmp_path_factory.mktemp("endpoint")
+    pipe = VLJEPARetrievalPipeline(model=tiny_model(answers=ANSWERS), processor=tiny_processor())
+    pipe.save_pretrained(path / "model")
+    shutil.copy(handler_module.__file__, path / "model")
+    write_clip(path / "clip.mp4", noise(6, 48, 64, 3))
+    Image.fromarray(noise(40, 60, 3)).save(path / "image.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def handler(folder: Path) -> EndpointHandler:
+    return EndpointHandler(str(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def post(handler: EndpointHandler) -> Iterator[Callable[[Any], Any]]:
+    """Send JSON to the handler over HTTP, as an endpoint's server would hand it on."""
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.dumps(handler(data)).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def send(data: Any) -> Any:
+        url = f"http://127.0.0.1:{server.server_port}"
+        with urllib.request.urlopen(url, data=json.dumps(data).encode(), timeout=60) as response:
+            return json.loads(response.read())
+
+    yield send
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict:
+    return {"model": tiny_model(answers=ANSWERS), "processor": tiny_processor()}
+
+
+def assert_same(found: list[dict], expected: list[dict]) -> None:
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert one == other | {"score": pytest.approx(other["score"], abs=1e-6)}
+
+
+def test_answers_are_the_pipelines(post, folder, parts):
+    clip, image = folder / "clip.mp4", folder / "image.png"
+    vqa = VLJEPAVisualQuestionAnsweringPipeline(**parts)
+    ask = {"question": QUESTION, "candidates": ["red", "green"]}
+    assert_same(post({"inputs": {"video": encoded(clip), **ask}}), vqa(video=clip, **ask))
+    assert_same(post({"inputs": {"image": encoded(image), **ask}}), vqa(image=image, **ask))
+    stored = {"video": encoded(clip), "question": QUESTION, "candidates": None}
+    options = {"top_k": 2, "calibrated": True}
+    assert_same(
+        post({"inputs": stored, "parameters": options}),
+        vqa(video=clip, question=QUESTION, **options),
+    )
+    assert_same(
+        post(
+            {
+                "inputs": {"video": encoded(clip), "texts": ANSWERS},
+                "parameters": {"task": "video-text-retrieval", "query": "who ?", "top_k": 2},
+            }
+        ),
+        VLJEPARetrievalPipeline(**parts)(video=clip, texts=ANSWERS, query="who ?", top_k=2),
+    )
+    template = {"hypothesis_template": "a man {}"}
+    assert_same(
+        post(
+            {
+                "inputs": {"video": encoded(clip), "candidate_labels": ANSWERS},
+                "parameters": {"task": "zero-shot-video-classification", **template},
+            }
+        ),
+        VLJEPAZeroShotClassificationPipeline(**parts)(clip, candidate_labels=ANSWERS, **template),
+    )
+
+
+@torch.no_grad()
+def test_embeddings_are_the_models(post, folder, parts):
+    model, processor = parts["model"], parts["processor"]
+    clip = folder / "clip.mp4"
+    for inputs, query, expected in (
+        ({"text": "a cat"}, None, model.encode_target(**processor(targets="a cat"))),
+        (
+            {"video": encoded(clip)},
+            None,
+            model.predict(**processor(videos=clip, text=DESCRIBE)),
+        ),
+        (
+            {"video": encoded(clip)},
+            "who ?",
+            model.predict(**processor(videos=clip, text="who ?")),
+        ),
+    ):
+        found = post({"inputs": inputs, "parameters": {"task": "embed", "query": query}})
+        assert found["embedding"] == pytest.approx(expected[0].tolist(), abs=1e-6)
+
+
+def changed(request: dict, changes: dict) -> Any:
+    """The request with other inputs or parameters; `None` takes a field away."""
+    if "whole" in changes:
+        return changes["whole"]
+    inputs = request["inputs"] | changes.get("inputs", {})
+    return {
+        "inputs": {name: value for name, value in inputs.items() if value != "absent"},
+        "parameters": changes.get("parameters", {}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"whole": [1, 2]}, "the request is a list"),
+        ({"whole": {}}, "inputs is missing"),
+        ({"whole": {"inputs": "a.mp4"}}, "inputs of visual-question-answering is a str"),
+        ({"whole": {"inputs": {}, "extra": 1}}, "the request has no field 'extra'"),
+        ({"inputs": {"path": "a.mp4"}}, "has no field 'path'"),
+        ({"inputs": {"video": "absent"}}, "neither video nor image"),
+        ({"inputs": {"image": "aGVsbG8="}}, "both video and image"),
+        ({"inputs": {"video": 7}}, "video is a int"),
+        ({"inputs": {"video": ""}}, "video is empty"),
+        ({"inputs": {"video": "not base64!"}}, "video is not base64"),
+        ({"inputs": {"video": "aGVs-bG8="}}, "video is not base64"),
+        ({"inputs": {"video": "aGVsbG8="}}, "video: 5 bytes: cannot be opened"),
+        ({"inputs": {"video": "absent", "image": "aGVsbG8="}}, "image: 5 bytes: not an image"),
+        ({"inputs": {"video": "https://example.org/a.mp4"}}, "video is a URL"),
+        ({"inputs": {"question": "absent"}}, "question is missing"),
+        ({"inputs": {"question": " "}}, "question is empty"),
+        ({"inputs": {"question": ["a"]}}, "question is a list"),
+        ({"inputs": {"question": "a" * 2001}}, "question has 2001 characters"),
+        ({"inputs": {"candidates": "red"}}, "candidates is a str"),
+        ({"inputs": {"candidates": []}}, "candidates is empty"),
+        ({"inputs": {"candidates": ["red", 3]}}, "candidates[1] is a int"),
+        ({"inputs": {"candidates": ["a"] * 10_001}}, "candidates has 10001 texts"),
+        ({"parameters": {"top_k": 0}}, "top_k is 0"),
+        ({"parameters": {"top_k": True}}, "top_k is True"),
+        ({"parameters": {"calibrated": "yes"}}, "calibrated is a str"),
+        ({"parameters": {"allow_urls": True}}, "parameters has no field 'allow_urls'"),
+        ({"parameters": {"query": "a"}}, "has no field 'query'"),
+        ({"parameters": {"task": "translation"}}, "task is 'translation'"),
+        ({"parameters": {"task": ["embed"]}}, "task is"),
+        ({"parameters": {"task": "embed"}}, "inputs of embed has no field 'candidates'"),
+    ],
+)
+def test_a_malformed_request_leaves_the_next_one_alone(post, folder, changes, message):
+    good = {
+        "inputs": {
+            "video": encoded(folder / "clip.mp4"),
+            "question": QUESTION,
+            "candidates": ["red", "green"],
+        }
+    }
+    expected = post(good)
+    answer = post(changed(good, changes))
+    assert list(answer) == ["error"] and message in answer["error"]
+    assert str(folder) not in answer["error"]
+    assert post(good) == expected and len(expected) == 2
+
+
+def test_other_tasks_name_their_fields(post, folder):
+    clip = encoded(folder / "clip.mp4")
+    for task, inputs, message in (
+        ("video-text-retrieval", {"video": clip}, "texts is missing"),
+        ("zero-shot-video-classification", {"video": clip}, "candidate_labels is missing"),
+        ("embed", {}, "embed needs one of video, image and text"),
+        ("embed", {"text": "a", "video": clip}, "embed needs one of video, image and text"),
+    ):
+        answer = post({"inputs": inputs, "parameters": {"task": task}})
+        assert message in answer["error"]
+
+
+def test_no_file_of_the_machine_is_read(handler, folder, monkeypatch):
+    """Whatever stands where a file's content should, only this process's memory is opened."""
+    monkeypatch.chdir(folder)
+    shutil.copy(folder / "clip.mp4", folder / "clipmp4a")  # eight letters: base64, and a path
+    script = base64.b64encode(f"ffconcat version 1.0\nfile {folder}/clip.mp4\n".encode()).decode()
+    for video in (
+        str(folder / "clip.mp4"),
+        "clip.mp4",
+        "clipmp4a",
+        "model/config.json",
+        f"file://{folder}/clip.mp4",
+        f"concat:{folder}/clip.mp4",
+        "data:video/mp4;base64,AAAA",
+        script,
+    ):
+        answer = handler({"inputs": {"video": video, "question": "a"}})
+        assert "not base64" in answer["error"] or "cannot be opened" in answer["error"], answer
+        assert str(folder) not in answer["error"]
+    ok = {"inputs": {"video": encoded(folder / "clip.mp4"), "question": "a"}}
+    assert len(handler(ok)) == 3  # positive control
+
+
+def test_addresses_are_fetched_only_where_the_environment_says_so(
+    handler, post, folder, monkeypatch
+):
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write((folder / "clip.mp4").read_bytes())
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    request = {"inputs": {"video": f"http://127.0.0.1:{server.server_port}/a", "question": "a"}}
+    try:
+        assert "video is a URL" in handler(request)["error"]
+        monkeypatch.setenv("VLJEPA_ALLOW_URLS", "1")
+        sent = {"inputs": {"video": encoded(folder / "clip.mp4"), "question": "a"}}
+        assert handler(request) == handler(sent)
+        monkeypatch.setattr(handler, "max_bytes", 1000)
+        assert "larger than 1000 bytes" in handler(request)["error"]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "cannot be fetched" in handler(request)["error"]
+
+
+def test_files_are_bounded(folder, monkeypatch):
+    ask = {"question": "a", "candidates": ["red"]}
+    for limit, value, media, message in (
+        ("max_bytes", 1000, {"video": folder / "clip.mp4"}, "larger than the 1000 bytes"),
+        ("max_seconds", 0.3, {"video": folder / "clip.mp4"}, "longer than 0.3 seconds"),
+        ("max_pixels", 2000, {"video": folder / "clip.mp4"}, "64 x 48 pixels"),
+        ("max_pixels", 2000, {"image": folder / "image.png"}, "60 x 40 pixels"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(EndpointHandler, limit, value)
+            bounded = EndpointHandler(str(folder / "model"))
+            media = {kind: encoded(path) for kind, path in media.items()}
+            answer = bounded({"inputs": media | ask})
+            assert message in answer["error"]
+            small = np.zeros((2, 16, 16, 3), np.uint8)
+            path = write_clip(folder / "small.mp4", small)
+            if limit != "max_bytes":
+                assert len(bounded({"inputs": {"video": encoded(path)} | ask})) == 1
+
+
+def test_requests_at_the_same_time(handler, post, folder, monkeypatch):
+    predict, running, most = handler.model.predict, [], []
+
+    def watched(*args, **kwargs):
+        running.append(0)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr(handler.model, "predict", watched)
+    clip = encoded(folder / "clip.mp4")
+    requests = [
+        {"inputs": {"video": clip, "question": "a" * length, "candidates": ANSWERS[:count]}}
+        for length in (1, 5, 40)
+        for count in (1, 2, 3)
+    ]
+    alone = [post(request) for request in requests]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(post, requests * 3)) == alone * 3
+    assert len(most) == 36 and max(most) == 1  # one after the other
+
+
+def test_a_published_folder_serves_without_this_package(folder, post, tmp_path):
+    """As the endpoint's server does: the file is imported by its path, as a module of its own."""
+    request = {"inputs": {"video": encoded(folder / "clip.mp4"), "question": QUESTION}}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    script = f"""
+import importlib.util, json
+spec = importlib.util.spec_from_file_location("handler", {str(folder / "model" / "handler.py")!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+handler = module.EndpointHandler()
+assert type(handler.model).__module__.startswith("transformers_modules"), type(handler.model)
+print(json.dumps(handler(json.load(open({str(tmp_path / "request.json")!r})))))
+"""
+    assert_same(json.loads(run_elsewhere(script, tmp_path).splitlines()[-1]), post(request))

@@ -1,0 +1,319 @@
+"""One call watches a stream: it is its parts, put together, and it ships with the model."""
+
+import json
+import tracemalloc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_vljepa import OnlineSegmenter, StreamEncoder, decode_texts, stream
+from modeling_vljepa.pipelines.pipeline_vljepa import (
+    VLJEPAStreamingCaptionPipeline,
+)
+from processing import FrameStream, MediaError, WindowStream, windows
+from tests.pipelines.test_stream_session import scenes
+from tests.tiny import (
+    noise,
+    run_elsewhere,
+    tiny_model,
+    tiny_processor,
+    tiny_writer,
+    write_clip,
+)
+from training.publish import write_folder
+
+PROCESSOR = tiny_processor()
+QUERY = "what is the dog doing ?"
+TEXTS = ["a cat", "red", "the door opens", "blue green"]
+SHORT = {"max_new_tokens": 6}
+# For short scenes; a random model finds pictures of noise 0.1 and more apart.
+QUICK = {"variance_threshold": 0.03, "drift_threshold": 0.05, "window": 4}
+
+
+@pytest.fixture(scope="module")
+def writer() -> VLJEPAStreamingCaptionPipeline:
+    """Of a model with a Y-Decoder."""
+    model = tiny_writer()
+    return VLJEPAStreamingCaptionPipeline(model=model, processor=PROCESSOR, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def chooser() -> VLJEPAStreamingCaptionPipeline:
+    """Of a model without one."""
+    model = tiny_model()
+    return VLJEPAStreamingCaptionPipeline(model=model, processor=PROCESSOR, device="cpu")
+
+
+def spans(captions: list[dict]) -> list[tuple[float, float]]:
+    return [(each["start"], each["end"]) for each in captions]
+
+
+# -- embeddings ----------------------------------------------------------------------------
+
+
+def test_a_stream_is_its_parts(tmp_path):
+    model = tiny_writer()
+    path = write_clip(tmp_path / "clip.mp4", noise(23, 40, 48, 3))
+    for source in (path, path.read_bytes()):
+        found = list(stream(model, PROCESSOR, source, QUERY, 6, 5, fps=5, batch_size=2))
+        frames = windows(FrameStream(path, fps=5), PROCESSOR.video_processor, size=6, stride=5)
+        parts = list(StreamEncoder(model.vljepa, PROCESSOR, QUERY).stream(frames, 2))
+        assert len(found) == len(parts) == 3
+        for one, two in zip(found, parts, strict=True):
+            assert (one.start_time, one.end_time) == (two.start_time, two.end_time)
+            assert torch.equal(one.embedding, two.embedding)
+    assert [each.start_time for each in found] == pytest.approx([0.0, 1.0, 1.2])
+    # The defaults: frames of a clip, half of them, all of the source's, and no query.
+    default = list(stream(model, PROCESSOR, path))
+    said = list(stream(model, PROCESSOR, path, None, 4, 2, fps=None))
+    assert [each.times for each in PROCESSOR.watch(path)] == [
+        each.times for each in PROCESSOR.watch(path, window=4, stride=2)
+    ]
+    assert all(map(torch.equal, *([w.embedding for w in each] for each in (default, said))))
+    assert len(default) == len(said) == 11
+    asked = list(stream(model, PROCESSOR, path, QUERY))  # positive control
+    assert not torch.allclose(asked[0].embedding, default[0].embedding, atol=1e-4)
+
+
+def test_a_long_stream_passes_in_bounded_memory(chooser):
+    """Of many frames, and of what they became, a few are there at once."""
+    frames_alive, embeds_alive, most = weakref.WeakSet(), weakref.WeakSet(), [0, 0]
+
+    class Watched(np.ndarray):
+        __hash__ = object.__hash__
+        __eq__ = object.__eq__
+
+    def endless():
+        random = np.random.default_rng(0)
+        for number in range(1600):
+            if number % 400 == 0:
+                still = random.integers(0, 256, (36, 36, 3), np.uint8)
+            frame = still.copy().view(Watched)
+            frames_alive.add(frame)
+            most[0] = max(most[0], len(frames_alive))
+            yield number / 2, frame
+
+    count = 0
+    for each in chooser.stream(endless(), None, 4, 4, batch_size=16):
+        embeds_alive.add(each.visual_embeds)
+        most[1] = max(most[1], len(embeds_alive))
+        count += 1
+    assert count == 400 and most[0] <= 4 and most[1] <= 17
+
+    tracemalloc.start()
+    held = []
+    settings = {"batch_size": 16, "window": 4, "stride": 4, "segmenter_kwargs": QUICK}
+    for _ in chooser(endless(), candidates=TEXTS, **settings):
+        held.append(tracemalloc.get_traced_memory()[0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(held) == 4 and most[0] <= 4
+    assert peak < 4_000_000 < 1600 * 36 * 36 * 3
+    assert held[-1] - held[0] < 200_000
+
+
+def test_a_source_is_checked_before_it_is_opened(tmp_path):
+    for options, message in (
+        ({"window": 0}, "window is 0: give at least 1 frame"),
+        ({"window": 4, "stride": 5}, "stride is 5 and size 4"),
+        ({"stride": 0}, "stride is 0 and size 4"),
+        ({"fps": 0}, "fps is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PROCESSOR.watch("gone.mp4", **options)
+    with pytest.raises(MediaError, match="allow_urls=True"):
+        PROCESSOR.watch("http://127.0.0.1/a.mp4")
+    assert PROCESSOR.watch("http://127.0.0.1/a.mp4", allow_urls=True).frames.live
+    assert PROCESSOR.watch("a.mp4", window=1).stride == 1
+    with pytest.raises(MediaError, match="gone.mp4: no such file"):
+        list(PROCESSOR.watch("gone.mp4"))
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        list(stream(tiny_model(), PROCESSOR, scenes([3]), batch_size=0))
+    processor = tiny_processor()
+    processor.video_processor.max_pixels = 40 * 48 - 1
+    with processor.watch(scenes([9])) as watched:
+        assert list(watched) == [] and watched.report.broken == 9
+    assert isinstance(watched, WindowStream)
+
+
+# -- captions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_captions_are_the_segments_of_the_embeddings(writer, batch_size):
+    source = scenes([40, 30, 50])
+    settings = {"query": QUERY, "segmenter_kwargs": QUICK, "generate_kwargs": SHORT}
+    found = list(writer(source, batch_size=batch_size, **settings))
+    embedded = list(writer.stream(source, QUERY))
+    times = [embedded[0].start_time, *(each.time for each in embedded[1:])]
+    embeds = torch.stack([each.embedding for each in embedded])
+    expected = OnlineSegmenter(**QUICK).segment(embeds, times, embedded[-1].end_time)
+    assert spans(found) == [(each.start_time, each.end_time) for each in expected]
+    assert len(found) == 3 and found[0]["start"] == 0 and found[-1]["end"] == 59.5
+    confidences = [each["confidence"] for each in found]
+    assert confidences == pytest.approx([each.confidence for each in expected], abs=1e-5)
+    chosen = torch.stack([each.embedding for each in expected])
+    texts = decode_texts(writer.model, PROCESSOR, chosen, queries=[QUERY] * 3, **SHORT)
+    assert [each["text"] for each in found] == texts
+    assert len(set(texts)) > 1  # positive control
+    assert all(each.keys() == {"start", "end", "text", "confidence"} for each in found)
+
+
+def test_of_candidates_the_nearest_is_the_text(chooser, writer):
+    source = scenes([40, 30, 50])
+    settings = {"candidates": TEXTS, "segmenter_kwargs": QUICK}
+    captions = chooser(source, **settings)
+    found = list(captions)
+    with torch.no_grad():
+        targets = chooser.model.encode_target(**PROCESSOR(targets=TEXTS))
+    embeds = torch.stack([each.embedding for each in captions.session.segments])
+    expected = [TEXTS[place] for place in (embeds @ targets.T).argmax(dim=1)]
+    assert [each["text"] for each in found] == expected and len(found) == 3
+    # Where there is a decoder too, it is not asked; and what is asked is seen.
+    assert {each["text"] for each in writer(source, **settings)} <= set(TEXTS)
+    other = [list(chooser(source, query=query, **settings)) for query in (None, QUERY)]
+    assert other[0] == found
+    assert other[1][0]["confidence"] != found[0]["confidence"]
+
+
+def test_a_decoder_is_told_what_was_said_before():
+    model = tiny_writer(decoder_reads_query=True, decoder_reads_previous=True)
+    pipe = VLJEPAStreamingCaptionPipeline(model=model, processor=PROCESSOR, device="cpu")
+    source = scenes([40, 30, 50])
+    settings = {"segmenter_kwargs": QUICK, "generate_kwargs": SHORT}
+    for query in (QUERY, None):
+        captions = pipe(source, query=query, **settings)
+        found = [each["text"] for each in captions]
+        said, alone = [""], []
+        for segment in captions.session.segments:
+            asked = {"queries": [query or ""], **SHORT}
+            embeds = segment.embedding[None]
+            alone += decode_texts(model, PROCESSOR, embeds, **asked)
+            said += decode_texts(model, PROCESSOR, embeds, previous=said[-1:], **asked)
+        assert found == said[1:] and len(found) == 3
+        assert found != alone  # positive control
+        assert found == [each["text"] for each in pipe(source, query=query, **settings)]
+
+
+def test_captions_come_while_the_stream_runs_and_questions_are_answered(chooser):
+    taken = []
+
+    def source():
+        for item in scenes([40, 200]):
+            taken.append(item)
+            yield item
+
+    with chooser(source(), candidates=TEXTS, segmenter_kwargs=QUICK) as captions:
+        first = next(captions)
+        assert 40 < len(taken) <= 40 + 4 + 2 * 7  # `window + patience` steps after the change
+        assert captions.report.frames == len(taken)
+        assert first["end"] == pytest.approx(20, abs=1.5)
+        [best, *_] = captions.session.ask(TEXTS, query=QUERY)
+        assert best["text"] in TEXTS and best["end_time"] <= len(taken) / 2
+    assert list(captions) == [] and len(taken) < 240
+    assert captions.session.ask(["a cat"])[0]["text"] == "a cat"
+
+
+def test_settings_may_be_given_once_for_all(chooser):
+    once = VLJEPAStreamingCaptionPipeline(
+        model=chooser.model,
+        processor=PROCESSOR,
+        device="cpu",
+        candidates=TEXTS,
+        segmenter_kwargs=QUICK,
+        stride=4,
+        batch_size=2,
+    )
+    source = scenes([40, 30, 50])
+    each_time = {"candidates": TEXTS, "segmenter_kwargs": QUICK, "batch_size": 2}
+    assert list(once(source)) == list(chooser(source, stride=4, **each_time))
+    assert list(once(source, stride=2)) == list(chooser(source, **each_time))
+    assert (
+        once(source).session.batch_size == 2 and once(source, batch_size=5).session.batch_size == 5
+    )
+
+
+@pytest.mark.parametrize(
+    ("pipe", "options", "error", "message"),
+    [
+        ("chooser", {}, ValueError, r"candidates is missing, and .* no Y-Decoder .*train_decoder"),
+        ("chooser", {"candidates": []}, ValueError, "candidates is empty"),
+        ("chooser", {"candidates": "red"}, ValueError, "candidates is a str"),
+        ("writer", {"query": 7}, ValueError, "query is a int"),
+        ("writer", {"window": 0}, ValueError, "window is 0"),
+        ("writer", {"segmenter_kwargs": {"patience": 0}}, ValueError, "patience is 0"),
+        ("writer", {"segmenter_kwargs": {"patient": 1}}, TypeError, "'patient'"),
+        ("writer", {"frames": 4}, TypeError, "'frames'"),
+        ("writer", {"generate_kwargs": {"num_return_sequences": 2}}, ValueError, "has one text"),
+        ("writer", {"generate_kwargs": {}, "candidates": ["a"]}, ValueError, "leave it out"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(request, pipe, options, error, message):
+    with pytest.raises(error, match=message):
+        request.getfixturevalue(pipe)(scenes([3]), **options)
+
+
+def test_a_source_that_cannot_be_opened_is_named(writer, tmp_path):
+    with pytest.raises(MediaError, match="allow_urls=True"):
+        writer("rtsp://127.0.0.1/a")
+    captions = writer(tmp_path / "gone.mp4")
+    with pytest.raises(MediaError, match="gone.mp4: no such file"):
+        next(captions)
+    assert list(writer([])) == []
+
+
+def test_a_batch_of_no_windows_is_refused(chooser):
+    with pytest.raises(ValueError, match="batch_size is 0: give at least 1"):
+        list(chooser(scenes([3]), candidates=TEXTS, batch_size=0))
+
+
+def test_candidates_of_a_question_may_come_from_a_generator(chooser):
+    captions = chooser(scenes([3]), candidates=TEXTS)
+    list(captions)
+    expected = captions.session.ask(TEXTS)
+    assert captions.session.ask(text for text in TEXTS) == expected
+    for candidates in (None, [], "red", [3]):
+        with pytest.raises(ValueError, match="candidates: give a list of at least one text"):
+            captions.session.ask(candidates)
+    with pytest.raises(ValueError, match="query is a int"):
+        captions.session.ask(TEXTS, query=3)
+
+
+# -- without this package ------------------------------------------------------------------
+
+
+def test_a_published_folder_watches_without_this_package(writer, tmp_path):
+    """As published, and as saved again by another pipeline that was loaded from there."""
+    write_clip(tmp_path / "clip.mp4", np.stack([frame for _, frame in scenes([40, 30])]))
+    writer.save_pretrained(tmp_path / "trained")
+    write_folder(tmp_path / "trained", tmp_path / "published", "me/tiny")
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "for caption in watch(frames):" in card  # a decoder needs no candidates
+    settings = {"query": QUERY, "generate_kwargs": SHORT, "segmenter_kwargs": QUICK, "fps": 5}
+    expected = list(writer(tmp_path / "clip.mp4", **settings))
+    script = f"""
+import json
+from transformers import pipeline
+found = []
+for folder in ("published", "again"):
+    watch = pipeline("streaming-caption", model=folder, trust_remote_code=True, device="cpu")
+    assert type(watch).__module__.startswith("transformers_modules"), type(watch)
+    captions = watch("clip.mp4", **{settings!r})
+    found.append(list(captions))
+    found.append([each["text"] for each in captions.session.ask({TEXTS!r})])
+    if folder == "published":
+        ask = "visual-question-answering"
+        pipeline(ask, model=folder, trust_remote_code=True).save_pretrained("again")
+print(json.dumps(found))
+"""
+    found = json.loads(run_elsewhere(script, tmp_path).splitlines()[-1])
+    assert found[:2] == found[2:] and sorted(found[1]) == sorted(TEXTS)
+    assert len(expected) == 2 and spans(found[0]) == spans(expected)
+    assert [each["text"] for each in found[0]] == [each["text"] for each in expected]
+    published, again = (
+        {path.name for path in (tmp_path / folder).glob("*.py")}
+        for folder in ("published", "again")
+    )
+    assert published - again == {"handler.py", "st_vljepa.py"}

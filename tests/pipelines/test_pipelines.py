@@ -1,0 +1,677 @@
+"""Pipelines: their scores are those of the model, however samples are given and grouped."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, pipeline
+from transformers import CLIPImageProcessorPil as StockImageProcessor
+
+from modeling_vljepa import (
+    VLJEPAForConditionalGeneration,
+    VLJEPAForZeroShotImageClassification,
+    VLJEPAModel,
+)
+from modeling_vljepa.pipelines import pipeline_vljepa
+from modeling_vljepa.pipelines.pipeline_vljepa import (
+    DESCRIBE,
+    VLJEPARetrievalPipeline,
+    VLJEPAVisualQuestionAnsweringPipeline,
+    VLJEPAZeroShotClassificationPipeline,
+)
+from processing import MediaError, VLJEPAProcessor, read_clip, read_image
+from tests.tiny import noise, run_elsewhere, tiny_model, tiny_processor, tiny_writer, write_clip
+
+QUESTION = "what is the dog doing ?"
+ANSWERS = ["red", "a cat", "it rides a bike", "blue green"]
+
+
+@pytest.fixture(scope="module")
+def model() -> VLJEPAModel:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def processor() -> VLJEPAProcessor:
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("media")
+    image = Image.fromarray(noise(40, 60, 3))
+    image.save(folder / "image.png")
+    return SimpleNamespace(
+        folder=folder,
+        wide=write_clip(folder / "wide.mp4", noise(6, 48, 64, 3)),
+        tall=write_clip(folder / "tall.mkv", 255 - noise(9, 64, 40, 3)),
+        flat=write_clip(folder / "flat.mp4", np.full((5, 48, 48, 3), 90, np.uint8)),
+        image=folder / "image.png",
+    )
+
+
+@pytest.fixture(scope="module")
+def vqa(model, processor) -> VLJEPAVisualQuestionAnsweringPipeline:
+    return VLJEPAVisualQuestionAnsweringPipeline(model=model, processor=processor)
+
+
+@pytest.fixture(scope="module")
+def retrieval(model, processor) -> VLJEPARetrievalPipeline:
+    return VLJEPARetrievalPipeline(model=model, processor=processor)
+
+
+@pytest.fixture(scope="module")
+def zero_shot(model, processor) -> VLJEPAZeroShotClassificationPipeline:
+    return VLJEPAZeroShotClassificationPipeline(model=model, processor=processor)
+
+
+@torch.no_grad()
+def cosines(model, processor, query: str, texts: list[str], **medium) -> dict[str, float]:
+    """By hand: what the model says of one medium and each text."""
+    predicted = model.predict(**processor(text=query, **medium))
+    rows = [predicted @ model.encode_target(**processor(targets=text)).T for text in texts]
+    return {text: row.item() for text, row in zip(texts, rows, strict=True)}
+
+
+def scores(results: list[dict], label: str = "answer") -> dict[str, float]:
+    ranked = [result["score"] for result in results]
+    assert ranked == sorted(ranked, reverse=True)
+    return {result[label]: result["score"] for result in results}
+
+
+def close(expected: dict) -> object:
+    return pytest.approx(expected, abs=1e-6)
+
+
+# -- question answering --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_scores_are_the_models_own(vqa, model, processor, media, kind):
+    medium = media.wide if kind == "video" else media.image
+    expected = cosines(model, processor, QUESTION, ANSWERS, **{f"{kind}s": medium})
+    found = vqa(**{kind: medium}, question=QUESTION, candidates=ANSWERS)
+    assert scores(found) == close(expected)
+    assert len(set(expected.values())) == 4  # positive control
+    assert vqa(**{kind: medium}, question=QUESTION, candidates=ANSWERS, top_k=2) == found[:2]
+
+    logits = torch.tensor([expected[text] for text in ANSWERS]) * model.logit_scale().item()
+    by_hand = dict(zip(ANSWERS, logits.softmax(0).tolist(), strict=True))
+    calibrated = vqa(
+        **{kind: medium}, question=QUESTION, candidates=ANSWERS, top_k=2, calibrated=True
+    )
+    assert [each["answer"] for each in calibrated] == [each["answer"] for each in found[:2]]
+    assert scores(calibrated) == close(
+        {each["answer"]: by_hand[each["answer"]] for each in found[:2]}
+    )
+    # A probability depends on the other candidates, a cosine does not.
+    alone = vqa(**{kind: medium}, question=QUESTION, candidates=ANSWERS[:1])
+    assert alone == [{"answer": "red", "score": pytest.approx(expected["red"], abs=1e-6)}]
+
+
+def test_every_kind_of_medium_is_the_same_medium(vqa, media):
+    frames = read_clip(media.wide).frames
+    tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    pictures = [Image.fromarray(frame) for frame in frames]
+    content = media.wide.read_bytes()
+    undecoded = {"bytes": content, "path": None}
+    expected = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
+    for video in (str(media.wide), content, frames, tensor, pictures, undecoded):
+        assert vqa(video=video, question=QUESTION, candidates=ANSWERS) == expected
+        assert vqa({"video": video, "question": QUESTION}, candidates=ANSWERS) == expected
+    still = np.array(Image.open(media.image))
+    expected = vqa(image=media.image, question=QUESTION, candidates=ANSWERS)
+    for image in (media.image.read_bytes(), Image.open(media.image), still):
+        assert vqa(image=image, question=QUESTION, candidates=ANSWERS) == expected
+    for bare in (media.image, Image.open(media.image), still):
+        assert vqa(bare, question=QUESTION, candidates=ANSWERS) == expected
+
+
+def test_grouping_and_order_change_nothing(vqa, media):
+    samples = [
+        {"video": str(media.wide), "question": QUESTION},
+        {"image": str(media.image), "question": "open the door and close the window"},
+        {"video": str(media.tall), "question": "what ?"},
+        {"image": str(media.image), "question": "what ?"},
+        {"video": str(media.wide), "question": "a"},
+    ]
+    alone = [scores(vqa(sample, candidates=ANSWERS)) for sample in samples]
+    assert len({each["red"] for each in alone}) == 5  # positive control
+
+    def assert_same(found, expected=alone):
+        assert [scores(each) for each in found] == [close(each) for each in expected]
+
+    for batch_size in (1, 2, 3, 8):
+        assert_same(vqa(samples, candidates=ANSWERS, batch_size=batch_size))
+    assert_same(vqa(samples[::-1], candidates=ANSWERS, batch_size=2), alone[::-1])
+    assert_same(vqa(samples, candidates=ANSWERS, batch_size=2, num_workers=2))
+    assert_same(vqa(tuple(samples), candidates=ANSWERS))
+    assert vqa([], candidates=ANSWERS) == []
+    rows = datasets.Dataset.from_list([{"image": None, "video": None} | one for one in samples])
+    assert_same(vqa(rows, candidates=ANSWERS, batch_size=2))
+    assert_same(vqa(rows.to_iterable_dataset(), candidates=ANSWERS, batch_size=4))
+    assert_same(vqa((one for one in samples), candidates=ANSWERS, num_workers=2))
+
+    read = []
+    stream = vqa((read.append(0) or sample for sample in samples), candidates=ANSWERS)
+    next(stream)
+    assert len(read) < 4  # it does not wait for the end
+    assert_same(stream, alone[1:])
+
+
+def test_texts_are_encoded_once_per_call(model, processor, media, monkeypatch):
+    counts = []
+    encode = model.encode_target
+
+    def counting(target_input_ids, *args, **kwargs):
+        counts.append(len(target_input_ids))
+        return encode(target_input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(model, "encode_target", counting)
+    vqa = VLJEPAVisualQuestionAnsweringPipeline(model=model, processor=processor)
+    samples = [{"video": media.wide, "question": "a"}] * 5
+    vqa(samples, candidates=ANSWERS, batch_size=2)
+    assert counts == [4]
+    many = [f"answer {number}" for number in range(150)]
+    vqa(samples[0], candidates=many)
+    assert counts[1:] == [64, 64, 22]
+
+
+def test_answers_that_the_model_brings_along(processor, media, tmp_path):
+    tiny_model(answers=ANSWERS).save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path)
+    assert model.config.answers == ANSWERS
+    vqa = VLJEPAVisualQuestionAnsweringPipeline(model=model, processor=processor)
+    given = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
+    for _ in range(2):
+        assert vqa(video=media.wide, question=QUESTION) == given
+    model.config.answers = ["red", "another"]
+    assert scores(vqa(video=media.wide, question=QUESTION)).keys() == {"red", "another"}
+    model.config.answers = []
+    with pytest.raises(ValueError, match="candidates is missing.*has no Y-Decoder to write one"):
+        vqa(video=media.wide, question=QUESTION)
+
+
+# -- free answers --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer() -> VLJEPAForConditionalGeneration:
+    return tiny_writer(decoder_reads_query=True)
+
+
+def test_without_candidates_the_decoder_answers(writer, processor, media):
+    vqa = VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor)
+    found = vqa(video=media.wide, question=QUESTION, generate_kwargs={"max_new_tokens": 6})
+    with torch.no_grad():
+        predicted = writer.vljepa.predict(**processor(videos=media.wide, text=QUESTION))
+    context = processor(contexts=f"{QUESTION}\n")
+    tokens = writer.generate(predicted_embeds=predicted, **context, max_new_tokens=6)
+    [text] = processor.batch_decode(tokens, skip_special_tokens=True)
+    expected = cosines(writer.vljepa, processor, QUESTION, [text.strip()], videos=media.wide)
+    assert scores(found) == close(expected)
+    # The question reaches the words by way of the embedding and of the decoder's context.
+    other = vqa(video=media.wide, question="what ?", generate_kwargs={"max_new_tokens": 6})
+    assert other[0]["answer"] != found[0]["answer"]
+    chosen = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
+    by_hand = cosines(writer.vljepa, processor, QUESTION, ANSWERS, videos=media.wide)
+    assert scores(chosen) == close(by_hand)
+
+
+def test_several_free_answers_are_ranked_as_candidates_are(writer, processor, media):
+    vqa = VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor)
+    samples = [{"video": media.wide, "question": QUESTION}, {"image": media.image, "question": "a"}]
+    how = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 5}
+    alone = [vqa(sample, generate_kwargs=how) for sample in samples]
+    assert [len(each) for each in alone] == [3, 3]
+    together = vqa(samples, generate_kwargs=how, batch_size=2)
+    assert [scores(each) for each in together] == [close(scores(each)) for each in alone]
+    ranked = vqa(samples[0], candidates=[each["answer"] for each in alone[0]][::-1])
+    assert scores(ranked) == close(scores(alone[0]))
+    assert vqa(samples[0], generate_kwargs=how, top_k=1) == alone[0][:1]
+
+
+def test_a_decoder_that_is_not_asked(writer, processor, media):
+    vqa = VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor)
+    with pytest.raises(ValueError, match="generate_kwargs.*chosen from candidates: leave it out"):
+        vqa(video=media.wide, question="a", candidates=ANSWERS, generate_kwargs={"num_beams": 2})
+
+
+def test_the_pipeline_loads_the_decoder_where_there_is_one(processor, media, tmp_path):
+    found = {}
+    for name, model in (("with", tiny_writer()), ("without", tiny_model())):
+        vqa = VLJEPAVisualQuestionAnsweringPipeline(model=model, processor=processor)
+        vqa.save_pretrained(tmp_path / name)
+        loaded = pipeline(
+            "visual-question-answering", model=str(tmp_path / name), trust_remote_code=True
+        )
+        found[name] = type(loaded.model).__name__
+        options = {"candidates": ANSWERS} if name == "without" else {}
+        asked = {"video": media.wide, "question": QUESTION} | options
+        assert loaded(**asked) == vqa(**asked)
+    assert found == {"with": "VLJEPAForConditionalGeneration", "without": "VLJEPAModel"}
+
+
+def test_parameters_may_be_given_once_for_all(model, processor, media, vqa):
+    once = VLJEPAVisualQuestionAnsweringPipeline(
+        model=model, processor=processor, candidates=ANSWERS, top_k=1, question=QUESTION
+    )
+    expected = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
+    assert once(media.wide) == expected[:1]
+    assert once(media.wide, top_k=3) == expected[:3]
+
+
+# -- classification ------------------------------------------------------------------------
+
+
+def test_labels_stand_in_their_template(zero_shot, model, processor, media):
+    labels = ["riding", "sitting", "{odd}"]
+    query = "What is the action shown?"
+    found = zero_shot(media.wide, candidate_labels=labels)
+    assert scores(found, "label") == close(
+        cosines(model, processor, query, labels, videos=media.wide)
+    )
+    texts = [f"a {{man}} {label} there" for label in labels]
+    expected = cosines(model, processor, "who ?", texts, images=media.image)
+    found = zero_shot(
+        image=media.image,
+        candidate_labels=labels,
+        hypothesis_template="a {man} {} there",
+        query="who ?",
+    )
+    named = {label: expected[text] for label, text in zip(labels, texts, strict=True)}
+    assert scores(found, "label") == close(named)
+    both = zero_shot([media.wide, media.image], candidate_labels=labels, batch_size=2)
+    assert [len(each) for each in both] == [3, 3]
+    assert scores(both[0], "label") == close(
+        cosines(model, processor, query, labels, videos=media.wide)
+    )
+
+
+def test_the_librarys_own_pipeline(model, processor, media, tmp_path):
+    """`zero-shot-image-classification` of transformers, on a checkpoint of a `VLJEPAModel`."""
+    model.save_pretrained(tmp_path / "model")
+    classifier = AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / "model")
+    assert type(classifier) is VLJEPAForZeroShotImageClassification
+    state = model.state_dict()
+    assert all(torch.equal(state[n], w) for n, w in classifier.vljepa.state_dict().items())
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    found = {n for n, weight in classifier.vljepa.named_parameters() if not weight.requires_grad}
+    assert found == frozen and len(frozen) > 10
+
+    size = {"height": 32, "width": 32}
+    pipe = pipeline(
+        "zero-shot-image-classification",
+        model=classifier,
+        tokenizer=processor.target_tokenizer,
+        image_processor=StockImageProcessor(
+            size={"shortest_edge": 36},
+            resample=2,
+            crop_size=size,
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        ),
+        device="cpu",
+    )
+    image = Image.open(media.image)
+    answers = pipe([image, image], ANSWERS, hypothesis_template="{}", batch_size=2)
+    pixels = pipe.image_processor(images=image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        predicted = model.predict(pixels[:, None])
+        targets = model.encode_target(**processor(targets=ANSWERS))
+        expected = (model.logit_scale() * predicted @ targets.T).softmax(-1)[0].tolist()
+    for results in answers:
+        assert scores(results, "label") == close(dict(zip(ANSWERS, expected, strict=True)))
+
+    classifier.save_pretrained(tmp_path / "classifier")
+    again = AutoModel.from_pretrained(tmp_path / "classifier")
+    assert type(again) is VLJEPAModel
+    assert all(torch.equal(state[name], weight) for name, weight in again.state_dict().items())
+
+
+# -- retrieval -----------------------------------------------------------------------------
+
+
+def test_texts_for_a_video_and_videos_for_a_text(retrieval, model, processor, media):
+    found = retrieval(video=media.wide, texts=ANSWERS)
+    expected = cosines(model, processor, DESCRIBE, ANSWERS, videos=media.wide)
+    assert scores(found, "text") == close(expected)
+
+    videos = [media.wide, str(media.tall), read_clip(media.flat).frames]
+    by_hand = [cosines(model, processor, "who ?", ["red"], videos=video)["red"] for video in videos]
+    order = np.argsort(by_hand)[::-1].tolist()
+    found = retrieval(text="red", videos=videos, query="who ?", batch_size=2)
+    assert [each["index"] for each in found] == order
+    assert [each["score"] for each in found] == pytest.approx(sorted(by_hand)[::-1], abs=1e-6)
+    assert all(each["video"] is videos[each["index"]] for each in found)
+    best = retrieval(text="red", videos=videos, query="who ?", top_k=1, calibrated=True)
+    share = (torch.tensor(by_hand) * model.logit_scale().item()).softmax(0).max().item()
+    assert best[0]["index"] == order[0] and len(best) == 1
+    assert best[0]["score"] == pytest.approx(share, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def library(retrieval, media) -> Path:
+    """Twelve clips and two that cannot be read."""
+    clips = []
+    for seed in range(12):
+        frames = np.random.default_rng(seed).integers(0, 256, (4, 3, 3, 3), np.uint8)
+        frames = frames.repeat(16, 1).repeat(16, 2)
+        clips.append(write_clip(media.folder / f"{seed}.mp4", frames))
+    (media.folder / "text.mp4").write_text("no video")
+    clips[3:3] = [media.folder / "text.mp4", media.folder / "gone.mp4"]
+    retrieval.build_library(clips, media.folder / "library", batch_size=5)
+    return media.folder / "library"
+
+
+def test_search_equals_brute_force(retrieval, model, processor, media, library):
+    loaded = retrieval.load_library(library)
+    assert [Path(each["video"]).name for each in loaded.unreadable] == ["text.mp4", "gone.mp4"]
+    assert "no such file" in loaded.unreadable[1]["reason"]
+    clips = [media.folder / f"{seed}.mp4" for seed in range(12)]
+    assert datasets.load_from_disk(library)["video"][:] == [str(clip) for clip in clips]
+    assert loaded.query == DESCRIBE
+
+    found = retrieval.search(ANSWERS, library, top_k=12)
+    for text, results in zip(ANSWERS, found, strict=True):
+        by_hand = {
+            str(clip): cosines(model, processor, DESCRIBE, [text], videos=clip)[text]
+            for clip in clips
+        }
+        assert scores(results, "video") == close(by_hand)
+    best = [each["video"] for each in found[0]]
+    assert best != [each["video"] for each in found[1]]
+    for top_k in (3, 100):
+        alone = retrieval.search(ANSWERS[0], loaded, top_k=top_k)
+        assert [each["video"] for each in alone] == best[:top_k]
+
+
+def test_unreadable_clips_are_named_and_counted(retrieval, media, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(pipeline_vljepa.logger, "warning", warnings.append)
+    gone = tmp_path / "gone.mp4"
+    made = retrieval.build_library([media.wide, gone, media.flat], tmp_path / "library")
+    assert len(made.dataset) == 2 and len(made.unreadable) == 1
+    assert warnings[0].startswith("1 of 3 clips cannot be read:\n") and str(gone) in warnings[0]
+    with pytest.raises(ValueError, match="none is there that can be read"):
+        retrieval.build_library([gone], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="output_dir: .*library is there already"):
+        retrieval.build_library([media.wide], tmp_path / "library")
+
+
+def test_a_library_of_another_model_is_refused(retrieval, model, processor, library, tmp_path):
+    good = retrieval.search("red", library)
+    half = tiny_model().to(torch.bfloat16)
+    rounded = VLJEPARetrievalPipeline(model=half, processor=processor).search("red", library)
+    assert [each["score"] for each in rounded] == pytest.approx(
+        [each["score"] for each in good], abs=2e-2
+    )
+    for head in ("predictor_head", "y_head"):  # each side of the space counts
+        other = tiny_model()
+        torch.nn.init.normal_(other.get_submodule(head).projection.weight)
+        pipe = VLJEPARetrievalPipeline(model=other, processor=processor)
+        with pytest.raises(ValueError, match="library: it was made with another model"):
+            pipe.search("red", library)
+    wider = VLJEPARetrievalPipeline(model=tiny_model(embedding_dim=20), processor=processor)
+    with pytest.raises(ValueError, match="library: it was made with another model"):
+        wider.search("red", library)
+    with pytest.raises(ValueError, match="has no library.json"):
+        retrieval.search("red", tmp_path)
+    assert retrieval.search("red", library) == good
+
+
+def test_without_faiss_the_error_names_the_package(retrieval, library, monkeypatch):
+    monkeypatch.setattr(pipeline_vljepa, "is_faiss_available", lambda: False)
+    with pytest.raises(ImportError, match="pip install faiss-cpu"):
+        retrieval.search("red", library)
+
+
+# -- requests that cannot be served --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("vqa", {"question": None}, "question is missing"),
+        ("vqa", {"question": " "}, "question is ' '"),
+        ("vqa", {"question": 7}, "question is 7"),
+        ("vqa", {"candidates": []}, "candidates is empty"),
+        ("vqa", {"candidates": "red"}, "candidates is a str"),
+        ("vqa", {"candidates": ["red", None]}, r"candidates\[1\] is a NoneType"),
+        ("vqa", {"candidates": ["red", ""]}, r"candidates\[1\] is empty"),
+        ("vqa", {"candidates": None}, "candidates is missing"),
+        ("vqa", {"video": None}, "give either video, image or a list"),
+        ("vqa", {"image": "a.png"}, "got video and image"),
+        ("vqa", {"video": "gone.mp4"}, "video: gone.mp4: no such file"),
+        ("vqa", {"video": "x" * 5000}, r"video: x{50}\.\.\.: no such file"),
+        ("vqa", {"video": b"no video"}, "video: 8 bytes: cannot be opened"),
+        ("vqa", {"video": None, "image": b"no image"}, "image: 8 bytes: not an image"),
+        ("vqa", {"video": 7}, "video is a int"),
+        ("vqa", {"video": "http://127.0.0.1/a.mp4"}, "video is a URL.*allow_urls=True"),
+        ("vqa", {"video": np.zeros((2, 3, 8, 8), np.uint8)}, "video: a clip is an array"),
+        ("vqa", {"top_k": 0}, "top_k is 0"),
+        ("vqa", {"top_k": 1.5}, "top_k is 1.5"),
+        ("zero_shot", {"candidate_labels": None}, "candidate_labels is missing"),
+        ("zero_shot", {"hypothesis_template": "x"}, "hypothesis_template is 'x'"),
+        ("zero_shot", {"query": 3}, "query is a int"),
+        ("retrieval", {"texts": None}, "texts is missing"),
+        ("retrieval", {"text": "red"}, "videos.*missing"),
+        ("retrieval", {"text": "red", "videos": ["a"]}, "not both"),
+        (
+            "retrieval",
+            {"video": None, "texts": None, "text": "red", "videos": []},
+            "videos is empty",
+        ),
+        (
+            "retrieval",
+            {"video": None, "texts": None, "text": "", "videos": ["a"]},
+            "text.0. is empty",
+        ),
+    ],
+)
+def test_a_malformed_request_leaves_the_next_one_alone(request, media, task, changes, message):
+    pipe = request.getfixturevalue(task)
+    good = {
+        "vqa": {"question": QUESTION, "candidates": ANSWERS},
+        "zero_shot": {"candidate_labels": ANSWERS},
+        "retrieval": {"texts": ANSWERS},
+    }[task] | {"video": media.wide}
+    expected = pipe(**good)
+    with pytest.raises(ValueError, match=message):
+        pipe(**good | changes)
+    assert pipe(**good) == expected
+
+
+def test_an_unknown_parameter_is_an_error(vqa, media):
+    with pytest.raises(TypeError, match="'answers'"):
+        vqa(video=media.wide, question=QUESTION, answers=ANSWERS)
+
+
+def test_a_broken_input_among_others_is_named(vqa, media):
+    good = {"video": media.wide, "question": QUESTION}
+    samples = [good, good, {"video": media.folder / "gone.mp4", "question": "a"}, good]
+    for broken, message in (
+        (samples, "input 2: video: .*gone.mp4: no such file"),
+        ([good, {"question": "a"}], "input 1: neither video nor image given"),
+        ([good, 7], "input 1: a int may be a video"),
+        ([good, {"video": media.wide}], "input 1: question is missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vqa(broken, candidates=ANSWERS, batch_size=2)
+    stream = vqa((sample for sample in samples), candidates=ANSWERS)
+    assert next(stream) == next(stream)
+    with pytest.raises(ValueError, match="input 2: video: .*no such file"):
+        next(stream)
+
+
+# -- addresses and files -------------------------------------------------------------------
+
+
+@contextmanager
+def serve(folder: Path):
+    """A web server on loopback: files of a folder; `/file` and `/ftp` redirect to what they say."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path in ("/file", "/ftp"):
+                self.send_response(302)
+                self.send_header("Location", f"{self.path[1:]}://127.0.0.1{folder}/wide.mp4")
+                self.end_headers()
+                return
+            path = folder / self.path.strip("/")
+            self.send_response(200 if path.is_file() else 404)
+            self.end_headers()
+            self.wfile.write(path.read_bytes() if path.is_file() else b"")
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_addresses_are_fetched_when_the_caller_allows_it(vqa, media, monkeypatch):
+    expected = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
+    ask = {"question": QUESTION, "candidates": ANSWERS, "allow_urls": True}
+    with serve(media.folder) as address:
+        assert vqa(video=f"{address}/wide.mp4", **ask) == expected
+        with pytest.raises(ValueError, match="pass allow_urls=True"):
+            vqa(video=f"{address}/wide.mp4", **ask | {"allow_urls": False})
+        with pytest.raises(ValueError, match="gone.mp4: cannot be fetched .*404"):
+            vqa(video=f"{address}/gone.mp4", **ask)
+        with pytest.raises(ValueError, match="/file: cannot be fetched"):
+            vqa(video=f"{address}/file", **ask)
+        with pytest.raises(ValueError, match="/ftp: cannot be fetched .*unknown url type"):
+            vqa(video=f"{address}/ftp", **ask)
+        monkeypatch.setattr(pipeline_vljepa, "MAX_URL_BYTES", 1000)
+        with pytest.raises(ValueError, match="larger than 1000 bytes"):
+            vqa(video=f"{address}/wide.mp4", **ask)
+        monkeypatch.setattr(pipeline_vljepa, "MAX_URL_BYTES", 10**9)
+        monkeypatch.setattr(pipeline_vljepa, "MAX_URL_SECONDS", 1e-9)
+        with pytest.raises(ValueError, match="cannot be fetched|took longer"):
+            vqa(video=f"{address}/wide.mp4", **ask)
+    with pytest.raises(ValueError, match="cannot be fetched"):
+        vqa(video=f"{address}/wide.mp4", **ask)  # nobody listens any more
+
+
+def test_ffmpeg_opens_nothing_by_itself(media, monkeypatch):
+    """A list of other files is a video to FFmpeg, and a string may be an address."""
+    script = f"ffconcat version 1.0\nfile {media.wide.name}\n".encode()
+    path = media.folder / "list.mp4"
+    path.write_bytes(script)
+    with av.open(str(path)) as container:  # positive control: it would read the other file
+        assert container.format.name == "concat"
+        assert len(list(container.decode(video=0))) == 6
+    with monkeypatch.context() as patch:
+        patch.chdir(media.folder)
+        for source in (path, script):
+            with pytest.raises(MediaError, match="cannot be opened as a video"):
+                read_clip(source)
+    opened = []
+    plain = av.open
+    monkeypatch.setattr(av, "open", lambda file, **k: opened.append(file) or plain(file, **k))
+    for scheme in ("http://127.0.0.1:1/", "file:", "concat:", "data:video/mp4;base64,", "tcp://"):
+        for reader in (read_clip, read_image):
+            with pytest.raises(MediaError, match="no such file"):
+                reader(f"{scheme}{media.wide}")
+    assert opened == []
+    read_clip(media.wide)
+    assert opened and not any(isinstance(file, str | Path) for file in opened)
+
+
+def test_bytes_are_files(media):
+    for path in (media.wide, media.tall):
+        for frames in (None, 4):
+            expected, found = read_clip(path, frames), read_clip(path.read_bytes(), frames)
+            np.testing.assert_array_equal(found.frames, expected.frames)
+            np.testing.assert_array_equal(found.timestamps, expected.timestamps)
+    np.testing.assert_array_equal(read_image(media.image.read_bytes()), read_image(media.image))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(MediaError, match="not an image"):
+        read_image(postscript)
+
+
+def test_what_a_server_refuses(media):
+    processor = tiny_processor()
+    limits = processor.video_processor
+    processor(videos=media.tall, targets="a")
+    limits.max_seconds, limits.max_pixels = 0.5, 64 * 48
+    processor(videos=media.wide)  # six frames, the last after 0.5 s
+    with pytest.raises(MediaError, match="tall.mkv: longer than 0.5 seconds"):
+        processor(videos=media.tall)
+    processor(images=media.image)
+    limits.max_pixels = 40 * 60 - 1
+    with pytest.raises(MediaError, match="image.png: 60 x 40 pixels, but at most 2399"):
+        processor(images=media.image)
+    with pytest.raises(MediaError, match="wide.mp4: 64 x 48 pixels, but at most 2399"):
+        processor(videos=media.wide)
+    assert not {"max_seconds", "max_pixels"} & limits.to_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of what is odd in a file
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "png", "jpg", "webp", "gif", "tiff", "bmp"])
+def test_damaged_bytes_are_media_errors_or_media(suffix, media, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    if suffix in ("mp4", "mkv"):
+        content, reader = write_clip(path, noise(6, 48, 64, 3)).read_bytes(), read_clip
+    else:
+        Image.fromarray(noise(40, 60, 3)).save(path)
+        content, reader = path.read_bytes(), read_image
+    draw, refused = np.random.default_rng(0), 0
+    for _ in range(40):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        places = draw.integers(0, min(len(content), 400), 8)
+        damaged[places] = draw.integers(0, 256, 8)
+        try:
+            reader(damaged[: draw.integers(1, len(content))].tobytes())
+        except MediaError as error:
+            refused += 1
+            assert " bytes: " in str(error)
+    assert refused > 5
+
+
+# -- without this package ------------------------------------------------------------------
+
+
+def test_a_saved_folder_answers_without_this_package(model, processor, media, vqa, tmp_path):
+    retrieval = VLJEPARetrievalPipeline(model=tiny_model(), processor=processor)
+    retrieval.save_pretrained(tmp_path / "model")
+    expected = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
+    ranked = retrieval(video=media.wide, texts=ANSWERS)
+    script = f"""
+import json
+from transformers import pipeline
+def load(task):
+    return pipeline(
+        task, model={str(tmp_path / "model")!r}, trust_remote_code=True, device="cpu"
+    )
+vqa = load("visual-question-answering")
+assert type(vqa).__module__.startswith("transformers_modules"), type(vqa)
+clip, answers = {str(media.wide)!r}, {ANSWERS!r}
+print(json.dumps([
+    vqa(video=clip, question={QUESTION!r}, candidates=answers),
+    load("video-text-retrieval")(video=clip, texts=answers),
+    load("zero-shot-video-classification")(video=clip, candidate_labels=answers)[0]["label"],
+]))
+"""
+    answers, texts, label = json.loads(run_elsewhere(script, tmp_path))
+    assert scores(answers) == close(scores(expected))
+    assert scores(texts, "text") == close(scores(ranked, "text"))
+    assert label in ANSWERS
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        pipeline("visual-question-answering", model=str(tmp_path / "model"))

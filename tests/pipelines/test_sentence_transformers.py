@@ -1,0 +1,109 @@
+"""A VL-JEPA is a SentenceTransformer: the same embeddings, its evaluators, its trainer."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.trainer import SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.training_args import (
+    SentenceTransformerTrainingArguments,
+)
+
+from modeling_vljepa.pipelines.st_vljepa import VLJEPAModule
+from tests.tiny import noise, tiny_model, tiny_processor, write_clip
+
+TEXTS = ["a man rides a bike", "the cat sits on the mat", "red"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", noise(6, 48, 64, 3)))
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    return Image.fromarray(noise(40, 60, 3))
+
+
+@pytest.fixture(scope="module")
+def model() -> SentenceTransformer:
+    return SentenceTransformer(modules=[VLJEPAModule(tiny_model(), tiny_processor())], device="cpu")
+
+
+def test_every_kind_of_input_has_the_models_own_embedding(model, image, clip):
+    tiny, processor = model[0].model, model[0].processor
+    with torch.no_grad():
+        texts = tiny.encode_target(**processor(targets=TEXTS))
+        bare = tiny.predict(**processor(images=[image], text=""))
+        asked = tiny.predict(**processor(images=[image], text="what is it ?"))
+        video = tiny.predict(**processor(videos=[clip], text=""))
+    np.testing.assert_allclose(model.encode(TEXTS), texts, atol=1e-6)
+    np.testing.assert_allclose(model.encode([image]), bare, atol=1e-6)
+    np.testing.assert_allclose(model.encode([clip]), video, atol=1e-6)
+    question = [{"image": image, "text": "what is it ?"}]
+    np.testing.assert_allclose(model.encode(question), asked, atol=1e-6)
+    assert (asked - bare).abs().max() > 1e-4  # a query matters
+    assert model.get_embedding_dimension() == 24
+
+
+def test_a_mixed_batch_keeps_its_order(model, image, clip):
+    mixed = model.encode([TEXTS[0], clip, TEXTS[1], {"video": clip, "text": "what ?"}])
+    texts, bare = model.encode(TEXTS[:2]), model.encode([clip])
+    np.testing.assert_allclose(mixed[[0, 2]], texts, atol=1e-5)
+    np.testing.assert_allclose(mixed[1], bare[0], atol=1e-5)
+    assert np.abs(mixed[3] - mixed[1]).max() > 1e-4
+    np.testing.assert_allclose(np.linalg.norm(mixed, axis=1), 1, atol=1e-6)
+
+
+def test_similarity_and_its_evaluator(model, image, clip):
+    similarity = model.similarity(model.encode([image, clip]), model.encode(TEXTS))
+    expected = model.encode([image, clip]) @ model.encode(TEXTS).T
+    np.testing.assert_allclose(similarity, expected, atol=1e-6)
+    best = TEXTS[int(expected[1].argmax())]
+    evaluator = InformationRetrievalEvaluator(
+        queries={"q": best},
+        corpus={"image": image, "clip": clip},
+        relevant_docs={"q": {"image", "clip"}},
+        accuracy_at_k=[1],
+        precision_recall_at_k=[1],
+        map_at_k=[1],
+        mrr_at_k=[1],
+        ndcg_at_k=[1],
+        name="t2v",
+    )
+    assert evaluator(model)["t2v_cosine_accuracy@1"] == 1.0
+
+
+def test_its_trainer_learns_text_and_image_pairs(tmp_path):
+    torch.manual_seed(0)
+    module = VLJEPAModule(tiny_model(freeze_vision=False), tiny_processor(num_frames=2))
+    model = SentenceTransformer(modules=[module], device="cpu")
+    pictures = [Image.fromarray(picture) for picture in noise(4, 40, 40, 3)]
+    pairs = Dataset.from_dict({"anchor": pictures, "positive": ["red", "green", "a cat", "a dog"]})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=30,
+            per_device_train_batch_size=4,
+            learning_rate=3e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=pairs,
+        loss=MultipleNegativesRankingLoss(model),
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[0] > 1.2 and losses[-1] < 0.2
+    changed = {
+        n.split(".")[2] for n, p in model.named_parameters() if not torch.equal(p, before[n])
+    }
+    assert changed == {"x_encoder", "predictor", "predictor_head", "y_encoder", "y_head"}

@@ -1,0 +1,557 @@
+"""Frames of sources that end, never end, or go wrong on the way; and windows over them.
+
+The live sources are real ones, on loopback.
+"""
+
+import http.server
+import shutil
+import socket
+import socketserver
+import struct
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from processing import MediaError, VLJEPAVideoProcessor, read_clip
+from processing.frame_stream import FrameStream, windows
+from tests.tiny import noise, write_clip
+
+PROCESSOR = VLJEPAVideoProcessor(crop_size=32)
+
+
+def pictures(count: int, height: int = 24, width: int = 32) -> np.ndarray:
+    """Frames `(count, height, width, 3)`; each is one colour, and says its place."""
+    frames = np.zeros((count, height, width, 3), np.uint8)
+    frames[..., 0] = np.arange(count)[:, None, None] % 256
+    return frames
+
+
+def timed(frames: np.ndarray, rate: float = 10.0) -> list[tuple[float, np.ndarray]]:
+    return [(place / rate, frame) for place, frame in enumerate(frames)]
+
+
+def write_ts(path: Path, count: int = 60, height: int = 48, width: int = 64) -> Path:
+    """Noise at ten frames a second in an MPEG transport stream, a key frame each second."""
+    with av.open(path, "w", format="mpegts") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {"g": "10", "tune": "zerolatency"}
+        for frame in np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def damage(content: bytes, start: int, length: int) -> bytes:
+    junk = np.random.default_rng(1).integers(0, 256, length, np.uint8).tobytes()
+    return content[:start] + junk + content[start + length :]
+
+
+# -- files and iterators -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi"])
+def test_a_file_gives_the_frames_of_read_clip(tmp_path, name):
+    path = write_clip(tmp_path / name, noise(9, 48, 64, 3))
+    clip = read_clip(path)
+    for source in (path, str(path), path.read_bytes()):
+        stream = FrameStream(source)
+        frames = list(stream)
+        assert [frame.number for frame in frames] == list(range(9))
+        assert np.array_equal([frame.pixels for frame in frames], clip.frames)
+        np.testing.assert_allclose([frame.time for frame in frames], clip.timestamps, atol=2e-3)
+        report = stream.report
+        assert (report.frames, report.broken, report.leaps, len(report.events)) == (9, 0, 0, 0)
+        assert report.ended == "the source has ended"
+
+
+def test_a_phone_s_clip_stands_upright(tmp_path):
+    path = write_clip(tmp_path / "tall.mp4", noise(3, 48, 64, 3), rotation=90)
+    assert np.array_equal([frame.pixels for frame in FrameStream(path)], read_clip(path).frames)
+
+
+def test_the_rate_that_is_asked_for():
+    frames = list(FrameStream(timed(pictures(50)), fps=2.5))  # of ten a second
+    assert [round(frame.time, 6) for frame in frames] == [round(i * 0.4, 6) for i in range(13)]
+    assert [frame.number for frame in frames] == list(range(13))
+    late = [(3.0, pictures(1)[0]), (3.01, pictures(1)[0]), (3.9, pictures(1)[0])]
+    assert [frame.time for frame in FrameStream(late, fps=2)] == [3.0, 3.9]
+    assert len(list(FrameStream(timed(pictures(50)), fps=1000))) == 50
+
+
+def test_an_iterator_waits_for_its_reader():
+    made = []
+
+    def source():
+        for item in timed(pictures(30)):
+            made.append(item)
+            yield item
+
+    stream = FrameStream(source())
+    frames = iter(stream)
+    for place in range(30):
+        assert next(frames).number == place
+        assert len(made) == place + 1  # and none ahead of it
+    with pytest.raises(ValueError, match="read once"):
+        iter(stream)
+
+
+def test_frames_that_are_none():
+    items = timed(pictures(6))
+    items[2] = (0.2, None)
+    stream = FrameStream(items, max_pixels=24 * 32)
+    items[4] = (0.4, pictures(1, 48, 64)[0])
+    assert [frame.time for frame in stream] == [0.0, 0.1, 0.3, 0.5]
+    assert stream.report.broken == 2 and len(stream.report.events) == 2
+    with pytest.raises(TypeError, match="uint8 arrays"):
+        list(FrameStream([(0.0, "a frame")]))
+    with pytest.raises(ValueError, match="float64 of"):
+        list(FrameStream([(0.0, np.zeros((4, 4, 3)))]))
+
+
+def test_times_never_go_backwards():
+    frame = pictures(1)[0]
+    stream = FrameStream([(0.0, frame), (1.0, frame), (0.5, frame), (1.5, frame)])
+    assert [each.time for each in stream] == [0.0, 1.0, 1.0, 1.5]
+    assert stream.report.leaps == 1
+
+
+@pytest.mark.parametrize("fps", [None, 5])
+def test_a_clock_that_begins_anew_loses_no_frame(fps):
+    tens = [place / 10 for place in range(50)]
+    after = [5 + place / 10 for place in range(49)]
+    for times, leaps in (
+        (tens + tens, 1),
+        ([*tens, 1e4, *after], 1),  # one stamp was wrong
+    ):
+        stream = FrameStream([(seconds, pictures(1)[0]) for seconds in times], fps=fps)
+        found = [frame.time for frame in stream]
+        assert found == sorted(found)
+        assert len(found) == pytest.approx(100 if fps is None else 50, abs=1)
+        assert stream.report.leaps == leaps
+        assert found[-1] - found[-40 if fps is None else -20] == pytest.approx(3.9, abs=0.11)
+
+
+def test_a_broken_frame_leaves_its_slot_to_the_next():
+    frames = [
+        (place / 10, None if place % 10 == 0 else picture)
+        for place, picture in enumerate(pictures(50))
+    ]
+    stream = FrameStream(frames, fps=1)
+    assert [round(frame.time, 1) for frame in stream] == [0.1, 1.1, 2.1, 3.1, 4.1]
+    assert stream.report.broken == 5
+
+
+def test_times_may_be_any_number():
+    for kind in (Fraction, np.float32, int):
+        for frame in FrameStream([(kind(place), pictures(1)[0]) for place in range(3)]):
+            assert type(frame.time) is float
+
+
+def test_no_part_of_a_password_is_told():
+    stream = FrameStream("RTSP://admin:p@ss@127.0.0.1:9/door?at=@", allow_urls=True)
+    assert stream.name == "RTSP://127.0.0.1:9/door?at=@"
+
+
+def test_settings_that_mean_nothing_are_refused():
+    for settings in ({"fps": 0}, {"queue_size": 0}):
+        with pytest.raises(ValueError, match=min(settings)):
+            FrameStream([], **settings)
+    with pytest.raises(ValueError, match="stride is 5 and size 4"):
+        list(windows([], PROCESSOR, size=4, stride=5))
+
+
+# -- what goes wrong -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [None, 3.5, True])
+def test_what_is_no_source_is_refused(source):
+    with pytest.raises(ValueError, match=f"source is a {type(source).__name__}: give a path"):
+        FrameStream(source)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["a.mp4", "b.mp4"], "gave a str: .* Of several videos, watch one after the other"),
+        (noise(2, 4, 4, 3), "gave a ndarray: it has to give pairs"),
+        ([(float("nan"), noise(4, 4, 3))], "at nan: times are seconds"),
+        ([("a", noise(4, 4, 3))], "at 'a': times are seconds"),
+        ([(None, noise(4, 4, 3))], "at None: times are seconds"),
+    ],
+)
+def test_an_iterator_gives_pairs_of_seconds_and_frame(items, message):
+    with pytest.raises(ValueError, match=message):
+        list(FrameStream(items))
+    assert len(list(FrameStream([[np.float32(0.5), noise(4, 4, 3)]]))) == 1  # positive control
+
+
+def test_a_frame_without_pixels_is_left_out():
+    stream = FrameStream([(0.0, noise(0, 4, 3)), (1.0, noise(4, 4, 3))])
+    assert [frame.time for frame in stream] == [1.0] and stream.report.broken == 1
+
+
+@pytest.mark.parametrize("fps", [float("nan"), float("inf")])
+def test_a_rate_is_a_finite_number(fps):
+    with pytest.raises(ValueError, match=f"fps is {fps}: give more than 0"):
+        FrameStream([], fps=fps)
+
+
+def test_a_folder_is_named_as_one(tmp_path):
+    with pytest.raises(MediaError, match="is a folder. Give one of the videos in it"):
+        list(FrameStream(tmp_path))
+
+
+def test_another_resolution_is_reported_and_survived(tmp_path):
+    small, large = write_ts(tmp_path / "a.ts", 20), write_ts(tmp_path / "b.ts", 20, 96, 128)
+    stream = FrameStream(small.read_bytes() + large.read_bytes())
+    batch = list(windows(stream, PROCESSOR, size=4, stride=4))
+    assert stream.report.size_changes == 1
+    assert "64 x 48 becomes 128 x 96" in " ".join(stream.report.events)
+    assert stream.report.frames >= 39
+    assert {window.pixel_values.shape for window in batch} == {(4, 3, 32, 32)}
+
+
+def test_a_broken_packet_is_reported_and_survived(tmp_path):
+    content = write_ts(tmp_path / "a.ts").read_bytes()
+    whole = FrameStream(content)
+    assert len(list(whole)) == 60 and whole.report.broken == 0
+    stream = FrameStream(damage(content, len(content) // 2, 3000))
+    frames = list(stream)
+    assert stream.report.broken > 0 and len(stream.report.events) > 0
+    assert 50 <= len(frames) < 60
+    assert frames[-1].time == pytest.approx(5.9)  # it went on to the end
+
+
+def test_many_broken_packets_in_a_row_do_not_end_the_stream(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", noise(60, 48, 64, 3), movflags="faststart")
+    content = path.read_bytes()
+    stream = FrameStream(damage(content, len(content) // 4, len(content) // 2))
+    frames = list(stream)
+    assert stream.report.broken > 5
+    assert stream.report.ended == "the source has ended"
+    assert frames[0].time == 0 and len(frames) < 60
+
+
+def test_a_source_that_ends_early_says_so(tmp_path):
+    path = write_clip(tmp_path / "clip.mkv", noise(60, 48, 64, 3))
+    content = path.read_bytes()
+    stream = FrameStream(content[: len(content) // 2])
+    assert 20 < len(list(stream)) < 40
+    assert "ends early, after 2" in stream.report.ended or "after 3" in stream.report.ended
+    assert "of 6 seconds" in stream.report.ended
+
+
+def test_what_cannot_be_opened_is_named(tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("no video\n" * 1000)
+    cut = write_clip(tmp_path / "clip.mp4", noise(20, 48, 64, 3)).read_bytes()[:5000]
+    for source, message in (
+        (tmp_path / "none.mp4", "none.mp4: no such file"),
+        (text, "notes.txt: (cannot be opened|has no video stream)"),
+        (cut, "5000 bytes: cannot be opened"),
+        (87, "camera 87"),
+    ):
+        with pytest.raises(MediaError, match=message):
+            list(FrameStream(source))
+
+
+# -- live ----------------------------------------------------------------------------------
+
+
+def test_a_slow_reader_of_a_live_source_loses_the_oldest():
+    """The source sends 200 frames while the reader has its first."""
+    sent = threading.Event()
+
+    def source():
+        yield from timed(pictures(200))
+        sent.set()
+
+    stream = FrameStream(source(), live=True, queue_size=4)
+    frames = iter(stream)
+    numbers = [next(frames).number]
+    assert sent.wait(10)
+    numbers += [frame.number for frame in frames]
+    report = stream.report
+    assert len(numbers) <= 5 and numbers == sorted(numbers)
+    assert numbers[-4:] == [196, 197, 198, 199]
+    assert report.frames == len(numbers) and report.frames + report.dropped == 200
+
+
+def when_stalled(stream: FrameStream, event: threading.Event) -> None:
+    """Set an event once the stream has noticed that nothing comes."""
+
+    def watch():
+        while not stream.report.stalls:
+            time.sleep(0.01)
+        event.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def test_a_source_that_stalls_is_reported_and_goes_on():
+    go_on = threading.Event()
+
+    def source():
+        yield from timed(pictures(3))
+        go_on.wait(30)
+        yield from [(5.0, pictures(1)[0])]
+
+    stream = FrameStream(source(), live=True, stall_seconds=0.5)
+    when_stalled(stream, go_on)
+    assert [frame.time for frame in stream] == [0.0, 0.1, 0.2, 5.0]
+    assert stream.report.stalls == 1
+    assert stream.report.ended == "the source has ended"
+
+
+def test_a_source_that_never_comes_back_is_given_up():
+    hang = threading.Event()
+
+    def source():
+        yield from timed(pictures(3))
+        hang.wait(30)
+
+    stream = FrameStream(source(), live=True, stall_seconds=0.5, give_up_seconds=1.5)
+    assert len(list(stream)) == 3
+    assert stream.report.stalls == 1 and "given up" in stream.report.ended
+    hang.set()
+
+
+def test_an_error_of_the_caller_s_iterator_reaches_the_caller():
+    def source():
+        yield from timed(pictures(3))
+        raise RuntimeError("the camera's driver is gone")
+
+    for live in (False, True):
+        with pytest.raises(RuntimeError, match="driver is gone"):
+            list(FrameStream(source(), live=live))
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of the server's folder; of `/live/NAME`, in four parts with a pause in the middle, as
+    a live source sends; of `/cut/NAME`, the first half."""
+
+    pause: threading.Event
+
+    def do_GET(self):
+        kind, _, name = self.path.strip("/").partition("/")
+        if kind not in ("live", "cut"):
+            super().do_GET()
+            return
+        content = (Path(self.directory) / name).read_bytes()
+        self.send_response(200)
+        self.end_headers()
+        quarter = len(content) // 4
+        for part in range(4 if kind == "live" else 2):
+            if part == 2:
+                self.pause.wait(30)
+            last = len(content) if part == 3 else (part + 1) * quarter
+            self.wfile.write(content[part * quarter : last])
+            self.wfile.flush()
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def serve(folder: Path):
+    """An HTTP server on loopback; yields its address and the event that ends the pause."""
+    pause = threading.Event()
+
+    class Here(Handler):
+        def __init__(self, *args):
+            self.pause = pause
+            super().__init__(*args, directory=str(folder))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Here) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", pause
+        finally:
+            pause.set()
+            server.shutdown()
+
+
+def test_a_file_on_a_server_waits_for_its_reader(tmp_path):
+    path = write_ts(tmp_path / "a.ts")
+    with serve(tmp_path) as (address, _):
+        stream = FrameStream(f"{address}/a.ts", allow_urls=True, live=False)
+        frames = list(stream)
+    expected = list(FrameStream(path))
+    assert np.array_equal([f.pixels for f in frames], [f.pixels for f in expected])
+    assert [f.time for f in frames] == [f.time for f in expected]
+    assert stream.report.dropped == 0
+
+
+def test_a_live_source_over_http_stalls_and_goes_on(tmp_path):
+    write_ts(tmp_path / "a.ts", 200)
+    with serve(tmp_path) as (address, pause):
+        stream = FrameStream(
+            f"{address}/live/a.ts", allow_urls=True, queue_size=400, stall_seconds=1.0
+        )
+        when_stalled(stream, pause)
+        frames = list(stream)
+    assert len(frames) == 200 and frames[-1].time == pytest.approx(19.9)
+    assert stream.report.stalls == 1 and stream.report.dropped == 0
+
+
+def test_a_connection_that_breaks_off_ends_the_stream(tmp_path):
+    write_ts(tmp_path / "a.ts", 100)
+    with serve(tmp_path) as (address, pause):
+        pause.set()
+        stream = FrameStream(f"{address}/cut/a.ts", allow_urls=True, queue_size=200)
+        frames = list(stream)
+    assert 30 < len(frames) < 70
+    assert "breaks off" in stream.report.ended and stream.report.broken <= 1
+
+
+def test_a_server_that_sends_nothing_is_given_up(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/a.ts"
+        stream = FrameStream(address, allow_urls=True, stall_seconds=0.5, give_up_seconds=1.0)
+        since = time.monotonic()
+        try:
+            assert list(stream) == []
+        except MediaError as error:  # whichever of the two clocks is first
+            assert "cannot be opened" in str(error)
+        else:
+            assert "given up" in stream.report.ended
+        assert time.monotonic() - since < 20
+
+
+def test_addresses_are_for_the_caller_to_allow(tmp_path):
+    with pytest.raises(MediaError, match="allow_urls=True"):
+        FrameStream("http://127.0.0.1:1/a.ts")
+    path = write_ts(tmp_path / "a.ts", 10)
+    for scheme in ("file", "ftp", "concat", "data", "subfile"):
+        with pytest.raises(MediaError, match=f"{scheme}:// is not opened"):
+            FrameStream(f"{scheme}://{path}", allow_urls=True)
+    stream = FrameStream("rtsp://me:secret@127.0.0.1:1/a", allow_urls=True)
+    with pytest.raises(MediaError, match="rtsp://127.0.0.1:1/a: cannot be opened") as caught:
+        list(stream)
+    assert "secret" not in str(caught.value) and caught.value.__cause__ is None
+
+
+def playlist(entry: str) -> str:
+    return f"#EXTM3U\n#EXT-X-TARGETDURATION:6\n#EXTINF:6,\n{entry}\n#EXT-X-ENDLIST\n"
+
+
+def test_no_playlist_leads_to_a_file_of_this_machine(tmp_path):
+    """From a file it leads nowhere; from a server, to what that server has."""
+    path = write_ts(tmp_path / "a.ts")
+    (tmp_path / "good.m3u8").write_text(playlist("a.ts"))
+    for name, entry in (("file", f"file://{path}"), ("concat", f"concat:{path}")):
+        (tmp_path / f"{name}.m3u8").write_text(playlist(entry))
+    with pytest.raises(MediaError):
+        list(FrameStream(tmp_path / "good.m3u8"))
+    with serve(tmp_path) as (address, _):
+        settings = {"allow_urls": True, "live": False, "give_up_seconds": 5.0}
+        good = FrameStream(f"{address}/good.m3u8", **settings)
+        assert len(list(good)) == 60  # positive control
+        for name in ("file", "concat"):
+            bad = FrameStream(f"{address}/{name}.m3u8", **settings)
+            try:
+                assert list(bad) == []
+            except MediaError as error:
+                assert "cannot be opened" in str(error)
+
+
+class Rtsp(socketserver.StreamRequestHandler):
+    """Sends a transport stream as RTP within the RTSP connection, and hangs up."""
+
+    content: bytes
+    sdp = "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=a\r\nt=0 0\r\nm=video 0 RTP/AVP 33\r\n"
+
+    def handle(self):
+        while request := list(iter(lambda: self.rfile.readline().decode().strip(), "")):
+            verb = request[0].split()[0]
+            head = [line for line in request if line.lower().startswith("cseq")]
+            if verb == "DESCRIBE":
+                head += ["Content-Type: application/sdp", f"Content-Length: {len(self.sdp)}"]
+            if verb == "SETUP":
+                head.append("Transport: RTP/AVP/TCP;unicast;interleaved=0-1")
+            answer = "\r\n".join(["RTSP/1.0 200 OK", "Session: 1", *head, "", ""])
+            self.wfile.write((answer + self.sdp * (verb == "DESCRIBE")).encode())
+            if verb == "PLAY":
+                break
+        size = 7 * 188  # whole packets of the transport stream
+        for number in range(len(self.content) // size + 1):
+            part = self.content[number * size : (number + 1) * size]
+            packet = struct.pack(">BBHII", 0x80, 33, number, number * 900, 7) + part
+            self.wfile.write(struct.pack(">cBH", b"$", 0, len(packet)) + packet)
+
+
+def test_a_live_source_over_rtsp(tmp_path):
+    path = write_ts(tmp_path / "a.ts")
+    handler = type("Handler", (Rtsp,), {"content": path.read_bytes()})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"rtsp://127.0.0.1:{server.server_address[1]}/a"
+        stream = FrameStream(address, allow_urls=True, queue_size=100, give_up_seconds=10.0)
+        frames = list(stream)
+        server.shutdown()
+    expected = {frame.pixels.tobytes() for frame in FrameStream(path)}
+    assert len(frames) >= 59 and stream.report.dropped == 0  # the last one hangs up too early
+    assert all(frame.pixels.tobytes() in expected for frame in frames)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs the Debian package ffmpeg")
+def test_a_live_source_of_ffmpeg(tmp_path):
+    path = write_ts(tmp_path / "a.ts", 40)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/live.ts"
+    command = ["ffmpeg", "-v", "error", "-re", "-i", path, "-c", "copy", "-f", "mpegts"]
+    server = subprocess.Popen([*command, "-listen", "1", address])
+    try:
+        for _ in range(100):  # until it listens
+            stream = FrameStream(address, allow_urls=True, queue_size=100)
+            try:
+                frames = list(stream)
+                break
+            except MediaError:
+                time.sleep(0.1)
+        assert len(frames) >= 35 and stream.report.dropped == 0
+        assert frames[-1].time == pytest.approx(3.9, abs=0.3)
+    finally:
+        server.kill()
+        server.wait()
+
+
+# -- windows -------------------------------------------------------------------------------
+
+
+def test_a_window_is_what_the_processor_makes_of_its_frames():
+    frames = np.stack([noise(40, 60, 3) // (place + 1) for place in range(11)])
+    found = list(windows(FrameStream(timed(frames)), PROCESSOR, size=4, stride=2))
+    assert [window.numbers for window in found] == [
+        (0, 1, 2, 3),
+        (2, 3, 4, 5),
+        (4, 5, 6, 7),
+        (6, 7, 8, 9),
+        (7, 8, 9, 10),  # the last frame is in one, too
+    ]
+    for window in found:
+        first = window.numbers[0]
+        clip = PROCESSOR([frames[first : first + 4]], do_sample_frames=False, return_tensors="pt")
+        assert torch.equal(window.pixel_values, clip["pixel_values_videos"][0])
+        assert window.start_time == first / 10 and window.end_time == (first + 3) / 10
+    assert found[0].frames[2] is found[1].frames[0]  # preprocessed once
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 30])
+@pytest.mark.parametrize("stride", [1, 3, 4])
+def test_every_frame_is_in_a_window(count, stride):
+    found = list(windows(FrameStream(timed(pictures(count))), PROCESSOR, size=4, stride=stride))
+    assert {number for window in found for number in window.numbers} == set(range(count))
+    assert {len(window.frames) for window in found} == {4}
+    starts = [window.numbers[0] for window in found[:-1]]
+    assert starts == list(range(0, len(starts) * stride, stride))
+    assert not list(windows(FrameStream([]), PROCESSOR, size=4, stride=stride))

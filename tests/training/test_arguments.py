@@ -1,0 +1,227 @@
+"""Recipes: what is accepted, and that every refusal names the key, the value and the cure."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.tiny import tiny_recipe, tiny_settings
+from training.arguments import (
+    RecipeError,
+    VLJEPATrainingArguments,
+    apply_override,
+    read_recipe,
+    use_bf16,
+)
+from training.model.recipe_model import check_config
+
+# Those of `training.train`; tests/training/test_train_decoder.py reads a decoder's.
+RECIPES = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
+    if not path.stem.endswith("_decoder")
+]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A good one; its rows are not read here."""
+    return tiny_recipe(tmp_path / "rows.jsonl")
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read = read_recipe(str(path), ["training.precision=fp32", "training.use_cpu=true"])
+    check_config(read.model.config)
+    if read.training.world_size_expected in (None, 1):
+        steps = read.training.gradient_accumulation_steps
+        assert read.training.per_device_train_batch_size * steps == read.training.global_batch_size
+
+
+def test_a_good_recipe_and_its_overrides(recipe):
+    read = read_recipe(str(recipe), ["training.seed=7", "data.sources=[{rows: a}, {rows: b}]"])
+    assert read.training.seed == 7
+    assert [(source.rows, source.weight) for source in read.data.sources] == [("a", 1), ("b", 1)]
+    assert read.processor.image_size == 32
+    assert read.training.per_device_train_batch_size == 2
+    assert not read.training.bf16
+    assert read.training.remove_unused_columns is False
+
+
+def test_a_whole_number_is_a_float(recipe):
+    read = read_recipe(str(recipe), ["training.learning_rate=1", "data.max_bad_share=0"])
+    assert (type(read.training.learning_rate), read.training.learning_rate) == (float, 1.0)
+    assert type(read.data.max_bad_share) is float
+
+
+def test_overrides_are_read_as_yaml(recipe):
+    given = {"training": {"seed": 1}}
+    for override in ("training.seed=null", "model.config.vision_config.hidden_size=8"):
+        apply_override(given, override)
+    assert given == {
+        "training": {"seed": None},
+        "model": {"config": {"vision_config": {"hidden_size": 8}}},
+    }
+    apply_override(given, "data.query=a=b")
+    assert given["data"] == {"query": "a=b"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        # Keys
+        ("modle.vocab_size=3", "modle: no such section"),
+        (
+            "training.learning_rte=1.0",
+            "training.learning_rte: no such key. Did you mean 'learning_rate'",
+        ),
+        ("processor.size=3", "processor.size: no such key"),
+        ("data.sources=[{row: a}]", r"data.sources\[0\].row: no such key. Did you mean 'rows'"),
+        ("data.sources=[{weight: 2}]", "data.sources: a source has rows or a dataset"),
+        # Keys of the parent class that other keys decide
+        ("training.per_device_train_batch_size=8", "per_device_train_batch_size: no such key"),
+        ("training.num_train_epochs=3", "num_train_epochs: no such key"),
+        ("training.bf16=true", "training.bf16: no such key"),
+        # Types
+        ("training.seed=one", "training.seed: .* expected int, got str .value: 'one'"),
+        ("training.seed=true", "training.seed: .* expected int, got bool"),
+        ("training.max_steps=2.5", "training.max_steps: .* expected int, got float"),
+        ("processor.num_frames=null", "processor.num_frames: .* expected int, got NoneType"),
+        ("model.config=3", "model.config: .* expected dict, got int"),
+        ("data.sources=3", "data.sources: .* expected list, got int"),
+        ("data.sources=[rows.jsonl]", r"data.sources\[0\]: expected keys and values, found 'rows"),
+        ("training.learning_rate=1e-3", "YAML reads 1e-3 as text: write 1.0e-3"),
+        ("training.save_strategy=no", "got bool .* YAML reads yes and no as true and false unless"),
+        ("training.learning_rate=2.5E5", "YAML reads 1e-3 as text: write 1.0e-3"),
+        # Values
+        ("model.vocab_size=-1", "model.vocab_size: it is -1; give 1 or more"),
+        ("processor.num_frames=0", "processor.num_frames: it is 0; give 1 or more"),
+        ("processor.image_size=0", "processor.image_size: it is 0; give 1 or more"),
+        ("data.num_workers=0", "data.num_workers: it is 0; give 1 or more"),
+        ("data.lanes=0", "data.lanes: it is 0; give 1 or more"),
+        ("training.save_steps=0", "training.save_steps: it is 0.0; give more than 0"),
+        ("training.device_tflops=-1", "training.device_tflops: it is -1.0; give more than 0"),
+        ("data.hard_negatives=-1", "data.hard_negatives: it is -1; give 0 or more"),
+        ("data.sources=[{rows: a, shuffle_rows: 0}]", "a.shuffle_rows: it is 0; give 1 or more"),
+        ("data.max_bad_share=2", "data.max_bad_share: 2.0 is no share"),
+        ("data.sources=[{rows: a, weight: 0}]", "a has weight 0.0"),
+        ("data.sources=[{rows: a, weight: .inf}]", "a has weight inf"),
+        ("data.sources=[]", "data.sources: give at least one source"),
+        ("training.precision=fp16", "'fp16' is none of auto, fp32, bf16"),
+        ("training.global_batch_size=-2", "global_batch_size: it is -2; give 1 or more"),
+        ("training.gradient_accumulation_steps=0", "accumulation_steps: it is 0; give 1 or more"),
+        ("training.gradient_cache_rows=0", "gradient_cache_rows: it is 0; give 1 or more"),
+        ("training.seed=-1", "training.seed: it is -1; give 0 or more"),
+        ("training.data_seed=-1", "training.data_seed: it is -1; give 0 or more"),
+        ("training.dataloader_num_workers=-1", "num_workers: it is -1; give 0 or more"),
+        ("training.learning_rate=.nan", "training.learning_rate: it is nan; give 0 or more"),
+        ("training.learning_rate=.inf", "training.learning_rate: it is inf; give 0 or more"),
+        ("training.text_learning_rate_scale=-1", "rate_scale: it is -1.0; give 0 or more"),
+        ("training.sigreg_weight=.nan", "training.sigreg_weight: it is nan; give 0 or more"),
+        ("training.ignore_data_skip=true", "training.ignore_data_skip: no such key"),
+        ("training.gradient_accumulation_steps=4", "2 rows do not divide among 1 processes x 4"),
+        ("training.max_steps=0", "training.max_steps: it is 0; give 1 or more"),
+        ("evaluation.limit=0", "evaluation.limit: it is 0; give 1 or more"),
+        ("evaluation.limit=-1", "evaluation.limit: it is -1; give 1 or more"),
+        ("training.lr_scheduler_type=cosin", "training: cosin is not a valid SchedulerType"),
+        # The override itself
+        ("training.seed", "'training.seed': an override looks like training.seed=1"),
+        ("seed=1", "'seed=1': an override looks like training.seed=1"),
+        ("data.sources.rows=a", "the recipe has no keys below 'sources'"),
+        ("training.seed=[1", "'training.seed=.1': not a YAML value"),
+    ],
+)
+def test_a_wrong_value_is_named(recipe, override, message):
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(str(recipe), [override])
+
+
+def test_an_output_folder_that_is_a_file_is_named(recipe):
+    with pytest.raises(RecipeError, match="training.output_dir: .*recipe.yaml is a file; name a f"):
+        read_recipe(str(recipe), [f"training.output_dir={recipe}"])
+
+
+def test_a_text_that_is_no_number_gets_no_hint(recipe):
+    with pytest.raises(RecipeError) as error:
+        read_recipe(str(recipe), ["training.learning_rate='0,001'"])
+    assert "YAML" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        ("training", None, "the section 'training' is missing"),
+        ("training", "max_steps", "training: 'max_steps' is missing"),
+        ("data", "sources", "data: 'sources' is missing"),
+    ],
+)
+def test_what_is_missing_is_named(recipe, section, key, message):
+    given = yaml.safe_load(recipe.read_text())
+    del (given if key is None else given[section])[key or section]
+    recipe.write_text(yaml.safe_dump(given))
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [", "recipe.yaml: not a YAML file"),
+        (b"\xff\xfe\x00", "recipe.yaml: not a YAML file"),
+        (b"", "a recipe has sections model, processor, data, training, evaluation"),
+        (b"- 1", "a recipe has sections"),
+        (b"{model: , data: {sources: [{rows: a}]}, training: {}}", "model: expected keys and val"),
+    ],
+)
+def test_a_file_that_is_no_recipe(recipe, content, message):
+    recipe.write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(str(recipe))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="gone.yaml: there is no such recipe"):
+        read_recipe(str(tmp_path / "gone.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embeding_dim": 8}, "model.config.embeding_dim: there is no such setting"),
+        ({"vision_config": {"hiden_size": 8}}, "model.config.vision_config.hiden_size: there is"),
+        ({"text_config": {"model_type": "brt"}}, "text_config.model_type: there is no 'brt'"),
+        ({"predictor_config": None}, "predictor_config: expected keys and values, found None"),
+    ],
+)
+def test_a_setting_that_no_configuration_has(changes, message):
+    """transformers keeps an unknown key as an attribute that nothing reads, and goes on."""
+    check_config(tiny_settings())
+    with pytest.raises(RecipeError, match=message):
+        check_config({**tiny_settings(), **changes})
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_global_batch_is_shared_among_processes(monkeypatch, tmp_path, processes):
+    monkeypatch.setattr(VLJEPATrainingArguments, "world_size", processes)
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "precision": "fp32", "use_cpu": True}
+    arguments = VLJEPATrainingArguments(global_batch_size=12, **options)
+    assert arguments.per_device_train_batch_size == 12 // processes
+    if processes > 1:
+        with pytest.raises(RecipeError, match=f"13 rows do not divide among {processes} processes"):
+            VLJEPATrainingArguments(global_batch_size=13, **options)
+
+
+def test_use_bf16():
+    assert use_bf16("bf16", CPU) and use_bf16("bf16", None)
+    assert not use_bf16("fp32", CPU) and not use_bf16("fp32", None)
+    assert use_bf16("auto", None)
+    assert type(use_bf16("auto", CPU)) is bool
+    with pytest.raises(RecipeError, match="training.precision: 'fp16' is none of"):
+        use_bf16("fp16", CPU)

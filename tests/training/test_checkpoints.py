@@ -1,0 +1,276 @@
+"""Checkpoints are whole or not there; a run that was killed goes on as if it had not been."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from benchmarks.kills import kill_and_resume
+from tests.tiny import tiny_recipe, tiny_rows, write_rows
+from training.arguments import RecipeError
+from training.loop.checkpoints import INCOMPLETE, REPLACED, checkpoint_to_resume
+from training.loop.trainer import VLJEPATrainer
+from training.train import main
+
+SAVED = {
+    *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt"),
+    *("rng_state.pth", "trainer_state.json", "positions_0.json"),
+}
+
+
+def weights(trainer: VLJEPATrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A run of four steps that saves every one of them, and keeps two."""
+    recipe = tiny_recipe(
+        tiny_rows(tmp_path), save_strategy="steps", save_steps=1, save_total_limit=2
+    )
+    return [str(recipe)]
+
+
+def test_checkpoints_are_complete_and_old_ones_go(arguments, tmp_path):
+    main(arguments)
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert {"checkpoint-3", "checkpoint-4"} <= folders
+    assert not {"checkpoint-1", "checkpoint-2", INCOMPLETE} & folders
+    for number in (3, 4):
+        folder = tmp_path / "out" / f"checkpoint-{number}"
+        assert {path.name for path in folder.iterdir()} >= SAVED
+        assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == number
+
+
+@pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_an_interrupted_checkpoint_is_never_found(arguments, tmp_path, monkeypatch, part):
+    """Stopped in the middle of the third one: what is there is the second, whole; the rest of the
+    third lies under another name, and the next run removes it."""
+    expected = weights(main(arguments))
+    shutil.rmtree(tmp_path / "out")
+
+    def stop(trainer: VLJEPATrainer, *_) -> None:
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        original(trainer, *_)
+
+    original = getattr(VLJEPATrainer, part)
+    with monkeypatch.context() as patch:
+        patch.setattr(VLJEPATrainer, part, stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    folders = {path.name for path in (tmp_path / "out").iterdir()}
+    assert folders == {"checkpoint-1", "checkpoint-2", INCOMPLETE}
+    assert (tmp_path / "out" / INCOMPLETE / "model.safetensors").is_file()
+
+    resumed = main([*arguments, "training.resume_from_checkpoint=true"])
+    assert len(resumed.state.log_history) >= 4
+    for name, parameter in weights(resumed).items():
+        assert torch.equal(parameter, expected[name]), name
+    assert not (tmp_path / "out" / INCOMPLETE).exists()
+
+
+def test_resuming_means_the_last_checkpoint_or_the_beginning(arguments, tmp_path, capsys):
+    resume = "training.resume_from_checkpoint=true"
+    first = weights(main([*arguments, resume]))
+    assert "resuming from the beginning: no checkpoint is there yet" in capsys.readouterr().out
+    again = main([*arguments, resume])  # at its end already
+    assert f"resuming from {tmp_path / 'out' / 'checkpoint-4'}" in capsys.readouterr().out
+    for name, parameter in weights(again).items():
+        assert torch.equal(parameter, first[name])
+
+
+@pytest.mark.parametrize("name", ["checkpoint-9", "empty"])
+def test_what_is_no_checkpoint_is_refused(arguments, tmp_path, name):
+    folder = tmp_path / "out" / name
+    if name == "empty":
+        folder.mkdir(parents=True)
+    with pytest.raises(RecipeError, match=f"{name} is no complete checkpoint: it lacks .*Give one"):
+        main([*arguments, f"training.resume_from_checkpoint={folder}"])
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(arguments, tmp_path):
+    """The Trainer would go on with a new optimizer, or with the rows of the beginning."""
+    main(arguments)
+    out = tmp_path / "out"
+    last = out / "checkpoint-4"
+
+    def resume(wanted: Path | bool) -> str | None:
+        return checkpoint_to_resume(
+            SimpleNamespace(output_dir=str(out), resume_from_checkpoint=wanted)
+        )
+
+    def refused(wanted: Path | bool, message: str) -> None:
+        with pytest.raises(RecipeError, match=message):
+            resume(wanted)
+
+    assert resume(True) == str(last) and resume(last) == last
+    refused(out, "out is no complete checkpoint: it lacks the run's optimizer's state")
+    for name in SAVED - {"config.json"}:
+        (last / name).rename(out / "away")
+        refused(True, f"checkpoint-4 is no complete .*: it lacks the run's .*{name[:5]}.*Remove")
+        refused(last, "checkpoint-4 is no complete checkpoint: it lacks .*; or begin a new run")
+        (out / "away").rename(last / name)
+    whole = (last / "model.safetensors").read_bytes()
+    (last / "model.safetensors").write_bytes(whole[:5000])
+    refused(True, "checkpoint-4 is no complete checkpoint: model.safetensors is broken")
+    # What accelerate writes of a model that is spread over processes.
+    for name, other in (("model.safetensors", "pytorch_model_fsdp_0"), ("optimizer.pt", "")):
+        (last / name).unlink()
+        (last / (other or "optimizer_0")).mkdir()
+    (last / "rng_state.pth").rename(last / "rng_state_0.pth")
+    assert resume(True) == str(last)
+    for name in (INCOMPLETE, REPLACED):  # even where all but the renaming was done
+        shutil.copytree(last, out / name)
+        refused(out / name, f"{name} is no complete checkpoint: its name says")
+        assert resume(True) == str(last)
+
+
+def test_a_checkpoint_is_replaced_by_a_whole_one(arguments, tmp_path, monkeypatch):
+    """Killed while the one before it is deleted, which is of a run that was taken up earlier."""
+    out = tmp_path / "out"
+    main(arguments)
+    expected = (out / "checkpoint-4" / "model.safetensors").read_bytes()
+    original = shutil.rmtree
+
+    def stop(path: Path, **options) -> None:
+        if (Path(path) / "optimizer.pt").is_file() and Path(path).name != "checkpoint-3":
+            (Path(path) / "optimizer.pt").unlink()
+            raise KeyboardInterrupt
+        original(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main([*arguments, f"training.resume_from_checkpoint={out / 'checkpoint-3'}"])
+    assert (out / REPLACED).is_dir()
+    assert {path.name for path in (out / "checkpoint-4").iterdir()} >= SAVED
+    assert (out / "checkpoint-4" / "model.safetensors").read_bytes() == expected
+    main([*arguments, "training.resume_from_checkpoint=true", "training.max_steps=5"])
+    assert not (out / REPLACED).exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streamed_source_is_taken_up_where_it_was_left(tmp_path, workers):
+    """With broken rows, which are counted once; the workers have read ahead of the training."""
+    tiny_rows(tmp_path)
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    images = [line for line in lines if "image" in line]
+    bad = ['{"image": "torn.png", "target": "torn"}', "{oops"]
+    (tmp_path / "stream.jsonl").write_text("\n".join([*images, *bad, *images]) + "\n")
+    recipe = tiny_recipe(
+        tmp_path / "rows.jsonl",
+        save_strategy="steps",
+        save_steps=3,
+        max_steps=7,
+        dataloader_num_workers=workers,
+    )
+    content = yaml.safe_load(recipe.read_text())
+    content["data"]["sources"].append(
+        {"rows": str(tmp_path / "stream.jsonl"), "streaming": True, "shuffle_rows": 4, "weight": 3}
+    )
+    content["data"]["max_bad_share"] = 0.9
+    recipe.write_text(yaml.safe_dump(content))
+
+    expected = main([str(recipe)])
+    assert expected.bad[0] == 0 and expected.bad[1] >= 2
+    named = (tmp_path / "out" / "bad_rows.txt").read_text()
+    assert "stream.jsonl:4: not valid JSON" in named
+    assert "torn.png: not an image" in named
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    resumed = main([str(recipe), "training.resume_from_checkpoint=true"])
+    assert (resumed.seen, resumed.bad) == (expected.seen, expected.bad)
+    losses = [[line.get("loss") for line in r.state.log_history] for r in (expected, resumed)]
+    assert losses[0] == losses[1]
+    for name, parameter in weights(resumed).items():
+        assert torch.equal(parameter, weights(expected)[name]), name
+    positions = tmp_path / "out" / "checkpoint-3" / "positions_0.json"
+    content = json.loads(positions.read_text())
+    content["positions"] = {}  # positive control: from the beginning of the stream, it is another
+    positions.write_text(json.dumps(content))
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    other = main([str(recipe), "training.resume_from_checkpoint=true"])
+    assert [line.get("loss") for line in other.state.log_history] != losses[0]
+
+
+def test_a_checkpoint_of_other_sources_is_not_taken_up(tmp_path):
+    tiny_rows(tmp_path)
+    recipe = tiny_recipe(tmp_path / "rows.jsonl", save_strategy="steps", save_steps=2)
+    main([str(recipe)])
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    rows = str(tmp_path / "rows.jsonl")
+    with pytest.raises(RecipeError, match="checkpoint-2 was trained on 1 sources, and .* has 2"):
+        main(
+            [
+                str(recipe),
+                f"data.sources=[{{rows: {rows}}}, {{rows: {rows}}}]",
+                "training.resume_from_checkpoint=true",
+            ]
+        )
+
+
+def test_places_that_mean_other_rows_are_not_taken_up(tmp_path):
+    """In other lanes or blocks some rows would be read twice, and others never."""
+    tiny_rows(tmp_path)
+    rows = [{"image": "wide.png", "target": f"text {number}"} for number in range(16)]
+    stream = write_rows(tmp_path / "stream.jsonl", rows)
+    source = f"data.sources=[{{rows: {stream}, streaming: true, shuffle_rows: 4}}]"
+    recipe = tiny_recipe(stream, save_strategy="steps", save_steps=2)
+    main([str(recipe), source])
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    resume = [str(recipe), source, "training.resume_from_checkpoint=true"]
+    for override, message in (
+        ("data.lanes=1", "data.lanes: .*checkpoint-2 was trained with 2 lanes.* Set data.lanes"),
+        (source.replace("4}", "8}"), r"data.sources\[0\].shuffle_rows: .*trained with 4.* with 8"),
+        (source.replace("true", "false"), r"data.sources\[0\].streaming: .* trained with True"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            main([*resume, override])
+    places = tmp_path / "out" / "checkpoint-2" / "positions_0.json"
+    whole = json.loads(places.read_text())
+    places.write_text(json.dumps(whole | {"positions": {"0": {"0": whole["positions"]["0"]["0"]}}}))
+    with pytest.raises(RecipeError, match="lacks positions_N.json of some of the processes"):
+        main(resume)
+    places.write_text(json.dumps({"positions": {}, "seen": [8], "bad": [0]}))
+    with pytest.raises(RecipeError, match="does not say how its sources were read"):
+        main(resume)
+    places.write_text(json.dumps(whole))
+    assert main([*resume, "data.lanes=2"]).state.global_step == 4
+
+
+def test_too_many_bad_rows_stop_a_training(tmp_path):
+    """Which were not known before, because they are read as they are needed."""
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    tiny_rows(tmp_path)
+    rows = [{"image": "wide.png", "target": "a"}, {"image": "torn.png", "target": "b"}]
+    (tmp_path / "stream.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    recipe = tiny_recipe(tmp_path / "stream.jsonl", max_steps=7, logging_steps=2)
+    content = yaml.safe_load(recipe.read_text())
+    content["data"]["sources"][0] |= {"streaming": True}
+    recipe.write_text(yaml.safe_dump(content))
+    with pytest.raises(
+        RecipeError, match="stream.jsonl: [1-9] of [0-9]+ rows are unusable"
+    ) as error:
+        main([str(recipe)])
+    assert "torn.png: not an image" in str(error.value)
+    assert "At most 0.0% may be (data.max_bad_share)" in str(error.value)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    # Where no line of the log stops it, the steps are done, and what they made is kept.
+    with pytest.raises(RecipeError, match="stream.jsonl: [1-9] of [0-9]+ rows are unusable"):
+        main([str(recipe), 'training.logging_strategy="no"'])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_if_nobody_had_killed_them(tmp_path):
+    """`python -m benchmarks.kills` does twenty; these are two of each setting."""
+    lines = kill_and_resume(tmp_path, kills=8)
+    assert len(lines) == 8
+    assert any("one process" in line for line in lines)

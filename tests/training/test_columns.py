@@ -1,0 +1,577 @@
+"""Every public set's columns become the right rows, and a column that is not there is named."""
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from PIL import Image
+
+from processing.rows import read_rows
+from tests.tiny import noise
+from training.data.columns import ColumnError, Columns, ExampleError
+from training.data.public_sets import (
+    convert,
+    load_columns,
+    main,
+    public_set,
+    public_sets,
+    read_examples,
+    table,
+)
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
+STORED = {"bytes": b"jpeg", "path": "1.jpg"}  # a column of `datasets` that is not decoded
+SAY = "What is the action shown?"
+TALK = [
+    {"from": "human", "value": "<image>\nWhat is it?"},
+    {"from": "gpt", "value": "A cat."},
+    {"from": "human", "value": "Where?"},
+    {"from": "gpt", "value": "On a mat."},
+]
+QA = [{"user": "How many?", "assistant": "3"}, {"user": "What color?", "assistant": "red"}]
+VQA = {
+    "question_type": "what",
+    "multiple_choice_answer": "red",
+    "answers": [
+        {"answer": "red", "answer_confidence": "yes", "answer_id": 1},
+        {"answer": "dark red", "answer_confidence": "maybe", "answer_id": 2},
+        {"answer": "red", "answer_confidence": "yes", "answer_id": 3},
+    ],
+    "image_id": 9,
+    "answer_type": "other",
+    "question_id": 9000,
+    "question": "What color is it?",
+}
+NODES = [
+    {
+        "node_id": "a",
+        "parent_id": None,
+        "level": 0,
+        "start": 0.0,
+        "end": 169.5,
+        "plm_caption": "a bun is made",
+        "plm_action": "make a bun",
+        "llama3_caption": None,
+        "gpt": {
+            "summary": {"brief": "A bun.", "detailed": "A bun from a sock."},
+            "action": {"brief": "N/A", "detailed": "Roll the sock.", "actor": "a woman"},
+        },
+    },
+    {
+        "node_id": "b",
+        "parent_id": "a",
+        "level": 1,
+        "start": 0.0,
+        "end": 2.5,
+        "plm_caption": None,
+        "plm_action": None,
+        "llama3_caption": "a sock",
+        "gpt": None,
+    },
+]
+SHARD = {"__key__": "000000000", "__url__": "0.tar", "txt": "a cat", "json": {"url": "x"}}
+TIMED = {"v_1": {"duration": 9.0, "timestamps": [[0, 2.5], [2, 9]], "sentences": [" He", " She"]}}
+
+# What a set holds, as an example or an annotation file, and its rows: media, query, target, and
+# start and end where they are known.
+CASES = {
+    "datacomp": (SHARD | {"jpg": b"jpeg"}, [(b"jpeg", "", "a cat")]),
+    "cc3m": (SHARD | {"jpg": STORED, "txt": b"a cat"}, [(b"jpeg", "", "a cat")]),
+    "cc3m_recaptioned": (
+        {"id": "1", "image": STORED, "conversations": TALK, "data_source": "cc3m"},
+        [(b"jpeg", "What is it?", "A cat."), (b"jpeg", "Where?", "On a mat.")],
+    ),
+    "flickr30k": (
+        {
+            "image": STORED,
+            "caption": ["One.", "Two."],
+            "sentids": ["0", "1"],
+            "split": "train",
+            "img_id": "0",
+            "filename": "1.jpg",
+        },
+        [(b"jpeg", "", "One."), (b"jpeg", "", "Two.")],
+    ),
+    "coco_captions": (
+        {
+            "images": [{"id": 139, "file_name": "000000000139.jpg"}],
+            "annotations": [
+                {"image_id": 139, "id": 37, "caption": "A room."},
+                {"image_id": 139, "id": 38, "caption": "A clock."},
+            ],
+        },
+        [("000000000139.jpg", "", "A room."), ("000000000139.jpg", "", "A clock.")],
+    ),
+    "action100m": (
+        {"video_uid": "VGz", "metadata": {"title": "Bun"}, "nodes": NODES},
+        [
+            ("VGz.mp4", "", "Roll the sock.", 0.0, 169.5),
+            ("VGz.mp4", "", "A bun.", 0.0, 169.5),
+            ("VGz.mp4", "", "A bun from a sock.", 0.0, 169.5),
+            ("VGz.mp4", "", "a bun is made", 0.0, 169.5),
+        ],
+    ),
+    "webvid": (
+        "videoid,contentUrl,duration,page_dir,name\n"
+        "21,http://x/21.mp4,PT00H00M12S,0_9,A cat runs\n",
+        [("0_9/21.mp4", "", "A cat runs")],
+    ),
+    "webvid_shards": (SHARD | {"mp4": b"mpeg"}, [(b"mpeg", "", "a cat")]),
+    "msr_vtt": (
+        {
+            "videos": [{"video_id": "video0", "split": "train", "url": "y"}],
+            "sentences": [
+                {"caption": "a man runs", "video_id": "video0", "sen_id": 0},
+                {"caption": "a man jogs", "video_id": "video0", "sen_id": 1},
+            ],
+        },
+        [("video0.mp4", "", "a man runs"), ("video0.mp4", "", "a man jogs")],
+    ),
+    "activitynet_captions": (
+        TIMED,
+        [("v_1.mp4", "", "He", 0.0, 2.5), ("v_1.mp4", "", "She", 2.0, 9.0)],
+    ),
+    "howto100m": (
+        {"iYK": {"start": [1.5, 4.0], "end": [4.0, 6.25], "text": ["take eggs", "and beat"]}},
+        [("iYK.mp4", "", "take eggs", 1.5, 4.0), ("iYK.mp4", "", "and beat", 4.0, 6.25)],
+    ),
+    "egoexo4d": (
+        {
+            "take_cam_id_map": {},
+            "annotations": {
+                "uid": [
+                    {
+                        "descriptions": [
+                            {"text": "C takes a pan.", "timestamp": 0.5, "subject": "C"},
+                            {"text": "C cuts.", "timestamp": 7.0, "subject": "C"},
+                        ]
+                    },
+                    {"descriptions": [{"text": "C stirs.", "timestamp": 9.0, "subject": "C"}]},
+                ]
+            },
+        },
+        [
+            ("uid.mp4", "", "C takes a pan.", 0.0, 1.5),
+            ("uid.mp4", "", "C cuts.", 6.0, 8.0),
+            ("uid.mp4", "", "C stirs.", 8.0, 10.0),
+        ],
+    ),
+    "epic_kitchens_100": (
+        "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
+        "start_frame,stop_frame,narration,verb\n"
+        "P01_01_0,P01,P01_01,00:00:01.089,00:00:00.14,01:02:03.37,8,202,open door,open\n",
+        [("P01/videos/P01_01.MP4", "", "open door", 0.14, 3723.37)],
+    ),
+    "kinetics": (
+        'label,youtube_id,time_start,time_end,split,is_cc\n"air drumming",_db,40,50,val,0\n',
+        [("_db_000040_000050.mp4", SAY, "air drumming")],
+    ),
+    "something_something_v2": (
+        [
+            {
+                "id": "78687",
+                "label": "holding potato next to bottle",
+                "template": "Holding [something] next to [something]",
+                "placeholders": ["potato", "bottle"],
+            }
+        ],
+        [("78687.webm", SAY, "Holding something next to something")],
+    ),
+    "vqav2": (
+        VQA | {"image": STORED},
+        [(b"jpeg", "What color is it?", answer) for answer in ("red", "dark red", "red")],
+    ),
+    "vqav2_train": (
+        VQA,
+        [
+            ("COCO_train2014_000000000009.jpg", "What color is it?", answer)
+            for answer in ("red", "dark red", "red")
+        ],
+    ),
+    "gqa": (
+        {
+            "05515938": {
+                "question": "What is this bird called?",
+                "imageId": "2405722",
+                "answer": "parrot",
+                "fullAnswer": "This is a parrot.",
+            }
+        },
+        [("2405722.jpg", "What is this bird called?", "parrot")],
+    ),
+    "clevr": (
+        {
+            "info": {"split": "train"},
+            "questions": [
+                {
+                    "split": "train",
+                    "image_filename": "CLEVR_train_000000.png",
+                    "image_index": 0,
+                    "question": "Are there more cubes?",
+                    "answer": "yes",
+                    "program": [],
+                }
+            ],
+        },
+        [("train/CLEVR_train_000000.png", "Are there more cubes?", "yes")],
+    ),
+    "tallyqa": (
+        [
+            {
+                "answer": 4,
+                "data_source": "imported_genome",
+                "image": "VG_100K_2/2410408.jpg",
+                "image_id": 92410408,
+                "issimple": False,
+                "question": "How many headlights does the bus have?",
+                "question_id": 30095774,
+            }
+        ],
+        [("VG_100K_2/2410408.jpg", "How many headlights does the bus have?", "4")],
+    ),
+    "the_cauldron": (
+        {"images": [STORED], "texts": [one | {"source": "TallyQA"} for one in QA]},
+        [(b"jpeg", "How many?", "3"), (b"jpeg", "What color?", "red")],
+    ),
+    "finevision": (
+        {"images": [STORED], "texts": QA, "source": "tallyqa"},
+        [(b"jpeg", "How many?", "3"), (b"jpeg", "What color?", "red")],
+    ),
+    "plm_images": (
+        {"image": "a/1.jpg", "conversations": TALK[:2]},
+        [("a/1.jpg", "What is it?", "A cat.")],
+    ),
+    "plm_videos": (
+        {"video": "a/1.mp4", "conversations": TALK[2:]},
+        [("a/1.mp4", "Where?", "On a mat.")],
+    ),
+}
+
+
+def short(row: dict) -> tuple:
+    """A row as it is written above."""
+    media = row["video"] if "video" in row else row["image"]
+    return (media, row["query"], row["target"], *(row[at] for at in ("start", "end") if at in row))
+
+
+def examples_of(name: str, held: object, folder: Path) -> list:
+    """The one example, or those of the annotation file, read from a disk."""
+    public = public_set(name)
+    if not public.is_annotation_file:
+        return [held]
+    path = folder / "annotations"
+    path.write_text(held if isinstance(held, str) else json.dumps(held))
+    return list(read_examples(path, public))
+
+
+@pytest.mark.parametrize("name", public_sets())
+def test_a_public_set_gives_its_rows(name, tmp_path):
+    held, expected = CASES[name]
+    columns = load_columns(name)
+    rows = [row for one in examples_of(name, held, tmp_path) for row in columns.rows(one)]
+    assert [short(row) for row in rows] == expected
+    kind = "image" if columns.video is None else "video"
+    assert all(kind in row and len({"image", "video"} & row.keys()) == 1 for row in rows)
+
+
+def without(value: object, column: str) -> object:
+    """A copy without the columns of that name, wherever they stand."""
+    if isinstance(value, dict):
+        return {key: without(one, column) for key, one in value.items() if key != column}
+    return [without(one, column) for one in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", public_sets())
+def test_a_column_that_is_missing_is_named(name, tmp_path):
+    """Every target's own column, in every set: renamed, as a new version of it might be."""
+    columns = load_columns(name)
+    for target in columns.target:
+        column = target.split(".")[-1].split("[")[0]
+        for example in examples_of(name, CASES[name][0], tmp_path):
+            with pytest.raises(ColumnError) as error:
+                columns.rows(without(example, column))
+            assert str(error.value).startswith(f"{name}: ")
+            assert f"no column {column!r}, but " in str(error.value)
+
+
+def test_the_message_has_the_columns_found_and_the_nearest():
+    columns = Columns.from_mapping("mine", {"image": "image", "target": "texts[].captions"})
+    with pytest.raises(ColumnError) as error:
+        columns.rows({"image": "1.jpg", "texts": [{"caption": "a cat", "lang": "en"}]})
+    assert str(error.value) == (
+        "mine: texts[] has no column 'captions', but 'caption', 'lang'. Did you mean 'caption'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mapping", "complaint"),
+    [
+        ({"image": "image", "targets": "caption"}, "no 'targets'.*Did you mean 'target'?"),
+        ({"image": "image", "video": "video", "target": "caption"}, "image or video, and not both"),
+        ({"target": "caption"}, "image or video"),
+        ({"image": "image"}, "target is missing"),
+        ({"image": "image", "target": "caption[x]"}, r"none of \[\], \[0\]"),
+        ({"image": "image", "target": "a..b"}, "'' is no path|'a..b' is no path"),
+        ({"image": "image", "target": "caption", "query": "{}"}, "no path"),
+        ({"image": "image", "target": "caption", "query": "{question"}, "expected '}'"),
+        ({"video": "video", "target": "text", "moment": "t"}, "moment and seconds go together"),
+        (
+            {"video": "v", "target": "text", "moment": "t", "seconds": 2, "start": "s"},
+            "start and end, or a moment",
+        ),
+        ({"image": 5, "target": "t"}, "image is 5; give a text"),
+        ({"image": ["image"], "target": "t"}, r"image is \['image'\]; give a text"),
+        ({"image": "i", "target": 5}, "target is 5; give a text or a list of texts"),
+        ({"image": "i", "target": {"x": 1}}, "target is {'x': 1}; give a text or a list"),
+        ({"image": "i", "target": "t", "absent": 3}, "absent is 3; give a text or a list of texts"),
+        ({"image": "i", "target": "t", "remove": [3]}, r"remove is \[3\]; give a text or a list"),
+        ({"image": "i", "target": "t", "query": 5}, "query is 5; give a text"),
+        ({"image": "i", "target": "t", "query": None}, "query is None; give a text"),
+        ({"image": "i", "target": "t", "negatives": ["t"]}, r"negatives is \['t'\]; give a text"),
+        ({"image": "i", "target": "t", "where": "q"}, "where is 'q'; give a mapping of paths"),
+        (
+            {"image": "i", "target": "t", "where": {1: 2}},
+            "where is {1: 2}; give a mapping of paths",
+        ),
+        ({"image": "i", "target": "t", "numbers": "yes"}, "numbers is 'yes'; give true or false"),
+        (
+            {"video": "v", "target": "t", "moment": "m", "seconds": "x"},
+            "seconds is 'x'; give a number",
+        ),
+        (
+            {"video": "v", "target": "t", "moment": "m", "seconds": -1},
+            "seconds is -1; give a number",
+        ),
+        ({5: "v", "target": "t"}, "no 5 in a mapping"),
+        (["image"], r"\['image'\] is no mapping"),
+    ],
+)
+def test_a_mapping_that_makes_no_sense_is_refused(mapping, complaint):
+    with pytest.raises(ColumnError, match=f"(?s)^mine: .*{complaint}"):
+        Columns.from_mapping("mine", mapping)
+
+
+def test_an_unknown_set_is_named_with_the_nearest():
+    with pytest.raises(ColumnError, match="no public set 'flickr30'. Did you mean 'flickr30k'?"):
+        load_columns("flickr30")
+
+
+# -- groups ----------------------------------------------------------------------------------
+
+
+def groups(columns: Columns, *examples: dict) -> list[str]:
+    return [row["group_id"] for example in examples for row in columns.rows(example)]
+
+
+def test_captions_of_one_image_share_a_group_and_questions_about_it_do_not():
+    captions = groups(load_columns("flickr30k"), CASES["flickr30k"][0])
+    assert len(captions) == 2
+    assert len(set(captions)) == 1
+    answers = groups(load_columns("vqav2"), VQA | {"image": STORED})
+    other = groups(load_columns("vqav2"), VQA | {"image": STORED, "question": "What is it?"})
+    assert len(answers) == 3
+    assert len(set(answers)) == 1
+    assert set(answers).isdisjoint(other)
+    assert len(set(groups(load_columns("the_cauldron"), CASES["the_cauldron"][0]))) == 2
+
+
+def test_groups_hold_across_examples_and_part_clips_times_and_sets(tmp_path):
+    coco = load_columns("coco_captions")
+    same = groups(coco, *examples_of("coco_captions", CASES["coco_captions"][0], tmp_path))
+    assert len(same) == 2
+    assert len(set(same)) == 1
+    # Two clips of one video, and two texts about the first of them.
+    times = groups(load_columns("howto100m"), {"key": "v", "value": CASES["howto100m"][0]["iYK"]})
+    assert len(set(times)) == 2
+    assert len(set(groups(load_columns("action100m"), CASES["action100m"][0]))) == 1
+    # One key in two shards, which hold other images; and equal bytes in two sets.
+    datacomp = load_columns("datacomp")
+    first, second = SHARD | {"jpg": b"one"}, SHARD | {"jpg": b"two"}
+    assert len(set(groups(datacomp, first, second))) == 2
+    assert groups(datacomp, first) != groups(load_columns("cc3m"), first)
+
+
+# -- odd examples ----------------------------------------------------------------------------
+
+
+def test_only_the_rows_asked_for():
+    flickr, example = load_columns("flickr30k"), CASES["flickr30k"][0]
+    assert len(flickr.rows(example)) == 2
+    assert flickr.rows(example | {"split": "test"}) == []
+    mapping = {"image": "image", "target": "caption[]", "where": {"split": ["train", "val"]}}
+    mine = Columns.from_mapping("mine", mapping)
+    assert [len(mine.rows(example | {"split": s})) for s in ("train", "val", "test")] == [2, 2, 0]
+
+
+def test_answers_of_several_questions_stay_with_their_own():
+    mapping = {"image": "image", "query": "{qa[].q}", "target": "qa[].answers[]"}
+    example = {
+        "image": "1.jpg",
+        "qa": [{"q": "a?", "answers": ["1", "2"]}, {"q": "b?", "answers": []}, {"q": "c?"}],
+    }
+    example["qa"][2]["answers"] = ["3"]
+    rows = Columns.from_mapping("mine", mapping).rows(example)
+    assert [short(row)[1:] for row in rows] == [("a?", "1"), ("a?", "2"), ("c?", "3")]
+
+
+def test_negatives_and_columns_that_are_json_texts():
+    mapping = {"video": "v", "target": "meta.answer", "negatives": "meta.wrong"}
+    example = {"v": "1.mp4", "meta": json.dumps({"answer": "left", "wrong": ["right", "up"]})}
+    (row,) = Columns.from_mapping("mine", mapping).rows(example)
+    assert (row["target"], row["negatives"]) == ("left", ["right", "up"])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"image": None}, "image is empty"),
+        ({"image": {"bytes": None, "path": None}}, "image is empty"),
+        ({"image": Image.new("RGB", (2, 2))}, "image is a Image, neither.*decode=False"),
+        ({"texts": "a cat"}, "texts is a str, not a list"),
+        ({"texts": ["a cat"]}, r"texts\[\] is a text, and not JSON"),
+        ({"texts": [{"user": "?", "assistant": b"\xff"}]}, "not UTF-8"),
+        ({"texts": [{"user": "?", "assistant": 3}]}, "the number 3, not a text.*numbers: true"),
+        ({"texts": [{"user": "?", "assistant": True}]}, "is a bool, not a text"),
+        ({"texts": [{"user": None, "assistant": "!"}]}, "query .* is null"),
+    ],
+)
+def test_a_broken_example_is_no_wrong_column(change, complaint):
+    mapping = {"image": "image", "query": "{texts[].user}", "target": "texts[].assistant"}
+    good = {"image": STORED, "texts": QA}
+    columns = Columns.from_mapping("mine", mapping)
+    assert len(columns.rows(good)) == 2
+    with pytest.raises(ExampleError, match=f"(?s)^mine: .*{complaint}"):
+        columns.rows(good | change)
+
+
+def test_lists_that_cannot_go_side_by_side_are_an_error():
+    example = {"key": "v", "value": {"start": [1, 2, 3], "end": [2, 3, 4], "text": ["a", "b"]}}
+    with pytest.raises(ExampleError, match="value.start.* has 3 values and value.text.* has 2"):
+        load_columns("howto100m").rows(example)
+    with pytest.raises(ExampleError, match="images has 2 elements, exactly one"):
+        load_columns("the_cauldron").rows({"images": [STORED, STORED], "texts": QA})
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [(2, 2.0), ("2.5", 2.5), ("01:02", 62.0), ("1:00:00.25", 3600.25)]
+)
+def test_times(given, seconds):
+    columns = Columns.from_mapping("mine", {"video": "v", "target": "t", "start": "s"})
+    (row,) = columns.rows({"v": "1.mp4", "t": "x", "s": given})
+    assert row["start"] == seconds
+    assert "start" not in columns.rows({"v": "1.mp4", "t": "x", "s": None})[0]
+    with pytest.raises(ExampleError, match="not a time"):
+        columns.rows({"v": "1.mp4", "t": "x", "s": "soon"})
+
+
+# -- as sources will hand them on ---------------------------------------------------------------
+
+
+def stored(images: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
+    return images.cast_column(column, datasets.Image(decode=False))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_as_datasets_reads_them(streaming, tmp_path):
+    """Nested lists, null structs and undecoded images, as Arrow gives them back."""
+    picture = Image.fromarray(noise(8, 8, 3))
+    flickr = datasets.Dataset.from_list(
+        [CASES["flickr30k"][0] | {"image": picture}], features=None
+    ).cast_column("image", datasets.Image())
+    flickr.to_parquet(tmp_path / "flickr.parquet")
+    datasets.Dataset.from_list([CASES["action100m"][0]]).to_parquet(tmp_path / "action.parquet")
+
+    def read(name: str) -> datasets.Dataset:
+        path = str(tmp_path / f"{name}.parquet")
+        options = {"split": "train", "streaming": streaming, "cache_dir": str(tmp_path / "cache")}
+        return datasets.load_dataset("parquet", data_files=path, **options)
+
+    (example,) = stored(read("flickr"), "image")
+    rows = load_columns("flickr30k").rows(example)
+    assert [row["target"] for row in rows] == ["One.", "Two."]
+    assert Image.open(io.BytesIO(rows[0]["image"])).size == (8, 8)
+    (example,) = read("action")
+    assert [short(row) for row in load_columns("action100m").rows(example)] == CASES["action100m"][
+        1
+    ]
+
+
+def test_a_shard_as_datasets_reads_it(tmp_path):
+    picture = io.BytesIO()
+    Image.fromarray(noise(8, 8, 3)).save(picture, "JPEG")
+    members = {"jpg": picture.getvalue(), "txt": b"a cat", "json": b'{"url": "x"}'}
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for suffix, content in members.items():
+            member = tarfile.TarInfo(f"000000000.{suffix}")
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    options = {"split": "train", "streaming": True, "cache_dir": str(tmp_path / "cache")}
+    shards = datasets.load_dataset("webdataset", data_files=str(tmp_path / "0.tar"), **options)
+    (example,) = stored(shards, "jpg")
+    (row,) = load_columns("cc3m").rows(example)
+    assert short(row) == (picture.getvalue(), "", "a cat")
+
+
+# -- annotation files to JSONL ------------------------------------------------------------------
+
+
+def test_annotations_become_rows_that_are_read_again(tmp_path, capsys):
+    held, _ = CASES["coco_captions"]
+    broken = {"image_id": "x", "id": 1, "caption": "A dog."}
+    empty = {"image_id": 139, "id": 2, "caption": None}
+    held = held | {"annotations": [*held["annotations"], broken, empty]}
+    annotations = tmp_path / "captions.json"
+    annotations.write_text(json.dumps(held))
+    (tmp_path / "train2017").mkdir()
+    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "train2017" / "000000000139.jpg")
+    output = tmp_path / "rows" / "train.jsonl"
+    media = str(tmp_path / "train2017")
+    main(["coco_captions", str(annotations), "--media", media, "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert "2 rows of 4 examples, 1 of which gave none; 1 of 4 rows are unusable" in printed
+    assert "captions.json:3: coco_captions: image_id is 'x'" in printed
+    rows, bad = read_rows(output)
+    assert [row["target"] for row in rows] == ["A room.", "A clock."]
+    assert rows[0]["group_id"] == rows[1]["group_id"]
+    assert bad == []
+
+
+def test_records_that_are_not_there_are_named(tmp_path):
+    annotations = tmp_path / "captions.json"
+    annotations.write_text(json.dumps({"info": {}, "annotation": []}))
+    public = public_set("coco_captions")
+    with pytest.raises(ColumnError, match="no 'annotations', but info, annotation"):
+        convert(public, annotations, tmp_path, tmp_path / "rows.jsonl")
+    annotations.write_text(f'label,youtube_id,time_start,time_end\na,b,1,2\n"{"x" * 200_000}')
+    with pytest.raises(ColumnError, match="kinetics: .*: behind line 2: field larger .*quote that"):
+        convert(public_set("kinetics"), annotations, tmp_path, tmp_path / "rows.jsonl")
+    annotations.write_text("{")
+    with pytest.raises(ColumnError, match="is no JSON file"):
+        convert(public, annotations, tmp_path, tmp_path / "rows.jsonl")
+    with pytest.raises(ColumnError, match="flickr30k has no annotation file"):
+        convert(public_set("flickr30k"), annotations, tmp_path, tmp_path / "rows.jsonl")
+
+
+def test_the_document_has_the_table():
+    assert table() in DOCUMENT.read_text()
+
+
+def test_every_set_says_where_its_columns_were_seen():
+    for public in public_sets().values():
+        assert public.seen.startswith("https://")
+        assert public.about
+
+
+def test_the_sources_in_the_document_have_columns():
+    blocks = re.findall(r"```yaml\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    sources = [source for block in blocks for source in yaml.safe_load(block)["data"]["sources"]]
+    hubs = {public.hub for public in public_sets().values()}
+    named = [source for source in sources if "dataset" in source]
+    assert len(named) == 5
+    for source in named:
+        assert source["dataset"] in hubs or load_columns(source["columns"]).target

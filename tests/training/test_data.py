@@ -1,0 +1,444 @@
+"""Rows and files to batches: nothing is decoded twice, skipped in silence or mixed by chance."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from processing import VLJEPAProcessor
+from tests.tiny import noise, tiny_processor, tiny_rows, tiny_tokenizer, write_clip, write_rows
+from training.arguments import DataArguments, RecipeError, SourceArguments
+from training.data import dataset as data
+from training.data.collator import ContrastiveCollator, to_pixel_values
+from training.data.dataset import ContrastiveDataset, build_dataset, vary
+from training.data.mixture import VISIT, Bucket, MixtureSampler
+from training.data.sources import read_source
+
+BUCKETS = [
+    Bucket(3.0, rows=np.arange(0, 50)),
+    Bucket(1.0, rows=np.arange(100, 107)),
+    Bucket(2.0, rows=np.arange(200, 230)),
+]
+
+
+@pytest.fixture(scope="module")
+def processor() -> VLJEPAProcessor:
+    return tiny_processor()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_rows(tmp_path)
+    return tmp_path
+
+
+def build(
+    processor: VLJEPAProcessor, *sources: Path | SourceArguments, max_bad_share: float = 0.0
+) -> ContrastiveDataset:
+    arguments = [
+        source if isinstance(source, SourceArguments) else SourceArguments(rows=str(source))
+        for source in sources
+    ]
+    cache = Path(arguments[0].rows).parent / "cache"
+    options = DataArguments(
+        sources=arguments, max_bad_share=max_bad_share, cache_dir=str(cache), num_workers=1
+    )
+    return build_dataset(
+        [read_source(source) for source in arguments], processor.video_processor, options
+    )
+
+
+# -- the mixture ---------------------------------------------------------------------------
+
+
+def numbers_of(sampler: MixtureSampler) -> list[list[int]]:
+    """Of every batch, lane after lane."""
+    return [[number for lane in step.rows for number in lane] for step in sampler]
+
+
+def batches(size: int = 8, number: int = 600, seed: int = 0) -> list[list[int]]:
+    sampler = MixtureSampler(BUCKETS, size, number, seed)
+    return [[number % VISIT for number in batch] for batch in numbers_of(sampler)]
+
+
+def bucket_of(index: int) -> int:
+    return index // 100
+
+
+def test_the_sequence_depends_on_the_seed_alone():
+    sampler = MixtureSampler(BUCKETS, 8, 20, seed=1)
+    first = numbers_of(sampler)
+    assert first == numbers_of(sampler) == numbers_of(MixtureSampler(BUCKETS, 8, 20, seed=1))
+    assert len(sampler) == len(first) == 20 and {len(batch) for batch in first} == {8}
+    assert first != numbers_of(MixtureSampler(BUCKETS, 8, 20, seed=2))
+
+
+def test_a_batch_comes_from_one_bucket_and_buckets_follow_their_weights():
+    counts = Counter()
+    for batch in batches():
+        assert len({bucket_of(index) for index in batch}) == 1
+        counts[bucket_of(batch[0])] += 1
+    # 600 draws: three standard deviations are 0.06.
+    for number, bucket in enumerate(BUCKETS):
+        assert counts[number] / 600 == pytest.approx(bucket.weight / 6, abs=0.06)
+
+
+def test_small_buckets_are_repeated_and_no_row_is_skipped():
+    for number, bucket in enumerate(BUCKETS):
+        rows = bucket.rows
+        drawn = [i for batch in batches() for i in batch if bucket_of(i) == number]
+        times, rest = divmod(len(drawn), len(rows))
+        assert times >= 10
+        for walk in range(times):  # each walk through the bucket has every row once
+            assert sorted(drawn[walk * len(rows) : (walk + 1) * len(rows)]) == rows.tolist()
+        assert len(set(drawn[times * len(rows) :])) == rest
+        assert drawn[: len(rows)] != drawn[len(rows) : 2 * len(rows)]  # in a new order
+
+
+def test_numbers_tell_the_visits_of_a_row_apart():
+    numbers = sum(numbers_of(MixtureSampler(BUCKETS, 8, 600, seed=0)), [])
+    assert len(set(numbers)) == len(numbers) == 4800
+    seen = Counter(number % VISIT for number in numbers)
+    for row, times in seen.items():
+        assert sorted(n // VISIT for n in numbers if n % VISIT == row) == list(range(times))
+
+
+def test_batches_of_like_lengths_lose_no_row():
+    """Padding goes, and the walk through the rows is as whole as without."""
+    lengths = np.random.default_rng(0).integers(1, 100, size=1000)
+    rows = np.arange(1000)
+
+    def spread(bucket: Bucket) -> tuple[list[int], float]:
+        drawn = numbers_of(MixtureSampler([bucket], 10, 100, seed=0))
+        spreads = [np.ptp(lengths[np.array(batch) % VISIT]) for batch in drawn]
+        return sorted(number for batch in drawn for number in batch), float(np.mean(spreads))
+
+    plain, wide = spread(Bucket(1.0, rows=rows))
+    grouped, narrow = spread(Bucket(1.0, rows=rows, lengths=lengths))
+    assert plain == grouped == rows.tolist()
+    assert narrow < 5 < 70 < wide
+    order = numbers_of(MixtureSampler([Bucket(1.0, rows=rows, lengths=lengths)], 10, 100, seed=0))
+    means = [lengths[batch].mean() for batch in order]
+    assert abs(np.corrcoef(means, range(100))[0, 1]) < 0.2  # not from short to long
+
+
+# More of the mixture, and of streams in it, is in test_mixture.py.
+
+
+# -- samples -------------------------------------------------------------------------------
+
+
+def test_samples_hold_their_own_frames(folder, processor):
+    """Images and clips of any size side by side, each as the processor alone would make it."""
+    dataset = build(processor, folder / "rows.jsonl")
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    raw = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    for sample, row in zip(dataset, rows, strict=True):
+        assert (sample["query"], sample["target"]) == (row["query"], row["target"])
+        if "image" in row:
+            clip = np.array(Image.open(folder / row["image"]))[None]
+            expected = processor.video_processor(clip, do_sample_frames=False, **raw)
+        else:
+            expected = processor.video_processor(folder / row["video"], **raw)
+        assert torch.equal(sample["frames"], expected["pixel_values_videos"][0])
+    assert [len(sample["frames"]) for sample in dataset] == [1, 1, 4, 4]
+    assert [bucket.rows.tolist() for bucket in dataset.buckets] == [[2, 3], [0, 1]]
+
+
+def test_an_augmented_source_looks_different_at_every_visit(folder, processor):
+    rows = folder / "rows.jsonl"
+    plain = build(processor, rows)
+    augmented = build(processor, SourceArguments(rows=str(rows), augment=True))
+    for row in range(len(plain)):
+        looks = [augmented[row + visit * VISIT]["frames"] for visit in range(6)]
+        assert all(look.shape == plain[row]["frames"].shape for look in looks)
+        assert len({look.numpy().tobytes() for look in looks}) >= 5
+        assert torch.equal(looks[3], augmented[row + 3 * VISIT]["frames"])  # and the same again
+        assert torch.equal(plain[row]["frames"], plain[row + VISIT]["frames"])
+
+
+def test_frames_are_mirrored_and_shifted_together():
+    """All frames of a clip alike; what comes into view repeats the edge."""
+    frame = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    clip = torch.cat([frame, 255 - frame]).expand(2, 3, 16, 16)
+    columns, rows, mirrored = set(), set(), set()
+    for visit in range(200):
+        first, second = varied = vary(clip, (0, visit))
+        assert torch.equal(first, 255 - second) and torch.equal(first[0], first[1])
+        middle = varied[0, 0, 8]  # whole rows of the pattern rise by one from left to right
+        is_mirrored = bool(middle[8] > middle[9])
+        centre = int(first[0, 8, 7 if is_mirrored else 8])
+        mirrored.add(is_mirrored)
+        rows.add(centre // 16 - 8)
+        columns.add(centre % 16 - 8)
+    assert mirrored == {False, True}
+    assert rows == columns == {-2, -1, 0, 1, 2}
+    tops = [vary(clip, (0, visit))[0, 0] for visit in range(200)]
+    repeated = [bool(top[0].eq(top[1]).all() and top[1].eq(top[2]).all()) for top in tops]
+    assert 20 < sum(repeated) < 70  # shifted down by two: one time in five
+
+
+def test_buckets_share_their_sources_weight(folder, processor):
+    """A source counts as much as its recipe says, however many rows it has and of what kind."""
+    one = write_rows(folder / "one.jsonl", [{"image": "wide.png", "target": "x"}] * 3)
+    three = [{"image": "wide.png", "target": "x"}] * 3 + [{"video": "wide.mp4", "target": "y"}]
+    both = write_rows(folder / "both.jsonl", three)
+    dataset = build(
+        processor,
+        SourceArguments(rows=str(one), weight=1.0, query="what ?"),
+        SourceArguments(rows=str(both), weight=2.0),
+    )
+    shares = [(bucket.weight, bucket.rows.tolist()) for bucket in dataset.buckets]
+    assert shares == [(1.0, [0, 1, 2]), (0.5, [6]), (1.5, [3, 4, 5])]
+    assert [sample["query"] for sample in dataset] == ["what ?"] * 3 + [""] * 4
+
+
+def test_which_rows_are_interchangeable(folder, processor):
+    """Two captions of one clip are; two questions about one clip are not: their answers differ,
+    and to tell them apart is what there is to learn."""
+    clip = {"video": "wide.mp4"}
+    rows = write_rows(
+        folder / "groups.jsonl",
+        [
+            {**clip, "query": "describe", "target": "it opens", "group_id": "wide"},
+            {**clip, "query": "describe", "target": "a door opens", "group_id": "wide"},
+            {**clip, "query": "describe", "target": "it shuts", "group_id": 7},
+            {**clip, "query": "describe", "target": "a door shuts", "group_id": "7"},
+            {**clip, "query": "how many ?", "target": "two"},
+            {**clip, "query": "what color ?", "target": "red"},
+            {**clip, "query": "is it red ?", "target": "yes", "group_id": None},
+            {**clip, "query": "is it open ?", "target": "yes", "group_id": None},
+        ],
+    )
+    samples = list(build(processor, rows))
+    groups = [sample["group_id"] for sample in samples]
+    assert groups[0] == groups[1] and groups[2] == groups[3]
+    assert len(set(groups)) == 6
+    assert all(group >= 0 for group in groups[:4]) and all(group < 0 for group in groups[4:])
+    targets = [sample["target_id"] for sample in samples]
+    assert targets[6] == targets[7] and len(set(targets)) == 7
+    assert min(targets) >= 0 and max(targets) < 2**63
+    # On every machine, in every run: processes compare these numbers.
+    assert data.text_id("yes") == 7554999679630196041
+
+
+# -- the cache -----------------------------------------------------------------------------
+
+
+def test_files_are_decoded_once(folder, processor, monkeypatch):
+    rows = folder / "rows.jsonl"
+    first = build(processor, rows)
+
+    def names() -> set[str]:
+        return {path.name for path in (folder / "cache").glob("*.arrow")}
+
+    files = names()
+    assert len(files) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode", None)  # would not survive a call
+        again = build(processor, rows)
+        assert names() == files
+        for sample, other in zip(first, again, strict=True):
+            assert torch.equal(sample["frames"], other["frames"])
+        with pytest.raises(TypeError):  # positive control: another setting decodes anew
+            build(tiny_processor(num_frames=2), rows)
+
+    write_clip(folder / "wide.mp4", 255 - noise(6, 48, 64, 3))
+    changed = build(processor, rows)
+    assert len(names() - files) == 1
+    assert not torch.equal(changed[2]["frames"], first[2]["frames"])
+    for index in (0, 1, 3):
+        assert torch.equal(changed[index]["frames"], first[index]["frames"])
+
+
+def test_a_file_in_many_rows_is_decoded_once(folder, processor):
+    rows = [{"image": "wide.png", "query": q, "target": t} for q in "abc" for t in ("red", "big")]
+    first = write_rows(folder / "first.jsonl", rows)
+    second = write_rows(folder / "second.jsonl", rows)
+    dataset = build(processor, first, second)
+    assert len(dataset) == 12
+    assert len(dataset.clips) == 1
+
+
+def test_a_file_may_be_an_image_here_and_a_video_there(folder, processor):
+    """And is decoded anew where it becomes the other."""
+    pictures = [Image.fromarray(noise(40, 60, 3) + step) for step in range(5)]
+    pictures[0].save(folder / "wide.gif", save_all=True, append_images=pictures[1:])
+    image, video = ({kind: "wide.gif", "target": kind} for kind in ("image", "video"))
+    both = write_rows(folder / "both.jsonl", [image, video])
+    assert [len(sample["frames"]) for sample in build(processor, both)] == [1, 4]
+    for row, frames in ((image, 1), (video, 4)):
+        (sample,) = build(processor, write_rows(folder / "one.jsonl", [row]))
+        assert len(sample["frames"]) == frames
+
+
+# -- bad rows ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(folder: Path) -> Path:
+    """Four good rows and one of each kind that cannot be trained on."""
+    (folder / "torn.mp4").write_bytes((folder / "wide.mp4").read_bytes()[:700])
+    (folder / "torn.png").write_bytes(b"no picture")
+    with open(folder / "rows.jsonl", "a") as file:
+        for row in (
+            {"video": "torn.mp4", "query": "what ?", "target": "a"},
+            {"video": "gone.mp4", "query": "what ?", "target": "a"},
+            {"image": "wide.png", "query": "what ?", "target": " "},
+            {"image": "wide.png", "query": "A cat", "target": "a cat"},
+            {"image": "torn.png", "query": "what ?", "target": "a"},
+        ):
+            file.write(json.dumps(row) + "\n")
+    return folder / "rows.jsonl"
+
+
+def test_bad_rows_are_named_and_refused(spoilt, processor):
+    """To skip them in silence would train on another set than the recipe says; a target that is
+    also the query would leak the answer."""
+    with pytest.raises(RecipeError) as error:
+        build(processor, spoilt, max_bad_share=0.5)
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith("5 of 9 rows are unusable")
+    reasons = ["torn.mp4: ", "is missing: ", "target is empty", "query equals", "not an image"]
+    for number, (line, reason) in enumerate(zip(lines[1:6], reasons, strict=True), start=5):
+        assert f"rows.jsonl:{number}: " in line and reason in line
+
+
+def test_bad_rows_are_set_aside_where_the_recipe_allows_it(spoilt, processor):
+    dataset = build(processor, spoilt, max_bad_share=0.6)
+    assert [sample["target"] for sample in dataset] == [
+        "a cat",
+        "red",
+        "he rides a bike",
+        "the door opens",
+    ]
+
+
+def test_files_that_are_not_there_are_bad_rows(folder, processor):
+    """Of a dataset, whose files nobody asked for before; and in a folder of frames."""
+    (folder / "frames").mkdir()
+    Image.fromarray(noise(40, 40, 3)).save(folder / "frames" / "0.png")
+    (folder / "frames" / "1.png").symlink_to(folder / "gone.png")
+    files = ["wide.mp4", "absent.mp4", "tall.mkv", "frames", "null\0byte.mp4"]
+    table = {"file": files, "text": list("abcde")}
+    datasets.Dataset.from_dict(table).to_parquet(folder / "files.parquet")
+    source = SourceArguments(
+        dataset="parquet",
+        data_files=str(folder / "files.parquet"),
+        media_folder=str(folder),
+        columns={"video": "file", "target": "text"},
+    )
+    options = {"cache_dir": str(folder / "cache"), "num_workers": 1}
+
+    def built(max_bad_share: float) -> ContrastiveDataset:
+        arguments = DataArguments(sources=[source], max_bad_share=max_bad_share, **options)
+        return build_dataset([read_source(source)], processor.video_processor, arguments)
+
+    assert [sample["target"] for sample in built(0.6)] == ["a", "c"]
+    with pytest.raises(RecipeError, match="3 of 5 rows are unusable") as error:
+        built(0.5)
+    for row in ("2: .*absent.mp4: no such file", "4: .*1.png: no such file", "5: .*byte.mp4: no"):
+        assert re.search(row, str(error.value))
+    write_clip(folder / "absent.mp4", noise(6, 48, 64, 3))  # what was missing is read when it comes
+    assert [sample["target"] for sample in built(0.6)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("media", ["gone.png", "torn.png"])
+def test_a_source_of_bad_rows_only_is_refused(spoilt, processor, media):
+    rows = write_rows(spoilt.parent / "bad.jsonl", [{"image": media, "target": "a"}])
+    with pytest.raises(RecipeError, match="bad.jsonl: no row is usable. 1 of 1 rows are") as error:
+        build(processor, spoilt, rows, max_bad_share=1.0)
+    assert "bad.jsonl:1: " in str(error.value) and media in str(error.value)
+
+
+def test_a_missing_rows_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="gone.jsonl: no such JSONL file"):
+        read_source(SourceArguments(rows=str(tmp_path / "gone.jsonl")))
+
+
+# -- the collator --------------------------------------------------------------------------
+
+
+def sample(
+    query: str, target: str, frames: torch.Tensor | None = None, negatives: tuple[str, ...] = ()
+) -> dict:
+    if frames is None:
+        frames = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    ids = {"target_id": data.text_id(target), "group_id": -1}
+    texts = {"query": query, "target": target, "negatives": [*negatives]}
+    return {"frames": frames, **texts, **ids}
+
+
+def test_hard_negatives_are_texts_of_the_batch(processor):
+    """Each distinct text is encoded once, be it a target, a negative or both."""
+    samples = [
+        sample("a", "red", negatives=("blue", "green", "grey")),
+        sample("b", "blue"),
+        sample("c", "red", negatives=("pink",)),
+    ]
+    batch = ContrastiveCollator(processor, hard_negatives=2)(samples)
+    texts = ["red", "blue", "green", "pink"]
+    expected = processor(targets=texts)["target_input_ids"]
+    assert torch.equal(batch["target_input_ids"], expected)
+    assert batch["target_index"].tolist() == [0, 1, 0]
+    ids = {text: data.text_id(text) for text in texts}
+    assert batch["negative_ids"].tolist() == [
+        [ids["blue"], ids["green"]],
+        [-1, -1],
+        [ids["pink"], -1],
+    ]
+    assert batch["negative_index"][0].tolist() == [1, 2]
+    assert batch["negative_index"][2, 0] == 3
+    assert "negative_ids" not in ContrastiveCollator(processor)(samples)
+
+
+def test_pixels_equal_the_processors_own(folder, processor):
+    """To the last bit, though they stay uint8 until they are read, and are finished in parts."""
+    dataset = build(processor, folder / "rows.jsonl")
+    collate = ContrastiveCollator(processor)
+    clips = collate([dataset[2], dataset[3]])["pixel_values_videos"]
+    videos = [folder / "wide.mp4", folder / "tall.mkv"]
+    images = collate([dataset[1], dataset[0]])["pixel_values_videos"]
+    paths = [folder / "tall.jpg", folder / "wide.png"]
+    for frames, given in ((clips, {"videos": videos}), (images, {"images": paths})):
+        expected = processor(**given)["pixel_values_videos"]
+        assert frames.dtype == torch.uint8
+        assert torch.equal(to_pixel_values(frames, processor.video_processor), expected)
+        part = to_pixel_values(frames[1:], processor.video_processor)
+        assert torch.equal(part, expected[1:])
+
+
+def test_each_distinct_target_is_tokenized_once(processor):
+    batch = ContrastiveCollator(processor)(
+        [sample("a", "red"), sample("b", "red green"), sample("c", "red"), sample("d", "red")]
+    )
+    expected = processor(targets=["red", "red green"])
+    assert torch.equal(batch["target_input_ids"], expected["target_input_ids"])
+    assert torch.equal(batch["target_attention_mask"], expected["target_attention_mask"])
+    assert batch["target_index"].tolist() == [0, 1, 0, 0]
+    red, red_green = data.text_id("red"), data.text_id("red green")
+    assert batch["target_ids"].tolist() == [red, red_green, red, red]
+    assert batch["group_ids"].tolist() == [-1] * 4
+
+
+def test_masks_of_ones_only_are_left_out(processor):
+    collate = ContrastiveCollator(processor)
+    masks = {"attention_mask", "target_attention_mask"}
+    assert masks & set(collate([sample("cat", "red"), sample("cat", "blue")])) == set()
+    mixed = collate([sample("cat", "red"), sample("a zebra", "red green blue")])
+    assert masks & set(mixed) == masks
+    expected = processor(text=["cat", "a zebra"])["attention_mask"]
+    assert torch.equal(mixed["attention_mask"], expected)
+
+
+def test_queries_without_any_token_need_no_mask(processor):
+    bare = VLJEPAProcessor(processor.video_processor, tiny_tokenizer(bos=False), tiny_tokenizer())
+    batch = ContrastiveCollator(bare)([sample("", "red"), sample("", "blue")])
+    assert batch["input_ids"].shape == (2, 0)
+    assert "attention_mask" not in batch

@@ -1,0 +1,141 @@
+"""GradCache: the parts of a batch, and dropout that is drawn twice the same way."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model
+from training.loop.grad_cache import cached_step, split
+from training.loop.objective import Embeds, Ids, Objective
+
+ROWS, TEXTS = 7, 4
+INDEX = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+
+
+def batch(rows: int = ROWS, texts: int = TEXTS) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "pixel_values_videos": torch.randn(rows, 2, 3, 32, 32, generator=generator),
+        "input_ids": torch.randint(3, 300, (rows, 4), generator=generator),
+        "attention_mask": torch.ones(rows, 4, dtype=torch.long),
+        "target_input_ids": torch.randint(3, 300, (texts, 6), generator=generator),
+    }
+
+
+def loss_of(embeds: Embeds) -> torch.Tensor:
+    groups = -1 - torch.arange(ROWS)
+    return Objective()(embeds, Ids(target_index=INDEX, target_ids=INDEX, group_ids=groups))[0]
+
+
+@pytest.mark.parametrize(("rows", "texts"), [(1, 1), (2, 9), (3, 4), (7, 2), (50, 1), (2, 3)])
+def test_parts_hold_every_row_once_and_at_least_one_text(rows, texts):
+    whole = batch(texts=texts)
+    parts = split(whole, rows)
+    assert len(parts) == -(-ROWS // rows)
+    for name in ("pixel_values_videos", "input_ids"):
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
+        assert all(1 <= len(part[name]) <= rows for part in parts)
+    found = torch.cat([part["target_input_ids"] for part in parts])
+    assert torch.equal(found[:texts], whole["target_input_ids"])
+    assert len({len(part["target_input_ids"]) for part in parts}) == 1
+
+
+def padded(lengths: list[int], columns: int) -> torch.Tensor:
+    return (torch.arange(columns) < torch.tensor(lengths)[:, None]).long()
+
+
+def test_parts_have_the_columns_of_their_own_longest_text():
+    """And no mask where nothing is padding; the embeddings are those of the whole batch."""
+    whole = batch()
+    whole["attention_mask"] = padded([2, 1, 2, 4, 1, 0, 0], 4)
+    whole["target_attention_mask"] = padded([3, 3, 1, 6], 6)
+    parts = split(whole, 3)
+    assert [part["input_ids"].shape for part in parts] == [(3, 2), (3, 4), (1, 0)]
+    assert [part["target_input_ids"].shape for part in parts] == [(2, 3), (2, 6), (2, 3)]
+    masks = ("attention_mask", "target_attention_mask")
+    assert [[mask in part for mask in masks] for part in parts] == [
+        [True, False],
+        [True, True],
+        [False, False],
+    ]
+    model = tiny_model()
+    with torch.no_grad():
+        outputs, expected = [model(**part) for part in parts], model(**whole)
+        for side, rows in (("predicted_embeds", ROWS), ("target_embeds", TEXTS)):
+            found = torch.cat([output[side] for output in outputs])[:rows]
+            torch.testing.assert_close(found, expected[side], rtol=0, atol=1e-6)
+        # Positive control: a column too few.
+        parts[1]["input_ids"] = parts[1]["input_ids"][:, :-1]
+        parts[1]["attention_mask"] = parts[1]["attention_mask"][:, :-1]
+        less = model(**parts[1]).predicted_embeds
+    assert (less - expected.predicted_embeds[3:6]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("frozen", "trains"), [(True, False), (False, True), (False, False)])
+def test_a_frozen_x_encoder_runs_once(frozen, trains):
+    """Its tokens wait for the second pass. Those of one that trains need a graph, and one that is
+    in training mode might draw random numbers, which the second pass must draw as well."""
+    model, seen = tiny_model(freeze_vision=frozen).train(), []
+    model.x_encoder.requires_grad_(trains)
+    model.x_encoder.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    cached_step(model, batch(), 3, loss_of)
+    assert seen == [False] * 3 + [True] * 3 * (not frozen)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_dropout_is_drawn_again_as_it_was(rows):
+    """The second pass must see the masks of the first, or its gradient belongs to another loss;
+    and the step after it must not see them a third time."""
+    model = tiny_model(predictor_config={"attention_dropout": 0.5}).train()
+    reference = copy.deepcopy(model)
+    torch.manual_seed(1)
+    loss = cached_step(model, batch(), rows, loss_of)
+    after = torch.get_rng_state()
+
+    torch.manual_seed(1)
+    outputs = [reference(**part) for part in split(batch(), rows)]
+    predicted = torch.cat([output.predicted_embeds for output in outputs])
+    texts = torch.cat([output.target_embeds for output in outputs])[:TEXTS]
+    expected = loss_of(Embeds(predicted, texts, outputs[0].logit_scale))
+    expected.backward()
+
+    assert torch.equal(loss, expected.detach())
+    assert torch.equal(after, torch.get_rng_state())
+    pairs = list(zip(model.named_parameters(), reference.parameters(), strict=True))
+    for (name, found), parameter in pairs:
+        if parameter.requires_grad:
+            distance = (found.grad - parameter.grad).norm() / parameter.grad.norm()
+            assert distance <= 1e-5, name
+    # Positive control: other masks, another loss.
+    torch.manual_seed(2)
+    assert abs(cached_step(model, batch(), rows, loss_of) - loss) > 1e-4
+
+
+def test_gradients_are_added_to_those_that_are_there():
+    """As a backward pass does it: gradient accumulation works on top."""
+    once, twice = tiny_model(), tiny_model()
+    cached_step(once, batch(), 3, loss_of)
+    for _ in range(2):
+        cached_step(twice, batch(), 3, loss_of)
+    for one, two in zip(once.parameters(), twice.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(2 * one.grad, two.grad)
+
+
+def test_data_parallelism_exchanges_gradients_once():
+    calls = []
+
+    class Recorder:
+        def __enter__(self):
+            calls.append("no_sync")
+
+        def __exit__(self, *_):
+            return None
+
+    def backward(handed: torch.Tensor) -> None:
+        calls.append("backward")
+        handed.backward()
+
+    cached_step(tiny_model(), batch(), 3, loss_of, backward, Recorder)
+    assert calls == ["no_sync", "backward", "no_sync", "backward", "backward"]

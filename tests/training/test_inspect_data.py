@@ -1,0 +1,293 @@
+"""The page about a recipe's data: its numbers, its pictures, and that no row can write HTML."""
+
+import io
+import itertools
+import math
+import re
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from processing.video_io import read_image
+from tests.tiny import noise, tiny_processor, tiny_recipe, tiny_rows, write_rows
+from training.arguments import read_recipe
+from training.data.facts import (
+    clip_seconds,
+    leaks,
+    media_name,
+    read_header,
+    repeated_rows,
+    sharing,
+)
+from training.data.sources import read_source
+from training.inspect_data import count_tokens, main, samples_of
+
+SCRIPT = "<script>alert(1)</script>"
+ROWS = [
+    {"image": "wide.png", "query": SCRIPT, "target": "a cat", "group_id": "one"},
+    {"image": "wide.png", "query": "is it red or blue ?", "target": "red"},
+    {"image": "wide.png", "query": "is it red or blue ?", "target": "red"},
+    {"image": "tall.jpg", "query": "", "target": "<b>bold</b>", "negatives": ["<i>thin</i>"]},
+    {"video": "wide.mp4", "query": "", "target": "he rides", "group_id": None},
+    {"video": "broken.mp4", "query": "", "target": "nothing"},
+    {"video": "absent.mp4", "query": "", "target": "nothing"},
+    {"video": "wide.mp4", "query": "", "target": ""},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny_rows(folder)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    write_rows(folder / "rows.jsonl", ROWS)
+    write_rows(folder / "other.jsonl", [{"image": "wide.png", "target": "a cat"}])
+    recipe = tiny_recipe(folder / "rows.jsonl")
+    text = recipe.read_text()
+    sources = f"[{{rows: {folder / 'rows.jsonl'}}}, {{rows: {folder / 'other.jsonl'}, weight: 3}}]"
+    recipe.write_text(re.sub(r"sources:\n(  - .*\n)+", f"sources: {sources}\n", text))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inspected(folder) -> tuple[str, str]:
+    """The page, and what was printed."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", printed)
+        main([str(folder / "recipe.yaml"), "--output", str(folder / "pages" / "page.html")])
+    return (folder / "pages" / "page.html").read_text(), printed.getvalue()
+
+
+def test_the_summary_counts(folder, inspected):
+    _, printed = inspected
+    rows, other = folder / "rows.jsonl", folder / "other.jsonl"
+    # 4 steps of 2 rows, a quarter of them from the first source, which has 6 rows.
+    assert f"{rows}: 6 rows of 4 media, 5 targets, 2 bad rows; each row is drawn 0.3" in printed
+    assert f"{other}: 1 rows of 1 media, 1 targets, 0 bad rows; each row is drawn 6.0" in printed
+    assert "1 repeated rows, 2 queries that hold their target" in printed
+    assert f"{rows} and {other} share 1 media" in printed
+    # Of 4 images, those with "red" are one pair of six; a batch of 2 is such a pair.
+    assert "images, batches of 2: 16.67% of pairs masked, 17% of rows meet" in printed
+
+
+def test_the_page_needs_no_other_file_and_no_row_writes_html(inspected):
+    page, _ = inspected
+    assert SCRIPT not in page
+    assert "<b>bold</b>" not in page
+    assert "<i>thin</i>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 2 + 5 + 1  # histograms, samples
+    assert all(source.startswith("data:image/") for source in sources)
+    assert not re.search(r"<link|<iframe|<script|url\(|@import", page)
+
+
+def test_the_page_names_what_is_wrong(inspected):
+    page, _ = inspected
+    assert "1: video file is missing" in page
+    assert "1: target is empty" in page
+    assert "broken.mp4: " in page  # its header
+    assert "line 6: " in page  # and when it was decoded for the samples
+    assert page.count("is it red or blue ? → red") == 2
+
+
+def test_the_page_says_what_was_looked_into(folder, inspected):
+    page, _ = inspected
+    assert "Lengths and files of all 6 rows." in page
+    limited = folder / "limited.html"
+    options = ["--limit", "2", "--samples", "1", "--output", str(limited)]
+    main([str(folder / "recipe.yaml"), *options])
+    assert "Lengths and files of 2 rows, drawn at random of\n6." in limited.read_text()
+    assert limited.read_text().count('class="card"') <= 2
+    main([str(folder / "recipe.yaml"), *options[:-1], str(folder / "again.html")])
+    assert (folder / "again.html").read_text() == limited.read_text()
+
+
+def test_of_a_stream_the_first_rows_are_shown(folder, capsys):
+    """Of a shard whose media are bytes, streamed as in training."""
+    content = (folder / "tall.jpg").read_bytes()
+    with tarfile.open(folder / "0.tar", "w") as shard:
+        for name, member in (("0.jpg", content), ("0.txt", b"a cat"), ("0.json", b"{}")):
+            info = tarfile.TarInfo(name)
+            info.size = len(member)
+            shard.addfile(info, io.BytesIO(member))
+    source = f"{{dataset: webdataset, data_files: {folder}/0.tar, columns: cc3m, streaming: true}}"
+    output = ["--output", str(folder / "stream.html")]
+    main([str(folder / "recipe.yaml"), f"data.sources=[{source}]", *output])
+    assert (
+        "1 rows of 1 media, 1 targets, 0 bad rows; the first of a stream" in capsys.readouterr().out
+    )
+    page = (folder / "stream.html").read_text()
+    assert "The source is streamed: its rows are here the first 1" in page
+    assert "cc3m | " in page  # its group
+    assert page.count('class="card"') == 1
+
+
+def test_odd_rows_are_on_the_page_too(folder, capsys):
+    """An image that unpacks to gigabytes, a part that ends long after the video does, and a folder
+    of frames with a file that a desktop left there. The overrides may stand behind the options."""
+    content = (folder / "wide.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 40_000, 40_000) + content[24:29]
+    check = struct.pack(">I", zlib.crc32(header))
+    (folder / "bomb.png").write_bytes(content[:12] + header + check + content[33:])
+    (folder / "frames").mkdir()
+    (folder / "frames" / ".DS_Store").write_bytes(b"Bud1")
+    for number in range(3):
+        Image.fromarray(noise(8, 10, 3)).save(folder / "frames" / f"{number}.png")
+    rows = [
+        {"image": "bomb.png", "target": "a"},
+        {"video": "wide.mp4", "end": 1e308, "target": "b"},
+        {"video": "frames", "target": "c"},
+    ]
+    write_rows(folder / "odd.jsonl", rows)
+    output = ["--output", str(folder / "odd.html")]
+    main([str(folder / "recipe.yaml"), *output, f"data.sources=[{{rows: {folder}/odd.jsonl}}]"])
+    # The bomb's header, and twice a sample.
+    assert "3 unreadable files of 3 rows" in capsys.readouterr().out
+    page = (folder / "odd.html").read_text()
+    assert "bomb.png: " in page and "decompression bomb" in page
+    assert "wide.mp4: has no part from 0 to 1e+308 seconds" in page
+    assert page.count('class="card"') == 1
+    assert ".DS_Store" not in page
+
+
+@pytest.mark.parametrize("option", ["--limit", "--samples"])
+@pytest.mark.parametrize("number", ["0", "-1", "few"])
+def test_numbers_that_are_none_are_refused(folder, option, number, capsys):
+    with pytest.raises(SystemExit):
+        main([str(folder / "recipe.yaml"), "--output", "page.html", f"{option}={number}"])
+    assert f"argument {option}: it is {number}; give 1 or more" in capsys.readouterr().err
+
+
+def test_of_a_small_stream_every_row_is_shown_once(folder, capsys):
+    rows = [{"image": "wide.png", "target": text} for text in "abcdefgh"]
+    write_rows(folder / "small.jsonl", rows)
+    source = f"data.sources=[{{rows: {folder}/small.jsonl, streaming: true}}]"
+    main([str(folder / "recipe.yaml"), source, "--output", str(folder / "small.html")])
+    printed = capsys.readouterr().out
+    assert "8 rows of 1 media, 8 targets" in printed and "0 repeated rows" in printed
+
+
+# -- samples as the model sees them -------------------------------------------------------------
+
+
+def test_pixels_are_those_of_the_processor_and_tokens_come_back(folder):
+    recipe = read_recipe(str(folder / "recipe.yaml"))
+    processor = tiny_processor()
+    source = read_source(recipe.data.sources[0])
+    samples, refused = samples_of(source, source.rows, processor, recipe)
+    assert [sample.row["target"] for sample in samples] == [
+        row["target"] for row in source.rows if "broken" not in media_name(row)
+    ]
+    assert len(refused) == 1
+    image = read_image(str(folder / "tall.jpg"))
+    raw = {"do_sample_frames": False, "do_rescale": False, "do_normalize": False}
+    expected = processor.video_processor([image], return_tensors="pt", **raw)
+    expected = expected["pixel_values_videos"][0].permute(0, 2, 3, 1)
+    shown = samples[3]
+    assert shown.row["target"] == "<b>bold</b>"
+    assert torch.equal(torch.from_numpy(shown.frames), expected)
+    assert expected.float().std() > 10  # and that is a picture
+    assert shown.target_tokens == "<bos><b>bold</b><eos>"
+    assert shown.query_tokens == "<bos>"
+    assert samples[4].frames.shape == (4, 32, 32, 3)
+
+
+def test_tokens_are_counted_before_they_are_cut():
+    tokenizer = tiny_processor().tokenizer
+    texts = ["a man rides a bike", "", "a man rides a bike", "zzzz"]
+    found = count_tokens(tokenizer, texts, 5, "texts")
+    assert found.counts == [len(tokenizer(text)["input_ids"]) for text in texts]
+    assert found.counts[1] == 1  # <bos>
+    assert found.cut == sum(count > 5 for count in found.counts) > 0
+
+
+# -- what is said of rows --------------------------------------------------------------------------
+
+
+def row(target: str, group: str | None = None, query: str = "", image: str = "1.png") -> dict:
+    return {"image": image, "query": query, "target": target, "group_id": group}
+
+
+def test_sharing_is_that_of_every_batch_there_is():
+    rows = [row("a"), row("a", "g"), row("b", "g"), row("c"), row("d", "h"), row("a"), row("e")]
+
+    def alike(one: dict, other: dict) -> bool:
+        group = one["group_id"] is not None and one["group_id"] == other["group_id"]
+        return one["target"] == other["target"] or group
+
+    for batch in (2, 3, 5, 7):
+        meet, pairs, negatives = [], [], []
+        for drawn in itertools.combinations(rows, batch):
+            for one in drawn:
+                partners = [alike(one, other) for other in drawn if other is not one]
+                meet.append(any(partners))
+                pairs += partners
+                negatives.append(partners.count(False))
+        found = sharing(rows, batch)
+        assert found.rows == pytest.approx(sum(meet) / len(meet))
+        assert found.pairs == pytest.approx(sum(pairs) / len(pairs))
+        mean = sum(map(math.log1p, negatives)) / len(negatives)
+        assert found.chance_loss == pytest.approx(mean, rel=0.1)
+
+
+def test_sharing_at_its_ends():
+    same, different = [row("a")] * 9, [row(str(number)) for number in range(1000)]
+    assert sharing(same, 4) == sharing(same, 4)
+    assert (sharing(same, 4).pairs, sharing(same, 4).rows) == (1, 1)
+    assert sharing(same, 4).chance_loss == 0
+    assert (sharing(different, 128).pairs, sharing(different, 128).rows) == (0, pytest.approx(0))
+    assert sharing(different, 128).chance_loss == pytest.approx(math.log(128))
+    assert sharing(different[:50], 128).batch == 50
+    assert sharing(different[:1], 128) is None
+    # Captions of MSR-VTT, twenty a video, at 512: about 7 % of the rows meet one of their own.
+    captions = [row(str(n), group=str(n // 20)) for n in range(130_260)]
+    assert sharing(captions, 512).rows == pytest.approx(0.07, abs=0.005)
+
+
+def test_leaks_are_whole_words():
+    holds = [row("red", query="Is it Red, or blue?"), row("a cat", query="is a cat there")]
+    holds_not = [row("cat", query="what category?"), row("red"), row("a dog", query="a big dog")]
+    assert leaks(holds + holds_not + [row("?", query="what?")]) == holds
+
+
+def test_repeats_know_clips_queries_and_media():
+    rows = [row("a"), row("a"), row("a", query="q"), row("b"), row("a", image="2.png")]
+    assert repeated_rows(rows) == 1
+    clips = [row("a") | {"start": 0, "end": 1}, row("a") | {"start": 1, "end": 2}]
+    assert repeated_rows(clips) == 0
+    assert repeated_rows([row("a", image=b"x"), row("a", image=b"x"), row("a", image=b"y")]) == 1
+
+
+def test_headers(folder, tmp_path):
+    video = {"video": str(folder / "wide.mp4")}
+    header = read_header(video)
+    assert (header.width, header.height, header.frames) == (64, 48, 6)
+    assert header.seconds == pytest.approx(0.6)
+    assert clip_seconds(video, header) == header.seconds
+    assert clip_seconds(video | {"start": 0.1, "end": 0.35}, header) == pytest.approx(0.25)
+    assert clip_seconds(video | {"start": 0.5}, header) == pytest.approx(0.1)
+    assert clip_seconds(video | {"start": 0.5, "end": 1e308}, header) == pytest.approx(0.1)
+    assert clip_seconds(video | {"start": 5, "end": 6}, header) == 0
+    matroska = read_header({"video": str(folder / "tall.mkv")})
+    assert matroska.frames is None  # it does not say
+    assert matroska.seconds == pytest.approx(0.9)
+    content = (folder / "wide.mp4").read_bytes()
+    assert read_header({"video": content}) == header
+    assert read_header({"image": str(folder / "tall.jpg")}).width == 50
+    for number in range(3):
+        Image.fromarray(noise(8, 10, 3)).save(tmp_path / f"{number}.png")
+    (tmp_path / ".DS_Store").touch()
+    frames = read_header({"video": str(tmp_path)})
+    assert (frames.width, frames.height, frames.frames, frames.seconds) == (10, 8, 3, None)
+    assert clip_seconds({"video": str(tmp_path), "end": 2}, frames) is None
+    for broken in (folder / "broken.mp4", folder / "absent.mp4"):
+        with pytest.raises((OSError, ValueError)):
+            read_header({"video": str(broken)})

@@ -1,0 +1,500 @@
+"""What is published is what was trained, loads without this package, and can be read by people."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from modeling_vljepa import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES, VLJEPAModel
+from tests.fake_hub import FakeHub
+from tests.tiny import (
+    run_elsewhere,
+    tiny_model,
+    tiny_processor,
+    tiny_recipe,
+    tiny_rows,
+    tiny_tokenizer,
+    tiny_writer,
+)
+from training.arguments import RecipeError
+from training.hub.licences import UNKNOWN, licence_of
+from training.publish import main, verify, write_folder, write_probe
+
+ROOT = Path(__file__).parents[2]
+PROTOCOL = {"candidates": 13, "frames": "1", "prompt": "the question", "split": "test"}
+RESULTS = {
+    "model": "sft",
+    "benchmarks": {
+        "easy_vqa": {
+            "task": "vqa",
+            "description": "Questions about shape and colour.",
+            "protocol": PROTOCOL,
+            "scores": {
+                "accuracy": {
+                    "value": 0.9123,
+                    "low": 0.9011,
+                    "high": 0.9234,
+                    "n": 9673,
+                    "baselines": {"chance": 0.0769, "question only": 0.667},
+                }
+            },
+        }
+    },
+}
+RECIPES = [{"model": {"vocab_size": 300}, "training": {"max_steps": 7}}]
+HISTORY = [{"step": 1, "loss": 2.0, "chance_loss": 2.1}, {"step": 2, "loss": 1.0}]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder as training and evaluation leave it."""
+    folder = tmp_path_factory.mktemp("run") / "sft"
+    names = {"text": "sentence-transformers/all-MiniLM-L6-v2"}
+    tiny_model(backbones=names).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    (folder / "eval").mkdir()
+    (folder / "eval" / "results.json").write_text(json.dumps(RESULTS))
+    (folder / "recipes.yaml").write_text(yaml.safe_dump(RECIPES))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    return folder
+
+
+def command(model: Path, *options: str) -> list[str]:
+    words = ["-m", "training.publish", "--model", str(model), "--repo", "me/tiny"]
+    return [sys.executable, *words, *options]
+
+
+def run(model: Path, hub: FakeHub, home: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(model, *options),
+        cwd=ROOT,
+        env=os.environ | hub.environment(home),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def elsewhere(script: str, hub: FakeHub, home: Path, folder: Path) -> subprocess.CompletedProcess:
+    """A script in a process that cannot import anything of this repository."""
+    hide = "import sys\nhidden = ('modeling_vljepa', 'processing', 'training', 'eval')\n"
+    hide += "sys.modules.update(dict.fromkeys(hidden))\n"
+    environment = os.environ | hub.environment(home)
+    environment.pop("PYTHONPATH", None)
+    return subprocess.run(
+        [sys.executable, "-c", hide + script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def published(trained: Path, tmp_path_factory: pytest.TempPathFactory):
+    with FakeHub() as hub:
+        home = tmp_path_factory.mktemp("home")
+        result = run(trained, hub, home, "--private", "--space", "me/show")
+        assert result.returncode == 0, result.stderr
+        yield hub, home, result.stdout
+
+
+# -- on the Hub ----------------------------------------------------------------------------
+
+
+def test_everything_is_there_and_was_loaded_back(published):
+    hub, _, output = published
+    files = hub.repositories["me/tiny"]
+    assert hub.private["me/tiny"]
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "target_tokenizer/tokenizer.json",
+        "modeling_vljepa.py",
+        "processing_vljepa.py",
+        "pipeline_vljepa.py",
+        "handler.py",
+        "st_vljepa.py",
+        "modules.json",
+        "README.md",
+        "results.json",
+        "loss.png",
+        ".eval_results/easy_vqa.yaml",
+        "LICENSE",
+    ):
+        assert name in files, name
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    off = [float(found) for found in re.findall(r"off by ([\d.e+-]+)", output)]
+    assert len(off) == 2 and max(off) <= 1e-6  # before and after the upload
+    assert "sentence-transformers/all-MiniLM-L6-v2" in output  # the licence table
+    space = hub.repositories["me/show"]
+    assert {"app.py", "space/app.py", "README.md", "requirements.txt"} <= space.keys()
+    assert any(name.startswith("space/examples/") for name in space)
+    assert hub.variables["me/show"] == {"VLJEPA_MODEL": "me/tiny"}
+    assert hub.commits == 2
+
+
+def test_all_ways_of_loading_give_the_same_without_this_package(published, trained, tmp_path):
+    hub, home, _ = published
+    probe = tmp_path / "probe.safetensors"
+    write_probe(str(trained), probe)
+    script = f"""
+import numpy as np, torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+probe = load_file({str(probe)!r})
+config = AutoConfig.from_pretrained("me/tiny", trust_remote_code=True)
+model = AutoModel.from_pretrained("me/tiny", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("me/tiny", trust_remote_code=True)
+assert processor.tokenizer.get_vocab() != processor.target_tokenizer.get_vocab()
+assert config.model_type == "vljepa"
+texts = ["a red ball", "something else"]
+with torch.no_grad():
+    target = model.encode_target(**processor(targets=texts))
+assert (target - probe["target"]).abs().max() <= 1e-6
+sentences = SentenceTransformer("me/tiny", trust_remote_code=True, device="cpu").encode(texts)
+assert np.abs(sentences - probe["target"].numpy()).max() <= 1e-6
+clip = np.arange(4 * 48 * 64 * 3, dtype=np.uint8).reshape(4, 48, 64, 3)
+with torch.no_grad():
+    predicted = model.predict(**processor(videos=clip, text="what ?"))
+expected = dict(zip(texts, (predicted @ target.T)[0].tolist()))
+ask = pipeline("visual-question-answering", model="me/tiny", trust_remote_code=True)
+rank = pipeline("video-text-retrieval", model="me/tiny", trust_remote_code=True)
+answers = ask(video=clip, question="what ?", candidates=texts)
+assert {{a["answer"] for a in answers}} == set(texts)
+for answer in answers:
+    assert abs(answer["score"] - expected[answer["answer"]]) <= 1e-6
+assert len(rank(video=clip, texts=texts)) == 2
+print(type(model).__module__.split(".")[0], "equal")
+"""
+    result = elsewhere(script, hub, home, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip() == "transformers_modules equal"
+
+
+@pytest.mark.slow
+def test_without_trust_nothing_of_ours_is_executed(published, tmp_path):
+    hub, home, _ = published
+    for load in (
+        "from transformers import AutoModel; AutoModel.from_pretrained('me/tiny', {})",
+        "from sentence_transformers import SentenceTransformer; SentenceTransformer('me/tiny', {})",
+    ):
+        script = "import os, sys\n" + load.format("trust_remote_code=False")
+        script += "\nprint('loaded')"
+        result = elsewhere(script, hub, home / "untrusting", tmp_path)
+        assert result.returncode != 0 and "loaded" not in result.stdout
+        assert "trust_remote_code" in result.stderr
+        modules = home / "untrusting" / "modules" / "transformers_modules"
+        assert not list(modules.rglob("*vljepa*.py"))
+
+
+@pytest.mark.slow
+def test_publishing_again_changes_nothing(published, trained):
+    hub, home, _ = published
+    before = dict(hub.repositories["me/tiny"])
+    hub.repositories["me/tiny"]["stale.txt"] = b"left by an older version"
+    result = run(trained, hub, home)
+    assert result.returncode == 0, result.stderr
+    assert hub.repositories["me/tiny"] == before
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_repeated_it_ends_in_the_same_content(
+    published, trained, tmp_path
+):
+    complete = published[0].repositories["me/tiny"]
+    generator = random.Random(0)
+    with FakeHub() as hub:
+        for _ in range(6):
+            process = subprocess.Popen(
+                command(trained),
+                cwd=ROOT,
+                env=os.environ | hub.environment(tmp_path),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            time.sleep(generator.uniform(3, 25))
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            found = hub.repositories.get("me/tiny", {})
+            assert set(found) in (set(), {".gitattributes"}, set(complete))  # nothing by halves
+        result = run(trained, hub, tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert hub.repositories["me/tiny"] == complete
+
+
+# -- before and without the Hub ------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_dry_run_sends_nothing(trained, tmp_path):
+    with FakeHub() as hub:
+        result = run(trained, hub, tmp_path, "--dry-run")
+        assert result.returncode == 0, result.stderr
+        assert hub.repositories == {} and not any(way == "POST" for way, _ in hub.log)
+    for name in ("model.safetensors", "README.md", "pipeline_vljepa.py"):
+        assert re.search(rf"[\d,]+  {re.escape(name)}$", result.stdout, re.MULTILINE)
+    assert "Dry run: nothing was sent to me/tiny." in result.stdout
+
+
+def test_a_changed_weight_is_noticed(trained, tmp_path):
+    """The positive control of every 'off by'."""
+    write_probe(str(trained), tmp_path / "probe.safetensors")
+    copy = tmp_path / "copy"
+    model = VLJEPAModel.from_pretrained(trained)
+    with torch.no_grad():
+        model.predictor_head.projection.bias[0] += 0.01
+    model.save_pretrained(copy)
+    tiny_processor().save_pretrained(copy)
+    with pytest.raises(RecipeError, match="gives other embeddings than the trained model: off by"):
+        verify(str(copy), tmp_path / "probe.safetensors")
+    (copy / "modeling_vljepa.py").unlink()
+    with pytest.raises(RecipeError, match="does not load in a fresh process"):
+        verify(str(copy), tmp_path / "probe.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--repo", "me/with space"), "--repo: .*with space"),
+        (("--repo", "a/b/c"), "--repo: "),
+        (("--space", "a/b/c"), "--space: "),
+        (("--model", "nowhere"), "--model: nowhere is no folder or Hub id that loads"),
+    ],
+)
+def test_wrong_names_are_met_with_a_sentence(options, message, trained):
+    given = {"--model": str(trained), "--repo": "me/tiny", **dict([options])}
+    with pytest.raises(RecipeError, match=message):
+        main([word for pair in given.items() for word in pair])
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_with_the_name_of_its_base(trained, tmp_path):
+    adapter = tmp_path / "adapter"
+    lora = LoraConfig(
+        target_modules=LORA_TARGET_MODULES,
+        modules_to_save=LORA_MODULES_TO_SAVE,
+        init_lora_weights=False,
+    )
+    adapted = get_peft_model(VLJEPAModel.from_pretrained(trained), lora).eval()
+    adapted.save_pretrained(adapter)
+    tiny_processor().save_pretrained(adapter)
+    with pytest.raises(RecipeError, match="--base-repo: .* is an adapter; name the published"):
+        main(["--model", str(adapter), "--repo", "me/tiny-lora"])
+    with FakeHub() as hub:
+        home = tmp_path / "home"
+        assert run(trained, hub, home).returncode == 0
+        result = run(adapter, hub, home, "--repo", "me/tiny-lora", "--base-repo", "me/tiny")
+        assert result.returncode == 0, result.stderr
+        files = hub.repositories["me/tiny-lora"]
+        assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+        settings = json.loads(files["adapter_config.json"])
+        assert settings["base_model_name_or_path"] == "me/tiny"
+        assert str(tmp_path) not in str(files["adapter_config.json"])
+    off = [float(found) for found in re.findall(r"off by ([\d.e+-]+)", result.stdout)]
+    assert len(off) == 1 and off[0] <= 1e-6
+
+
+def test_the_trainer_publishes_the_same_way(tmp_path, monkeypatch):
+    from training.train import main as train
+
+    recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=1, hub_model_id="me/tiny")
+    trainer = train([str(recipe)])
+    sent = []
+    monkeypatch.setattr("training.loop.trainer.publish", lambda *a, **k: sent.append((a, k)))
+    trainer.push_to_hub()
+    options = {"private": trainer.args.hub_private_repo, "token": trainer.args.hub_token}
+    assert sent == [((trainer.args.output_dir, "me/tiny"), options)]
+    recipes = yaml.safe_load((tmp_path / "out" / "recipes.yaml").read_text())
+    assert [stage["training"]["max_steps"] for stage in recipes] == [1]
+    # A second stage keeps the first.
+    second = [f"model.checkpoint={tmp_path / 'out'}", f"training.output_dir={tmp_path / 'two'}"]
+    train([str(recipe), *second, "model.config={}", "training.max_steps=2"])
+    recipes = yaml.safe_load((tmp_path / "two" / "recipes.yaml").read_text())
+    assert [stage["training"]["max_steps"] for stage in recipes] == [1, 2]
+
+
+@pytest.mark.slow
+def test_training_ends_on_the_hub_if_the_recipe_says_so(tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "me/fresh", "hub_private_repo": True}
+    recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=2, **options)
+    with FakeHub() as hub:
+        result = subprocess.run(
+            [sys.executable, "-m", "training.train", str(recipe)],
+            cwd=ROOT,
+            env=os.environ | hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        files = hub.repositories["me/fresh"]
+        assert hub.private["me/fresh"]
+    assert {"model.safetensors", "pipeline_vljepa.py", "README.md", "loss.png"} <= files.keys()
+    assert "max_steps: 2" in files["README.md"].decode()
+    assert "off by" in result.stdout
+
+
+# -- the card ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def card(published) -> ModelCard:
+    return ModelCard(published[0].repositories["me/tiny"]["README.md"].decode())
+
+
+def test_the_card_is_whole_and_its_numbers_are_the_results(card, published):
+    text = card.text
+    for left_over in ("[More Information Needed]", "{{", "{%", "TODO", "None", "undefined"):
+        assert left_over not in text
+    results = json.loads(published[0].repositories["me/tiny"]["results.json"])
+    table = text[text.index("## Results") : text.index("## Intended use")]
+    score = results["benchmarks"]["easy_vqa"]["scores"]["accuracy"]
+    known = [score["value"], score["low"], score["high"], *score["baselines"].values()]
+    known = {f"{100 * share:.1f}" for share in known} | {str(score["n"]), "95"}
+    known |= {str(value) for value in PROTOCOL.values()}
+    assert set(re.findall(r"\d+(?:\.\d+)?", table)) <= known
+    parts = text[text.index("## What it is made of") : text.index("Videos are sampled")]
+    counts = {str(n) for box in results["parameters"].values() for n in box.values()}
+    cells = {cell.strip() for cell in parts.split("|")}
+    assert {cell for cell in cells if cell.isdigit()} <= counts
+    assert str(results["parameters"]["all"]["parameters"]) in cells
+
+
+def test_the_cards_metadata(card, published):
+    data = card.data
+    assert data.pipeline_tag == "visual-question-answering"
+    assert data.license == "apache-2.0"
+    assert data.base_model == ["sentence-transformers/all-MiniLM-L6-v2"]
+    (result,) = data.eval_results
+    assert result.metric_value == 0.9123 and result.dataset_args == PROTOCOL
+    entries = yaml.safe_load(published[0].repositories["me/tiny"][".eval_results/easy_vqa.yaml"])
+    assert entries[0]["value"] == 0.9123 and "split: test" in entries[0]["notes"]
+
+
+def test_the_cards_snippet_runs(card, published, tmp_path):
+    hub, home, _ = published
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    result = elsewhere(snippet, hub, home, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "tensor" in result.stdout and "a red ball" in result.stdout
+
+
+def test_a_model_that_was_not_evaluated_says_so(tmp_path):
+    from training.publish import write_folder
+
+    tiny_model().save_pretrained(tmp_path / "run")
+    tiny_processor().save_pretrained(tmp_path / "run")
+    write_folder(tmp_path / "run", tmp_path / "repo", "me/bare")
+    text = (tmp_path / "repo" / "README.md").read_text()
+    assert "This model has not been evaluated." in text
+    assert "No training recipe is recorded" in text and "model-index" not in text
+    assert text.count("| random weights | none | yes | none |") == 3
+
+
+# -- licences ------------------------------------------------------------------------------
+
+
+def test_restricted_licences_reach_the_card_and_the_output(tmp_path, capsys):
+    names = {
+        "vision": "facebook/vjepa2-vitl-fpc64-256",
+        "predictor": "meta-llama/Llama-3.2-1B",
+        "text": "google/embeddinggemma-300m",
+    }
+    tiny_model(backbones=names).save_pretrained(tmp_path / "run")
+    tiny_processor().save_pretrained(tmp_path / "run")
+    main(["--model", str(tmp_path / "run"), "--repo", "me/mine", "--dry-run"])
+    output = capsys.readouterr().out
+    assert "asks for a name that begins with 'Llama'" in output
+    assert "yes, with conditions" in output and "ai.google.dev/gemma/terms" in output
+    assert "No licence text beside predictor (meta-llama/Llama-3.2-1B)" in output
+    main(["--model", str(tmp_path / "run"), "--repo", "me/Llama-mine", "--dry-run"])
+    assert "asks for a name" not in capsys.readouterr().out
+
+
+def test_licences_are_found_by_the_longest_beginning():
+    assert licence_of("facebook/vjepa2-vitl-fpc64-256").name == "mit"
+    assert licence_of("facebook/dinov3-vits16").name == "dinov3-license"
+    assert licence_of("google/embeddinggemma-300m").name == "gemma"
+    assert licence_of("somebody/model") is UNKNOWN
+
+
+def test_licence_texts_beside_the_backbones_are_passed_on(tmp_path):
+    from training.publish import write_licences
+
+    backbone, folder = tmp_path / "llama", tmp_path / "repo"
+    backbone.mkdir()
+    folder.mkdir()
+    (backbone / "LICENSE.txt").write_text("the agreement")
+    (backbone / "USE_POLICY.md").write_text("the policy")
+    absent = write_licences(folder, {"predictor": str(backbone), "text": "gone/model"})
+    assert (folder / "licences" / "predictor" / "LICENSE.txt").read_text() == "the agreement"
+    assert (folder / "licences" / "predictor" / "USE_POLICY.md").exists()
+    assert absent == ["text (gone/model): unknown licence"]
+    assert "Apache License" in (folder / "LICENSE").read_text()
+
+
+def test_weights_are_the_same_bytes(published, trained, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(published[0].repositories["me/tiny"]["model.safetensors"])
+    sent, kept = load_file(path), load_file(trained / "model.safetensors")
+    assert sent.keys() == kept.keys()
+    assert all(torch.equal(sent[name], kept[name]) for name in kept)
+    save_file(sent, path)  # readable as plain safetensors
+
+
+# -- with a Y-Decoder ------------------------------------------------------------------------
+
+
+def test_a_decoder_is_published_too(tmp_path):
+    model, source, folder = tiny_writer(), tmp_path / "decoder", tmp_path / "repo"
+    tiny_model().save_pretrained(source)  # as `training.train_decoder` finds it
+    model.config.auto_map = VLJEPAModel.from_pretrained(source).config.auto_map
+    model.save_pretrained(source)
+    processor = tiny_processor()
+    processor.decoder_tokenizer = tiny_tokenizer()
+    processor.save_pretrained(source)
+    write_probe(str(source), tmp_path / "probe.safetensors")
+    write_folder(source, folder, "me/tiny")
+    assert verify(str(folder), tmp_path / "probe.safetensors") <= 1e-6
+
+    card = (folder / "README.md").read_text()
+    assert "a decoder writes them" in card and "# in its own words" in card
+    [row] = [line for line in card.splitlines() if line.startswith("| Y-Decoder |")]
+    assert "llama, 2 layers, reads the embedding as 4 tokens" in row
+    table = card[card.index("| part |") :].split("\n\n")[0]
+    assert table.splitlines()[-2] == row  # no gap in the table
+
+    printed = run_elsewhere(
+        """
+import numpy as np
+from transformers import pipeline
+ask = pipeline("visual-question-answering", model="repo", trust_remote_code=True)
+clip = np.zeros((4, 48, 64, 3), np.uint8)
+print(ask(video=clip, question="what ?", generate_kwargs={"max_new_tokens": 4})[0]["answer"])
+""",
+        tmp_path,
+    )
+    pixels = processor(videos=np.zeros((4, 48, 64, 3), np.uint8), text="what ?")
+    [text] = processor.batch_decode(
+        model.generate(**pixels, max_new_tokens=4), skip_special_tokens=True
+    )
+    assert printed == text.strip()

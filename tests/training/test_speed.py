@@ -1,0 +1,71 @@
+"""What the log says of speed: operations counted by formula and by torch."""
+
+import time
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_vljepa import LORA_TARGET_MODULES
+from tests.tiny import TOWER, tiny_batch, tiny_model
+from training.loop.speed import peak_memory, reachable_flops, training_flops
+
+VISION = {"hidden_size": 192, "num_hidden_layers": 6}
+IMAGE_TOWER = {"model_type": "dinov2", **TOWER}
+
+
+def counted(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(**batch, return_loss=True).loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"freeze_vision": False, "vision_config": VISION},
+        {"freeze_text": True},
+        {"vision_config": IMAGE_TOWER},
+    ],
+    ids=str,
+)
+def test_operations_are_those_that_torch_counts(changes):
+    """To a tenth: heads are left out, class tokens of an image tower too, and that no gradient goes
+    through the first layer, which is much only where layers are few."""
+    model, batch = tiny_model(**changes), tiny_batch()
+    batch.pop("attention_mask"), batch.pop("target_attention_mask")
+    assert training_flops(model, batch) == pytest.approx(counted(model, batch), rel=0.1)
+
+
+def test_what_is_frozen_or_given_costs_less():
+    batch = tiny_batch()
+    trained = training_flops(tiny_model(freeze_vision=False), batch)
+    frozen = training_flops(tiny_model(), batch)
+    assert trained > frozen
+    lora = LoraConfig(r=2, target_modules=LORA_TARGET_MODULES)
+    assert training_flops(get_peft_model(tiny_model(), lora), batch) < frozen
+    pixels = batch.pop("pixel_values_videos")
+    batch["visual_embeds"] = tiny_model().encode_video(pixels)
+    assert training_flops(tiny_model(), batch) < frozen
+
+
+def test_a_larger_matrix_product_takes_longer():
+    """The rate that is said to be reachable is reached: by a product of twice the size, to a
+    factor that a busy machine may cost."""
+    reachable = reachable_flops(torch.device("cpu"), torch.float32)
+    square = torch.randn(2048, 2048)
+    start = time.perf_counter()
+    square @ square
+    assert 2 * 2048**3 / (time.perf_counter() - start) < 10 * reachable
+    assert reachable > 1e8
+
+
+def test_peak_memory_is_of_this_process():
+    before = peak_memory(torch.device("cpu"))
+    block = torch.ones(64, 2**20)  # 256 MiB
+    assert block.sum() == 64 * 2**20
+    del block
+    assert peak_memory(torch.device("cpu")) - before <= 2**30
+    assert peak_memory(torch.device("cpu")) >= 2**28

@@ -1,0 +1,347 @@
+"""Training a Y-Decoder: only the decoder moves, and what is saved is the whole checkpoint."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from eval.embed import embed_texts
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, decode_texts
+from processing import VLJEPAProcessor
+from tests.tiny import (
+    DECODER,
+    tiny_model,
+    tiny_processor,
+    tiny_rows,
+    tiny_tokenizer,
+    tiny_writer,
+    write_rows,
+)
+from training.arguments import RecipeError
+from training.train_decoder import (
+    DecoderCollator,
+    DecoderDataArguments,
+    DecoderModelArguments,
+    EmbeddedTexts,
+    embedded_texts,
+    main,
+    on_the_sphere,
+    predicted_texts,
+    read_recipe,
+    training_texts,
+    with_decoder,
+)
+
+ROOT = Path(__file__).parents[2]
+SIZES = {name: DECODER[name] for name in ("hidden_size", "intermediate_size", "head_dim")}
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A trained model's folder, as `training.train` leaves it, and rows."""
+    folder = tmp_path / "trained"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    (folder / "recipes.yaml").write_text(yaml.safe_dump([{"model": {"checkpoint": "before"}}]))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"loss": 1.0}]}))
+    tiny_rows(tmp_path)
+    return folder
+
+
+def recipe(checkpoint: Path, **changes: dict) -> Path:
+    """A recipe beside the checkpoint; `changes` by section."""
+    folder = checkpoint.parent
+    sections = {
+        "model": {
+            "checkpoint": str(checkpoint),
+            "config": {"decoder_config": {**SIZES, **LAYERS}, "decoder_prefix_tokens": 2},
+        },
+        "data": {"sources": [{"rows": str(folder / "rows.jsonl")}]},
+        "training": {
+            "output_dir": str(folder / "out"),
+            "max_steps": 60,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "precision": "fp32",
+            "use_cpu": True,
+            "logging_steps": 10,
+            "report_to": "none",
+        },
+    }
+    for name, section in changes.items():
+        sections[name] = sections[name] | section
+    path = folder / "decoder.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+# -- the whole of it -------------------------------------------------------------------------
+
+
+def test_a_decoder_is_added_and_nothing_else_changes(checkpoint, capsys):
+    path = recipe(
+        checkpoint, data={"validation": [{"rows": str(checkpoint.parent / "rows.jsonl")}]}
+    )
+    trainer = main([str(path), "training.eval_strategy=steps", "training.eval_steps=30"])
+    out = checkpoint.parent / "out"
+    model, info = VLJEPAForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    before = VLJEPAModel.from_pretrained(checkpoint)
+    state = before.state_dict()
+    assert all(
+        torch.equal(state[name], weight) for name, weight in model.vljepa.state_dict().items()
+    )
+
+    # It writes what the Y-Encoder embeds.
+    processor = VLJEPAProcessor.from_pretrained(out)
+    texts = ["a cat", "red", "he rides a bike", "the door opens"]
+    embeds = embed_texts(model.vljepa, processor, texts)
+    assert decode_texts(model, processor, embeds) == texts
+    assert model.config.backbones == {} and model.config.decoder_prefix_tokens == 2
+    # What froze in training is what the configuration freezes again.
+    trains = {name for name, weight in before.named_parameters() if weight.requires_grad}
+    found = {n for n, weight in model.vljepa.named_parameters() if weight.requires_grad}
+    assert found == trains and trains
+
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.05 < losses[0]
+    log = json.loads((out / "decoder_trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [30, 60, 60]
+    stages = yaml.safe_load((out / "recipes.yaml").read_text())
+    assert stages == [
+        {"model": {"checkpoint": "before"}},
+        yaml.safe_load(path.read_text()) | {"training": stages[1]["training"]},
+    ]
+    assert json.loads((out / "trainer_state.json").read_text())["log_history"] == [{"loss": 1.0}]
+    printed = capsys.readouterr().out
+    assert "4 embeddings of texts, 4 of validation clips" in printed
+    assert "loss on predicted embeddings of validation clips" in printed
+
+
+def test_a_pretrained_decoder_keeps_its_weights_and_tokenizer(checkpoint, tmp_path):
+    own = tiny_tokenizer(("she reads a book",), vocab_size=270)
+    language_model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**DECODER | {"vocab_size": len(own)})
+    )
+    language_model.save_pretrained(tmp_path / "language_model")
+    own.save_pretrained(tmp_path / "language_model")
+    source = str(tmp_path / "language_model")
+    with pytest.raises(RecipeError, match="model.decoder: gone is no folder or Hub id"):
+        with_decoder(DecoderModelArguments(checkpoint=str(checkpoint), decoder="gone"), seed=0)
+    model, processor = with_decoder(
+        DecoderModelArguments(checkpoint=str(checkpoint), decoder=source), seed=0
+    )
+    state = language_model.state_dict()
+    assert all(torch.equal(state[n], w) for n, w in model.y_decoder.backbone.state_dict().items())
+    assert model.config.backbones["decoder"] == "language_model"
+    assert processor.text_tokenizer("book")["input_ids"] == own("book")["input_ids"]
+    names = {name.split(".")[0] for name, w in model.named_parameters() if w.requires_grad}
+    assert names == {"y_decoder"}
+
+    changes = {"checkpoint": str(checkpoint), "decoder": source, "config": {}}
+    main([str(recipe(checkpoint, model=changes)), "training.max_steps=40"])
+    out = tmp_path / "out"
+    processor = VLJEPAProcessor.from_pretrained(out)
+    model = VLJEPAForConditionalGeneration.from_pretrained(out)
+    assert processor.text_tokenizer("book")["input_ids"] == own("book")["input_ids"]
+    texts = ["a cat", "the door opens"]
+    assert decode_texts(model, processor, embed_texts(model.vljepa, processor, texts)) == texts
+
+
+def test_a_decoder_that_is_there_trains_on(tmp_path):
+    model, processor = tiny_writer(), tiny_processor()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, _ = with_decoder(DecoderModelArguments(checkpoint=str(tmp_path)), seed=0)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in again.state_dict().items())
+    fresh, _ = with_decoder(
+        DecoderModelArguments(checkpoint=str(tmp_path), config={"decoder_config": SIZES | LAYERS}),
+        seed=1,
+    )
+    name = "y_decoder.prefix_projection.weight"
+    assert not torch.equal(fresh.state_dict()[name], state[name])
+    same = {"decoder_prefix_tokens": model.config.decoder_prefix_tokens}
+    with_decoder(DecoderModelArguments(checkpoint=str(tmp_path), config=same), seed=0)
+    other = same | {"decoder_reads_previous": True}
+    with pytest.raises(RecipeError, match="decoder_reads_previous: .*decoder has False and trains"):
+        with_decoder(DecoderModelArguments(checkpoint=str(tmp_path), config=other), seed=0)
+
+
+def test_the_same_seed_gives_the_same_losses(checkpoint):
+    path = recipe(checkpoint, data={"noise": 0.5})
+
+    def losses(*overrides: str) -> list[float]:
+        trainer = main([str(path), "training.max_steps=3", "training.logging_steps=1", *overrides])
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    first = losses()
+    assert losses() == first and len(first) == 3
+    assert losses("training.seed=1") != first
+
+
+# -- the data --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
+def test_noise_has_the_length_that_it_says(noise):
+    torch.manual_seed(0)
+    embeds = torch.nn.functional.normalize(torch.randn(500, 384), dim=1)
+    moved = on_the_sphere(embeds, noise)
+    torch.testing.assert_close(moved.norm(dim=1), torch.ones(500))
+    cosines = (moved * embeds).sum(dim=1)
+    assert cosines.mean().item() == pytest.approx(1 / (1 + noise**2) ** 0.5, abs=0.01)
+
+
+def test_texts_are_learnt_once_and_clips_as_often_as_they_are(tmp_path):
+    model, processor = tiny_writer(decoder_reads_query=True), tiny_processor()
+    rows = [
+        {"query": query, "target": target, "image": "wide.png"}
+        for query, target in [("what ?", "red"), ("who ?", "red"), ("what ?", "red")]
+    ]
+    tiny_rows(tmp_path)
+    rows = [row | {"image": str(tmp_path / row["image"])} for row in rows]
+    texts = embedded_texts(model, processor, rows, noise=0.5)
+    assert [(text["context"], text["text"]) for text in texts] == [
+        ("what ?\n", "red"),
+        ("who ?\n", "red"),
+    ]
+    expected = embed_texts(model.vljepa, processor, ["red"])[0]
+    assert torch.equal(texts.embeds, expected.expand(2, -1))
+    assert not torch.equal(texts[0]["embeds"], texts[0]["embeds"])  # each look moves it anew
+    [clips] = predicted_texts(model, processor, [rows])
+    assert len(clips) == 3
+    pixels = processor(images=rows[0]["image"], text="who ?")
+    torch.testing.assert_close(
+        clips[1]["embeds"], model.vljepa.predict(**pixels)[0], atol=1e-5, rtol=0
+    )
+    model.config.decoder_reads_query = False
+    model.config.decoder_reads_previous = True
+    rows[1]["previous"] = "the door opens"
+    texts = embedded_texts(model, processor, rows, noise=0.0)
+    assert texts.contexts == ["\n", "the door opens\n"]
+
+
+def test_a_source_comes_as_often_as_the_recipe_says(tmp_path):
+    model, processor = tiny_writer(), tiny_processor()
+    tiny_rows(tmp_path)
+    sources = [{"rows": str(tmp_path / "rows.jsonl"), "repeat": 3}]
+    write_rows(tmp_path / "more.jsonl", [{"image": "wide.png", "target": "he rides a bike"}])
+    sources.append({"rows": str(tmp_path / "more.jsonl")})
+    texts = training_texts(model, processor, DecoderDataArguments(sources=sources))
+    seen = Counter(sample["text"] for sample in texts)
+    assert seen == {"a cat": 3, "red": 3, "he rides a bike": 3 + 1, "the door opens": 3}
+
+
+def test_a_clip_that_sources_share_is_read_once(tmp_path, capsys, monkeypatch):
+    model, processor = tiny_writer(), tiny_processor()
+    tiny_rows(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    captions = [{"image": "wide.png", "target": "a cat"}, {"image": "broken.png", "target": "red"}]
+    answers = [{"image": name, "target": "red"} for name in ("broken.png", "tall.jpg", "wide.png")]
+    write_rows(tmp_path / "captions.jsonl", captions)
+    write_rows(tmp_path / "answers.jsonl", answers)
+    seen = []
+    encode_video = VLJEPAModel.encode_video
+    monkeypatch.setattr(
+        VLJEPAModel, "encode_video", lambda *args: seen.append(len(args[1])) or encode_video(*args)
+    )
+    sources = [
+        {"rows": str(tmp_path / "captions.jsonl"), "query": "what ?", "repeat": 2},
+        {"rows": str(tmp_path / "answers.jsonl"), "query": "who ?"},
+    ]
+    arguments = {"sources": sources, "embeddings": "predicted"}
+    with pytest.raises(RecipeError, match="source 0: 1 of 2 rows .* at most 40.0% may"):
+        training_texts(model, processor, DecoderDataArguments(max_bad_share=0.4, **arguments))
+    assert sum(seen) == 2  # wide and tall
+    assert capsys.readouterr().out.count("left out: ") == 1
+
+    arguments = DecoderDataArguments(max_bad_share=0.5, **arguments)
+    texts = training_texts(model, processor, arguments)
+    # Each part holds its own source's rows, with what its own query predicts.
+    assert [sample["text"] for sample in texts] == ["a cat", "a cat", "red", "red"]
+    for sample, (name, query) in zip(
+        texts,
+        [("wide.png", "what ?")] * 2 + [("tall.jpg", "who ?"), ("wide.png", "who ?")],
+        strict=True,
+    ):
+        asked = processor(images=str(tmp_path / name), text=query)
+        expected = model.vljepa.predict(**asked)[0]
+        torch.testing.assert_close(sample["embeds"], expected, atol=1e-5, rtol=0)
+
+
+def test_a_batch_ends_its_texts():
+    processor = tiny_processor()
+    texts = EmbeddedTexts(torch.eye(24)[:2], ["what ?\n", "\n"], ["a cat", "the door opens"])
+    batch = DecoderCollator(processor)([texts[0], texts[1]])
+    assert torch.equal(batch["predicted_embeds"], torch.eye(24)[:2])
+    for row, text in zip(batch["labels"], texts.texts, strict=True):
+        tokens = row[row != -100].tolist()
+        assert tokens[-1] == DECODER["eos_token_id"]
+        assert processor.decode(tokens[:-1]) == text
+    assert (batch["labels"][0] == -100).any()
+    assert batch["context_attention_mask"][:, -1].tolist() == [1, 1]
+    assert set(batch) == {
+        "predicted_embeds",
+        "labels",
+        "context_input_ids",
+        "context_attention_mask",
+    }
+
+
+# -- recipes ---------------------------------------------------------------------------------
+
+
+def test_the_recipe_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "training/recipes/babyai_decoder.yaml"
+    read = read_recipe(str(path), ["training.use_cpu=true", "training.precision=fp32"])
+    assert read.data.noise > 0 and read.data.validation
+    width = read.model.config["decoder_config"]["hidden_size"]
+    assert read.model.config["decoder_prefix_tokens"] * width >= 384  # the model's embedding_dim
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.nose=1", "data.nose: no such key. Did you mean 'noise'"),
+        ("data.noise=-1", "data.noise: it is -1.0; give 0 or more"),
+        ("data.embeddings=words", "data.embeddings: 'words' is none of text, predicted, both"),
+        ("data.sources=[]", "data.sources: give at least one"),
+        ("data.sources=[{row: a}]", r"data.sources\[0\].row: no such key"),
+        ("data.sources=[{rows: gone.jsonl}]", "gone.jsonl: .*no such JSONL file"),
+        ("data.sources=[{rows: a, repeat: 0}]", "data.sources: a.repeat: it is 0; give 1 or"),
+        ("training.max_steps=0", "training.max_steps: it is 0; give 1 or more"),
+        ("training.steps=1", "training.steps: no such key"),
+        ("training.eval_strategy=steps", "data.validation: training.eval_strategy asks"),
+        ("processor.num_frames=1", "processor: no such section"),
+        ("model.config={freeze_text: true}", "model.config.freeze_text: only what begins with"),
+        ("model.config={decoder_prefix: 1}", "model.config.decoder_prefix: there is no such"),
+        ("model.config={decoder_config: {width: 1}}", "decoder_config.width: there is no such"),
+        ("model.config={}", "model.checkpoint: .*has no Y-Decoder"),
+        ("model.decoder=gone", "model.config.decoder_config: it is of a new decoder"),
+        ("model.config.decoder_prefix_tokens=0", "decoder_prefix_tokens: it is 0; give 1"),
+        ("model.config.decoder_prefix_tokens=true", "prefix_tokens: .* expected int, got bool"),
+        ("model.config.decoder_reads_query=maybe", "reads_query: .* expected bool, got str"),
+        ("model.checkpoint=gone", "model.checkpoint: gone is no folder or Hub id"),
+    ],
+)
+def test_a_wrong_recipe_is_named(checkpoint, override, message):
+    with pytest.raises(RecipeError, match=message):
+        main([str(recipe(checkpoint)), override])
+
+
+def test_the_checkpoint_is_not_overwritten(checkpoint):
+    with pytest.raises(RecipeError, match="training.output_dir: it is model.checkpoint"):
+        main([str(recipe(checkpoint)), f"training.output_dir={checkpoint}"])
+
+
+def test_a_row_that_cannot_be_used_stops_it(checkpoint):
+    write_rows(checkpoint.parent / "rows.jsonl", [{"image": "gone.png", "target": "red"}])
+    with pytest.raises(RecipeError, match="rows.jsonl:1: image file is missing"):
+        main([str(recipe(checkpoint))])

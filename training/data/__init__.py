@@ -1,0 +1,1 @@
+"""Rows and media files to the batches of training."""

@@ -1,0 +1,180 @@
+"""Public sets by name: how their columns become rows, and annotation files turned into JSONL.
+
+    python -m training.data.public_sets                      the table in docs/data.md
+    python -m training.data.public_sets coco_captions captions_train2017.json \\
+        --media train2017 --output data/coco/train.jsonl
+
+Adding a set is one entry of `public_sets.yaml`.
+"""
+
+import argparse
+import csv
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from processing.rows import BadRow, bad_rows_report
+from training.data.columns import ColumnError, Columns, ExampleError
+
+ENTRIES = Path(__file__).with_suffix(".yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicSet:
+    """One entry; the file's head says what its parts are."""
+
+    name: str
+    about: str
+    seen: str
+    columns: Columns
+    hub: str | None = None
+    records: str | None = None
+    tabular: bool = False
+    note: str = ""
+
+    @property
+    def is_annotation_file(self) -> bool:
+        return self.tabular or self.records is not None
+
+
+def read_entry(name: str, entry: Mapping[str, Any]) -> PublicSet:
+    own = {item.name for item in fields(PublicSet)} - {"name", "columns"}
+    mapping = {key: value for key, value in entry.items() if key not in own}
+    facts = {key: value for key, value in entry.items() if key in own}
+    return PublicSet(name=name, columns=Columns.from_mapping(name, mapping), **facts)
+
+
+def public_sets() -> dict[str, PublicSet]:
+    """Every entry, by name."""
+    entries = yaml.safe_load(ENTRIES.read_text(encoding="utf-8"))
+    return {name: read_entry(name, entry) for name, entry in entries.items()}
+
+
+def public_set(name: str) -> PublicSet:
+    """Raises: `ColumnError` if there is no such set; the message lists them."""
+    sets = public_sets()
+    if name not in sets:
+        near = difflib.get_close_matches(name, sets, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ColumnError(
+            f"there is no public set {name!r}.{hint} There are {', '.join(sets)}; any other needs "
+            "a mapping of its own (training/data/columns.py)."
+        )
+    return sets[name]
+
+
+def load_columns(given: str | Mapping[str, Any]) -> Columns:
+    """The mapping of a public set, or one that a recipe writes out."""
+    if isinstance(given, str):
+        return public_set(given).columns
+    return Columns.from_mapping("columns", given)
+
+
+def read_examples(path: Path, public: PublicSet) -> Iterator[Any]:
+    """The examples of an annotation file as it was published.
+
+    Raises: `ColumnError` if it is no JSON or no CSV, or has no records where the entry says.
+    """
+    if public.tabular:
+        with open(path, newline="", encoding="utf-8-sig") as lines:
+            table = csv.DictReader(lines)
+            try:
+                yield from table
+            except csv.Error as error:
+                raise ColumnError(
+                    f"{public.name}: {path}: behind line {table.line_num}: {error}. Look for a "
+                    "quote that is not closed."
+                ) from error
+        return
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ColumnError(f"{public.name}: {path} is no JSON file: {error}") from error
+    for key in filter(None, public.records.split(".")):
+        if not isinstance(records, dict) or key not in records:
+            found = ", ".join(records) if isinstance(records, dict) else type(records).__name__
+            raise ColumnError(f"{public.name}: {path} has no {public.records!r}, but {found}.")
+        records = records[key]
+    if isinstance(records, dict):
+        records = [{"key": key, "value": value} for key, value in records.items()]
+    if not isinstance(records, list):
+        raise ColumnError(f"{public.name}: {path} holds neither a list nor an object of examples.")
+    yield from records
+
+
+def placed(row: dict, media: Path, folder: Path) -> dict:
+    """The row with a path that leads from `folder` to its file below `media`."""
+    kind = "video" if "video" in row else "image"
+    return row | {kind: os.path.relpath(media / row[kind], folder)}
+
+
+def convert(public: PublicSet, annotations: Path, media: Path, output: Path) -> str:
+    """Write the rows of an annotation file as JSONL, and say how many there are and what was
+    left out."""
+    if not public.is_annotation_file:
+        raise ColumnError(
+            f"{public.name} has no annotation file: a recipe's source reads it from "
+            f"{public.hub or 'its shards'}."
+        )
+    bad, examples, empty, written = [], 0, 0, 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "w", encoding="utf-8") as lines:
+        for example in tqdm(read_examples(annotations, public), desc=public.name):
+            examples += 1
+            try:
+                rows = public.columns.rows(example)
+            except ExampleError as error:
+                bad.append(BadRow(str(annotations), examples, str(error)))
+                continue
+            empty += not rows
+            written += len(rows)
+            for row in rows:
+                lines.write(json.dumps(placed(row, media, output.parent)) + "\n")
+    report = f"{output}: {written} rows of {examples} examples, {empty} of which gave none"
+    return report + ("; " + bad_rows_report(bad, examples, max_share=1.0) if bad else "")
+
+
+def table() -> str:
+    """Every set as a row of Markdown."""
+    lines = ["| set | what it is | read from | to know |", "|---|---|---|---|"]
+    for public in public_sets().values():
+        sources = [f"`{public.hub}`"] if public.hub else []
+        sources += ["its annotation file"] if public.is_annotation_file else []
+        lines.append(
+            f"| [`{public.name}`]({public.seen}) | {public.about} | "
+            f"{', or '.join(sources) or 'files of your own'} | {public.note} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="training.data.public_sets", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("name", nargs="?", help="a set; without one, the table of all is printed")
+    parser.add_argument("annotations", nargs="?", type=Path, help="its annotation file")
+    parser.add_argument("--media", type=Path, help="the folder of its images or videos")
+    parser.add_argument("--output", type=Path, help="the JSONL file to write")
+    arguments = parser.parse_args(argv)
+    if arguments.name is None:
+        print(table())
+    elif None in (arguments.annotations, arguments.media, arguments.output):
+        parser.error("give a set, its annotation file, --media and --output")
+    else:
+        public = public_set(arguments.name)
+        print(convert(public, arguments.annotations, arguments.media, arguments.output))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ColumnError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,123 @@
+"""The model card: what a person who finds the model on the Hub has to know, from facts alone.
+
+Every number comes from the published `results.json`, which holds the evaluation and the counts.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
+from huggingface_hub import eval_result_entries_to_yaml as to_yaml
+
+from eval.report import loss_figure, percent
+from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAProcessor
+from training.hub.licences import licence_of, licence_table
+
+TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
+# The Hub's names of what a benchmark of ours measures.
+TASKS = {
+    "vqa": "visual-question-answering",
+    "classification": "zero-shot-image-classification",
+    "retrieval": "text-to-video-retrieval",
+    "captioning": "video-to-text",
+}
+
+
+def protocol_line(benchmark: dict[str, Any]) -> str:
+    """How the benchmark's numbers came about, in one line."""
+    return "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in benchmark["protocol"].items())
+
+
+def eval_results(results: dict[str, Any]) -> list[EvalResult]:
+    """Each score for the `model-index`, with its protocol."""
+    return [
+        EvalResult(
+            task_type=TASKS[benchmark["task"]],
+            dataset_type=name,
+            dataset_name=benchmark["description"],
+            dataset_args=benchmark["protocol"],
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=score["value"],
+        )
+        for name, benchmark in results["benchmarks"].items()
+        for metric, score in benchmark["scores"].items()
+    ]
+
+
+def write_eval_results(folder: Path, results: dict[str, Any]) -> None:
+    """`.eval_results/*.yaml`, the Hub's newer format: one file for each benchmark."""
+    target = folder / ".eval_results"
+    target.mkdir()
+    for name, benchmark in results["benchmarks"].items():
+        entries = [
+            EvalResultEntry(
+                dataset_id=name,
+                task_id=metric,
+                value=score["value"],
+                notes=protocol_line(benchmark),
+            )
+            for metric, score in benchmark["scores"].items()
+        ]
+        (target / f"{name}.yaml").write_text(yaml.safe_dump(to_yaml(entries)), encoding="utf-8")
+
+
+def card_data(
+    model: VLJEPAModel, repo: str, results: dict[str, Any], *, base_model: list[str]
+) -> ModelCardData:
+    """The card's metadata."""
+    licences = {licence_of(source).name for source in model.config.backbones.values()}
+    restricted = sorted(licences - {"apache-2.0", "mit"})
+    measured = eval_results(results)
+    return ModelCardData(
+        language="en",
+        license="apache-2.0" if not restricted else "other",
+        license_name=None if not restricted else ", ".join(restricted),
+        library_name="transformers",
+        pipeline_tag="visual-question-answering",
+        tags=["vl-jepa", "custom_code", "sentence-transformers", "video-text-retrieval"],
+        base_model=base_model or None,
+        model_name=repo.split("/")[-1] if measured else None,
+        eval_results=measured or None,
+    )
+
+
+def write_card(
+    folder: Path,
+    *,
+    repo: str,
+    model: VLJEPAModel,
+    processor: VLJEPAProcessor,
+    results: dict[str, Any],
+    recipes: list[dict],
+    trainer_state: Path,
+    base_model: list[str],
+) -> ModelCard:
+    """Write `README.md` with its plots, and the results in both of the Hub's formats."""
+    if trainer_state.is_file():
+        figure = loss_figure(json.loads(trainer_state.read_text(encoding="utf-8"))["log_history"])
+        if figure is not None:
+            figure.savefig(folder / "loss.png", dpi=110, metadata={"Software": None})
+    if results["benchmarks"]:
+        write_eval_results(folder, results)
+    card = ModelCard.from_template(
+        card_data(model, repo, results, base_model=base_model),
+        template_path=str(TEMPLATE),
+        repo=repo,
+        config=model.config,
+        counts=results["parameters"],
+        results=results,
+        recipes=[yaml.safe_dump(recipe, sort_keys=False) for recipe in recipes],
+        has_loss_curve=(folder / "loss.png").is_file(),
+        crop=processor.video_processor.crop_size["height"],
+        frames=processor.video_processor.num_frames,
+        licences=licence_table(model.config.backbones),
+        built_with_llama=any("meta-llama/" in s for s in model.config.backbones.values()),
+        percent=percent,
+        protocol_line=protocol_line,
+    )
+    card.save(folder / "README.md")
+    return card

@@ -1,0 +1,370 @@
+"""The Trainer: transformers' own, with this objective, its parameter groups and its batches."""
+
+import json
+import math
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from eval.benchmarks import Benchmark
+from eval.evaluate import TASKS
+from processing.rows import BadRow
+from training.arguments import RecipeError, VLJEPATrainingArguments
+from training.data.collator import ContrastiveCollator, to_pixel_values
+from training.data.dataset import Batch
+from training.data.mixture import MixtureSampler
+from training.loop.checkpoints import (
+    POSITIONS,
+    AtomicCheckpoints,
+    read_positions,
+    reading,
+    write_positions,
+)
+from training.loop.distributed import all_mean, all_sum
+from training.loop.grad_cache import cached_step
+from training.loop.objective import Embeds, Ids, Objective
+from training.loop.speed import peak_memory, training_flops
+from training.publish import publish
+
+BAD_ROWS = "bad_rows.txt"
+FEW_ROWS = 1000  # a share of fewer says little
+LANES = 8
+
+
+class VLJEPATrainer(AtomicCheckpoints, Trainer):
+    """Contrastive training of a [`VLJEPAModel`] over one or many processes.
+
+    It overrides what it must: the loss (in-batch negatives of all processes), the step (GradCache),
+    the optimizer's groups (a rate for each encoder), the sampler (a mixture of sources), the
+    evaluation (benchmarks), the log (the parts of the loss by name) and how checkpoints are
+    written (whole or not at all).
+
+    Args:
+        benchmarks: measured by `evaluate`.
+        limit: only the first so many rows of each.
+        peak_flops: what one device can do in a second.
+        lanes, max_bad_share: of the section `data`.
+    """
+
+    def __init__(
+        self,
+        *args,
+        benchmarks: list[Benchmark] = (),
+        limit: int | None = None,
+        peak_flops: float | None = None,
+        lanes: int | None = None,
+        max_bad_share: float = 0.0,
+        **kwargs,
+    ):
+        # What stands for the dataset that Trainer asks for where it is to evaluate.
+        super().__init__(*args, eval_dataset=list(benchmarks) or None, **kwargs)
+        self.benchmarks, self.limit, self.peak_flops = benchmarks, limit, peak_flops
+        self.objective = Objective(
+            name=self.args.objective,
+            as_positives=self.args.interchangeable == "positives",
+            sigreg_weight=self.args.sigreg_weight,
+            variance_weight=self.args.variance_weight,
+            covariance_weight=self.args.covariance_weight,
+        )
+        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.lanes, self.max_bad_share = lanes, max_bad_share
+        self.reading = reading([source.arguments for source in self.train_dataset.sources])
+        self.seen, self.bad = ([0] * len(self.train_dataset.sources) for _ in range(2))
+        self._new_bad: list[BadRow] = []
+        self._resumed: str | None = None
+        self._since = (0, 0.0, time.monotonic())  # step, operations and time of the last line
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            # It would round the model's outputs to bf16; autocast alone leaves them in fp32.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+    def _prepare_for_training(self, *args, **kwargs):
+        model, dataloader = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:  # what an evaluation calls has to collect the weights, too
+            for name in ("encode_video", "predict", "encode_target"):
+                register_fsdp_forward_method(model, name)
+        return model, dataloader
+
+    # -- the step --------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids = Ids(**take_ids(inputs))
+        outputs = model(**self.make_ready(inputs))
+        embeds = Embeds(
+            outputs.predicted_embeds,  # (b, D)
+            outputs.target_embeds,  # (U, D)
+            outputs.logit_scale,
+            outputs.logit_bias,
+        )
+        loss = self.loss_of(embeds, ids)
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_of(self, embeds: Embeds, ids: Ids) -> torch.Tensor:
+        loss, parts = self.objective(embeds, ids, seed=self.state.global_step)
+        for name, value in parts.items():
+            self._parts[name].append(value.detach())
+        return loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self.count_rows(inputs)
+        if self.args.gradient_cache_rows is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        waiting = dict(inputs)  # where the loader put it; a part at a time goes to the device
+        ids = Ids(**self._prepare_inputs(take_ids(waiting)))
+        return cached_step(
+            model,
+            waiting,
+            rows=self.args.gradient_cache_rows,
+            make_ready=self.make_ready,
+            loss_of=lambda embeds: (
+                self.loss_of(embeds, ids) / self.current_gradient_accumulation_steps
+            ),
+            backward=self.accelerator.backward,
+            no_sync=lambda: self.accelerator.no_sync(model),
+        )
+
+    def make_ready(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the model reads: everything on the device, and there the uint8 frames of the
+        collator rescaled and normalised."""
+        inputs = self._prepare_inputs(inputs)
+        if "pixel_values_videos" in inputs:
+            frames, video = inputs["pixel_values_videos"], self.processing_class.video_processor
+            inputs["pixel_values_videos"] = to_pixel_values(frames, video)
+        return inputs
+
+    # -- the optimizer ---------------------------------------------------------------------
+
+    def create_optimizer(self, model=None):
+        """Groups of one rate and with or without weight decay: each encoder has a rate of its own.
+
+        The Y-Encoder's new head is no part of its pretrained weights: it trains at the full rate.
+        """
+        model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups[self.learning_rate_of(name), name in decayed].append(parameter)
+        parameters = [
+            {"params": group, "lr": rate, "weight_decay": self.args.weight_decay * is_decayed}
+            for (rate, is_decayed), group in groups.items()
+        ]
+        optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+        # Upstream takes the groups from here, and minds what some optimizers ask for, such as
+        # embeddings with fp32 states from the 8-bit ones of bitsandbytes.
+        self.optimizer_cls_and_kwargs = (optimizer_class, dict(params=parameters, **arguments))
+        return super().create_optimizer(model)
+
+    def learning_rate_of(self, name: str) -> float:
+        """The peak rate of a parameter."""
+        if "y_encoder." in name:
+            return self.args.learning_rate * self.args.text_learning_rate_scale
+        if "x_encoder." in name:
+            return self.args.learning_rate * self.args.vision_learning_rate_scale
+        return self.args.learning_rate
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Matrices decay; norms, biases and the temperature do not."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    # -- evaluation and the log ------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> dict[str, float]:
+        """Scores on the benchmarks, such as `eval_babyai_vqa_accuracy`, with their chance levels.
+
+        Every process measures everything: a model whose weights are spread over processes needs
+        all of them for each forward pass, and nobody has to wait.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = {}
+        for benchmark in self.benchmarks if eval_dataset is None else eval_dataset:
+            with self.accelerator.autocast():
+                result = TASKS[benchmark.task](
+                    model, self.processing_class, benchmark, limit=self.limit
+                )
+            for name, score in result.scores.items():
+                key = f"{metric_key_prefix}_{benchmark.name}_{name}".replace(" ", "_")
+                metrics |= {key: score.value, f"{key}_chance": score.baselines["chance"]}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, averaged over steps and processes since the last line, and
+        how fast and in how much memory these were made."""
+        if "loss" in logs:  # and not an evaluation, or the summary of a whole run
+            logs = logs | {
+                name: all_mean(torch.stack(values).mean()).item()
+                for name, values in self._parts.items()
+            }
+            self._parts.clear()
+            logs |= self.speed()
+            self.report_bad_rows()
+            self.mixture.forget(self.state.global_step)
+        super().log(logs, start_time)
+
+    def speed(self) -> dict[str, float]:
+        """Rows a second of all processes; operations a second, in 10^12, and their share of the
+        possible, of one device; the most memory that this process has held, in GiB."""
+        step, operations, since = self._since
+        self._since = (self.state.global_step, self.state.total_flos, time.monotonic())
+        seconds = self._since[2] - since
+        rows = (self._since[0] - step) * self.args.global_batch_size
+        flops = (self._since[1] - operations) / seconds / self.args.world_size
+        speed = {
+            "samples_per_second": rows / seconds,
+            "tflops": flops / 1e12,
+            "peak_memory_gib": peak_memory(self.args.device) / 2**30,
+        }
+        return speed if self.peak_flops is None else speed | {"mfu": flops / self.peak_flops}
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        return training_flops(self.accelerator.unwrap_model(self.model), inputs)
+
+    # -- publication and data --------------------------------------------------------------
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> None:
+        """Publish the trained model as `python -m training.publish` does, card and code with it.
+
+        What the other arguments would say is decided there: one commit, to the main branch.
+        """
+        self.save_model(_internal_call=True)  # which without this would push in its turn
+        if self.is_world_process_zero():
+            private = self.args.hub_private_repo if private is None else private
+            token = self.args.hub_token if token is None else token
+            publish(self.args.output_dir, self.args.hub_model_id, private=private, token=token)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train; with a checkpoint, go on from it, in the data, too."""
+        self._resumed = resume_from_checkpoint
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's part of every batch, made by `dataloader_num_workers` processes."""
+        args = self.args
+        lanes = self.lanes or default_lanes(args)
+        done, positions = 0, {}
+        if self._resumed is not None:
+            done = json.loads(Path(self._resumed, TRAINER_STATE_NAME).read_text())["global_step"]
+            positions, self.seen, self.bad = read_positions(
+                Path(self._resumed),
+                lanes=lanes,
+                sources=self.reading,
+                is_first=args.process_index == 0,
+            )
+        self.mixture = MixtureSampler(
+            self.train_dataset.buckets,
+            batch_size=args.global_batch_size,
+            num_batches=args.max_steps,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            parts=args.gradient_accumulation_steps,
+            lanes=lanes,
+            rank=args.process_index,
+            world_size=args.world_size,
+            start=done,
+            positions=positions,
+        )
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.mixture,
+            collate_fn=partial(collate, self.data_collator),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator().manual_seed(args.seed),  # not the model's
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """What a resumed run needs of every process: its random state, and its place in the
+        data."""
+        super()._save_rng_state(output_dir)
+        write_positions(
+            Path(output_dir, POSITIONS.format(self.args.process_index)),
+            self.mixture.position(self.state.global_step),
+            lanes=self.mixture.lanes,
+            sources=self.reading,
+            seen=self.seen,
+            bad=self.bad,
+        )
+
+    def count_rows(self, inputs: dict) -> None:
+        """Take the rows that were no samples out of a batch, and note them."""
+        source, bad = inputs.pop("source"), inputs.pop("bad_rows")
+        self.seen[source] += len(inputs["target_index"]) + len(bad)
+        self.bad[source] += len(bad)
+        self._new_bad += bad
+        if bad:
+            path = Path(self.args.output_dir, BAD_ROWS)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(f"{row}\n" for row in bad)
+
+    def report_bad_rows(self) -> None:
+        """Name what could not be used since the last line of the log, and stop if it is too much.
+
+        Raises:
+            RecipeError: in a source, more than `max_bad_share` of the rows that were read.
+        """
+        counts = all_sum(torch.tensor([self.seen, self.bad], device=self.args.device))
+        new, self._new_bad = gather_object(self._new_bad), []
+        if not new:
+            return
+        sources = self.train_dataset.sources
+        for source, seen, bad in zip(sources, *counts.tolist(), strict=True):
+            if not bad:
+                continue
+            few = "".join(f"\n  {row}" for row in new[:20])
+            report = (
+                f"{source.arguments.name}: {bad} of {seen} rows are unusable; all are named in "
+                f"{self.args.output_dir}/{BAD_ROWS}"
+            )
+            if bad > self.max_bad_share * max(seen, FEW_ROWS):
+                raise RecipeError(
+                    f"{report}{few}\nAt most {self.max_bad_share:.1%} may be "
+                    "(data.max_bad_share); correct the rows above."
+                )
+            if self.is_world_process_zero():
+                print(f"WARNING: {report}{few}", flush=True)
+
+
+def default_lanes(args: VLJEPATrainingArguments) -> int:
+    """As many as recipes are written for, whatever the number of processes; at least one each."""
+    lanes = math.gcd(args.global_batch_size // args.gradient_accumulation_steps, LANES)
+    return lanes if lanes % args.world_size == 0 else args.world_size
+
+
+def collate(collator: ContrastiveCollator, batch: Batch) -> dict:
+    """A batch's tensors, and beside them its source and the rows that it had to do without."""
+    return {**collator(batch.samples), "source": batch.source, "bad_rows": batch.bad}
+
+
+def take_ids(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take out of the batch what the objective reads and the model does not."""
+    return {name: inputs.pop(name) for name in Ids.__dataclass_fields__ if name in inputs}
+
+
+__all__ = ["VLJEPATrainer"]

@@ -1,0 +1,1 @@
+"""The model at the start of training."""

@@ -1,0 +1,468 @@
+"""Pretrained parts for a new VL-JEPA, from Hub ids or folders.
+
+Weights are safetensors (nothing is unpickled), or GGUF for a language model. Each reader returns
+the part's configuration, its weights under the names they have in their box, and what belongs to
+them: a video processor or a tokenizer, a pooling, prompts.
+"""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_processing_utils import get_size_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from modeling_vljepa.x_encoder import check_config
+from modeling_vljepa.y_encoder import POOLINGS
+from processing import VLJEPAVideoProcessor
+from training.arguments import RecipeError
+
+# Decoder-only language models whose mask builder honours `is_causal = False`; each is tested.
+PREDICTORS = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA_3_PAD = "<|finetune_right_pad_id|>"  # reserved by Llama 3; its end-of-text token is text
+ACTIVATIONS = {"Identity": "linear", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu"}
+
+MODELS = (PreTrainedModel, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass
+class VisionBackbone:
+    """An X-Encoder; `weights` are named as in `XEncoder`."""
+
+    name: str
+    config: PreTrainedConfig
+    weights: Weights
+    video_processor: VLJEPAVideoProcessor
+
+
+@dataclass
+class PredictorBackbone:
+    """Some layers of a language model, its token table and final norm, named as in `Predictor`."""
+
+    name: str
+    config: PreTrainedConfig
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass
+class TextBackbone:
+    """A Y-Encoder; `weights` are named as in `YEncoder`, the Dense layers among them."""
+
+    name: str
+    config: PreTrainedConfig
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase
+    pooling: str = "mean"
+    dense: list[dict] = field(default_factory=list)
+    prompts: dict[str, str] = field(default_factory=dict)
+    prompt_name: str | None = None
+
+
+@dataclass
+class DecoderBackbone:
+    """A whole language model for the Y-Decoder, named as in `YDecoder`."""
+
+    name: str
+    config: PreTrainedConfig
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase
+
+
+# -- files ---------------------------------------------------------------------------------
+
+
+def load(auto: type, key: str, path: str, *, new: tuple[str, ...] = (), **options: Any) -> Any:
+    """`auto.from_pretrained(path)`, with an error that names the setting `key`.
+
+    Args:
+        new: how the names of weights begin that need not be there; others would be random.
+
+    Raises:
+        RecipeError: it does not load, or a model lacks weights, or they are of other shapes.
+    """
+    is_model = issubclass(auto, MODELS) and "output_loading_info" not in options
+    if is_model:  # upstream warns of what is missing, and its error on shapes is a table
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        loaded = auto.from_pretrained(path, **options)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"{key}: {path} is no folder or Hub id that loads. {error}") from error
+    except (ValueError, KeyError) as error:
+        raise RecipeError(f"{key}: {path} does not load: {error}") from error
+    if not is_model:
+        return loaded
+    model, info = loaded
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise RecipeError(
+            f"{key}: {path} has {name} of shape {tuple(found)}, and the configuration asks for "
+            f"{tuple(wanted)}. Leave a change of sizes away."
+        )
+    for name in sorted(info["missing_keys"]):
+        if not name.startswith(new):
+            raise RecipeError(
+                f"{key}: {path} lacks {name}, which would begin at random. Give a checkpoint that "
+                "has all that the configuration asks for."
+            )
+    return model
+
+
+def public_name(source: str) -> str:
+    """A Hub id as it is; of a folder only its own name, because paths are nobody's business."""
+    return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
+
+
+def find_file(source: str, name: str) -> str | None:
+    """The local path of a file of a folder or Hub id, or `None` where there is none."""
+    return cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=True,
+    )
+
+
+def read_json(source: str, name: str) -> Any:
+    """A JSON file of a folder or Hub id, or `None` where there is none."""
+    path = find_file(source, name)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_tensors(
+    key: str, source: str, rename: Callable[[str], str | None], folder: str = ""
+) -> Weights:
+    """The tensors for which `rename` has a name; a shard without one is not even fetched.
+
+    `folder` is the one inside the source in which the weights lie.
+    """
+    index = read_json(source, os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME))
+    try:
+        files = shard_names(key, source, folder) if index is None else index["weight_map"]
+        wanted = defaultdict(dict)
+        for name, file in files.items():
+            if (new := rename(name)) is not None:
+                wanted[file][new] = name
+        tensors = {}
+        for file, names in wanted.items():
+            path = find_file(source, os.path.join(folder, file))
+            if path is None:
+                raise RecipeError(f"{key}: {source} lacks {file}, which its index names.")
+            with safe_open(path, "pt") as shard:
+                tensors |= {new: shard.get_tensor(name) for new, name in names.items()}
+    except SafetensorError as error:
+        raise RecipeError(f"{key}: a weight file of {source} is broken: {error}") from error
+    return tensors
+
+
+def shard_names(key: str, source: str, folder: str) -> dict[str, str]:
+    """The tensors of a checkpoint of one file, each with that file's name."""
+    path = find_file(source, os.path.join(folder, SAFE_WEIGHTS_NAME))
+    if path is None:
+        raise RecipeError(
+            f"{key}: {os.path.join(source, folder)} has no {SAFE_WEIGHTS_NAME} and no "
+            f"{SAFE_WEIGHTS_INDEX_NAME}; weights in other formats are not read."
+        )
+    with safe_open(path, "pt") as shard:
+        return dict.fromkeys(shard.keys(), SAFE_WEIGHTS_NAME)
+
+
+def load_weights(key: str, source: str, config: PreTrainedConfig, cls: type, **options) -> Weights:
+    """What a stock model of this configuration reads from the checkpoint, and nothing random."""
+    model, info = load(
+        cls,
+        key,
+        source,
+        config=config,
+        dtype="auto",
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
+    return {f"backbone.{k}": v for k, v in model.state_dict().items() if k not in absent}
+
+
+def split_gguf(source: str) -> tuple[str, dict[str, str]]:
+    """The folder or Hub id, and the option that names a GGUF file in it where `source` is one."""
+    if not source.endswith(".gguf"):
+        return source, {}
+    folder, file = os.path.split(source)
+    return folder, {"gguf_file": file}
+
+
+# -- the X-Encoder -------------------------------------------------------------------------
+
+
+def read_vision(key: str, source: str) -> VisionBackbone:
+    """An X-Encoder and its preprocessing; of a two-tower model (CLIP, SigLIP), the image tower."""
+    config = load(AutoConfig, key, source)
+    if "vision_config" in config.sub_configs:
+        config = config.vision_config
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise RecipeError(f"{key}: {source}: {error}") from error
+    weights = load_weights(key, source, config, AutoModel)
+    config.name_or_path = ""
+    name = public_name(source)
+    return VisionBackbone(name, config, weights, read_video_processor(key, source, config))
+
+
+def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJEPAVideoProcessor:
+    """The encoder's own resize, crop and normalisation."""
+    settings = read_json(source, "video_preprocessor_config.json") or read_json(
+        source, "preprocessor_config.json"
+    )
+    is_video = config.model_type == "vjepa2"
+    if settings is None:
+        if is_video:
+            return VLJEPAVideoProcessor(crop_size=config.crop_size)
+        raise RecipeError(
+            f"{key}: {source} has no preprocessor_config.json, so how its pixels are normalised is "
+            "unknown: save its image processor into the folder."
+        )
+    kept = {
+        name: settings[name]
+        for name in ("resample", "rescale_factor", "image_mean", "image_std")
+        if settings.get(name) is not None
+    }
+    size = get_size_dict(settings.get("size") or config.image_size, default_to_square=False)
+    # A tower trained on squashed squares has a size and no crop: then the crop keeps everything.
+    crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
+    crop = get_size_dict(crop or size.get("shortest_edge") or dict(size), param_name="crop_size")
+    processor = VLJEPAVideoProcessor(size=dict(size), crop_size=dict(crop), **kept)
+    if is_video and processor.crop_size["height"] != config.crop_size:
+        raise RecipeError(
+            f"{key}: {source} crops {processor.crop_size['height']} pixels, but its encoder's "
+            f"positions are those of {config.crop_size}."
+        )
+    return processor
+
+
+# -- the Predictor -------------------------------------------------------------------------
+
+
+def parse_layers(key: str, layers: str, total: int) -> range:
+    """`"8"`, the last eight, or `"0-8"`, from the first up to but not including the ninth: the
+    paper's way of naming them (Table 7d)."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", layers)
+    if match is None:
+        raise RecipeError(f"{key}: {layers!r} is neither a number of layers nor a range like 8-16.")
+    first, last = int(match[1]), match[2]
+    kept = range(total - first, total) if last is None else range(first, int(last))
+    if not kept or kept.start < 0 or kept.stop > total:
+        raise RecipeError(f"{key}: {layers} asks for layers that a model of {total} has not.")
+    return kept
+
+
+def layer_name(kept: range) -> Callable[[str], str | None]:
+    """How a tensor of the whole language model is called among the layers `kept`, if it is."""
+
+    def rename(name: str) -> str | None:
+        name = name.removeprefix("model.")
+        if name in ("embed_tokens.weight", "norm.weight"):
+            return f"backbone.{name}"
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        if match is None or int(match[1]) not in kept:
+            return None
+        return f"backbone.layers.{kept.index(int(match[1]))}.{match[2]}"
+
+    return rename
+
+
+def read_predictor(source: str, layers: str, pad_token: str | None = None) -> PredictorBackbone:
+    """Some layers of a language model; of the others not a byte is read, unless it is a GGUF
+    file, which transformers reads as a whole.
+
+    The final norm and the token table come with any range of layers.
+    """
+    key, (folder, options) = "--predictor", split_gguf(source)
+    config = load(AutoConfig, key, folder, **options)
+    if config.model_type not in PREDICTORS:
+        raise RecipeError(
+            f"{key}: {source} is a {config.model_type!r}; the Predictor is made of the layers of "
+            f"a decoder-only language model: {', '.join(PREDICTORS)}."
+        )
+    total = config.num_hidden_layers
+    kept = parse_layers("--layers", layers, total)
+    rename = layer_name(kept)
+    if options:
+        model = load(AutoModel, key, folder, dtype=torch.float32, **options)
+        weights = {rename(k): v for k, v in model.state_dict().items() if rename(k) is not None}
+    else:
+        weights = read_tensors(key, folder, rename)
+    config.num_hidden_layers = len(kept)
+    if "layer_types" in config.to_dict():
+        config.layer_types = config.layer_types[kept.start : kept.stop]
+    tokenizer = load(AutoTokenizer, key, folder, **options)
+    tokenizer.pad_token = choose_pad_token(tokenizer, pad_token)
+    config.pad_token_id = tokenizer.pad_token_id
+    config.name_or_path = ""
+    return PredictorBackbone(public_name(source), config, weights, tokenizer)
+
+
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, wished: str | None) -> str:
+    """A padding token that no text holds: the tokenizer's own unless it also ends texts."""
+    vocabulary = tokenizer.get_vocab()
+    if wished is not None:
+        if wished not in vocabulary:
+            raise RecipeError(f"--pad-token: the query tokenizer has no token {wished!r}.")
+        return wished
+    if LLAMA_3_PAD in vocabulary:
+        return LLAMA_3_PAD
+    if tokenizer.pad_token not in (None, tokenizer.eos_token, tokenizer.bos_token):
+        return tokenizer.pad_token
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    raise RecipeError(
+        "--pad-token: the query tokenizer has no padding token of its own (one that also ends "
+        f"texts would be masked there). Choose one that no query holds, among {special[:20]}."
+    )
+
+
+# -- the Y-Encoder -------------------------------------------------------------------------
+
+
+def read_text(
+    key: str, source: str, *, with_dense: bool = True, pooling: str | None = None
+) -> TextBackbone:
+    """A text encoder; from a sentence-transformers folder with its pooling, Dense layers, length
+    limit and prompts, of CLIP with its projection, and of an encoder-decoder the encoder.
+
+    Args:
+        key: the setting that names the source, for errors.
+        source: folder or Hub id.
+        with_dense: keep the Dense layers or projection.
+        pooling: instead of the source's own; the mean where it has none.
+    """
+    modules = read_json(source, "modules.json")
+    own = load(AutoConfig, key, source)
+    config = own.text_config if "text_config" in own.sub_configs else own
+    part = TextBackbone(public_name(source), config, {}, load(AutoTokenizer, key, source))
+    part.weights = read_text_weights(key, source, config)
+    if modules is not None:
+        read_sentence_transformer(key, source, modules, part, with_dense)
+    elif config.model_type == "clip_text_model":
+        part.pooling = "lasttoken"
+        if with_dense:
+            names = {"text_projection.weight": "dense.0.linear.weight"}
+            part.weights |= read_tensors(key, source, names.get)
+            width = own.projection_dim
+            part.dense = [{"out_features": width, "bias": False, "activation": "linear"}]
+    if pooling is not None:
+        part.pooling = pooling
+    # Where padding is also text, as in CLIP, its id says nothing.
+    pad = part.tokenizer.pad_token_id
+    if pad in part.tokenizer("a text")["input_ids"]:
+        pad = None
+    config.pad_token_id = pad
+    config.name_or_path = ""
+    return part
+
+
+def read_text_weights(key: str, source: str, config: PreTrainedConfig) -> Weights:
+    """The weights of the encoder alone, whether it was saved alone or with a decoder."""
+    if not config.is_encoder_decoder:
+        return load_weights(key, source, config, AutoModel)
+    with torch.device("meta"):
+        encoder = type(AutoModel.from_config(config).get_encoder())
+    names = {r"^(model\.)?encoder\.": "", r"^(model\.)?shared\.": "embed_tokens."}
+    return load_weights(key, source, config, encoder, key_mapping=names)
+
+
+def read_sentence_transformer(
+    key: str, source: str, modules: list[dict], part: TextBackbone, with_dense: bool
+) -> None:
+    """Fill in what the modules after the transformer say."""
+    for module in modules:
+        kind, path = module["type"].rsplit(".", 1)[-1], module["path"]
+        if kind == "Transformer" and path == "":
+            limits = read_json(source, "sentence_bert_config.json") or {}
+            if limit := limits.get("max_seq_length"):
+                part.tokenizer.model_max_length = min(limit, part.tokenizer.model_max_length)
+        elif kind == "Pooling":
+            part.pooling = read_pooling(key, read_json(source, f"{path}/config.json"))
+        elif kind == "Dense":
+            if with_dense:
+                read_dense(key, source, path, part)
+        elif kind != "Normalize":
+            raise RecipeError(
+                f"{key}: {source} has a module {module['type']} at {path!r}; this box has a "
+                "transformer in the root folder, a pooling, Dense layers and a normalisation."
+            )
+    prompts = read_json(source, "config_sentence_transformers.json") or {}
+    part.prompts = prompts.get("prompts") or {}
+    part.prompt_name = prompts.get("default_prompt_name")
+
+
+def read_pooling(key: str, settings: dict) -> str:
+    """The pooling's name, in the layout of sentence-transformers 6 or of those before."""
+    name = settings.get("pooling_mode")
+    if name is None:
+        prefix = "pooling_mode_"
+        old = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken"}
+        chosen = [k.removeprefix(prefix) for k, on in settings.items() if k[:13] == prefix and on]
+        name = old.get(chosen[0], chosen[0]) if len(chosen) == 1 else " + ".join(chosen)
+    if name not in POOLINGS:
+        raise RecipeError(f"{key}: a pooling of kind {name!r} is not one of {POOLINGS}.")
+    if not settings.get("include_prompt", True):
+        raise RecipeError(f"{key}: its pooling leaves the prompt out, which this box does not.")
+    return name
+
+
+def read_dense(key: str, source: str, path: str, part: TextBackbone) -> None:
+    """Append the Dense layer in the sub-folder `path`."""
+    settings = read_json(source, f"{path}/config.json")
+    activation = settings["activation_function"].rsplit(".", 1)[-1]
+    if activation not in ACTIVATIONS:
+        raise RecipeError(f"{key}: the activation {activation} of {path} is not supported.")
+    prefix = f"dense.{len(part.dense)}."
+    part.weights |= read_tensors(key, source, prefix.__add__, folder=path)
+    part.dense.append(
+        {
+            "out_features": settings["out_features"],
+            "bias": settings["bias"],
+            "activation": ACTIVATIONS[activation],
+        }
+    )
+
+
+# -- the Y-Decoder -------------------------------------------------------------------------
+
+
+def read_decoder(key: str, source: str) -> DecoderBackbone:
+    """A language model with its tokenizer, from a folder, a Hub id or a GGUF file."""
+    folder, options = split_gguf(source)
+    config = load(AutoConfig, key, folder, **options)
+    tokenizer = load(AutoTokenizer, key, folder, **options)
+    if tokenizer.eos_token is None:
+        raise RecipeError(f"{key}: the tokenizer of {source} has no token that ends a text.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # what is padded here comes with its mask
+    if options:
+        model = load(AutoModelForCausalLM, key, folder, dtype=torch.float32, **options)
+        weights = {f"backbone.{k}": v for k, v in model.state_dict().items()}
+    else:
+        weights = load_weights(key, folder, config, AutoModelForCausalLM)
+    config.name_or_path = ""
+    return DecoderBackbone(public_name(source), config, weights, tokenizer)
