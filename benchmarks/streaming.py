@@ -4,8 +4,8 @@
 CPU-seconds per minute of stream, of each part by itself: frames (decoding and preprocessing), the
 X-Encoder and the Predictor, segmentation, and the Y-Decoder. The decoder's are those of the texts
 that are decoded: of every window, uniformly at 2.5 texts per annotation, and of 2.85 times fewer
-segments (`eval/selective_decoding.py`). Texts are decoded one by one, as a live stream asks for
-them, and together, as evaluation does. Each part's minimum over the rounds, which run in turn.
+segments (`eval/tasks/selective_decoding.py`). Texts are decoded one by one, as a live stream asks
+for them, and together, as evaluation does. Each part's minimum over the rounds, which run in turn.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.measure import cpu_seconds
 from eval.annotated_streams import read_streams
-from eval.selective_decoding import CLAIM, REFERENCE_DENSITY
+from eval.tasks.selective_decoding import CLAIM, REFERENCE_DENSITY
 from modeling_vljepa import VLJEPAForConditionalGeneration, decode_texts
 from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, WardSegmenter
 from modeling_vljepa.pipelines.stream_session import StreamEncoder

@@ -1,4 +1,4 @@
-"""Ego-Exo4D's atomic descriptions as annotated streams, for `eval/selective_decoding.py`:
+"""Ego-Exo4D's atomic descriptions as annotated streams, for `eval/tasks/selective_decoding.py`:
 
     egoexo -o DOWNLOADS --parts metadata annotations downscaled_takes/448
     python -m eval.egoexo4d DOWNLOADS --split val --output data/egoexo4d_val.jsonl

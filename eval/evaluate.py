@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from eval import captioning, classification, retrieval, selective_decoding, vqa
 from eval.benchmarks import Benchmark, load_benchmarks
 from eval.embed import ABLATIONS
 from eval.models import load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
+from eval.tasks import captioning, classification, retrieval, selective_decoding, vqa
 from processing.feature_store import FeatureError, FeatureStore
 
 TASKS = {

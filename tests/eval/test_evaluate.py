@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eval import classification, retrieval, vqa
 from eval.benchmarks import TASKS, Benchmark, load_benchmarks
 from eval.embed import embed_texts, predict_rows
 from eval.evaluate import main
 from eval.report import frame_strip, write_report
-from eval.vqa import QuestionOnly
+from eval.tasks import classification, retrieval, vqa
+from eval.tasks.vqa import QuestionOnly
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor, read_clip, read_rows
 from processing.rows import media_of

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import captioning, selective_decoding
 from eval.annotated_streams import AnnotatedStream, EmbeddedStream, read_streams
 from eval.benchmarks import load_benchmarks
 from eval.evaluate import main
 from eval.report import text_tables, write_report
-from eval.selective_decoding import (
+from eval.tasks import captioning, selective_decoding
+from eval.tasks.selective_decoding import (
     Captions,
     Choice,
     Judge,

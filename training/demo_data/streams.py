@@ -6,7 +6,7 @@ second one, and stands in another room. What is written to the output folder:
 - `{split}_NNN.mp4`: a stream of 40 episodes, 64x64 pixels at 5 frames a second.
 - `{split}_streams.jsonl`: a stream per line with its timed annotations, `{"video": ...,
   "events": [{"time": seconds, "text": ...}, ...]}`: what was done, at the moment it was done.
-  `eval/selective_decoding.py` reads such files, of any video.
+  `eval/tasks/selective_decoding.py` reads such files, of any video.
 - `{split}_moments.jsonl`: windows of them, each with what is told of the moment nearest to its
   middle, and of the one before (`previous`). `training/recipes/babyai_streams.yaml` trains on them.
 

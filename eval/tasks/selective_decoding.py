@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 from eval.annotated_streams import EmbeddedStream, embed_streams, read_streams
 from eval.benchmarks import Benchmark, sha256
-from eval.captioning import write
 from eval.metrics import cider, exact_match
 from eval.results import Example, Score, TaskResult, portable, spread
+from eval.tasks.captioning import write
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, Segment, WardSegmenter, as_unit
 from processing import Excerpt, VLJEPAProcessor
