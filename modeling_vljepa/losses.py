@@ -412,8 +412,57 @@ def vicreg_terms(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return variance_term, covariance_term
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """An entry of `LOSSES`: a function and the arguments it needs from the objective.
+
+    The function takes `predicted_embeds` `(b, D)` and `target_embeds`, unit vectors, and returns
+    the loss `()` of this process's rows. The mean over processes must be the loss of the whole
+    batch. A function that has a chance level and an accuracy returns an `InfoNCE` instead, and
+    both appear in the log.
+
+    Attributes:
+        function: the loss.
+        needs_negatives: `target_embeds` are the targets of all processes `(B, D)`, and the
+            function takes `target_ids`, `group_ids`, `as_positives` and `first_row` as `info_nce`
+            does. Without it, the loss is pairwise: row i of `target_embeds` `(b, D)` is the target
+            of prediction i, and only targets that cannot move, or a regularizer, prevent collapse.
+        needs_scale: the function takes `scale`. Without it, the temperature is frozen.
+        needs_bias: the function takes `bias`, and the model must have a logit bias.
+        needs_hard_negatives: the function takes `negative_embeds` and `negative_ids`; the
+            objective leaves them out if the rows have none.
+        needs_over_processes: the function takes `over_processes`.
+    """
+
+    function: Callable[..., torch.Tensor | InfoNCE]
+    needs_negatives: bool = False
+    needs_scale: bool = False
+    needs_bias: bool = False
+    needs_hard_negatives: bool = False
+    needs_over_processes: bool = False
+
+
+# The values of `training.objective`. To add a loss: write its function above and its entry here,
+# and test its value in tests/model/test_losses.py, which tests the gradient of every entry.
+LOSSES = {
+    "info_nce": Loss(
+        function=info_nce,
+        needs_negatives=True,
+        needs_scale=True,
+        needs_hard_negatives=True,
+        needs_over_processes=True,
+    ),
+    "sigmoid": Loss(function=sigmoid_loss, needs_negatives=True, needs_scale=True, needs_bias=True),
+    "cosine": Loss(function=cosine_loss),
+    "l1": Loss(function=l1_loss),
+    "l2": Loss(function=l2_loss),
+}
+
+
 __all__ = [
+    "LOSSES",
     "InfoNCE",
+    "Loss",
     "cosine_loss",
     "info_nce",
     "l1_loss",

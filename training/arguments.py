@@ -20,6 +20,8 @@ import yaml
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
 
+from modeling_vljepa.losses import LOSSES
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be followed; the message names the key, what is wrong and the cure."""
@@ -206,7 +208,6 @@ class EvaluationArguments:
         check_least(self, "evaluation", limit=1)
 
 
-OBJECTIVES = ("info_nce", "sigmoid", "cosine", "l1", "l2")
 INTERCHANGEABLE = ("masked", "positives")
 LEAST = {
     **dict.fromkeys(("max_steps", "global_batch_size", "gradient_accumulation_steps"), 1),
@@ -230,8 +231,9 @@ class VLJEPATrainingArguments(TrainingArguments):
             those of one of them: accumulation adds none, `gradient_cache_rows` does.
         gradient_cache_rows: rows of a process that go through the model at a time, by GradCache:
             the loss is that of the whole batch, the memory that of these rows.
-        objective: "info_nce"; "sigmoid" (SigLIP's; the model needs a `logit_bias_init_value`);
-            or "cosine", "l1", "l2", which only a Y-Encoder that cannot move survives.
+        objective: the name of a loss in `modeling_vljepa/losses.py`: "info_nce"; "sigmoid"
+            (SigLIP's; the model needs a `logit_bias_init_value`); or "cosine", "l1", "l2", which
+            only a Y-Encoder that cannot move survives.
         interchangeable: what rows with one target text or group are to each other: "masked" (no
             negatives) or "positives".
         sigreg_weight, variance_weight, covariance_weight: of the terms of LeJEPA and VICReg.
@@ -289,7 +291,7 @@ class VLJEPATrainingArguments(TrainingArguments):
                 raise RecipeError(f"training.{name}: it is {value}; give more than 0.")
         if Path(self.output_dir).is_file():
             raise RecipeError(f"training.output_dir: {self.output_dir} is a file; name a folder.")
-        for name, choices in (("objective", OBJECTIVES), ("interchangeable", INTERCHANGEABLE)):
+        for name, choices in (("objective", LOSSES), ("interchangeable", INTERCHANGEABLE)):
             if vars(self)[name] not in choices:
                 raise RecipeError(
                     f"training.{name}: {vars(self)[name]!r} is none of {', '.join(choices)}."

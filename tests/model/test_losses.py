@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_vljepa.losses import (
+    LOSSES,
     InfoNCE,
     cosine_loss,
     info_nce,
@@ -17,6 +18,7 @@ from modeling_vljepa.losses import (
     sigreg,
     vicreg_terms,
 )
+from training.loop.objective import Embeds, Ids, Objective
 
 SIZE = 6
 TARGET_IDS = torch.tensor([3, 5, 3, 8, 9, 5])  # rows 0 and 2, rows 1 and 5
@@ -302,6 +304,41 @@ def test_autocast_does_not_round_the_logits():
     with torch.autocast("cpu", torch.bfloat16):
         assert (100 * predicted @ target.T).dtype == torch.bfloat16  # positive control
         assert torch.equal(info_nce(predicted, target, scale).loss, expected)
+
+
+# -- every loss of the table ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_positives", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_have_the_gradient_of_finite_differences(name, as_positives):
+    """Every entry of `LOSSES`, called as in training: with hard negatives, two rows with one
+    target, and a temperature and a bias that get a gradient if the entry needs them."""
+    index = torch.tensor([0, 1, 0, 2, 3, 1])  # rows 0 and 2, rows 1 and 5 share a target
+    ids = Ids(
+        target_index=index,
+        target_ids=TARGET_IDS,
+        group_ids=GROUP_IDS,
+        negative_index=torch.tensor([[4], [5], [0], [4], [0], [5]]),
+        negative_ids=torch.tensor([[20], [21], [-1], [20], [3], [21]]),
+    )
+    objective = Objective(name=name, as_positives=as_positives)
+    leaves = [unit(SIZE, 0), unit(6, 1), scale_of(5.0), scale_of(-2.0)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+
+    def loss_of(*leaves: torch.Tensor) -> torch.Tensor:
+        return objective(Embeds(*leaves), ids)[0]
+
+    gradients = torch.autograd.grad(loss_of(*leaves), leaves, allow_unused=True)
+    assert [gradient is not None for gradient in gradients] == [
+        True,
+        True,
+        LOSSES[name].needs_scale,
+        LOSSES[name].needs_bias,
+    ]
+    for gradient in gradients:
+        assert gradient is None or (gradient.isfinite().all() and gradient.any())
+    assert torch.autograd.gradcheck(loss_of, leaves)
 
 
 # -- the other objectives ------------------------------------------------------------------
