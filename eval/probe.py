@@ -23,11 +23,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from eval.benchmarks import usable_rows
 from eval.evaluate import at_least_one
 from eval.metrics import wilson
 from eval.models import load_model
-from processing.feature_store import FeatureStore, media_key
+from eval.task import usable_rows
+from processing.feature_store import FeatureStore
+from processing.rows import clip_key
 
 LEAST_ROWS = 100  # of a question
 ALPHAS = (1e2, 1e3, 1e4, 1e5)  # strong: thousands of features of hundreds of clips
@@ -48,7 +49,7 @@ class Probed(NamedTuple):
 
 def can_be_learnt(rows: list[dict]) -> bool:
     """Whether there are rows enough, of several clips, and an answer to choose."""
-    clips, answers = {media_key(row) for row in rows}, {row["target"] for row in rows}
+    clips, answers = {clip_key(row) for row in rows}, {row["target"] for row in rows}
     return len(rows) >= LEAST_ROWS and len(clips) > 1 and len(answers) > 1
 
 
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> Probed:
         rows = asked[kind, query]
         clips = torch.stack([store[row][: args.tokens].float() for row in rows])  # (R, N, Dx)
         answers = [row["target"] for row in rows]
-        found.append(probe(clips.flatten(1).numpy(), answers, [media_key(row) for row in rows]))
+        found.append(probe(clips.flatten(1).numpy(), answers, [clip_key(row) for row in rows]))
         tqdm.write(f"{found[-1]}  {kind}s: {query}")
     total = Probed(*map(sum, zip(*found, strict=True)))
     print(f"{total}  all {len(queries)} questions, {total.rows} rows held out")

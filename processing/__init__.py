@@ -2,9 +2,6 @@
 
 from .frame_stream import FrameStream as FrameStream
 from .frame_stream import StreamReport as StreamReport
-from .frame_stream import Window as Window
-from .frame_stream import WindowStream as WindowStream
-from .frame_stream import windows as windows
 from .processing_vljepa import VLJEPAProcessor as VLJEPAProcessor
 from .rows import BadRow as BadRow
 from .rows import bad_rows_report as bad_rows_report
@@ -17,6 +14,9 @@ from .video_io import read_clip as read_clip
 from .video_io import read_image as read_image
 from .video_io import uniform_indices as uniform_indices
 from .video_processing_vljepa import VLJEPAVideoProcessor as VLJEPAVideoProcessor
+from .windows import Window as Window
+from .windows import WindowStream as WindowStream
+from .windows import windows as windows
 
 VLJEPAProcessor.register_for_auto_class()
 VLJEPAVideoProcessor.register_for_auto_class("AutoVideoProcessor")

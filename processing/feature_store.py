@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .rows import clip_key, file_stamp, key_number, media_file
 from .video_processing_vljepa import VLJEPAVideoProcessor
 
 FACTS, PLACES = "index.json", "index.safetensors"
@@ -94,45 +95,6 @@ def differences(there: dict, here: dict, where: str = "") -> list[str]:
         else:
             found.append(f"{where}{name} is {one} there and {other} here")
     return found
-
-
-def media_path(row: dict) -> str | bytes:
-    """The file of a row's clip, a folder of frames, or a file's content."""
-    return row["video"] if "video" in row else row["image"]
-
-
-def media_key(row: dict) -> str:
-    """The name of a row's clip: kind, path, and start and end where it is a part of a video. Where
-    a row brings the content of a file, that is its name."""
-    media = media_path(row)
-    if isinstance(media, bytes):
-        media = f"content {hashlib.blake2b(media, digest_size=16).hexdigest()}"
-    part = (row.get("start"), row.get("end"))
-    excerpt = "" if part == (None, None) else f"#t={part[0]},{part[1]}"
-    return f"{'video' if 'video' in row else 'image'} {media}{excerpt}"
-
-
-def key_number(key: str) -> int:
-    """64 bits, equal for equal keys on every machine. Among ten million clips, the chance that
-    two share a number is 3 in a million; a store refuses to be written with such a pair."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
-
-
-def stamp(media: str | bytes) -> list[int]:
-    """Size and time of a file, which change when it does; of a folder, a hash of its files' names,
-    sizes and times, and the latest time; of what is gone, -1."""
-    if isinstance(media, bytes):
-        return [len(media), 0]
-    try:
-        if not os.path.isdir(media):
-            found = os.stat(media)
-            return [found.st_size, found.st_mtime_ns]
-        files = [(path.name, path.stat()) for path in sorted(Path(media).iterdir())]
-    except OSError:
-        return [-1, -1]
-    # Frames that change places keep their sizes and times, under other names.
-    facts = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
-    return [key_number(repr(facts)), max((time for _, _, time in facts), default=0)]
 
 
 # -- int8 ------------------------------------------------------------------------------------
@@ -217,7 +179,7 @@ class FeatureStore:
             FeatureError: the clip is not in the store, or its file has changed or gone.
         """
         ((shard, place, *then),) = self.look_up([row]).tolist()
-        if shard < 0 or stamp(media_path(row)) != then:
+        if shard < 0 or file_stamp(media_file(row)) != then:
             self.check([row])
         with safe_open(shard_path(self.folder, shard), "pt") as file:
             tokens = file.get_slice("features")[place]
@@ -229,7 +191,7 @@ class FeatureStore:
     def look_up(self, rows: list[dict]) -> torch.Tensor:
         """Shard, place in it, and the file's size and time, `(rows, 4)`; -1 for what is not in the
         store."""
-        numbers = torch.tensor([key_number(media_key(row)) for row in rows])
+        numbers = torch.tensor([key_number(clip_key(row)) for row in rows])
         with safe_open(self.folder / PLACES, "pt") as index:
             # Both are mapped: a search reads a few pages of them.
             keys, clips = index.get_tensor("keys"), index.get_tensor("clips")
@@ -258,14 +220,14 @@ class FeatureStore:
             FeatureError: clips of these rows are not in the store, or their files have changed or
                 gone; it names the first of them and says how many.
         """
-        clips = {media_key(row): row for row in rows}
+        clips = {clip_key(row): row for row in rows}
         problems = {"not in it": [], "changed or gone since": []}
         for (key, row), (shard, _, *then) in zip(
             clips.items(), self.look_up([*clips.values()]).tolist(), strict=True
         ):
             if shard < 0:
                 problems["not in it"].append(key)
-            elif stamp(media_path(row)) != then:
+            elif file_stamp(media_file(row)) != then:
                 problems["changed or gone since"].append(key)
         for problem, keys in problems.items():
             if keys:
@@ -282,4 +244,4 @@ def cure(folder: Path) -> str:
     )
 
 
-__all__ = ["FeatureError", "FeatureStore", "media_key", "media_path"]
+__all__ = ["FeatureError", "FeatureStore"]

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from .frame_stream import Source, WindowStream
+from .frame_stream import Source
 from .video_io import read_image
 from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch
+from .windows import WindowStream
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 

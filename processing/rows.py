@@ -17,6 +17,7 @@
 Other columns are handed on as they are. docs/data.md has the other ways to bring data.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -92,13 +93,71 @@ def bad_rows_report(bad: list[BadRow], total: int, max_share: float) -> str:
     return report
 
 
+# -- one identity of a clip ------------------------------------------------------------------
+
+
 def media_of(row: dict) -> Media:
-    """What to read for a row: a file or a folder of frames, a file's content, or a part of a
-    video. Equal for rows about the same clip."""
-    media = row["video"] if "video" in row else row["image"]
+    """Return what to read for a row: a file or a folder of frames, the content of a file, or a
+    part of a video. Rows about the same clip have equal media."""
+    media = media_file(row)
     if "start" in row or "end" in row:
         return Excerpt(media, row.get("start"), row.get("end"))
     return media
+
+
+def media_file(row: dict) -> str | bytes:
+    """Return the file of a row's clip, its folder of frames, or its content as bytes."""
+    return row["video"] if "video" in row else row["image"]
+
+
+def media_name(media: str | bytes) -> str:
+    """Return the path of a file; for the content of a file, a name made of its hash.
+
+    Where sets bring contents, file names repeat (`000000000.jpg`), so a name would not be unique.
+    """
+    if isinstance(media, str):
+        return media
+    return f"content {hashlib.blake2b(media, digest_size=16).hexdigest()}"
+
+
+def clip_key(row: dict) -> str:
+    """Return the name of a row's clip: kind, file, and seconds where it is a part of a video.
+
+    The kind is part of it because one GIF can be a video in one row and an image in another.
+    """
+    part = (row.get("start"), row.get("end"))
+    excerpt = "" if part == (None, None) else f"#t={part[0]},{part[1]}"
+    return f"{'video' if 'video' in row else 'image'} {media_name(media_file(row))}{excerpt}"
+
+
+def key_number(key: str) -> int:
+    """Return a signed 64-bit hash of a clip's key, equal on every machine.
+
+    Among ten million clips the chance that two share a number is 3 in a million.
+    """
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def file_stamp(media: str | bytes) -> list[int]:
+    """Return two numbers that change when the media change: a file's size in bytes and
+    modification time in nanoseconds; for a folder, a hash of its files' names, sizes and times,
+    and the latest time; for bytes, their number and 0. `[-1, -1]` if missing: the reader raises
+    later."""
+    if isinstance(media, bytes):
+        return [len(media), 0]
+    try:
+        if not os.path.isdir(media):
+            found = os.stat(media)
+            return [found.st_size, found.st_mtime_ns]
+        files = [(path.name, path.stat()) for path in sorted(Path(media).iterdir())]
+    except (OSError, ValueError):  # ValueError: a path that cannot exist, such as a null byte
+        return [-1, -1]
+    # Names are hashed too: frames that swap names keep their sizes and times.
+    facts = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
+    return [key_number(repr(facts)), max((time for _, _, time in facts), default=0)]
+
+
+# -- reading ---------------------------------------------------------------------------------
 
 
 class RowError(ValueError):
@@ -226,6 +285,11 @@ __all__ = [
     "Media",
     "RowError",
     "bad_rows_report",
+    "clip_key",
+    "file_stamp",
+    "key_number",
+    "media_file",
+    "media_name",
     "media_of",
     "parse_line",
     "read_rows",

@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.pipelines.test_stream_session import scenes
 from tests.tiny import run_elsewhere, tiny_processor, tiny_writer, write_clip
-from training.publish import write_folder
+from training.hub.publishing import write_folder
 
 ROOT = Path(__file__).parents[1]
 

@@ -36,7 +36,8 @@ from training.data.feature_writer import (
 )
 from training.data.sources import Source, StreamedSource, read_source
 from training.loop.distributed import rank, world_size
-from training.model.recipe_model import start_model, store_frozen_in_bf16
+from training.model.adapters import store_frozen_in_bf16
+from training.model.recipe_model import start_model
 
 
 def readable(size: int) -> str:

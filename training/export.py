@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor
 
 from modeling_vljepa import VLJEPAModel
 from training.arguments import RecipeError
-from training.model.backbones import load
+from training.model.checkpoint_files import load
 
 FREE = {0: Dim.AUTO, 1: Dim.AUTO}  # batch and length
 

@@ -24,11 +24,11 @@ from training.model.backbones import (
     PredictorBackbone,
     TextBackbone,
     VisionBackbone,
-    Weights,
     read_predictor,
     read_text,
     read_vision,
 )
+from training.model.checkpoint_files import Weights
 from training.model.parameters import paper_table
 
 # What no backbone brings; `VLJEPAPreTrainedModel` says how they start.

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from eval.evaluate import at_least_one
 from eval.page import png, render, strip
 from processing.processing_vljepa import VLJEPAProcessor
-from processing.rows import BadRow
+from processing.rows import BadRow, media_file, media_name
 from training.arguments import Recipe, RecipeError, SourceArguments, read_recipe
 from training.data.collator import ContrastiveCollator
 from training.data.dataset import build_dataset
@@ -34,7 +34,6 @@ from training.data.facts import (
     Sharing,
     clip_seconds,
     leaks,
-    media_name,
     read_header,
     repeated_rows,
     sharing,
@@ -102,7 +101,7 @@ class SourceFacts:
 
     @cached_property
     def media(self) -> set[str]:
-        return {media_name(row) for row in self.rows}
+        return {media_name(media_file(row)) for row in self.rows}
 
     @cached_property
     def distinct_targets(self) -> int:
@@ -195,7 +194,7 @@ def read_headers(
     """The header of each row's file, each file opened once, and those that have none."""
     found, unreadable = {}, {}
     for row in tqdm(rows, desc="files", leave=False):
-        name = media_name(row)
+        name = media_name(media_file(row))
         if name in found or name in unreadable:
             continue
         try:
@@ -203,7 +202,7 @@ def read_headers(
         # PIL's and FFmpeg's readers raise what they like; whatever it is, the page names it.
         except Exception as error:
             unreadable[name] = str(error)
-    headers = [(row, found[name]) for row in rows if (name := media_name(row)) in found]
+    headers = [(row, found[name]) for row in rows if (name := media_name(media_file(row))) in found]
     return headers, list(unreadable.items())
 
 
@@ -330,7 +329,7 @@ def write_page(
 ) -> None:
     page = render(
         Path(__file__).with_name("inspection_template.html"),
-        {"strip": strip, "media_name": media_name},
+        {"strip": strip, "media_name": lambda row: media_name(media_file(row))},
         recipe_path=recipe_path,
         recipe=recipe,
         sources=facts,

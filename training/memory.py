@@ -49,9 +49,9 @@ from transformers.utils import logging
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from modeling_vljepa.x_encoder import XEncoder
 from training.arguments import RecipeError, VLJEPATrainingArguments
-from training.loop.objective import Embeds, Ids, Objective
-from training.model.backbones import load
-from training.model.recipe_model import prepare_for_training
+from training.loop.objective import Embeds, Ids, Objective, check_objective
+from training.model.adapters import prepare_for_training
+from training.model.checkpoint_files import load
 
 # Rows of the steps that are run. Memory bends where another moment of the step becomes its peak,
 # always upwards: a line between two of these is never too low.
@@ -206,7 +206,9 @@ def model_to_train(config: VLJEPAConfig, setting: Setting, bf16: bool) -> nn.Mod
     )
     config = copy.deepcopy(config)
     config.update(setting.changes)
-    model = prepare_for_training(VLJEPAModel(config).float(), setting.lora, args).train()
+    model = VLJEPAModel(config).float()
+    check_objective(model, args)
+    model = prepare_for_training(model, setting.lora, args).train()
     if setting.checkpointing:
         model.activation_checkpointing_enable()
     for module in model.modules():

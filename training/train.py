@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, set_seed
 
-from eval.benchmarks import Benchmark, load_benchmarks
-from eval.evaluate import measurable
+from eval.benchmarks import load_benchmarks, measurable
+from eval.task import Benchmark
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.feature_store import FeatureError, FeatureStore
@@ -36,10 +36,12 @@ from training.data.target_states import encode_target_states
 from training.loop.callbacks import CollapseWarning, ProgressLine
 from training.loop.checkpoints import checkpoint_to_resume
 from training.loop.distributed import check_world_size
+from training.loop.objective import check_objective
 from training.loop.speed import reachable_flops
 from training.loop.trainer import VLJEPATrainer
+from training.model.adapters import prepare_for_training
 from training.model.parameters import parameter_table
-from training.model.recipe_model import prepare_for_training, start_model
+from training.model.recipe_model import start_model
 
 
 def read_benchmarks(
@@ -132,6 +134,7 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
         states = encode_target_states(model.to(args.device), processor, texts)
 
     # 5. Train
+    check_objective(model, args)
     base, model = model, prepare_for_training(model, recipe.model.lora, args)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     measured = None if args.device_tflops else reachable_flops(args.device, dtype)

@@ -29,14 +29,11 @@ candidates: a softmax at the temperature that the model was trained with.
 Shapes: B samples, N texts, T frames, h and w pixels, D embedding size.
 """
 
-import json
 import mimetypes
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 from urllib import request
 
@@ -45,14 +42,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
-from transformers.utils import is_datasets_available, is_faiss_available, logging
+from transformers.utils import is_datasets_available, logging
 
+from .clip_library import ClipLibrary
 from .decoding import decode_texts
 from .pipeline_base import CUSTOM_PIPELINES, PipelineBase, check_texts, given
 from .pipeline_streaming import VLJEPAStreamingCaptionPipeline
 
 if is_datasets_available():
-    from datasets import Dataset, Features, List, Value, load_from_disk
+    from datasets import Dataset, Features, List, Value
 
 logger = logging.get_logger(__name__)
 
@@ -60,8 +58,6 @@ DESCRIBE = "Describe this video in detail."  # the captioning prompt of the pape
 TEXTS_PER_PASS = 64
 MAX_URL_BYTES = 50 * 2**20
 MAX_URL_SECONDS = 60
-INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT, without importing faiss for those who never search
-MAX_DRIFT = 1e-3  # in cosine: rounding to bf16 stays below, another model far above
 
 FILE = str | os.PathLike | bytes
 
@@ -651,83 +647,8 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         return torch.stack([predicted, self.embed_texts([DESCRIBE])[0]])
 
 
-@dataclass(frozen=True)
-class ClipLibrary:
-    """Embedded clips.
-
-    Attributes:
-        dataset (`datasets.Dataset`): `video`, a path, and `embedding`, a unit vector.
-        query (`str`): what was asked of every clip.
-        probe (`torch.Tensor` of shape `(2, D)`): `VLJEPARetrievalPipeline.probe` of the model.
-        unreadable (`list[dict]`): `video` and `reason` of each clip that is not here.
-    """
-
-    dataset: "Dataset"
-    query: str
-    probe: torch.Tensor
-    unreadable: list[dict]
-
-    def save(self, folder: str | os.PathLike) -> None:
-        self.dataset.save_to_disk(folder)
-        # Last: a folder without it is a library whose saving broke off.
-        (Path(folder) / "library.json").write_text(
-            json.dumps(
-                {
-                    "query": self.query,
-                    "probe": self.probe.tolist(),
-                    "unreadable": self.unreadable,
-                },
-                indent=2,
-            )
-        )
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike) -> "ClipLibrary":
-        if not is_datasets_available():
-            raise ImportError("a library needs datasets: pip install datasets")
-        path = Path(folder) / "library.json"
-        if not path.is_file():
-            raise ValueError(
-                f"library: {folder} is none, as it has no library.json. Make one with "
-                "build_library."
-            )
-        saved = json.loads(path.read_text())
-        return cls(
-            dataset=load_from_disk(folder),
-            query=saved["query"],
-            probe=torch.tensor(saved["probe"]),
-            unreadable=saved["unreadable"],
-        )
-
-    def check_model(self, probe: torch.Tensor) -> None:
-        same = probe.shape == self.probe.shape
-        if not same or (1 - (probe * self.probe).sum(dim=1)).max() > MAX_DRIFT:
-            raise ValueError(
-                "library: it was made with another model, whose embeddings mean nothing to this "
-                "one. Build it again with this model, or load the model that made it."
-            )
-
-    def nearest(self, embeds: torch.Tensor, top_k: int) -> list[list[dict]]:
-        """The `top_k` clips nearest to each of `(N, D)`, best first."""
-        if not is_faiss_available():
-            raise ImportError("searching a library needs FAISS: pip install faiss-cpu")
-        if "embedding" not in self.dataset.list_indexes():
-            self.dataset.add_faiss_index("embedding", metric_type=INNER_PRODUCT)
-        scores, clips = self.dataset.get_nearest_examples_batch(
-            "embedding", embeds.numpy(), k=min(top_k, len(self.dataset))
-        )
-        return [
-            [
-                {"video": video, "score": float(score)}
-                for video, score in zip(found["video"], cosines, strict=True)
-            ]
-            for found, cosines in zip(clips, scores, strict=True)
-        ]
-
-
 __all__ = [
     "CUSTOM_PIPELINES",
-    "ClipLibrary",
     "VLJEPARetrievalPipeline",
     "VLJEPAStreamingCaptionPipeline",
     "VLJEPAVisualQuestionAnsweringPipeline",

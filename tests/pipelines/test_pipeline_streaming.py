@@ -22,7 +22,7 @@ from tests.tiny import (
     tiny_writer,
     write_clip,
 )
-from training.publish import write_folder
+from training.hub.publishing import write_folder
 
 PROCESSOR = tiny_processor()
 QUERY = "what is the dog doing ?"

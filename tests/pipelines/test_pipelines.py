@@ -21,7 +21,7 @@ from modeling_vljepa import (
     VLJEPAForZeroShotImageClassification,
     VLJEPAModel,
 )
-from modeling_vljepa.pipelines import pipeline_vljepa
+from modeling_vljepa.pipelines import clip_library, pipeline_vljepa
 from modeling_vljepa.pipelines.pipeline_vljepa import (
     DESCRIBE,
     VLJEPARetrievalPipeline,
@@ -431,7 +431,7 @@ def test_a_library_of_another_model_is_refused(retrieval, model, processor, libr
 
 
 def test_without_faiss_the_error_names_the_package(retrieval, library, monkeypatch):
-    monkeypatch.setattr(pipeline_vljepa, "is_faiss_available", lambda: False)
+    monkeypatch.setattr(clip_library, "is_faiss_available", lambda: False)
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
         retrieval.search("red", library)
 

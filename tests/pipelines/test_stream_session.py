@@ -10,7 +10,8 @@ import torch
 
 from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, Segment
 from modeling_vljepa.pipelines.stream_session import Memory, StreamEncoder, StreamSession
-from processing.frame_stream import FrameStream, windows
+from processing.frame_stream import FrameStream
+from processing.windows import windows
 from tests.tiny import TOWER, noise, tiny_model, tiny_processor
 
 PROCESSOR = tiny_processor()

@@ -22,10 +22,9 @@ from processing.feature_store import (
     FeatureError,
     FeatureStore,
     from_int8,
-    media_key,
-    stamp,
     to_int8,
 )
+from processing.rows import clip_key, file_stamp
 from tests.tiny import tiny_model, tiny_processor, tiny_recipe, tiny_rows, write_rows
 from training import train
 from training.arguments import DataArguments, RecipeError, SourceArguments
@@ -202,15 +201,15 @@ def test_worker_processes_read_the_same(store, dataset, context):
 def test_parts_of_a_video_are_clips_of_their_own():
     row = {"video": "a.mp4", "query": "", "target": "x"}
     keys = {
-        media_key(row),
-        media_key(row | {"start": 1.0}),
-        media_key(row | {"start": 1.0, "end": 2.0}),
-        media_key({"image": "a.mp4"}),
+        clip_key(row),
+        clip_key(row | {"start": 1.0}),
+        clip_key(row | {"start": 1.0, "end": 2.0}),
+        clip_key({"image": "a.mp4"}),
     }
     assert len(keys) == 4
-    contents = [media_key({"image": content}) for content in (b"one", b"two", b"one")]
+    contents = [clip_key({"image": content}) for content in (b"one", b"two", b"one")]
     assert contents[0] == contents[2] != contents[1]
-    assert media_key(row) == media_key(row | {"query": "what ?", "target": "y"})
+    assert clip_key(row) == clip_key(row | {"query": "what ?", "target": "y"})
 
 
 # -- what is refused -------------------------------------------------------------------------
@@ -341,16 +340,16 @@ def test_frames_that_change_places_are_another_clip(tmp_path):
     for number, colour in enumerate((10, 90, 170, 250)):
         Image.new("RGB", (40, 40), (colour,) * 3).save(tmp_path / f"{number}.bmp")
         os.utime(tmp_path / f"{number}.bmp", ns=(number, number))
-    before = stamp(str(tmp_path))
-    assert stamp(str(tmp_path)) == before
+    before = file_stamp(str(tmp_path))
+    assert file_stamp(str(tmp_path)) == before
     for one, other in (("0.bmp", "x.bmp"), ("3.bmp", "0.bmp"), ("x.bmp", "3.bmp")):
         (tmp_path / one).rename(tmp_path / other)
     assert len({path.stat().st_size for path in tmp_path.iterdir()}) == 1
-    assert stamp(str(tmp_path)) != before
+    assert file_stamp(str(tmp_path)) != before
     # Of a file, and of what is gone, it is as it was: stores of these stay.
     found = (tmp_path / "0.bmp").stat()
-    assert stamp(str(tmp_path / "0.bmp")) == [found.st_size, found.st_mtime_ns]
-    assert stamp(str(tmp_path / "gone")) == [-1, -1]
+    assert file_stamp(str(tmp_path / "0.bmp")) == [found.st_size, found.st_mtime_ns]
+    assert file_stamp(str(tmp_path / "gone")) == [-1, -1]
 
 
 # -- training --------------------------------------------------------------------------------

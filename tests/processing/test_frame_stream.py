@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from processing import MediaError, VLJEPAVideoProcessor, read_clip
-from processing.frame_stream import FrameStream, windows
+from processing.frame_stream import FrameStream
+from processing.windows import windows
 from tests.tiny import noise, write_clip
 
 PROCESSOR = VLJEPAVideoProcessor(crop_size=32)

@@ -178,14 +178,15 @@ def test_a_streamed_source_is_taken_up_where_it_was_left(tmp_path, workers):
     recipe.write_text(yaml.safe_dump(content))
 
     expected = main([str(recipe)])
-    assert expected.bad[0] == 0 and expected.bad[1] >= 2
+    assert expected.bad_rows.bad[0] == 0 and expected.bad_rows.bad[1] >= 2
     named = (tmp_path / "out" / "bad_rows.txt").read_text()
     assert "stream.jsonl:4: not valid JSON" in named
     assert "torn.png: not an image" in named
     for step in (6, 7):
         shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
     resumed = main([str(recipe), "training.resume_from_checkpoint=true"])
-    assert (resumed.seen, resumed.bad) == (expected.seen, expected.bad)
+    counts = [(run.bad_rows.seen, run.bad_rows.bad) for run in (resumed, expected)]
+    assert counts[0] == counts[1]
     losses = [[line.get("loss") for line in r.state.log_history] for r in (expected, resumed)]
     assert losses[0] == losses[1]
     for name, parameter in weights(resumed).items():

@@ -31,7 +31,8 @@ from tests.tiny import (
 )
 from training.arguments import RecipeError
 from training.hub.licences import UNKNOWN, licence_of
-from training.publish import main, verify, write_folder, write_probe
+from training.hub.publishing import verify, write_folder, write_probe
+from training.publish import main
 
 ROOT = Path(__file__).parents[2]
 PROTOCOL = {"candidates": 13, "frames": "1", "prompt": "the question", "split": "test"}
@@ -399,7 +400,7 @@ def test_the_cards_snippet_runs(card, published, tmp_path):
 
 
 def test_a_model_that_was_not_evaluated_says_so(tmp_path):
-    from training.publish import write_folder
+    from training.hub.publishing import write_folder
 
     tiny_model().save_pretrained(tmp_path / "run")
     tiny_processor().save_pretrained(tmp_path / "run")
@@ -438,7 +439,7 @@ def test_licences_are_found_by_the_longest_beginning():
 
 
 def test_licence_texts_beside_the_backbones_are_passed_on(tmp_path):
-    from training.publish import write_licences
+    from training.hub.publishing import write_licences
 
     backbone, folder = tmp_path / "llama", tmp_path / "repo"
     backbone.mkdir()

@@ -22,19 +22,17 @@ from tests.tiny import (
     write_rows,
 )
 from training.arguments import RecipeError
-from training.train_decoder import (
+from training.decoder.model import with_decoder
+from training.decoder.recipe import DecoderDataArguments, DecoderModelArguments, read_recipe
+from training.decoder.texts import (
     DecoderCollator,
-    DecoderDataArguments,
-    DecoderModelArguments,
     EmbeddedTexts,
     embedded_texts,
-    main,
     on_the_sphere,
     predicted_texts,
-    read_recipe,
     training_texts,
-    with_decoder,
 )
+from training.train_decoder import main
 
 ROOT = Path(__file__).parents[2]
 SIZES = {name: DECODER[name] for name in ("hidden_size", "intermediate_size", "head_dim")}

@@ -37,13 +37,8 @@ from tests.tiny import (
 from training.arguments import ModelArguments, ProcessorArguments, RecipeError
 from training.loop import grad_cache
 from training.loop.trainer import VLJEPATrainer
-from training.model.recipe_model import (
-    AdaptedModel,
-    add_adapters,
-    load_checkpoint,
-    new_model,
-    prepare_for_training,
-)
+from training.model.adapters import AdaptedModel, add_adapters, prepare_for_training
+from training.model.recipe_model import load_checkpoint, new_model
 from training.train import main
 
 ROOT = Path(__file__).parents[2]

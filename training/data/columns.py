@@ -11,7 +11,6 @@ Nothing here opens a file or knows a data set by name.
 """
 
 import difflib
-import hashlib
 import json
 import re
 import string
@@ -21,6 +20,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+
+from processing.rows import media_name
 
 # Columns that are bytes, or a path, as `datasets` stores media that it does not decode.
 _STORED = {"bytes", "path"}
@@ -267,11 +268,6 @@ def _media(value: Any, where: str) -> str | bytes:
     return value
 
 
-def _named(media: str | bytes) -> tuple[str | bytes, str]:
-    """A clip and a name that is its own: bytes have none, in every set is a 000000000.jpg."""
-    return media, media if isinstance(media, str) else hashlib.sha256(media).hexdigest()[:32]
-
-
 # -- the mapping -----------------------------------------------------------------------------
 
 
@@ -398,7 +394,8 @@ class Columns:
         }
         parts = {name: _values(example, text) for name, text in texts.items() if text is not None}
         media = _values(example, self.image or self.video)
-        named = {index: _named(_media(value, media.text)) for index, value in media.at.items()}
+        clips = {index: _media(value, media.text) for index, value in media.at.items()}
+        named = {index: (clip, media_name(clip)) for index, clip in clips.items()}
         return parts | {
             "media": _Values(media.text, media.depth, named),
             "query": _text_values(example, self.query),

@@ -11,7 +11,6 @@ Nothing here knows where rows come from.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 from datasets.fingerprint import Hasher
 
 from processing.feature_store import FeatureStore
-from processing.rows import BadRow, Media, bad_rows_report, media_of
-from processing.video_io import Excerpt, MediaError, read_image
+from processing.rows import BadRow, bad_rows_report, clip_key, file_stamp, media_file, media_of
+from processing.video_io import MediaError, read_image
 from processing.video_processing_vljepa import VLJEPAVideoProcessor
 from training.arguments import DataArguments, RecipeError
 from training.data.lanes import bad_row
@@ -33,40 +32,15 @@ from training.data.mixture import VISIT, Bucket, Step
 from training.data.sources import RESERVE, Source, StreamedSource
 
 
-def identity(media: Media) -> tuple:
-    """What changes when the media does."""
-    if isinstance(media, Excerpt):
-        return (*identity(media.video), media.start, media.end)
-    if isinstance(media, bytes):
-        return (hashlib.blake2b(media, digest_size=16).hexdigest(),)
-    paths = sorted(Path(media).iterdir()) if os.path.isdir(media) else [media]
-    return tuple((str(path), *size_and_time(path)) for path in paths)
-
-
-def size_and_time(path: str | Path) -> tuple[int, int]:
-    """Of a file; -1 where there is none, which whoever reads it will say."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):  # ValueError: no path at all, such as one with a null byte
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
-
-
-def clip_of(row: dict) -> tuple[Media, bool]:
-    """What is read for a row, and whether as a video: the same GIF may be an image elsewhere."""
-    return media_of(row), "video" in row
-
-
-def read_frames(
-    media: Media, is_video: bool, video_processor: VLJEPAVideoProcessor
-) -> torch.Tensor:
+def read_frames(row: dict, video_processor: VLJEPAVideoProcessor) -> torch.Tensor:
     """Sampled, resized and cropped frames `(T, 3, h, w)`, uint8.
 
     Raises:
         MediaError: it cannot be read.
     """
+    media = media_of(row)
     options = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
-    if is_video:
+    if "video" in row:
         num_frames = video_processor.num_frames
         clip = video_processor([media], num_frames=num_frames, **options)
     else:
@@ -74,13 +48,16 @@ def read_frames(
     return clip["pixel_values_videos"][0]
 
 
-def decode(
-    number: int, wanted: list[tuple[Media, bool]], video_processor: VLJEPAVideoProcessor
-) -> dict:
+def media_row(row: dict) -> dict:
+    """Return the part of a row that `read_frames` reads; worker processes get no more."""
+    return {name: row[name] for name in ("video", "image", "start", "end") if name in row}
+
+
+def decode(number: int, rows: list[dict], video_processor: VLJEPAVideoProcessor) -> dict:
     """One clip to its frames as bytes, or to the reason why not."""
     torch.set_num_threads(1)  # one process per core already
     try:
-        frames = read_frames(*wanted[number], video_processor)
+        frames = read_frames(rows[number], video_processor)
     except MediaError as error:
         return {"frames": b"", "error": str(error)}
     return {"frames": frames.numpy().tobytes(), "error": ""}
@@ -88,24 +65,24 @@ def decode(
 
 def decode_clips(
     sources: list[Source], video_processor: VLJEPAVideoProcessor, arguments: DataArguments
-) -> tuple[dict[tuple[Media, bool], int], datasets.Dataset]:
+) -> tuple[dict[str, int], datasets.Dataset]:
     """Decode every distinct clip once, with a progress bar and all cores.
 
     The result stays on disk, memory-mapped, under a name made from the files' identity and the
     processor's settings: a second run finds it, a changed file or setting makes a new one.
 
-    Returns: the number of each clip (see `clip_of`), and columns `frames` (bytes) and `error` (""
-        where it could be read).
+    Returns: the number of each clip, by its `clip_key`, and columns `frames` (bytes) and `error`
+        ("" where it could be read).
     """
-    wanted = list(dict.fromkeys(clip_of(row) for source in sources for row in source.rows))
-    identities = [(*identity(media), is_video) for media, is_video in wanted]
+    wanted = {clip_key(row): media_row(row) for source in sources for row in source.rows}
+    identities = [(key, file_stamp(media_file(row))) for key, row in wanted.items()]
     fingerprint = Hasher.hash((identities, video_processor.to_dict()))
     clips = datasets.Dataset.from_dict({"number": range(len(wanted))})
     Path(arguments.cache_dir).mkdir(parents=True, exist_ok=True)
     decoded = clips.map(
         decode,
         input_columns="number",
-        fn_kwargs={"wanted": wanted, "video_processor": video_processor},
+        fn_kwargs={"rows": list(wanted.values()), "video_processor": video_processor},
         num_proc=min(arguments.num_workers, len(clips)),
         new_fingerprint=fingerprint,
         cache_file_name=str(Path(arguments.cache_dir) / f"clips-{fingerprint}.arrow"),
@@ -116,7 +93,7 @@ def decode_clips(
         ),
         desc="Reading clips",
     )
-    return {clip: number for number, clip in enumerate(wanted)}, decoded
+    return {key: number for number, key in enumerate(wanted)}, decoded
 
 
 def text_id(text: str) -> int:
@@ -164,7 +141,7 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         self,
         sources: list[Source | StreamedSource],
         video_processor: VLJEPAVideoProcessor,
-        clips: tuple[dict[tuple[Media, bool], int], datasets.Dataset] | None = None,
+        clips: tuple[dict[str, int], datasets.Dataset] | None = None,
         features: FeatureStore | None = None,
     ):
         self.sources, self.video_processor, self.features = sources, video_processor, features
@@ -226,10 +203,10 @@ class ContrastiveDataset(torch.utils.data.Dataset):
 
     def frames(self, row: dict) -> torch.Tensor:
         """The clip `(T, 3, h, w)` of a row, uint8."""
-        clip = clip_of(row)
-        if clip not in self.decoded:
-            return read_frames(*clip, self.video_processor)
-        stored = self.clips[self.decoded[clip]]["frames"]
+        key = clip_key(row)
+        if key not in self.decoded:
+            return read_frames(row, self.video_processor)
+        stored = self.clips[self.decoded[key]]["frames"]
         crop = self.video_processor.crop_size
         frames = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
         return frames.view(-1, 3, crop["height"], crop["width"])
@@ -313,11 +290,11 @@ def build_dataset(
     clips, errors = None, {}
     if features is not None:
         absent = [row for source in held for row in features.missing(source.rows)]
-        errors = {clip_of(row): f"no features of it in {features.folder}" for row in absent}
+        errors = {clip_key(row): f"no features of it in {features.folder}" for row in absent}
     elif held and arguments.decode_once:
         clips = decode_clips(held, video_processor, arguments)
         errors = {
-            clip: error for clip, error in zip(clips[0], clips[1]["error"], strict=True) if error
+            key: error for key, error in zip(clips[0], clips[1]["error"], strict=True) if error
         }
     for source in held:
         set_aside(source, errors, arguments.max_bad_share)
@@ -327,16 +304,16 @@ def build_dataset(
     return dataset
 
 
-def set_aside(source: Source, errors: dict[tuple[Media, bool], str], max_share: float) -> None:
+def set_aside(source: Source, errors: dict[str, str], max_share: float) -> None:
     """Count the rows of a source whose clip could not be read among its bad ones."""
     total = len(source.rows) + len(source.bad)
     name = source.arguments.name
     source.bad += [
-        BadRow(name, row["line"], errors[clip_of(row)])
+        BadRow(name, row["line"], errors[clip_key(row)])
         for row in source.rows
-        if clip_of(row) in errors
+        if clip_key(row) in errors
     ]
-    source.rows = [row for row in source.rows if clip_of(row) not in errors]
+    source.rows = [row for row in source.rows if clip_key(row) not in errors]
     source.bad.sort(key=lambda row: row.line)
     try:
         source.report = bad_rows_report(source.bad, total, max_share)

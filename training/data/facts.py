@@ -1,7 +1,6 @@
 """What can be said of rows and their media without a model: repeats, leaks, how often a batch
 shares a target, and what the headers of files tell."""
 
-import hashlib
 import io
 import math
 import os
@@ -16,24 +15,13 @@ import torch
 from PIL import Image
 
 from modeling_vljepa.losses import Matches
-from processing.feature_store import media_path
+from processing.rows import clip_key, media_file
 from training.data.dataset import text_id
 
 _WORD = re.compile(r"\w+")
 
 
 # -- rows ------------------------------------------------------------------------------------
-
-
-def media_name(row: dict) -> str:
-    """Equal for equal media: the path, or what stands for the bytes."""
-    media = media_path(row)
-    return media if isinstance(media, str) else f"bytes {hashlib.sha256(media).hexdigest()[:16]}"
-
-
-def clip_name(row: dict) -> tuple:
-    """Equal for equal clips: two times of one video are two clips."""
-    return media_name(row), row.get("start"), row.get("end")
 
 
 def count_repeats(keys: Iterable[Hashable]) -> int:
@@ -43,7 +31,7 @@ def count_repeats(keys: Iterable[Hashable]) -> int:
 
 def repeated_rows(rows: list[dict]) -> int:
     """Rows with the clip, the query and the target of an earlier one."""
-    return count_repeats((clip_name(row), row["query"], row["target"]) for row in rows)
+    return count_repeats((clip_key(row), row["query"], row["target"]) for row in rows)
 
 
 def words(text: str) -> str:
@@ -133,7 +121,7 @@ def read_header(row: dict) -> Header:
 
     Raises: `OSError`, `ValueError` or whatever PIL and FFmpeg do if there is none.
     """
-    media = media_path(row)
+    media = media_file(row)
     if isinstance(media, str) and os.path.isdir(media):
         # Hidden files are no frames to training, either.
         paths = sorted(path for path in Path(media).iterdir() if not path.name.startswith("."))

@@ -31,14 +31,11 @@ from processing.feature_store import (
     FeatureError,
     differences,
     from_int8,
-    key_number,
-    media_key,
-    media_path,
     read_facts,
     shard_path,
-    stamp,
     to_int8,
 )
+from processing.rows import clip_key, file_stamp, key_number, media_file
 from training.data.collator import to_pixel_values
 from training.data.dataset import ContrastiveDataset
 from training.data.sources import Source, StreamedSource
@@ -122,7 +119,7 @@ def distinct_clips(rows: list[dict]) -> dict[str, list[int]]:
     """The first row of every distinct clip, by kind."""
     first: dict[str, int] = {}
     for index, row in enumerate(rows):
-        first.setdefault(media_key(row), index)
+        first.setdefault(clip_key(row), index)
     return {
         kind: indices
         for kind in ("image", "video")
@@ -167,7 +164,7 @@ def make_plan(
     """
     digest = hashlib.blake2b(digest_size=16)
     for row in (rows[index] for indices in clips.values() for index in indices):
-        digest.update(f"{media_key(row)} {stamp(media_path(row))} ".encode())
+        digest.update(f"{clip_key(row)} {file_stamp(media_file(row))} ".encode())
     count = sum(len(indices) for indices in clips.values())
     return {
         "made_with": facts,
@@ -268,15 +265,15 @@ def write_shards(
             for index, finite in zip(indices, tokens.isfinite().flatten(1).all(1), strict=True):
                 if not finite:
                     raise FeatureError(
-                        f"{media_key(dataset.rows[index])}: the X-Encoder's output has values that "
+                        f"{clip_key(dataset.rows[index])}: the X-Encoder's output has values that "
                         "are no numbers. Try training.precision=fp32."
                     )
             parts.append(as_written(tokens, dtype))
             yield len(indices)
         rows = [dataset.rows[index] for index in shard.indices]
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        tensors["keys"] = torch.tensor([key_number(media_key(row)) for row in rows])  # (n,)
-        tensors["stamps"] = torch.tensor([stamp(media_path(row)) for row in rows])  # (n, 2)
+        tensors["keys"] = torch.tensor([key_number(clip_key(row)) for row in rows])  # (n,)
+        tensors["stamps"] = torch.tensor([file_stamp(media_file(row)) for row in rows])  # (n, 2)
         put(shard_path(folder, shard.number), tensors)
 
 

@@ -12,18 +12,12 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub import eval_result_entries_to_yaml as to_yaml
 
 from eval.report import loss_figure, percent
+from eval.tasks import TASKS
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from training.hub.licences import licence_of, licence_table
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
-# The Hub's names of what a benchmark of ours measures.
-TASKS = {
-    "vqa": "visual-question-answering",
-    "classification": "zero-shot-image-classification",
-    "retrieval": "text-to-video-retrieval",
-    "captioning": "video-to-text",
-}
 
 
 def protocol_line(benchmark: dict[str, Any]) -> str:
@@ -35,7 +29,7 @@ def eval_results(results: dict[str, Any]) -> list[EvalResult]:
     """Each score for the `model-index`, with its protocol."""
     return [
         EvalResult(
-            task_type=TASKS[benchmark["task"]],
+            task_type=TASKS[benchmark["task"]].hub_task,
             dataset_type=name,
             dataset_name=benchmark["description"],
             dataset_args=benchmark["protocol"],

@@ -143,8 +143,8 @@ def cached_step(
     texts = next(len(value) for name, value in batch.items() if name in TEXTS)
     bias = output.logit_bias
     embeds = Embeds(
-        predicted=torch.cat(predicted),  # (b, D)
-        texts=torch.cat(targets)[:texts],  # (U, D)
+        predicted_embeds=torch.cat(predicted),  # (b, D)
+        distinct_target_embeds=torch.cat(targets)[:texts],  # (U, D)
         logit_scale=output.logit_scale.detach(),  # (1,)
         logit_bias=None if bias is None else bias.detach(),  # not the parameter itself
     )
@@ -164,8 +164,10 @@ def cached_step(
         is_last = number == len(states) - 1
         with state.again(), nullcontext() if is_last else no_sync():
             output = model(**make_ready(parts.pop(0)))
-            handed = inner(output.predicted_embeds, gradient.predicted[number * rows :])
-            handed += inner(output.target_embeds, gradient.texts[number * some_texts :])
+            handed = inner(output.predicted_embeds, gradient.predicted_embeds[number * rows :])
+            handed += inner(
+                output.target_embeds, gradient.distinct_target_embeds[number * some_texts :]
+            )
             if is_last:  # all parts have the temperature in their graph; one hands its gradient on
                 handed += inner(output.logit_scale, gradient.logit_scale)
                 handed += 0 if bias is None else inner(output.logit_bias, gradient.logit_bias)

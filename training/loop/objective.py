@@ -8,18 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling_vljepa.losses import (
-    cosine_loss,
-    info_nce,
-    l1_loss,
-    l2_loss,
-    sigmoid_loss,
-    sigreg,
-    vicreg_terms,
-)
+from modeling_vljepa import VLJEPAModel
+from modeling_vljepa.losses import LOSSES, InfoNCE, Loss, sigreg, vicreg_terms
+from training.arguments import RecipeError, VLJEPATrainingArguments
 from training.loop.distributed import all_gather, all_logsumexp, gather_with_gradient, rank
-
-PAIRWISE = {"cosine": cosine_loss, "l1": l1_loss, "l2": l2_loss}
+from training.model.adapters import any_trains
 
 
 @dataclass
@@ -27,14 +20,15 @@ class Embeds:
     """What the objective is a function of.
 
     Attributes:
-        predicted (`torch.FloatTensor` of shape `(b, D)`): Ŝ_Y.
-        texts (`torch.FloatTensor` of shape `(U, D)`): S_Y of every distinct text.
+        predicted_embeds (`torch.FloatTensor` of shape `(b, D)`): Ŝ_Y.
+        distinct_target_embeds (`torch.FloatTensor` of shape `(U, D)`): S_Y of every distinct text
+            of this process's rows, their hard negatives among them; `Ids` says whose is which.
         logit_scale (`torch.FloatTensor` of shape `(1,)`)
         logit_bias (`torch.FloatTensor` of shape `(1,)`, *optional*): of the sigmoid loss.
     """
 
-    predicted: torch.Tensor
-    texts: torch.Tensor
+    predicted_embeds: torch.Tensor
+    distinct_target_embeds: torch.Tensor
     logit_scale: torch.Tensor
     logit_bias: torch.Tensor | None = None
 
@@ -89,50 +83,59 @@ class Objective:
         """
         loss, parts = self.contrast(embeds, ids)
         parts |= {"logit_scale": embeds.logit_scale.mean()}
-        for side, rows in (("predicted", embeds.predicted), ("target", embeds.texts)):
+        for side, rows in (
+            ("predicted", embeds.predicted_embeds),
+            ("target", embeds.distinct_target_embeds),
+        ):
             parts[f"{side}_spread"] = spread(rows)
         return loss + self.regularize(embeds, ids, seed, parts), parts
 
     def contrast(self, embeds: Embeds, ids: Ids) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        targets = embeds.texts[ids.target_index]  # (b, D)
-        if self.name in PAIRWISE:
-            return PAIRWISE[self.name](embeds.predicted, targets), {}
-        shared = {
-            "target_ids": all_gather(ids.target_ids),  # (B,)
-            "group_ids": all_gather(ids.group_ids),  # (B,)
-            "as_positives": self.as_positives,
-            "first_row": rank() * len(targets),
-        }
-        targets = gather_with_gradient(targets)  # (B, D)
-        if self.name == "sigmoid":
-            loss = sigmoid_loss(
-                embeds.predicted, targets, embeds.logit_scale, embeds.logit_bias, **shared
-            )
-            return loss, {"logit_bias": embeds.logit_bias.mean()}
-        if ids.negative_index is not None:
-            negatives = embeds.texts[ids.negative_index.flatten()]  # (b * n, D)
-            shared["negative_embeds"] = gather_with_gradient(negatives)  # (K, D)
-            shared["negative_ids"] = all_gather(ids.negative_ids.flatten())  # (K,)
-        result = info_nce(
-            embeds.predicted, targets, embeds.logit_scale, over_processes=all_logsumexp, **shared
-        )
-        return result.loss, {"chance_loss": result.chance_loss, "accuracy": result.accuracy}
+        """Return the loss `()` of this process's rows, and its parts by name.
+
+        The entry in `LOSSES` states which arguments the function takes.
+        """
+        loss = LOSSES[self.name]
+        targets = embeds.distinct_target_embeds[ids.target_index]  # (b, D)
+        arguments, parts = {}, {}
+        if loss.needs_negatives:
+            arguments["target_ids"] = all_gather(ids.target_ids)  # (B,)
+            arguments["group_ids"] = all_gather(ids.group_ids)  # (B,)
+            arguments["as_positives"] = self.as_positives
+            arguments["first_row"] = rank() * len(targets)
+            targets = gather_with_gradient(targets)  # (B, D)
+        if loss.needs_scale:
+            arguments["scale"] = embeds.logit_scale
+        if loss.needs_bias:
+            arguments["bias"] = embeds.logit_bias
+            parts["logit_bias"] = embeds.logit_bias.mean()
+        if loss.needs_hard_negatives and ids.negative_index is not None:
+            negatives = embeds.distinct_target_embeds[ids.negative_index.flatten()]  # (b * n, D)
+            arguments["negative_embeds"] = gather_with_gradient(negatives)  # (K, D)
+            arguments["negative_ids"] = all_gather(ids.negative_ids.flatten())  # (K,)
+        if loss.needs_over_processes:
+            arguments["over_processes"] = all_logsumexp
+        result = loss.function(embeds.predicted_embeds, targets, **arguments)
+        if isinstance(result, InfoNCE):
+            parts |= {"chance_loss": result.chance_loss, "accuracy": result.accuracy}
+            return result.loss, parts
+        return result, parts
 
     def regularize(
         self, embeds: Embeds, ids: Ids, seed: int, parts: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """The weighted terms over both sides' rows of all processes, added to `parts` as well."""
-        total = embeds.predicted.new_zeros(())
+        total = embeds.predicted_embeds.new_zeros(())
         if not (self.sigreg_weight or self.variance_weight or self.covariance_weight):
             return total
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(
-            embeds.predicted.shape[1], self.num_directions, generator=generator
-        ).to(embeds.predicted)
+            embeds.predicted_embeds.shape[1], self.num_directions, generator=generator
+        ).to(embeds.predicted_embeds)
         directions = directions / directions.norm(dim=0)  # (D, S)
         for side, rows in (
-            ("predicted", embeds.predicted),
-            ("target", embeds.texts[ids.target_index]),
+            ("predicted", embeds.predicted_embeds),
+            ("target", embeds.distinct_target_embeds[ids.target_index]),
         ):
             rows = gather_with_gradient(rows)  # (B, D)
             if self.sigreg_weight:
@@ -153,4 +156,38 @@ def spread(embeds: torch.Tensor) -> torch.Tensor:
     return 1 - embeds.mean(dim=0).square().sum()
 
 
-__all__ = ["Embeds", "Ids", "Objective"]
+def check_objective(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
+    """Reject an objective this model cannot use; freeze the parameters the objective ignores.
+
+    Raises:
+        RecipeError: a loss without negatives would pull all embeddings into one point, because
+            the side of the targets trains (paper section 4.6, 7c); or the loss needs a logit bias
+            and the model has none.
+    """
+    loss = LOSSES[args.objective]
+    name = f"training.objective: {args.objective!r}"
+    kept_apart = args.sigreg_weight or args.variance_weight
+    moves = [name for name in ("y_encoder", "y_head") if any_trains(getattr(model, name))]
+    if not loss.needs_negatives and moves and not kept_apart:
+        raise RecipeError(
+            f"{name} has no negatives, and the targets' {moves[0]} trains: everything would "
+            "become one point. Set model.config.freeze_text to true and project_target to false, "
+            "or give training.sigreg_weight or training.variance_weight."
+        )
+    if loss.needs_bias and model.logit_bias is None:
+        raise RecipeError(f"{name} learns a bias: set model.config.logit_bias_init_value (-10).")
+    freeze_ignored(model, loss)
+
+
+def freeze_ignored(model: VLJEPAModel, loss: Loss) -> None:
+    """Freeze the temperature and the bias if the loss ignores them.
+
+    Data-parallel training waits for the gradient of every parameter that trains.
+    """
+    if not loss.needs_scale:
+        model.logit_scale.requires_grad_(False)
+    if not loss.needs_bias and model.logit_bias is not None:
+        model.logit_bias.requires_grad_(False)
+
+
+__all__ = ["Embeds", "Ids", "Objective", "check_objective"]

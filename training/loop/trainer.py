@@ -8,19 +8,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from eval.benchmarks import Benchmark
-from eval.evaluate import TASKS
-from processing.rows import BadRow
-from training.arguments import RecipeError, VLJEPATrainingArguments
+from eval.task import Benchmark, Task
+from eval.tasks import TASKS
+from training.arguments import VLJEPATrainingArguments
 from training.data.collator import ContrastiveCollator, to_pixel_values
 from training.data.dataset import Batch
 from training.data.mixture import MixtureSampler
+from training.hub.publishing import publish
+from training.loop.bad_rows import BadRows
 from training.loop.checkpoints import (
     POSITIONS,
     AtomicCheckpoints,
@@ -28,14 +28,11 @@ from training.loop.checkpoints import (
     reading,
     write_positions,
 )
-from training.loop.distributed import all_mean, all_sum
+from training.loop.distributed import all_mean
 from training.loop.grad_cache import cached_step
 from training.loop.objective import Embeds, Ids, Objective
 from training.loop.speed import peak_memory, training_flops
-from training.publish import publish
 
-BAD_ROWS = "bad_rows.txt"
-FEW_ROWS = 1000  # a share of fewer says little
 LANES = 8
 
 
@@ -75,10 +72,10 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             covariance_weight=self.args.covariance_weight,
         )
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self.lanes, self.max_bad_share = lanes, max_bad_share
-        self.reading = reading([source.arguments for source in self.train_dataset.sources])
-        self.seen, self.bad = ([0] * len(self.train_dataset.sources) for _ in range(2))
-        self._new_bad: list[BadRow] = []
+        self.lanes = lanes
+        sources = [source.arguments for source in self.train_dataset.sources]
+        self.reading = reading(sources)
+        self.bad_rows = BadRows(sources, Path(self.args.output_dir), max_bad_share)
         self._resumed: str | None = None
         self._since = (0, 0.0, time.monotonic())  # step, operations and time of the last line
 
@@ -102,7 +99,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         outputs = model(**self.make_ready(inputs))
         embeds = Embeds(
             outputs.predicted_embeds,  # (b, D)
-            outputs.target_embeds,  # (U, D)
+            outputs.target_embeds,  # (U, D): without `target_index`, of the distinct targets
             outputs.logit_scale,
             outputs.logit_bias,
         )
@@ -116,7 +113,8 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        self.count_rows(inputs)
+        rows = len(inputs["target_index"])
+        self.bad_rows.count(inputs.pop("source"), rows, inputs.pop("bad_rows"))
         if self.args.gradient_cache_rows is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -192,12 +190,13 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         metrics = {}
         for benchmark in self.benchmarks if eval_dataset is None else eval_dataset:
             with self.accelerator.autocast():
-                result = TASKS[benchmark.task](
-                    model, self.processing_class, benchmark, limit=self.limit
-                )
+                task = Task(model, self.processing_class, benchmark, limit=self.limit)
+                result = TASKS[benchmark.task].evaluate(task)
             for name, score in result.scores.items():
                 key = f"{metric_key_prefix}_{benchmark.name}_{name}".replace(" ", "_")
-                metrics |= {key: score.value, f"{key}_chance": score.baselines["chance"]}
+                metrics[key] = score.value
+                if "chance" in score.baselines:  # not every kind of benchmark has such a level
+                    metrics[f"{key}_chance"] = score.baselines["chance"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -269,7 +268,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         done, positions = 0, {}
         if self._resumed is not None:
             done = json.loads(Path(self._resumed, TRAINER_STATE_NAME).read_text())["global_step"]
-            positions, self.seen, self.bad = read_positions(
+            positions, self.bad_rows.seen, self.bad_rows.bad = read_positions(
                 Path(self._resumed),
                 lanes=lanes,
                 sources=self.reading,
@@ -307,48 +306,14 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             self.mixture.position(self.state.global_step),
             lanes=self.mixture.lanes,
             sources=self.reading,
-            seen=self.seen,
-            bad=self.bad,
+            seen=self.bad_rows.seen,
+            bad=self.bad_rows.bad,
         )
 
-    def count_rows(self, inputs: dict) -> None:
-        """Take the rows that were no samples out of a batch, and note them."""
-        source, bad = inputs.pop("source"), inputs.pop("bad_rows")
-        self.seen[source] += len(inputs["target_index"]) + len(bad)
-        self.bad[source] += len(bad)
-        self._new_bad += bad
-        if bad:
-            path = Path(self.args.output_dir, BAD_ROWS)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(f"{row}\n" for row in bad)
-
     def report_bad_rows(self) -> None:
-        """Name what could not be used since the last line of the log, and stop if it is too much.
-
-        Raises:
-            RecipeError: in a source, more than `max_bad_share` of the rows that were read.
-        """
-        counts = all_sum(torch.tensor([self.seen, self.bad], device=self.args.device))
-        new, self._new_bad = gather_object(self._new_bad), []
-        if not new:
-            return
-        sources = self.train_dataset.sources
-        for source, seen, bad in zip(sources, *counts.tolist(), strict=True):
-            if not bad:
-                continue
-            few = "".join(f"\n  {row}" for row in new[:20])
-            report = (
-                f"{source.arguments.name}: {bad} of {seen} rows are unusable; all are named in "
-                f"{self.args.output_dir}/{BAD_ROWS}"
-            )
-            if bad > self.max_bad_share * max(seen, FEW_ROWS):
-                raise RecipeError(
-                    f"{report}{few}\nAt most {self.max_bad_share:.1%} may be "
-                    "(data.max_bad_share); correct the rows above."
-                )
-            if self.is_world_process_zero():
-                print(f"WARNING: {report}{few}", flush=True)
+        """Print the rows found unusable since the last call; stop if a source has too many."""
+        if report := self.bad_rows.report(self.args.device):
+            self.accelerator.print(f"WARNING: {report}", flush=True)
 
 
 def default_lanes(args: VLJEPATrainingArguments) -> int:

@@ -5,9 +5,6 @@ import copy
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CONFIG_MAPPING,
@@ -19,8 +16,6 @@ from transformers import (
 )
 
 from modeling_vljepa import (
-    LORA_MODULES_TO_SAVE,
-    LORA_TARGET_MODULES,
     VLJEPAConfig,
     VLJEPAModel,
 )
@@ -30,13 +25,11 @@ from training.arguments import (
     ProcessorArguments,
     Recipe,
     RecipeError,
-    VLJEPATrainingArguments,
-    check_keys,
     check_value,
 )
 from training.data.sources import Source, StreamedSource, texts_of
-from training.loop.objective import PAIRWISE
-from training.model.backbones import TextBackbone, load, read_text
+from training.model.backbones import TextBackbone, read_text
+from training.model.checkpoint_files import load
 
 # Llama 3's own names, so that a trained-from-scratch predictor has the tokenizer of a real one.
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
@@ -220,101 +213,3 @@ def load_processor(arguments: ModelArguments, processing: ProcessorArguments) ->
     if processing.shortest_edge is not None:
         video.size = {"shortest_edge": processing.shortest_edge}
     return processor
-
-
-def check_objective(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
-    """Stop at an objective that this model cannot be trained with; keep still what it leaves out.
-
-    Raises:
-        RecipeError: a loss without negatives would pull all embeddings into one point, if the
-            side of the targets can move (paper section 4.6, 7c); the sigmoid loss lacks its bias.
-    """
-    name = f"training.objective: {args.objective!r}"
-    kept_apart = args.sigreg_weight or args.variance_weight
-    moves = [name for name in ("y_encoder", "y_head") if any_trains(getattr(model, name))]
-    if args.objective in PAIRWISE and moves and not kept_apart:
-        raise RecipeError(
-            f"{name} has no negatives, and the targets' {moves[0]} trains: everything would "
-            "become one point. Set model.config.freeze_text to true and project_target to false, "
-            "or give training.sigreg_weight or training.variance_weight."
-        )
-    if args.objective == "sigmoid" and model.logit_bias is None:
-        raise RecipeError(f"{name} learns a bias: set model.config.logit_bias_init_value (-10).")
-    if args.objective in PAIRWISE:
-        model.logit_scale.requires_grad_(False)
-    if args.objective != "sigmoid" and model.logit_bias is not None:
-        model.logit_bias.requires_grad_(False)
-
-
-def any_trains(module: torch.nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-class AdaptedModel(PeftModel):
-    """A model with low-rank adapters. What else of it trains is there once: peft would keep a
-    second copy, as it was, for the day on which the adapters are switched off.
-
-    The layers under the adapters can be stored in bf16. Their fp32 weights then wait in the
-    machine's memory, because a small change that is merged into a rounded weight is lost.
-    """
-
-    def __init__(self, model: VLJEPAModel, config: LoraConfig):
-        config.base_model_name_or_path = model.name_or_path or None
-        super().__init__(model, config)
-        self.in_fp32: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
-        for module in self.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                module.original_module = module.modules_to_save[self.active_adapter]
-
-    def store_base_in_bf16(self) -> None:
-        """Autocast reads these weights in bf16 anyhow: the same step, in half the memory."""
-        for module in self.modules():
-            if isinstance(module, LoraLayer):
-                layer = module.get_base_layer()
-                self.in_fp32[layer] = {name: p.data for name, p in layer.named_parameters()}
-                layer.to(torch.bfloat16)
-
-    def merge_and_unload(self) -> VLJEPAModel:
-        """The model with the adapters in its weights, which no bf16 has rounded."""
-        for layer, weights in self.in_fp32.items():
-            for name, parameter in layer.named_parameters():
-                parameter.data = weights[name].to(parameter.device)
-        return self.base_model.merge_and_unload()
-
-
-def store_frozen_in_bf16(model: VLJEPAModel) -> None:
-    """Half the memory for encoders and tables that no optimizer will touch; those that train stay
-    in fp32, because bf16 would round most of their small steps away."""
-    table = model.get_input_embeddings()
-    for part in (model.x_encoder, model.y_encoder, table):
-        if not any_trains(part):
-            part.to(torch.bfloat16)
-
-
-def add_adapters(model: VLJEPAModel, lora: dict) -> AdaptedModel:
-    """Freeze the Predictor's layers and put low-rank adapters beside them; what else trains does
-    so as before, and is saved with them."""
-    others = (*LORA_MODULES_TO_SAVE, "logit_bias", "x_encoder", "y_encoder")
-    modules = {path.split(".")[-1]: module for path, module in model.named_modules()}
-    whole = [name for name in others if name in modules and any_trains(modules[name])]
-    settings = check_keys(lora, LoraConfig, "model.lora")
-    try:
-        config = LoraConfig(**settings, target_modules=LORA_TARGET_MODULES, modules_to_save=whole)
-        return AdaptedModel(model, config)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise RecipeError(f"model.lora: {error}") from error
-
-
-def prepare_for_training(
-    model: VLJEPAModel, lora: dict | None, args: VLJEPATrainingArguments
-) -> VLJEPAModel | AdaptedModel:
-    """Freeze what the objective leaves out, add adapters, and store in bf16 what stays as it is."""
-    check_objective(model, args)
-    if args.bf16:
-        store_frozen_in_bf16(model)
-    if lora is None:
-        return model
-    adapted = add_adapters(model, lora)
-    if args.bf16:
-        adapted.store_base_in_bf16()
-    return adapted

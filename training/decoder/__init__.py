@@ -1,0 +1,1 @@
+"""The training of a Y-Decoder: its recipe, its texts, its model."""

@@ -1,0 +1,155 @@
+"""Texts and their embeddings: what a Y-Decoder learns from."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from transformers import (
+    PreTrainedConfig,
+)
+
+from eval.embed import embed_texts, predict_rows
+from modeling_vljepa import VLJEPAForConditionalGeneration
+from modeling_vljepa.y_decoder import IGNORED
+from processing import VLJEPAProcessor, bad_rows_report, read_rows
+from training.arguments import (
+    RecipeError,
+)
+from training.decoder.recipe import DecoderDataArguments, DecoderSource
+
+
+def on_the_sphere(embeds: torch.Tensor, noise: float) -> torch.Tensor:
+    """Unit vectors `(…, D)`, moved by gaussian noise of expected length `noise`, back on it."""
+    moved = embeds + torch.randn_like(embeds) * noise / embeds.shape[-1] ** 0.5
+    return F.normalize(moved, dim=-1)
+
+
+class EmbeddedTexts(Dataset):
+    """Texts with their embeddings and contexts; every look at an embedding moves it anew.
+
+    Args:
+        embeds (`torch.FloatTensor` of shape `(N, D)`)
+        contexts, texts (`list[str]` of length N)
+        noise: see `DecoderDataArguments`.
+    """
+
+    def __init__(
+        self, embeds: torch.Tensor, contexts: list[str], texts: list[str], noise: float = 0.0
+    ):
+        self.embeds, self.contexts, self.texts, self.noise = embeds, contexts, texts, noise
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, place: int) -> dict:
+        embeds = on_the_sphere(self.embeds[place], self.noise) if self.noise else self.embeds[place]
+        return {"embeds": embeds, "context": self.contexts[place], "text": self.texts[place]}
+
+
+class DecoderCollator:
+    """A batch for [`VLJEPAForConditionalGeneration`]: embeddings, contexts, and the texts' tokens
+    with the one that ends them."""
+
+    def __init__(self, processor: VLJEPAProcessor):
+        self.processor = processor
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.text_tokenizer
+        tokens = tokenizer(
+            [sample["text"] for sample in samples],
+            add_special_tokens=False,
+            truncation=True,
+            max_length=min(self.processor.max_target_length, tokenizer.model_max_length) - 1,
+        )["input_ids"]
+        ended = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokens]
+        contexts = self.processor(contexts=[sample["context"] for sample in samples])
+        return {
+            "predicted_embeds": torch.stack([sample["embeds"] for sample in samples]),  # (B, D)
+            "labels": pad_sequence(ended, batch_first=True, padding_value=IGNORED),  # (B, L)
+            **contexts,
+        }
+
+
+def read_source(source: DecoderSource, max_bad_share: float) -> list[dict]:
+    """The usable rows, with the query they are asked here."""
+    try:
+        rows, bad = read_rows(source.rows)
+        if bad:
+            print(bad_rows_report(bad, len(rows) + len(bad), max_bad_share), flush=True)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{source.rows}: {error}") from error
+    return rows if source.query is None else [row | {"query": source.query} for row in rows]
+
+
+def contexts_of(config: PreTrainedConfig, rows: Iterable[dict]) -> list[str]:
+    return [config.decoder_context(row["query"], row.get("previous", "")) for row in rows]
+
+
+def embedded_texts(
+    model: VLJEPAForConditionalGeneration,
+    processor: VLJEPAProcessor,
+    rows: list[dict],
+    noise: float,
+) -> EmbeddedTexts:
+    """Each distinct text (under each context that is read), as the Y-Encoder embeds it."""
+    pairs = zip(contexts_of(model.config, rows), (row["target"] for row in rows), strict=True)
+    contexts, texts = (list(part) for part in zip(*dict.fromkeys(pairs), strict=True))
+    embeds = embed_texts(model.vljepa, processor, texts)
+    return EmbeddedTexts(embeds, contexts, texts, noise)
+
+
+def predicted_texts(
+    model: VLJEPAForConditionalGeneration,
+    processor: VLJEPAProcessor,
+    sources: list[list[dict]],
+    noise: float = 0.0,
+    max_bad_share: float = 0.0,
+) -> list[Subset]:
+    """Of each source, every row's text as the model predicts its embedding from the clip and the
+    query. A clip is read once, however many sources ask about it.
+
+    Raises:
+        RecipeError: more than `max_bad_share` of a source's rows have a clip that is broken.
+    """
+    rows = [row | {"source": place} for place, source in enumerate(sources) for row in source]
+    predictions = predict_rows(model.vljepa, processor, rows)
+    for path, reason in predictions.broken.items():
+        print(f"left out: {path}: {reason}", flush=True)
+    places = defaultdict(list)
+    for index, row in enumerate(predictions.rows):
+        places[row["source"]].append(index)
+    for place, source in enumerate(sources):
+        if len(source) - len(places[place]) > max_bad_share * len(source):
+            raise RecipeError(
+                f"source {place}: {len(source) - len(places[place])} of {len(source)} rows have a "
+                f"file that cannot be read, named above; at most {max_bad_share:.1%} may. Mend "
+                "them, or raise data.max_bad_share."
+            )
+    contexts = contexts_of(model.config, predictions.rows)
+    texts = [row["target"] for row in predictions.rows]
+    whole = EmbeddedTexts(predictions.embeds, contexts, texts, noise)
+    return [Subset(whole, places[place]) for place in range(len(sources))]
+
+
+def training_texts(
+    model: VLJEPAForConditionalGeneration,
+    processor: VLJEPAProcessor,
+    arguments: DecoderDataArguments,
+) -> ConcatDataset:
+    """What a pass over all sources sees."""
+    noise = arguments.noise
+    sources = [read_source(source, arguments.max_bad_share) for source in arguments.sources]
+    kinds = []
+    if arguments.embeddings != "predicted":
+        kinds.append([embedded_texts(model, processor, rows, noise) for rows in sources])
+    if arguments.embeddings != "text":
+        kinds.append(predicted_texts(model, processor, sources, noise, arguments.max_bad_share))
+    parts = []
+    for source, *of_source in zip(arguments.sources, *kinds, strict=True):
+        size = sum(map(len, of_source))
+        print(f"{source.rows}: {size} embeddings, repeat {source.repeat}", flush=True)
+        parts += of_source * source.repeat
+    return ConcatDataset(parts)

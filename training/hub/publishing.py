@@ -1,0 +1,328 @@
+"""A trained VL-JEPA as a Hub repository: its folder, the proof that it loads, the upload."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, pipelines
+from modeling_vljepa.pipelines.pipeline_vljepa import CUSTOM_PIPELINES
+from processing import VLJEPAProcessor, read_rows
+from training.arguments import RecipeError
+from training.hub.licences import UNKNOWN, licence_of, licence_table
+from training.hub.model_card import write_card
+from training.model.checkpoint_files import find_file, load
+from training.model.parameters import count_parameters
+
+ROOT = Path(__file__).parents[2]
+# The modules of `modeling_vljepa/pipelines/` that `space/` imports.
+SPACE_IMPORTS = ("decoding.py", "stream_session.py")
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt")
+TOLERANCE = 1e-6  # largest difference of an embedding after the way to the Hub and back
+
+# Run in a process of its own that cannot see this package.
+VERIFY = """
+import sys
+sys.modules.update(dict.fromkeys(("modeling_vljepa", "processing", "training", "eval")))
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+import torch
+source, probe = sys.argv[1:]
+model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.float32).eval()
+processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+probe = load_file(probe)
+texts = processor(text=["what is there ?", "a"], targets=["a red ball", "something else"])
+assert all(torch.equal(texts[k], probe[k]) for k in texts), "the tokenizers give other tokens"
+with torch.no_grad():
+    predicted = model.predict(probe["pixels"], texts["input_ids"], texts["attention_mask"])
+    target = model.encode_target(texts["target_input_ids"], texts["target_attention_mask"])
+worst = max((predicted - probe["predicted"]).abs().max(), (target - probe["target"]).abs().max())
+print(worst.item())
+"""
+
+
+# -- what goes -----------------------------------------------------------------------------
+
+
+def load_trained(
+    path: str,
+) -> tuple[VLJEPAModel | VLJEPAForConditionalGeneration, VLJEPAProcessor]:
+    """The model, with its Y-Decoder if it has one, and processor of a folder; of an adapter's
+    folder, the model with the adapter."""
+    model = load(AutoModel, "--model", path)
+    is_adapter = (Path(path) / "adapter_config.json").is_file()
+    if model.config.decoder_config is not None and not is_adapter:
+        model = load(AutoModelForImageTextToText, "--model", path)
+    return model.eval(), load(AutoProcessor, "--model", path)
+
+
+def read_results(source: Path, model: VLJEPAModel) -> dict[str, Any]:
+    """The evaluation beside the weights, if there is one, and the numbers of parameters."""
+    path = source / "eval" / "results.json"
+    measured = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {"benchmarks": {}, **measured, "parameters": count_parameters(model)}
+
+
+def read_answers(path: str) -> list[str]:
+    """The distinct targets of a JSONL file of questions, in alphabetical order."""
+    try:
+        rows, _ = read_rows(path)
+    except OSError as error:
+        raise RecipeError(f"--answers: {path} cannot be read: {error}") from error
+    return sorted({row["target"] for row in rows if row["query"]})
+
+
+def write_weights(
+    source: Path, folder: Path, model: VLJEPAModel, processor: VLJEPAProcessor, base: str | None
+) -> list[str]:
+    """Weights, configuration, code and processor; returns the models that this one builds on."""
+    model.config.custom_pipelines = CUSTOM_PIPELINES
+    processor.save_pretrained(folder)
+    if base is None:
+        model.save_pretrained(folder, max_shard_size="5GB")
+        return sorted({name for name in model.config.backbones.values() if "/" in name})
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(source / name, folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": base, "auto_mapping": None}
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
+    return [base]
+
+
+def write_code(folder: Path) -> None:
+    """The files that pipelines, endpoints and sentence-transformers look for."""
+    for path in Path(pipelines.__file__).parent.glob("[!_]*.py"):
+        shutil.copy(path, folder)
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "st_vljepa.VLJEPAModule"}]
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2))
+    (folder / "sentence_transformer_vljepa.json").write_text(json.dumps({"query": ""}))
+    settings = {"similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings, indent=2))
+
+
+def write_licences(folder: Path, backbones: dict[str, str]) -> list[str]:
+    """Our licence, and those that lie beside the backbones; returns what was not found."""
+    shutil.copy(ROOT / "LICENSE", folder)
+    absent = []
+    for part, source in sorted(backbones.items()):
+        try:
+            found = [path for name in LICENCE_FILES if (path := find_file(source, name))]
+        except OSError:  # no such repository, or no way to it: what is absent is reported
+            found = []
+        target = folder / "licences" / part
+        for path in found:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target / Path(path).name)
+        if not found:
+            absent.append(f"{part} ({source}): {licence_of(source).url or 'unknown licence'}")
+    return absent
+
+
+def write_folder(
+    source: Path, folder: Path, repo: str, *, base: str | None = None, answers: str | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """Everything that goes to the Hub, in a new folder; returns where the weights of each part
+    began, and the licences whose text is missing."""
+    model, processor = load_trained(str(source))
+    if answers is not None:
+        model.config.answers = read_answers(answers)
+    results = read_results(source, model)
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2, sort_keys=True))
+    builds_on = write_weights(source, folder, model, processor, base)
+    write_code(folder)
+    absent = write_licences(folder, model.config.backbones)
+    recipes = source / "recipes.yaml"
+    write_card(
+        folder,
+        repo=repo,
+        model=model,
+        processor=processor,
+        results=results,
+        recipes=yaml.safe_load(recipes.read_text()) if recipes.is_file() else [],
+        trainer_state=source / "trainer_state.json",
+        base_model=builds_on,
+    )
+    return model.config.backbones, absent
+
+
+# -- proof ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def write_probe(source: str, path: Path) -> None:
+    """Inputs, and the embeddings that the trained model gives for them."""
+    model, processor = load_trained(source)
+    model.float()
+    side = processor.video_processor.crop_size["height"]
+    pixels = torch.randn(2, 2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    texts = processor(text=["what is there ?", "a"], targets=["a red ball", "something else"])
+    embeds = {
+        "pixels": pixels,
+        "predicted": model.base_model.predict(pixels, texts["input_ids"], texts["attention_mask"]),
+        "target": model.base_model.encode_target(
+            texts["target_input_ids"], texts["target_attention_mask"]
+        ),
+    }
+    save_file({**texts, **embeds}, path)
+
+
+def verify(source: str, probe: Path) -> float:
+    """Load a folder or repository in a fresh process, without this package; the largest
+    difference of an embedding.
+
+    Raises:
+        RecipeError: it does not load, or gives other embeddings.
+    """
+    with tempfile.TemporaryDirectory() as elsewhere:
+        environment = {**os.environ, "HF_MODULES_CACHE": elsewhere}
+        environment.pop("PYTHONPATH", None)
+        run = subprocess.run(
+            [sys.executable, "-c", VERIFY, source, str(probe)],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if run.returncode:
+        raise RecipeError(f"{source} does not load in a fresh process:\n{run.stderr[-2000:]}")
+    worst = float(run.stdout.split()[-1])
+    if not worst <= TOLERANCE:
+        raise RecipeError(
+            f"{source} gives other embeddings than the trained model: off by {worst}."
+        )
+    return worst
+
+
+# -- the way there -------------------------------------------------------------------------
+
+
+def upload(folder: Path, repo: str, *, private: bool | None, token: str | None = None) -> str:
+    """Make the repository hold exactly this folder, in one commit; returns its address.
+
+    Large files that an interrupted upload sent before are not sent again, and nothing is visible
+    before the commit.
+    """
+    api = HfApi(token=token)
+    url = api.create_repo(repo, private=private, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo, folder_path=folder, delete_patterns="*", commit_message="Publish VL-JEPA"
+    )
+    return str(url)
+
+
+def write_space(folder: Path) -> None:
+    """What a Space runs: `space/` as the package that it is here, those modules of ours that it
+    imports, and a file that starts it.
+
+    Model and processor come with the published model, whose code they bring along: of our packages
+    nothing else is there, and nothing of them is registered.
+    """
+    settings = ("README.md", "requirements.txt")  # looked for at the top
+    left_out = shutil.ignore_patterns(*settings, "make_examples.py", "__pycache__")
+    shutil.copytree(ROOT / "space", folder / "space", ignore=left_out)
+    for name in settings:
+        shutil.copy(ROOT / "space" / name, folder)
+    package = folder / "modeling_vljepa" / "pipelines"
+    package.mkdir(parents=True)
+    for path in (package, package.parent):
+        (path / "__init__.py").touch()
+    for name in SPACE_IMPORTS:
+        module = Path(pipelines.__file__).with_name(name)
+        for path in (module, *get_relative_import_files(module)):
+            shutil.copy(path, package)
+    (folder / "app.py").write_text("from space.app import main\n\nmain()\n")
+
+
+def publish_space(repo: str, space: str, *, private: bool | None, token: str | None = None) -> str:
+    """Make a Space that shows the published model; returns its address."""
+    api = HfApi(token=token)
+    url = api.create_repo(
+        space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
+    )
+    api.add_space_variable(space, "VLJEPA_MODEL", repo)
+    with tempfile.TemporaryDirectory() as folder:
+        write_space(Path(folder))
+        api.upload_folder(
+            repo_id=space,
+            repo_type="space",
+            folder_path=folder,
+            delete_patterns="*",
+            commit_message=f"Show {repo}",
+        )
+    return str(url)
+
+
+def publish(
+    source: str,
+    repo: str,
+    *,
+    private: bool | None = None,
+    dry_run: bool = False,
+    base_repo: str | None = None,
+    answers: str | None = None,
+    space: str | None = None,
+    token: str | None = None,
+) -> None:
+    """All of it; see the module.
+
+    Raises:
+        RecipeError: no such model, no such name, an adapter without a published base, or a
+            published model that gives other embeddings.
+    """
+    for option, name in (("--repo", repo), ("--space", space)):
+        try:
+            validate_repo_id(name or repo)
+        except HFValidationError as error:
+            raise RecipeError(f"{option}: {error}") from error
+    is_adapter = (Path(source) / "adapter_config.json").is_file()
+    if is_adapter and base_repo is None:
+        raise RecipeError(
+            f"--base-repo: {source} is an adapter; name the published model below it."
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, probe = Path(scratch) / "repo", Path(scratch) / "probe.safetensors"
+        write_probe(source, probe)
+        base = base_repo if is_adapter else None
+        backbones, absent = write_folder(Path(source), folder, repo, base=base, answers=answers)
+        print(licence_table(backbones))
+        print("\n".join(f"No licence text beside {line}" for line in absent))
+        warn_of_name(repo, backbones)
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            print(f"{path.stat().st_size:>14,}  {path.relative_to(folder)}")
+        if not is_adapter:
+            print(f"Loaded in a fresh process: off by {verify(str(folder), probe):.1e}", flush=True)
+        if dry_run:
+            print(f"Dry run: nothing was sent to {repo}.")
+            return
+        try:
+            url = upload(folder, repo, private=private, token=token)
+            print(f"Loaded back from {url}: off by {verify(repo, probe):.1e}", flush=True)
+            if space is not None:
+                print(publish_space(repo, space, private=private, token=token))
+        except HfHubHTTPError as error:
+            raise RecipeError(f"the Hub did not take it: {error}") from error
+
+
+def warn_of_name(repo: str, backbones: dict[str, str]) -> None:
+    """Say what a licence asks of the repository's name, and what is not known."""
+    for part, source in backbones.items():
+        licence = licence_of(source)
+        if licence.name.startswith("llama") and not repo.split("/")[-1].startswith("Llama"):
+            print(f"Note: the {licence.name} licence asks for a name that begins with 'Llama'.")
+        if licence is UNKNOWN:
+            print(f"Note: the licence of {source} ({part}) is not known to this command.")

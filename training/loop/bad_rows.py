@@ -1,0 +1,76 @@
+"""Rows that could not be used during training: counted by source, named, and limited."""
+
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+from processing.rows import BadRow
+from training.arguments import RecipeError, SourceArguments
+from training.loop.distributed import all_sum
+
+BAD_ROWS = "bad_rows.txt"
+FEW_ROWS = 1000  # a share of fewer rows means little, so the limit is that of at least this many
+
+
+class BadRows:
+    """Counts of the rows that this process read, and of those among them that it could not use.
+
+    Args:
+        sources: of the dataset, in its order.
+        output_dir: folder of the run; every unusable row is appended to `bad_rows.txt` in it.
+        max_bad_share: share of a source's rows that may be unusable, 0 to 1.
+
+    Attributes:
+        seen, bad: number of rows of each source, read and unusable; a checkpoint holds them.
+    """
+
+    def __init__(self, sources: list[SourceArguments], output_dir: Path, max_bad_share: float):
+        self.sources, self.output_dir = sources, output_dir
+        self.max_bad_share = max_bad_share
+        self.seen, self.bad = [0] * len(sources), [0] * len(sources)
+        self._new: list[BadRow] = []
+
+    def count(self, source: int, rows: int, bad: list[BadRow]) -> None:
+        """Add a batch's `rows` usable rows and its unusable ones, and append the latter to the
+        run's file."""
+        self.seen[source] += rows + len(bad)
+        self.bad[source] += len(bad)
+        self._new += bad
+        if bad:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with open(self.output_dir / BAD_ROWS, "a", encoding="utf-8") as file:
+                file.writelines(f"{row}\n" for row in bad)
+
+    def report(self, device: torch.device) -> str:
+        """Report the rows of all processes that were found unusable since the last call.
+
+        Every process has to call it: counts and rows are gathered.
+
+        Returns: one paragraph for each source that has unusable rows; "" if none are new.
+        Raises:
+            RecipeError: more than `max_bad_share` of a source's rows are unusable.
+        """
+        counts = all_sum(torch.tensor([self.seen, self.bad], device=device))
+        new, self._new = gather_object(self._new), []
+        if not new:
+            return ""
+        few = "".join(f"\n  {row}" for row in new[:20])
+        reports = []
+        for source, seen, bad in zip(self.sources, *counts.tolist(), strict=True):
+            if not bad:
+                continue
+            report = (
+                f"{source.name}: {bad} of {seen} rows are unusable; all are named in "
+                f"{self.output_dir / BAD_ROWS}"
+            )
+            if bad > self.max_bad_share * max(seen, FEW_ROWS):
+                raise RecipeError(
+                    f"{report}{few}\nAt most {self.max_bad_share:.1%} may be "
+                    "(data.max_bad_share); correct the rows above."
+                )
+            reports.append(f"{report}{few}")
+        return "\n".join(reports)
+
+
+__all__ = ["BAD_ROWS", "BadRows"]
