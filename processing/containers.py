@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 from transformers.utils import is_av_available
 
-from .media import Limits, MediaError, Source, name_of, open_file
+from .media import Limits, MediaError, MediaSource, name_of, open_file
 
 if is_av_available():
     import av
@@ -28,7 +28,7 @@ class Watched:
     """The file that FFmpeg reads from, which is the one thing it must ask for: an endless search
     for something readable in it ends here, when the time is up."""
 
-    def __init__(self, file: io.BufferedIOBase, source: Source, limits: Limits) -> None:
+    def __init__(self, file: io.BufferedIOBase, source: MediaSource, limits: Limits) -> None:
         self.file = file
         self.limits = limits
         self.name = "" if isinstance(source, bytes) else name_of(source)  # its ending is a hint
@@ -53,7 +53,7 @@ def is_mp4(file: io.BufferedIOBase) -> bool:
 
 @contextmanager
 def open_container(
-    source: Source, limits: Limits, *, for_packets: bool = False
+    source: MediaSource, limits: Limits, *, for_packets: bool = False
 ) -> Iterator["av.container.InputContainer"]:
     """A container that has a video stream, or the reason why it cannot be used.
 

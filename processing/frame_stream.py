@@ -42,7 +42,7 @@ if is_av_available():
 
 logger = logging.get_logger(__name__)
 
-Source = str | os.PathLike | bytes | int | Iterable[tuple[float, np.ndarray | None]]
+StreamSource = str | os.PathLike | bytes | int | Iterable[tuple[float, np.ndarray | None]]
 
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 # What FFmpeg may use for each kind of address; `file` is nowhere among them.
@@ -165,7 +165,7 @@ class FrameStream:
 
     def __init__(
         self,
-        source: Source,
+        source: StreamSource,
         *,
         fps: float | None = None,
         live: bool | None = None,
@@ -471,7 +471,7 @@ def reason(error: Exception) -> str:
     return error.strerror if isinstance(error, av.FFmpegError | OSError) else str(error)
 
 
-def check_address(source: Source, allow_urls: bool) -> str | None:
+def check_address(source: StreamSource, allow_urls: bool) -> str | None:
     """The protocol of an address that may be opened; `None` for what is no address."""
     found = ADDRESS.match(source) if isinstance(source, str) else None
     if found is None:

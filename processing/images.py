@@ -9,7 +9,7 @@ import re
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .media import Clip, Limits, MediaError, Source, name_of, open_file, stack
+from .media import Clip, Limits, MediaError, MediaSource, name_of, open_file, stack
 from .sampling import uniform_indices
 
 # Of bytes, which may come from a stranger, PIL reads the common formats alone: among the others
@@ -18,7 +18,7 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def read_image(source: Source | Image.Image, *, max_pixels: int | None = None) -> np.ndarray:
+def read_image(source: MediaSource | Image.Image, *, max_pixels: int | None = None) -> np.ndarray:
     """Read an image as a one-frame clip: upright (EXIF orientation applied), RGB.
 
     Args:

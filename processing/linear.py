@@ -10,7 +10,7 @@ import numpy as np
 from transformers.utils import is_av_available
 
 from .containers import duration_of, open_container, picture_of, reason_of
-from .media import Clip, Limits, MediaError, Source, stack
+from .media import Clip, Limits, MediaError, MediaSource, stack
 from .sampling import Part, sample, uniform_indices
 
 if is_av_available():
@@ -18,7 +18,7 @@ if is_av_available():
     from av.video.reformatter import VideoReformatter
 
 
-def read_linearly(source: Source, num_frames: int | None, part: Part, limits: Limits) -> Clip:
+def read_linearly(source: MediaSource, num_frames: int | None, part: Part, limits: Limits) -> Clip:
     """One pass from the first frame to the last, keeping the frames that the header makes one
     expect; a second where the header has no count (Matroska, WebM) or a wrong one, or the frame
     rate varies."""
@@ -43,13 +43,13 @@ def read_linearly(source: Source, num_frames: int | None, part: Part, limits: Li
     return stack([pictures[index] for index in indices.tolist()], seconds[indices], limits)
 
 
-def header_count(source: Source, limits: Limits) -> int:
+def header_count(source: MediaSource, limits: Limits) -> int:
     with open_container(source, limits) as container:
         return container.streams.video[0].frames
 
 
 def decode(
-    source: Source, keep: set[int] | None, limits: Limits
+    source: MediaSource, keep: set[int] | None, limits: Limits
 ) -> tuple[dict[int, np.ndarray], np.ndarray, float]:
     """One pass over the file, keeping the frames whose index is in `keep` (`None`: all).
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-Source = str | os.PathLike | bytes
+MediaSource = str | os.PathLike | bytes
 
 MAX_FRAME_RATE = 240  # frames per second of a clip whose length is bounded
 
@@ -70,7 +70,7 @@ class Limits:
             )
 
 
-def name_of(source: Source) -> str:
+def name_of(source: MediaSource) -> str:
     """What to call it in a message: a path, or an excerpt of a string too long to be one."""
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
@@ -79,7 +79,7 @@ def name_of(source: Source) -> str:
 
 
 @contextmanager
-def open_file(source: Source) -> Iterator[io.BufferedIOBase]:
+def open_file(source: MediaSource) -> Iterator[io.BufferedIOBase]:
     """The source, open for reading."""
     if isinstance(source, bytes):
         yield io.BytesIO(source)

@@ -16,7 +16,7 @@ import numpy as np
 from transformers.utils import is_av_available
 
 from .containers import duration_of, open_container, picture_of
-from .media import Clip, Limits, MediaError, Source, stack
+from .media import Clip, Limits, MediaError, MediaSource, stack
 from .sampling import ROUNDING, Part, sample
 
 if is_av_available():
@@ -31,7 +31,7 @@ HELD = 2**25  # bytes of packets that are held; those of a longer clip are read 
 
 
 def read_by_packets(
-    source: Source, num_frames: int | None, part: Part, limits: Limits
+    source: MediaSource, num_frames: int | None, part: Part, limits: Limits
 ) -> Clip | None:
     """The clip, or `None` where only linear decoding can tell."""
     with open_container(source, limits, for_packets=True) as container:

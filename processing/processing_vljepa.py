@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from .frame_stream import Source
+from .frame_stream import StreamSource
 from .video_io import read_image
 from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch
 from .windows import WindowStream
@@ -173,7 +173,7 @@ class VLJEPAProcessor(ProcessorMixin):
 
     def watch(
         self,
-        source: Source,
+        source: StreamSource,
         *,
         window: int | None = None,
         stride: int | None = None,

@@ -17,7 +17,7 @@ from transformers.utils import is_av_available
 
 from .images import read_folder, read_image
 from .linear import read_linearly
-from .media import Clip, Limits, MediaError, Source, name_of
+from .media import Clip, Limits, MediaError, MediaSource, name_of
 from .packets import read_by_packets
 from .sampling import Part, even_indices, uniform_indices
 
@@ -31,7 +31,7 @@ class Excerpt:
         start, end (`float`, *optional*): seconds since the video's first frame.
     """
 
-    video: Source
+    video: MediaSource
     start: float | None = None
     end: float | None = None
 
@@ -41,7 +41,7 @@ class Excerpt:
 
 
 def read_clip(
-    source: Source,
+    source: MediaSource,
     num_frames: int | None = None,
     *,
     start: float | None = None,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.utils import is_av_available
 
-from .frame_stream import Frame, FrameStream, Source, StreamReport
+from .frame_stream import Frame, FrameStream, StreamReport, StreamSource
 from .video_io import uniform_indices
 from .video_processing_vljepa import VLJEPAVideoProcessor
 
@@ -93,7 +93,7 @@ class WindowStream:
 
     def __init__(
         self,
-        source: Source,
+        source: StreamSource,
         video_processor: VLJEPAVideoProcessor,
         *,
         window: int | None = None,
