@@ -21,6 +21,8 @@ SHIPPED = [
     for path in sorted((ROOT / folder).glob("[!_]*.py"))
 ]
 OWN = {"modeling_vljepa", "processing", "training", "eval", "benchmarks", "space", "tests"}
+# The parts of `training/`, top first; its commands are the files next to these folders.
+TRAINING = ("commands", "decoder", "loop", "hub", "model", "data", "arguments")
 PACKAGES = {"torch", "transformers", "numpy", "PIL", "safetensors"}
 OPTIONAL = {"av", "datasets"}  # under `if is_..._available():`
 # Home folders and common working folders, none of which a manual would name.
@@ -77,6 +79,48 @@ def test_imports_are_seen():
 )
 def test_the_direction_of_imports(folder, allowed):
     assert imported(folder) & OWN <= allowed
+
+
+def part_of_training(module: str) -> str:
+    """The entry of `TRAINING` for a module such as `training.loop.trainer` or `training.train`."""
+    name = module.split(".")[1]
+    return name if name in TRAINING else "commands"
+
+
+def upward_imports(module: str, code: str) -> list[str]:
+    """Imports of higher parts of `training/`; for a command, imports of other commands too."""
+    highest = max(1, TRAINING.index(part_of_training(module)))  # 1: commands share no code
+    return [
+        f"{module} imports {name}"
+        for name, _ in imports(code)
+        if name.startswith("training.") and TRAINING.index(part_of_training(name)) < highest
+    ]
+
+
+def test_training_imports_run_downwards():
+    for module, name in [  # positive control
+        ("training.data.sources", "training.model.recipe_model"),
+        ("training.loop.trainer", "training.decoder.texts"),
+        ("training.arguments", "training.data"),
+        ("training.train", "training.publish"),
+    ]:
+        assert upward_imports(module, f"from {name} import x") == [f"{module} imports {name}"]
+    found, parts = [], set()
+    for path in sorted((ROOT / "training").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if module != "training.__init__" and "demo_data" not in path.parts:
+            parts.add(part_of_training(module))
+            found += upward_imports(module, path.read_text(encoding="utf-8"))
+    assert found == []
+    assert parts == set(TRAINING)
+
+
+def test_training_demo_data_is_independent_of_the_rest_of_training():
+    for path in sorted((ROOT / "training").rglob("*.py")):
+        names = {name for name, _ in imports(path.read_text(encoding="utf-8"))}
+        demo = {name for name in names if name.startswith("training.demo_data")}
+        other = {name for name in names if name.startswith("training.")} - demo
+        assert not (other if "demo_data" in path.parts else demo), path
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

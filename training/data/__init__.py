@@ -1,1 +1,1 @@
-"""Rows and media files to the batches of training."""
+"""Training data: sources, their mixture, batches."""

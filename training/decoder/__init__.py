@@ -1,1 +1,1 @@
-"""The training of a Y-Decoder: its recipe, its texts, its model."""
+"""Y-Decoder training: recipe, texts, model."""

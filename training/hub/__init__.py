@@ -1,1 +1,1 @@
-"""A trained model to the Hub."""
+"""Publication on the Hub: files, model card, licences."""

@@ -1,1 +1,1 @@
-"""The model at the start of training."""
+"""The model to train: new, from a checkpoint, or from pretrained parts."""
