@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.benchmarks import Benchmark
-from modeling_vljepa import VLJEPAModel
+from eval.task import Task
 from modeling_vljepa.pipelines.segmentation import as_unit
 from modeling_vljepa.pipelines.stream_session import StreamEncoder
-from processing import MediaError, VLJEPAProcessor
+from processing import MediaError
 from processing.rows import BadRow
 
 LATE = 1.0  # seconds after the last frame, whose time is that of its beginning
@@ -104,31 +103,27 @@ class EmbeddedStream:
 
 
 def embed_streams(
-    model: VLJEPAModel,
-    processor: VLJEPAProcessor,
-    streams: list[AnnotatedStream],
-    benchmark: Benchmark,
-    *,
-    batch_size: int,
+    task: Task, streams: list[AnnotatedStream]
 ) -> tuple[list[EmbeddedStream], list[str]]:
-    """Every window of every stream, and in words which streams or frames could not be read, and
-    which annotations are of no time that could be seen.
+    """Embed every window of every stream, with the query, window and stride of the benchmark.
 
-    Raises: `ValueError` where no stream can be read.
+    Returns: the streams, and a sentence for each stream or frame that could not be read and for
+        annotations after the end of a video.
+    Raises: `ValueError` if no stream can be read.
     """
-    model.eval()
+    model, benchmark = task.vljepa.eval(), task.benchmark
     left_out: list[str] = []
     found = []
     for stream in tqdm(streams, "streams"):
-        encoder = StreamEncoder(model, processor, benchmark.query)
+        encoder = StreamEncoder(model, task.processor, benchmark.query)
         try:
-            with processor.watch(
+            with task.processor.watch(
                 stream.video,
                 window=benchmark.num_frames,
                 stride=benchmark.stride,
                 fps=benchmark.fps,
             ) as windows:
-                embedded = list(encoder.stream(windows, batch_size))
+                embedded = list(encoder.stream(windows, task.batch_size))
         except MediaError as error:
             left_out.append(f"line {stream.line}: {error}")
             continue

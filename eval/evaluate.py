@@ -11,22 +11,14 @@ from pathlib import Path
 
 import torch
 
-from eval.benchmarks import Benchmark, load_benchmarks
+from eval.benchmarks import load_benchmarks, measurable
 from eval.embed import ABLATIONS
 from eval.models import load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
-from eval.tasks import captioning, classification, retrieval, selective_decoding, vqa
+from eval.task import Task
+from eval.tasks import TASKS
 from processing.feature_store import FeatureError, FeatureStore
-
-TASKS = {
-    "retrieval": retrieval.evaluate,
-    "classification": classification.evaluate,
-    "vqa": vqa.evaluate,
-    "captioning": captioning.evaluate,
-    "streaming": selective_decoding.evaluate,
-}
-WITH_DECODER = ("captioning", "streaming")
 
 
 def at_least_one(text: str) -> int:
@@ -70,23 +62,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def measurable(benchmarks: list[Benchmark], names: list[str], has_decoder: bool) -> list[Benchmark]:
-    """The benchmarks that this model can be measured on, which of `all` are said to be fewer.
-
-    Raises: `ValueError` when one was asked for by name that needs a Y-Decoder, and there is none.
-    """
-    wordy = [benchmark.name for benchmark in benchmarks if benchmark.task in WITH_DECODER]
-    if has_decoder or not wordy:
-        return benchmarks
-    if names != ["all"]:
-        raise ValueError(
-            f"{wordy[0]} needs a Y-Decoder, and this model has none. Train one with "
-            "`python -m training.train_decoder`."
-        )
-    print(f"left out, for this model has no Y-Decoder: {', '.join(wordy)}")
-    return [benchmark for benchmark in benchmarks if benchmark.name not in wordy]
-
-
 def write_results(
     path: Path, model_name: str, results: list[TaskResult], features: FeatureStore | None = None
 ) -> None:
@@ -127,8 +102,8 @@ def main(argv: list[str] | None = None) -> None:
                 processor.video_processor,
                 num_frames=benchmark.num_frames,
             )
-        result = TASKS[benchmark.task](
-            model if benchmark.task in WITH_DECODER else model.base_model,
+        task = Task(
+            model,
             processor,
             benchmark,
             batch_size=args.batch_size,
@@ -136,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
             limit=args.limit,
             features=features,
         )
+        result = TASKS[benchmark.task].evaluate(task)
         if result.skipped:
             print(f"{len(result.skipped)} rows left out:", *result.skipped[:20], sep="\n  ")
         results.append(result)

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from eval.page import png, render, strip
 from eval.results import Score, TaskResult
+from eval.tasks import TASKS
 from processing import Excerpt, read_clip, read_image
 from processing.rows import Media
 
@@ -62,6 +63,7 @@ def write_report(
         ),
         curve_charts={result.name: curve_chart(result) for result in results},
         type_charts={result.name: type_chart(result.by_type) for result in results},
+        layouts={kind.name: kind.examples for kind in TASKS.values()},
         loss_curve=loss_curve(trainer_state) if trainer_state.is_file() else None,
     )
     path.write_text(page, encoding="utf-8")
@@ -77,20 +79,21 @@ def frame_strip(media: Media, num_frames: int) -> str:
 
 
 def type_chart(by_type: dict[str, Score]) -> str | None:
-    """Accuracy by question type with its interval, the question-only baseline beside it."""
+    """Draw the score of each type with its interval, and the last of its baselines."""
     if not by_type:
         return None
     figure = Figure(figsize=(6, 0.8 + 0.5 * len(by_type)), layout="constrained")
     axes = figure.subplots()
-    places = np.arange(len(by_type))
+    rows = np.arange(len(by_type))
     scores = list(by_type.values())
+    *_, baseline = scores[0].baselines
     values = np.array([score.value for score in scores])
     reach = np.array([[s.value - s.low for s in scores], [s.high - s.value for s in scores]])
-    blind = [100 * score.baselines["question only"] for score in scores]
-    error = np.maximum(100 * reach, 0)
-    axes.barh(places - 0.2, 100 * values, 0.4, xerr=error, color="#2563eb", label="model")
-    axes.barh(places + 0.2, blind, 0.4, color="#cbd5e1", label="question only")
-    axes.set_yticks(places, [f"{name} ({score.n})" for name, score in by_type.items()])
+    compared = [100 * score.baselines[baseline] for score in scores]
+    error = np.maximum(100 * reach, 0)  # rounding can make a reach of 0 slightly negative
+    axes.barh(rows - 0.2, 100 * values, 0.4, xerr=error, color="#2563eb", label="model")
+    axes.barh(rows + 0.2, compared, 0.4, color="#cbd5e1", label=baseline)
+    axes.set_yticks(rows, [f"{name} ({score.n})" for name, score in by_type.items()])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy in %, with 95 % interval")

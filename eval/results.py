@@ -1,15 +1,12 @@
 """What an evaluation hands back: numbers that cannot be read without their protocol."""
 
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from eval.benchmarks import Benchmark, sha256
 from eval.embed import Predictions
 from eval.metrics import mean_interval, wilson
-from processing import BadRow, VLJEPAProcessor
 from processing.rows import Media, media_of
 
 
@@ -106,56 +103,16 @@ class TaskResult:
         return {name: value for name, value in asdict(self).items() if name != "examples"}
 
 
-def common_protocol(
-    benchmark: Benchmark,
-    processor: VLJEPAProcessor,
-    predictions: Predictions,
-    *,
-    ablation: str,
-    limit: int | None,
-) -> dict[str, str | int | float]:
-    """The part of the protocol that every task states."""
-    rows, queries = predictions.rows, predictions.queries
-    moved = sum(row["query"] != query for row, query in zip(rows, queries, strict=True))
-    num_frames = benchmark.num_frames or processor.video_processor.num_frames
-    frames = sorted({1 if "image" in row else num_frames for row in rows})
-    crop = processor.video_processor.crop_size
-    return {
-        "rows_file": portable(benchmark.rows),
-        "rows_sha256": sha256(benchmark.rows),
-        "media": len({media_of(row) for row in rows}),
-        "frames": ", ".join(map(str, frames)),
-        "pixels": f"{crop['height']}x{crop['width']}",
-        "prompt": queries[0] if len(set(queries)) == 1 else f"{len(set(queries))} distinct queries",
-        "ablation": ablation,
-        "queries_changed_by_ablation": moved,
-        "limit": "none" if limit is None else limit,
-    }
-
-
-def skipped_rows(
-    benchmark: Benchmark, rows: list[dict], bad: list[BadRow], broken: dict[str, str]
-) -> list[str]:
-    """Every row that was left out by line number and reason, with paths relative to its file."""
-    reasons = {row.line: row.reason for row in bad}
-    reasons |= {row["line"]: broken[path] for row in rows if (path := media_of(row)) in broken}
-    folder = os.path.abspath(benchmark.rows.parent)
-    return [
-        f"{benchmark.rows.name}:{line}: {_relative(reasons[line], folder)}"
-        for line in sorted(reasons)
-    ]
-
-
 def portable(path: Path) -> str:
     """A path as it was given, or only its name where it holds on one machine alone."""
     return path.name if path.is_absolute() else path.as_posix()
 
 
-def spread(indices: list[int], count: int) -> list[int]:
-    """At most `count` of the indices, evenly spread, so that examples show the whole file."""
+def evenly_spaced(indices: list[int], count: int) -> list[int]:
+    """Return at most `count` of the indices, evenly spaced: examples then show the whole file."""
     if len(indices) <= count:
         return indices
-    return [indices[place * len(indices) // count] for place in range(count)]
+    return [indices[step * len(indices) // count] for step in range(count)]
 
 
 def answer_examples(
@@ -177,7 +134,7 @@ def answer_examples(
             ranked=best(similarity[row], candidates, 5),
             rank=int(ranks[row]),
         )
-        for row in spread(right, 6) + spread(wrong, 6)
+        for row in evenly_spaced(right, 6) + evenly_spaced(wrong, 6)
     ]
 
 
@@ -188,21 +145,12 @@ def best(similarity: torch.Tensor, names: list[str], count: int) -> list[tuple[s
     return [(names[place], value) for place, value in pairs][:count]
 
 
-def _relative(text: str, folder: str) -> str:
-    """Paths inside a message, relative to a folder: the message then reads the same anywhere."""
-    for up, parent in enumerate((Path(folder), *Path(folder).parents[:-1])):
-        text = text.replace(f"{parent}{os.sep}", f"..{os.sep}" * up)
-    return text
-
-
 __all__ = [
     "Example",
     "Score",
     "TaskResult",
     "answer_examples",
     "best",
-    "common_protocol",
+    "evenly_spaced",
     "portable",
-    "skipped_rows",
-    "spread",
 ]

@@ -1,30 +1,44 @@
-"""Captioning: the predicted embedding put into words by the Y-Decoder.
+"""Captioning: the Y-Decoder decodes the predicted embedding into a text.
 
-What the words are worth is seen beside three other captions of the same clips:
+Each score is shown with those of three other captions of the same clips:
 
-- true text: the decoder's, from the Y-Encoder's embedding of the true text. An upper bound; what
-  is missing there is lost by the decoder, and what lies between it and the score by the prediction.
-- nearest caption: the training caption nearest to the predicted embedding. Retrieval, which needs
-  no decoder.
-- unconditional: the decoder's, from the mean embedding of the training captions. A lower bound;
-  what is usually said.
+- true text: decoded from the Y-Encoder's embedding of the true text. An upper bound: the decoder
+  loses the rest up to a perfect score, and the prediction loses the rest up to this bound.
+- nearest caption: the training caption nearest to the predicted embedding. This is retrieval,
+  which needs no decoder.
+- unconditional: decoded from the mean embedding of the training captions. A lower bound: the usual
+  caption, without looking at the clip.
 
 Shapes: R clips, U distinct training captions, D embedding size.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from eval.benchmarks import Benchmark, sha256, usable_rows
-from eval.embed import batches, embed_texts, predict_rows
+from eval.embed import batches
 from eval.metrics import cider, exact_match, mean_interval, token_f1
-from eval.results import Example, Score, TaskResult, common_protocol, portable, skipped_rows, spread
-from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, decode_texts
+from eval.results import Example, Score, TaskResult, evenly_spaced, portable
+from eval.task import Benchmark, Kind, Task, one_row_per_clip, sha256, usable_rows
+from modeling_vljepa import VLJEPAForConditionalGeneration, decode_texts
 from processing import VLJEPAProcessor
-from processing.feature_store import FeatureStore
-from processing.rows import media_of
+from processing.rows import Media, media_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptioningBenchmark(Benchmark):
+    """A captioning benchmark.
+
+    Attributes:
+        train_rows (`Path`): JSONL file with the training captions, for the comparisons.
+        num_beams (`int`, *optional*, defaults to 1): of the beam search.
+    """
+
+    train_rows: Path
+    num_beams: int = 1
 
 
 def write(
@@ -37,19 +51,29 @@ def write(
     batch_size: int,
     num_beams: int = 1,
 ) -> list[str]:
-    """The likeliest text of each embedding `(R, D)`, for a decoder that may read what was asked and
-    what was said before; with one beam, the greedy one."""
+    """Decode the likeliest text of each embedding `(R, D)`; with one beam, greedily.
+
+    Args:
+        queries, previous: R queries and previous texts, for a decoder that reads them.
+    """
     texts = []
-    for places in tqdm(list(batches(range(len(embeds)), batch_size)), desc="decoding"):
-        asked, said = ([each[place] for place in places] for each in (queries, previous))
+    for indices in tqdm(list(batches(range(len(embeds)), batch_size)), desc="decoding"):
         texts += decode_texts(
-            model, processor, embeds[places], queries=asked, previous=said, num_beams=num_beams
+            model,
+            processor,
+            embeds[indices],
+            queries=[queries[index] for index in indices],
+            previous=[previous[index] for index in indices],
+            num_beams=num_beams,
         )
     return texts
 
 
 def score_captions(captions: list[str], references: list[list[str]]) -> dict[str, torch.Tensor]:
-    """Each metric of each caption `(R,)`; of several references the best counts, but in CIDEr."""
+    """Return each metric of each caption `(R,)`.
+
+    Of several references the best counts, except in CIDEr, which averages over them.
+    """
     pairs = list(zip(captions, references, strict=True))
     exact = [max(exact_match(caption, text) for text in texts) for caption, texts in pairs]
     overlap = [max(token_f1(caption, text) for text in texts) for caption, texts in pairs]
@@ -61,8 +85,11 @@ def score_captions(captions: list[str], references: list[list[str]]) -> dict[str
 
 
 def difference(scored: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How much better each metric is than the other captions', with its 95 % interval. It is taken
-    clip by clip, so it can be told from 0 where the intervals of the two means overlap."""
+    """Return how much each metric exceeds the other captions', with its 95 % interval.
+
+    The difference is taken clip by clip: its interval can exclude 0 even where the intervals of
+    the two means overlap.
+    """
     numbers = {}
     for metric, values in scored.items():
         better = values - other[metric]  # (R,)
@@ -71,116 +98,132 @@ def difference(scored: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
     return {name: round(number, 4) for name, number in numbers.items()}
 
 
-def evaluate(
-    model: VLJEPAForConditionalGeneration | VLJEPAModel,
-    processor: VLJEPAProcessor,
-    benchmark: Benchmark,
-    *,
-    batch_size: int = 64,
-    ablation: str = "none",
-    limit: int | None = None,
-    features: FeatureStore | None = None,
-) -> TaskResult:
-    """Write a caption for each file; the targets of its rows are its references.
+def evaluate(task: Task) -> TaskResult:
+    """Write a caption for each clip; the targets of its rows are its references.
 
     Raises: `ValueError` for a model without a Y-Decoder, or when the rows ask different queries.
     """
-    if not isinstance(model, VLJEPAForConditionalGeneration):
-        raise ValueError(
-            f"{benchmark.name}: captioning needs a Y-Decoder, and this model has none. Train one "
-            "with `python -m training.train_decoder`."
-        )
-    all_rows, bad = benchmark.load()
-    asked = all_rows[:limit]
-    if len({row["query"] for row in asked}) > 1:
-        raise ValueError(f"{benchmark.name}: captioning asks one query, give it as `query`")
-    one_per_file = list({media_of(row): row for row in asked}.values())
-    predictions = predict_rows(
-        model.vljepa,
-        processor,
-        one_per_file,
-        num_frames=benchmark.num_frames,
-        batch_size=batch_size,
-        ablation=ablation,
-        features=features,
-    )
-    targets = {media_of(row): [] for row in predictions.rows}
-    for row in asked:
-        targets.get(media_of(row), []).append(row["target"])
-    references = list(targets.values())
+    model = task.writer  # before the rows are read: without a decoder there is nothing to do
+    rows = task.rows()
+    task.benchmark.check_one_query(rows)
+    predictions = task.predict(one_row_per_clip(rows))
+    clips = [media_of(row) for row in predictions.rows]
+    references = references_of(clips, rows)  # R lists
+    train_rows, _ = usable_rows(task.benchmark.train_rows)
+    train_texts = sorted({row["target"] for row in train_rows})
+    true_embeds = task.embed_texts([texts[0] for texts in references])  # (R, D)
+    train_embeds = task.embed_texts(train_texts)  # (U, D)
 
-    true_embeds = embed_texts(
-        model.vljepa, processor, [texts[0] for texts in references], batch_size=batch_size
-    )  # (R, D)
-    train_texts = sorted({row["target"] for row in usable_rows(benchmark.train_rows)[0]})
-    train_embeds = embed_texts(model.vljepa, processor, train_texts, batch_size=batch_size)
+    # 1. The captions, and those they are compared with
+    previous = [row.get("previous", "") for row in predictions.rows]
+    decode = partial(
+        write,
+        model,
+        task.processor,
+        batch_size=task.batch_size,
+        num_beams=task.benchmark.num_beams,
+    )
     nearest = (predictions.embeds @ train_embeds.T).argmax(dim=1)  # (R,)
     mean = train_embeds.mean(dim=0, keepdim=True)  # (1, D)
-
-    previous = [row.get("previous", "") for row in predictions.rows]
-    tell = partial(write, model, processor, batch_size=batch_size, num_beams=benchmark.num_beams)
-    written = tell(predictions.embeds, predictions.queries, previous)
-    captions = {
-        "true text": tell(true_embeds, predictions.queries, previous),
-        "nearest caption": [train_texts[place] for place in nearest.tolist()],
-        "unconditional": tell(mean, predictions.queries[:1], [""]) * len(references),
+    written = decode(predictions.embeds, predictions.queries, previous)
+    others = {
+        "true text": decode(true_embeds, predictions.queries, previous),
+        "nearest caption": [train_texts[index] for index in nearest.tolist()],
+        "unconditional": decode(mean, predictions.queries[:1], [""]) * len(clips),
     }
+
+    # 2. Their scores
     scored = score_captions(written, references)
-    beside = {name: score_captions(texts, references) for name, texts in captions.items()}
+    scored_others = {name: score_captions(texts, references) for name, texts in others.items()}
     scores = {
         metric: Score.of_mean(
-            values, {name: others[metric].mean().item() for name, others in beside.items()}
+            values, {name: other[metric].mean().item() for name, other in scored_others.items()}
         )
         for metric, values in scored.items()
     }
-    known = set(train_texts)
+
     cosines = (predictions.embeds * true_embeds).sum(dim=1)  # (R,)
-    protocol = {
-        "clips": len(references),
-        "references_per_clip": round(sum(map(len, references)) / len(references), 4),
-        "clips_with_a_training_caption": sum(not known.isdisjoint(texts) for texts in references),
-        "train_rows_file": portable(benchmark.train_rows),
-        "train_rows_sha256": sha256(benchmark.train_rows),
-        "training_captions": len(train_texts),
-        "mean_cosine_to_the_true_text": round(cosines.mean().item(), 4),
-        "beams": benchmark.num_beams,
-        "decoder_reads_query": str(model.config.decoder_reads_query).lower(),
-        "decoder_reads_previous": str(model.config.decoder_reads_previous).lower(),
-    }
-    common = common_protocol(benchmark, processor, predictions, ablation=ablation, limit=limit)
-    return TaskResult(
-        name=benchmark.name,
-        task=benchmark.task,
-        description=benchmark.description,
-        protocol=protocol | common,
-        scores=scores,
-        comparisons={f"written against {k}": difference(scored, v) for k, v in beside.items()},
-        skipped=skipped_rows(benchmark, all_rows, bad, predictions.broken),
-        examples=examples(list(targets), references, {"written": written, **captions}),
+    return task.result(
+        predictions,
+        protocol_of(task, references, train_texts, cosines.mean().item()),
+        scores,
+        comparisons={
+            f"written against {name}": difference(scored, other)
+            for name, other in scored_others.items()
+        },
+        examples=examples(
+            clips,
+            references,
+            {"written": written, **others},
+            {"written": scored, **scored_others},
+        ),
     )
 
 
+def references_of(clips: list[Media], rows: list[dict]) -> list[list[str]]:
+    """Return the targets of each clip's rows; rows of other clips are ignored."""
+    targets = {clip: [] for clip in clips}
+    for row in rows:
+        if media_of(row) in targets:
+            targets[media_of(row)].append(row["target"])
+    return list(targets.values())
+
+
+def protocol_of(
+    task: Task, references: list[list[str]], train_texts: list[str], mean_cosine: float
+) -> dict[str, str | int | float]:
+    """Return the facts about the captions that a reader of the scores must know."""
+    known, config = set(train_texts), task.writer.config
+    return {
+        "clips": len(references),
+        "references_per_clip": round(sum(map(len, references)) / len(references), 4),
+        "clips_with_a_training_caption": sum(not known.isdisjoint(texts) for texts in references),
+        "train_rows_file": portable(task.benchmark.train_rows),
+        "train_rows_sha256": sha256(task.benchmark.train_rows),
+        "training_captions": len(train_texts),
+        "mean_cosine_to_the_true_text": round(mean_cosine, 4),
+        "beams": task.benchmark.num_beams,
+        "decoder_reads_query": str(config.decoder_reads_query).lower(),
+        "decoder_reads_previous": str(config.decoder_reads_previous).lower(),
+    }
+
+
 def examples(
-    files: list[str], references: list[list[str]], captions: dict[str, list[str]]
+    clips: list[Media],
+    references: list[list[str]],
+    captions: dict[str, list[str]],
+    scored: dict[str, dict[str, torch.Tensor]],
 ) -> list[Example]:
-    """Six clips captioned to the letter and six not, with the other columns' captions."""
-    scored = {name: score_captions(texts, references) for name, texts in captions.items()}
+    """Return six clips with an exact caption and six without, each with all captions.
+
+    Args:
+        captions, scored: R captions and their metrics, by the way of writing.
+    """
     exact = scored["written"]["exact match"].tolist()
-    right = [place for place, hit in enumerate(exact) if hit]
-    wrong = [place for place, hit in enumerate(exact) if not hit]
+    right = [index for index, hit in enumerate(exact) if hit]
+    wrong = [index for index, hit in enumerate(exact) if not hit]
     return [
         Example(
-            media=files[place],
-            query=captions["written"][place],
-            truth=references[place],
+            media=clips[index],
+            query=captions["written"][index],
+            truth=references[index],
             ranked=[
-                (f"{name}: {texts[place]}", scored[name]["CIDEr"][place].item())
+                (f"{name}: {texts[index]}", scored[name]["CIDEr"][index].item())
                 for name, texts in captions.items()
             ],
-            rank=1 if exact[place] else 2,
+            rank=1 if exact[index] else 2,
         )
-        for place in spread(right, 6) + spread(wrong, 6)
+        for index in evenly_spaced(right, 6) + evenly_spaced(wrong, 6)
     ]
 
 
-__all__ = ["evaluate", "score_captions"]
+KIND = Kind(
+    name="captioning",
+    benchmark=CaptioningBenchmark,
+    evaluate=evaluate,
+    needs_decoder=True,
+    hub_task="video-to-text",
+    examples="captions",
+)
+
+__all__ = ["KIND", "CaptioningBenchmark", "evaluate", "score_captions", "write"]

@@ -4,74 +4,71 @@ Shapes: R rows, C candidate labels, D embedding size.
 """
 
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 
-from eval.benchmarks import Benchmark
-from eval.embed import embed_texts, predict_rows
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
-from eval.results import Score, TaskResult, answer_examples, common_protocol, skipped_rows
-from modeling_vljepa import VLJEPAModel
-from processing import VLJEPAProcessor
-from processing.feature_store import FeatureStore
+from eval.results import Score, TaskResult, answer_examples
+from eval.task import Benchmark, Kind, Task
 
 
-def evaluate(
-    model: VLJEPAModel,
-    processor: VLJEPAProcessor,
-    benchmark: Benchmark,
-    *,
-    batch_size: int = 64,
-    ablation: str = "none",
-    limit: int | None = None,
-    features: FeatureStore | None = None,
-) -> TaskResult:
+@dataclass(frozen=True, kw_only=True)
+class ClassificationBenchmark(Benchmark):
+    """A classification benchmark.
+
+    Attributes:
+        candidates (`list[str]`, *optional*): the labels to choose from; the distinct targets of
+            the rows by default.
+    """
+
+    candidates: list | None = None
+
+
+def evaluate(task: Task) -> TaskResult:
     """Rank the candidate labels for each row by cosine similarity.
 
-    The majority baseline names the most common labels of these very rows: the best that one
-    fixed ranking can do.
+    The majority baseline names the most common labels of these very rows: no fixed ranking does
+    better.
 
     Raises: `ValueError` for a row whose target is not among the given `candidates`.
     """
-    all_rows, bad = benchmark.load()
-    labels = benchmark.candidates or sorted({row["target"] for row in all_rows})
-    if strange := sorted({row["target"] for row in all_rows} - set(labels)):
-        raise ValueError(f"{benchmark.name}: not among the candidates: {', '.join(strange)}")
-    predictions = predict_rows(
-        model,
-        processor,
-        all_rows[:limit],
-        num_frames=benchmark.num_frames,
-        batch_size=batch_size,
-        ablation=ablation,
-        features=features,
-    )
-    label_embeds = embed_texts(model, processor, labels, batch_size=batch_size)  # (C, D)
-    similarity = predictions.embeds @ label_embeds.T  # (R, C)
+    # All rows, so that a limit does not make the choice easier.
+    distinct = {row["target"] for row in task.all_rows()}
+    labels = task.benchmark.candidates or sorted(distinct)
+    if strange := sorted(distinct - set(labels)):
+        raise ValueError(f"{task.benchmark.name}: not among the candidates: {', '.join(strange)}")
+    predictions = task.predict(task.rows())
+    similarity = predictions.embeds @ task.embed_texts(labels).T  # (R, C)
     targets = [row["target"] for row in predictions.rows]
-    place = {label: index for index, label in enumerate(labels)}
-    truth = torch.tensor([place[target] for target in targets])  # (R,)
+    index_of = {label: index for index, label in enumerate(labels)}
+    truth = torch.tensor([index_of[target] for target in targets])  # (R,)
     relevant = relevant_index(truth, len(labels))  # (R, C)
     ranks = first_relevant_ranks(similarity, relevant)  # (R,)
 
     scores = {}
     for k in (1, 5):
-        common_labels = sum(number for _, number in Counter(targets).most_common(k))
+        most_common = sum(count for _, count in Counter(targets).most_common(k))
         baselines = {
             "chance": chance_recall(relevant, k),
-            "majority": common_labels / len(targets),
+            "majority": most_common / len(targets),
         }
         scores[f"top-{k}"] = Score.of(ranks <= k, baselines)
-    common = common_protocol(benchmark, processor, predictions, ablation=ablation, limit=limit)
-    return TaskResult(
-        name=benchmark.name,
-        task=benchmark.task,
-        description=benchmark.description,
-        protocol={"candidates": len(labels), "rows": len(targets)} | common,
-        scores=scores,
-        skipped=skipped_rows(benchmark, all_rows, bad, predictions.broken),
+    return task.result(
+        predictions,
+        {"candidates": len(labels), "rows": len(targets)},
+        scores,
         examples=answer_examples(predictions, similarity, labels, ranks),
     )
 
 
-__all__ = ["evaluate"]
+KIND = Kind(
+    name="classification",
+    benchmark=ClassificationBenchmark,
+    evaluate=evaluate,
+    needs_decoder=False,
+    hub_task="zero-shot-image-classification",
+    examples="answers",
+)
+
+__all__ = ["KIND", "ClassificationBenchmark", "evaluate"]

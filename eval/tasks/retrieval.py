@@ -5,71 +5,53 @@ Shapes: V distinct files, T distinct texts, D embedding size.
 
 import torch
 
-from eval.benchmarks import Benchmark
-from eval.embed import embed_texts, predict_rows
 from eval.metrics import chance_recall, first_relevant_ranks
-from eval.results import (
-    Example,
-    Score,
-    TaskResult,
-    best,
-    common_protocol,
-    skipped_rows,
-    spread,
-)
-from modeling_vljepa import VLJEPAModel
-from processing import VLJEPAProcessor
-from processing.feature_store import FeatureStore
-from processing.rows import media_of
+from eval.results import Example, Score, TaskResult, best, evenly_spaced
+from eval.task import Benchmark, Kind, Task, one_row_per_clip
+from processing.rows import BadRow, media_of
+
+
+class RetrievalBenchmark(Benchmark):
+    """A retrieval benchmark: every clip is asked the same query."""
+
+    def load(self) -> tuple[list[dict], list[BadRow]]:
+        """Read the rows as every [`Benchmark`] does.
+
+        Raises: `ValueError` when no row is good, or when rows ask different queries.
+        """
+        rows, bad = super().load()
+        self.check_one_query(rows)
+        return rows, bad
 
 
 def relevance(rows: list[dict], files: list[str], texts: list[str]) -> torch.Tensor:
-    """Which texts are right for which files: bool `(V, T)`.
+    """Return which texts are right for which files: bool `(V, T)`.
 
     A text is right for the files of its rows, and for those of every row that shares a
-    `group_id` with one of them. A row without that column is a group of its own file.
+    `group_id` with one of them. A row without that column forms a group with the other rows of
+    its file.
     """
-    file_place = {file: place for place, file in enumerate(files)}
-    text_place = {text: place for place, text in enumerate(texts)}
+    file_index = {file: index for index, file in enumerate(files)}
+    text_index = {text: index for index, text in enumerate(texts)}
     files_of, texts_of = {}, {}
     for row in rows:
         group = row.get("group_id", media_of(row))
-        files_of.setdefault(group, set()).add(file_place[media_of(row)])
-        texts_of.setdefault(group, set()).add(text_place[row["target"]])
+        files_of.setdefault(group, set()).add(file_index[media_of(row)])
+        texts_of.setdefault(group, set()).add(text_index[row["target"]])
     relevant = torch.zeros(len(files), len(texts), dtype=torch.bool)
-    for group, places in files_of.items():
-        relevant[torch.tensor(list(places))[:, None], torch.tensor(list(texts_of[group]))] = True
+    for group, indices in files_of.items():
+        # (files, 1) and (texts,) broadcast: every file of the group with every text of it
+        relevant[torch.tensor(list(indices))[:, None], torch.tensor(list(texts_of[group]))] = True
     return relevant
 
 
-def evaluate(
-    model: VLJEPAModel,
-    processor: VLJEPAProcessor,
-    benchmark: Benchmark,
-    *,
-    batch_size: int = 64,
-    ablation: str = "none",
-    limit: int | None = None,
-    features: FeatureStore | None = None,
-) -> TaskResult:
+def evaluate(task: Task) -> TaskResult:
     """Rank all files for each text and all texts for each file, by cosine similarity."""
-    all_rows, bad = benchmark.load()
-    asked = all_rows[:limit]
-    one_per_file = list({media_of(row): row for row in asked}.values())
-    predictions = predict_rows(
-        model,
-        processor,
-        one_per_file,
-        num_frames=benchmark.num_frames,
-        batch_size=batch_size,
-        ablation=ablation,
-        features=features,
-    )
-    rows = [row for row in asked if media_of(row) not in predictions.broken]
+    predictions = task.predict(one_row_per_clip(task.rows()))
+    rows = [row for row in task.rows() if media_of(row) not in predictions.broken]
     files = [media_of(row) for row in predictions.rows]
     texts = list(dict.fromkeys(row["target"] for row in rows))
-    text_embeds = embed_texts(model, processor, texts, batch_size=batch_size)  # (T, D)
-    similarity = predictions.embeds @ text_embeds.T  # (V, T)
+    similarity = predictions.embeds @ task.embed_texts(texts).T  # (V, T)
     relevant = relevance(rows, files, texts)  # (V, T)
 
     scores, rank_statistics = {}, {}
@@ -90,15 +72,11 @@ def evaluate(
         "texts_per_video": round(float(relevant.sum(dim=1).float().mean()), 4),
         "videos_per_text": round(float(relevant.sum(dim=0).float().mean()), 4),
     }
-    common = common_protocol(benchmark, processor, predictions, ablation=ablation, limit=limit)
-    return TaskResult(
-        name=benchmark.name,
-        task=benchmark.task,
-        description=benchmark.description,
-        protocol=protocol | common,
-        scores=scores,
+    return task.result(
+        predictions,
+        protocol,
+        scores,
         ranks=rank_statistics,
-        skipped=skipped_rows(benchmark, all_rows, bad, predictions.broken),
         examples=text_to_video_examples(similarity.T, relevant.T, texts, files),
     )
 
@@ -106,18 +84,27 @@ def evaluate(
 def text_to_video_examples(
     similarity: torch.Tensor, relevant: torch.Tensor, texts: list[str], files: list[str]
 ) -> list[Example]:
-    """Eight texts with their five best files; both matrices are `(T, V)`."""
+    """Return eight texts with their five best files; both matrices are `(T, V)`."""
     ranks = first_relevant_ranks(similarity, relevant)
     return [
         Example(
             media=None,
             query=texts[text],
-            truth=[files[place] for place in relevant[text].nonzero().flatten().tolist()],
+            truth=[files[index] for index in relevant[text].nonzero().flatten().tolist()],
             ranked=best(similarity[text], files, 5),
             rank=int(ranks[text]),
         )
-        for text in spread(list(range(len(texts))), 8)
+        for text in evenly_spaced(list(range(len(texts))), 8)
     ]
 
 
-__all__ = ["evaluate", "relevance"]
+KIND = Kind(
+    name="retrieval",
+    benchmark=RetrievalBenchmark,
+    evaluate=evaluate,
+    needs_decoder=False,
+    hub_task="text-to-video-retrieval",
+    examples="clips",
+)
+
+__all__ = ["KIND", "RetrievalBenchmark", "evaluate", "relevance"]

@@ -1,29 +1,30 @@
-"""Selective decoding: how few texts tell what happens in a stream (paper, section 4.6).
+"""Selective decoding: how few texts describe a stream (paper, section 4.6).
 
-A stream is embedded window by window. Texts are decoded of some embeddings only, and each
-annotation is paired with the text decoded nearest to it in time; the score is the CIDEr of the
-pairs. What is compared is which embeddings are chosen, at equal numbers of them:
+A stream is embedded window by window. Only some embeddings are decoded, and each annotation is
+paired with the text decoded nearest to it in time; the score is the CIDEr of the pairs. Ways of
+choosing the embeddings are compared at equal numbers of decodes:
 
 - uniform: at equal intervals. `uniform + pool` decodes the average of each interval.
 - selective: the middle of each segment that `WardSegmenter` finds. `selective + pool` decodes the
   segment's average.
 - online: the middle or the average of each segment that `OnlineSegmenter` closes while the stream
   runs.
-- oracle: the stretches around the annotations, which nobody knows: at each annotation's time, or
-  with `oracle + pool` the average from halfway to the one before until halfway to the next. It
-  shows what could be gained by choosing, and is no bound where single windows are uncertain.
+- oracle: at the time of each annotation, which no model knows. `oracle + pool` decodes the average
+  from halfway to the annotation before until halfway to the next. The oracle shows what choosing
+  could gain; it is not an upper bound where single windows are uncertain.
 
-The budgets run from 2 to 0.01 decodes per second, as in the paper's figure 4. The online
-segmenter has thresholds and no number of segments: they are chosen on the validation streams, for
-each budget. Its decodes are never exactly the budget's, so it is judged beside the offline
-segments of the same number in each stream.
+The budgets run from 2 to 0.01 decodes per second, as in the paper's figure 4. The online segmenter
+takes thresholds instead of a number of segments: for each budget they are chosen on the validation
+streams. Its decodes never match the budget exactly, so it is compared with offline segments, in
+each stream as many as it made itself.
 
-The paper's claim is that of a reference, uniform decoding at 2.5 times the annotation rate, 2.85
-times fewer decodes keep the CIDEr (1 Hz and 0.35 Hz, where annotations come at 0.4 Hz). How many
-fewer are enough is chosen on the validation streams, too. Averages help uniform decoding as well,
-so that pooled choices are compared with either reference.
+The paper claims that 2.85 times fewer decodes keep the CIDEr of the reference, which is uniform
+decoding at 2.5 times the annotation rate (1 Hz against 0.35 Hz, with annotations at 0.4 Hz). Here
+the factor that keeps the CIDEr is also chosen on the validation streams. Averages help uniform
+decoding too, so pooled choices are compared with both references.
 
-Shapes: S windows of a stream, A annotations of all streams, D embedding size.
+Shapes: S windows of a stream, N decodes of a stream, A annotations of all streams, D embedding
+size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,24 +37,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.annotated_streams import EmbeddedStream, embed_streams, read_streams
-from eval.benchmarks import Benchmark, sha256
+from eval.annotated_streams import AnnotatedStream, EmbeddedStream, embed_streams, read_streams
 from eval.metrics import cider, exact_match
-from eval.results import Example, Score, TaskResult, portable, spread
+from eval.results import Example, Score, TaskResult, evenly_spaced, portable
+from eval.task import Benchmark, Kind, Task, sha256
 from eval.tasks.captioning import write
-from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
+from modeling_vljepa import VLJEPAForConditionalGeneration
 from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, Segment, WardSegmenter, as_unit
 from processing import Excerpt, VLJEPAProcessor
-from processing.feature_store import FeatureStore
 from processing.rows import BadRow
 
 BUDGETS = (2.0, 1.0, 0.5, 0.35, 0.2, 0.1, 0.05, 0.02, 0.01)  # decodes per second
 REFERENCE_DENSITY = 2.5  # decodes per annotation
 CLAIM = 2.85  # times fewer than the reference
-FEWER = np.geomspace(1, 16, 49)  # what is tried on the validation streams
+FEWER = np.geomspace(1, 16, 49)  # factors tried on the validation streams
 TOLERANCE = 0.5  # seconds by which a boundary may be off
 RESAMPLES = 2000
-# What is tried on the validation streams for each budget.
+# Settings of the online segmenter, all combinations of which are tried on the validation streams.
 ONLINE = {
     "window": (2, 4, 8),
     "smoothing": (0.5, 1.0),
@@ -68,12 +68,13 @@ ONLINE = {
 
 @dataclass(frozen=True)
 class Choice:
-    """Embeddings of a stream that are decoded.
+    """The embeddings of a stream that are decoded.
 
     Attributes:
         times (`np.ndarray` of shape `(N,)`): seconds, ascending.
         embeds (`np.ndarray` of shape `(N, D)`): float32.
-        bounds (`np.ndarray` of shape `(N - 1,)`): seconds between what they stand for.
+        bounds (`np.ndarray` of shape `(N - 1,)`): seconds, where the part of the stream that one
+            embedding represents ends and the next one's begins.
     """
 
     times: np.ndarray
@@ -82,26 +83,27 @@ class Choice:
 
 
 def count_of(rate: float, stream: EmbeddedStream) -> int:
-    """How many decodes a budget of `rate` per second allows, at least one."""
+    """Return the decodes that a budget of `rate` per second allows, at least one."""
     return max(1, min(round(rate * stream.end_time), len(stream.times)))
 
 
 def uniform(stream: EmbeddedStream, count: int, *, pool: bool = False) -> Choice:
-    """`count` moments at equal intervals, each in the middle of its own."""
+    """Choose `count` moments, each in the middle of one of `count` equal intervals."""
     edges = np.linspace(0, stream.end_time, count + 1)
     return at(stream, (edges[:-1] + edges[1:]) / 2, edges[1:-1], pool=pool)
 
 
 def at(stream: EmbeddedStream, times: np.ndarray, bounds: np.ndarray, *, pool: bool) -> Choice:
-    """The embedding nearest to each of `times` `(N,)`, or the average of what lies between
-    `bounds` `(N - 1,)`."""
-    places = np.abs(stream.times - times[:, None]).argmin(axis=1)
-    embeds = stream.embeds[places]
+    """Choose the embedding nearest to each of `times` `(N,)`, or with `pool` the average of the
+    embeddings between the `bounds` `(N - 1,)`."""
+    nearest = np.abs(stream.times - times[:, None]).argmin(axis=1)  # (N,)
+    embeds = stream.embeds[nearest]  # (N, D)
     if pool:
-        parts = np.searchsorted(bounds, stream.times, side="right")
-        for place in range(len(times)):
-            if (inside := parts == place).any():  # else the nearest one, as without pooling
-                embeds[place] = as_unit(stream.embeds[inside].mean(axis=0))
+        parts = np.searchsorted(bounds, stream.times, side="right")  # (S,)
+        for index in range(len(times)):
+            # A part shorter than a window's stride can be empty: it keeps the nearest embedding.
+            if (inside := parts == index).any():
+                embeds[index] = as_unit(stream.embeds[inside].mean(axis=0))
     return Choice(times, embeds.astype(np.float32), bounds)
 
 
@@ -129,7 +131,7 @@ def oracle(stream: EmbeddedStream, *, pool: bool = False) -> Choice:
     return at(stream, times, boundaries(stream), pool=pool)
 
 
-# What is compared with which reference.
+# (a way of choosing, the reference it is compared with)
 PAIRS = (
     ("selective", "uniform"),
     ("selective + pool", "uniform"),
@@ -143,11 +145,11 @@ METHODS: dict[str, Callable[[EmbeddedStream, int], Choice]] = {
 }
 
 
-# -- what they are worth -------------------------------------------------------------------
+# -- scoring a choice ----------------------------------------------------------------------
 
 
 class Captions:
-    """Texts of embeddings, each decoded once however many choices it is part of."""
+    """The texts of embeddings. Each embedding is decoded once, also if many choices contain it."""
 
     def __init__(
         self,
@@ -161,31 +163,31 @@ class Captions:
         self.texts: dict[bytes, str] = {}
 
     def decode(self, choices: Iterable[Choice]) -> None:
-        """Decode what was not yet."""
+        """Decode the embeddings that were not decoded before."""
         new = {row.tobytes(): row for choice in choices for row in choice.embeds}
         new = {key: row for key, row in new.items() if key not in self.texts}
         if new:
             embeds = torch.from_numpy(np.stack(list(new.values())))  # (N, D)
-            asked, said = [self.query] * len(new), [""] * len(new)
+            queries, previous = [self.query] * len(new), [""] * len(new)
             size = {"batch_size": self.batch_size}
-            texts = write(self.model, self.processor, embeds, asked, said, **size)
+            texts = write(self.model, self.processor, embeds, queries, previous, **size)
             self.texts |= dict(zip(new, texts, strict=True))
 
     def nearest(self, choice: Choice, times: np.ndarray) -> list[str]:
-        """The text decoded nearest to each time; of two equally near, the earlier."""
-        places = np.abs(choice.times - times[:, None]).argmin(axis=1)
-        return [self.texts[choice.embeds[place].tobytes()] for place in places]
+        """Return the text decoded nearest to each time; of two equally near, the earlier."""
+        nearest = np.abs(choice.times - times[:, None]).argmin(axis=1)
+        return [self.texts[choice.embeds[index].tobytes()] for index in nearest]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A way of choosing, on all streams.
+    """The scores of one way of choosing, on all streams.
 
     Attributes:
         captions (`list[str]` of length A)
         cider (`np.ndarray` of shape `(A,)`)
         rate (`float`): decodes per second.
-        f1 (`float`): of the boundaries.
+        f1 (`float`): F1 of the boundaries.
     """
 
     captions: list[str]
@@ -199,7 +201,7 @@ class Outcome:
 
 
 class Judge:
-    """Scores choices on one set of streams."""
+    """Scores of choices on one set of streams."""
 
     def __init__(self, streams: list[EmbeddedStream], captions: Captions):
         self.streams, self.captions = streams, captions
@@ -212,7 +214,7 @@ class Judge:
         self.outcomes: dict[tuple[str, float], Outcome] = {}
 
     def score(self, choices: list[Choice]) -> Outcome:
-        """A choice for each stream."""
+        """Decode and score one choice for each stream."""
         self.captions.decode(choices)
         pairs = list(zip(self.streams, choices, strict=True))
         written = [
@@ -229,14 +231,14 @@ class Judge:
         )
 
     def at_rate(self, method: str, rate: float) -> Outcome:
-        """A way of choosing at a budget, scored once: several comparisons have the same side."""
+        """Score a way of choosing at a budget; once, since several comparisons need the same."""
         if (method, rate) not in self.outcomes:
             choices = [METHODS[method](stream, count_of(rate, stream)) for stream in self.streams]
             self.outcomes[method, rate] = self.score(choices)
         return self.outcomes[method, rate]
 
     def online(self, settings: dict[str, float | str]) -> tuple[Outcome, Outcome]:
-        """The online segmenter, and as many offline segments of each stream."""
+        """Score the online segmenter, and the same number of offline segments of each stream."""
         choices = [online(stream, settings) for stream in self.streams]
         pool = settings["decode_from"] == "mean"
         offline = [
@@ -246,7 +248,10 @@ class Judge:
         return self.score(choices), self.score(offline)
 
     def interval(self, values: np.ndarray) -> tuple[float, float]:
-        """95 % of the mean of `(A,)` values, over streams drawn anew."""
+        """Return the 95 % interval of the mean of `(A,)` values, by resampling streams.
+
+        Annotations of one stream are not independent, so whole streams are drawn.
+        """
         sums = np.bincount(self.stream_of, weights=values)
         counts = np.bincount(self.stream_of)
         drawn = np.random.default_rng(0).integers(
@@ -257,55 +262,67 @@ class Judge:
 
 
 def boundaries(stream: EmbeddedStream) -> np.ndarray:
-    """Halfway between neighbouring annotations: they tell of moments, not of stretches."""
+    """Return the times halfway between neighbouring annotations.
+
+    An annotation has a moment and no duration, so the true boundary is not known better.
+    """
     times = stream.annotated.times
     return (times[:-1] + times[1:]) / 2
 
 
 def boundary_f1(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """F1 of boundaries found and true, of all streams together; each may be matched once, to one
-    that is at most `TOLERANCE` seconds away."""
+    """Return the F1 of pairs of found and true boundaries, all streams together.
+
+    A boundary matches at most one other, at most `TOLERANCE` seconds away.
+    """
     hits = sum(matches(found.tolist(), true.tolist()) for found, true in pairs)
     total = sum(len(found) + len(true) for found, true in pairs)
     return 2 * hits / total if total else 1.0
 
 
 def matches(found: list[float], true: list[float]) -> int:
-    """The most pairs that can be made of two ascending lists: the earliest first."""
-    hits, places = 0, iter(true)
-    place = next(places, None)
+    """Return the largest number of pairs within `TOLERANCE` of two ascending lists.
+
+    Matching each found time with the earliest true one in reach is optimal: that one would not
+    serve a later found time better.
+    """
+    hits, remaining = 0, iter(true)
+    candidate = next(remaining, None)
     for time in found:
-        while place is not None and place < time - TOLERANCE:
-            place = next(places, None)
-        if place is not None and place <= time + TOLERANCE:
+        while candidate is not None and candidate < time - TOLERANCE:
+            candidate = next(remaining, None)
+        if candidate is not None and candidate <= time + TOLERANCE:
             hits += 1
-            place = next(places, None)
+            candidate = next(remaining, None)
     return hits
 
 
-# -- what is chosen on the validation streams ----------------------------------------------
+# -- chosen on the validation streams ------------------------------------------------------
 
 
 def enough(judge: Judge, method: str, reference: str) -> float:
-    """How many times fewer decodes than the reference has keep its CIDEr: the most of those
-    tried, 0 if not even as many do."""
+    """Return the largest factor tried by which fewer decodes keep the reference's CIDEr.
+
+    Returns: 0 if not even the reference's own number of decodes keeps it.
+    """
     rate = REFERENCE_DENSITY * judge.annotation_rate
     wanted = judge.at_rate(reference, rate).mean
-    kept = [
+    good = [
         fewer
         for fewer in tqdm(FEWER.tolist(), f"{method}, as good as {reference}")
         if judge.at_rate(method, rate / fewer).mean >= wanted
     ]
-    return max(kept, default=0.0)
+    return max(good, default=0.0)
 
 
 def thresholds(judge: Judge, budgets: Sequence[float]) -> list[dict[str, float | str]]:
-    """For each budget the online settings of best CIDEr among those that keep to it; where none
-    does, those of fewest decodes."""
+    """Return for each budget the online settings of best CIDEr among those within the budget; if
+    no settings are, those of fewest decodes."""
     tried = []
     for values in tqdm(list(product(*ONLINE.values())), "thresholds"):
         settings = dict(zip(ONLINE, values, strict=True))
-        # The variance of two equal halves a cosine of 1 - d apart is d / 2.
+        # The same change for both criteria: where a window's two halves differ by a cosine of
+        # 1 - d, its variance is d / 2.
         settings["variance_threshold"] = settings["drift_threshold"] / 2
         choices = [online(stream, settings) for stream in judge.streams]
         tried.append((judge.score(choices), settings))
@@ -317,14 +334,14 @@ def thresholds(judge: Judge, budgets: Sequence[float]) -> list[dict[str, float |
     return chosen
 
 
-# -- what is measured on the test streams --------------------------------------------------
+# -- measured on the test streams ----------------------------------------------------------
 
 
 def measure(
     judge: Judge, budgets: Sequence[float], settings: Sequence[dict[str, float | str]]
 ) -> tuple[dict[str, Score], dict[str, list[tuple[float, float]]]]:
-    """CIDEr at each budget of every way of choosing, and each way's curve."""
-    best = {
+    """Return the CIDEr of every way of choosing at each budget, and each way's curve."""
+    oracles = {
         name: judge.score([oracle(stream, pool=pool) for stream in judge.streams]).mean
         for name, pool in (("oracle", False), ("oracle + pool", True))
     }
@@ -336,16 +353,16 @@ def measure(
         for name, outcome in outcomes.items():
             curves[name].append((round(outcome.rate, 4), round(outcome.mean, 4)))
         shown = outcomes.pop("selective")
-        beside = {name: outcome.mean for name, outcome in outcomes.items()}
-        beside |= {"offline, as many as online": offline.mean, **best}
+        others = {name: outcome.mean for name, outcome in outcomes.items()}
+        others |= {"offline, as many as online": offline.mean, **oracles}
         interval = judge.interval(shown.cider)
-        scores[f"CIDEr at {budget:.3g} Hz"] = Score(shown.mean, *interval, len(shown.cider), beside)
+        scores[f"CIDEr at {budget:.3g} Hz"] = Score(shown.mean, *interval, len(shown.cider), others)
     return scores, curves
 
 
 def compare(judge: Judge, method: str, reference: str, fewer: float) -> dict[str, float]:
-    """A way of choosing beside its reference, at the paper's claim and at what the validation
-    streams promised."""
+    """Compare a way of choosing with its reference, at the paper's factor and at the factor `fewer`
+    that was chosen on the validation streams."""
     rate = REFERENCE_DENSITY * judge.annotation_rate
     wanted = judge.at_rate(reference, rate)
     numbers = {"reference CIDEr": wanted.mean}
@@ -360,7 +377,7 @@ def compare(judge: Judge, method: str, reference: str, fewer: float) -> dict[str
 
 
 def boundary_scores(judge: Judge) -> dict[str, float]:
-    """F1 with as many segments as annotations."""
+    """Return the F1 of the boundaries, with one segment per annotation."""
     counts = [len(stream.annotated.times) for stream in judge.streams]
     pairs = list(zip(judge.streams, counts, strict=True))
     return {
@@ -372,50 +389,39 @@ def boundary_scores(judge: Judge) -> dict[str, float]:
 # -- the task ------------------------------------------------------------------------------
 
 
-def evaluate(
-    model: VLJEPAForConditionalGeneration | VLJEPAModel,
-    processor: VLJEPAProcessor,
-    benchmark: Benchmark,
-    *,
-    batch_size: int = 64,
-    ablation: str = "none",
-    limit: int | None = None,
-    features: FeatureStore | None = None,
-) -> TaskResult:
+@dataclass(frozen=True, kw_only=True)
+class StreamingBenchmark(Benchmark):
+    """A benchmark of annotated streams: `rows` is a file for [`read_streams`].
+
+    Attributes:
+        validation_rows (`Path`): streams to choose thresholds on, not those of `rows`.
+        fps (`float`, *optional*): frames to keep per second; all by default.
+        stride (`int`, *optional*, defaults to 1): frames between the beginnings of two windows.
+    """
+
+    validation_rows: Path
+    fps: float | int | None = None
+    stride: int = 1
+
+    def load(self) -> tuple[list[AnnotatedStream], list[BadRow]]:
+        """Read the streams, and the lines that are not streams."""
+        return read_streams(self.rows)
+
+
+def evaluate(task: Task) -> TaskResult:
     """Embed the streams, choose, decode and compare.
 
     Raises: `ValueError` for a model without a Y-Decoder, for an ablation and for a feature store.
     """
-    if not isinstance(model, VLJEPAForConditionalGeneration):
-        raise ValueError(
-            f"{benchmark.name}: streams are told by a Y-Decoder, and this model has none. Train "
-            "one with `python -m training.train_decoder`."
-        )
-    if model.config.decoder_reads_previous:
-        raise ValueError(
-            f"{benchmark.name}: this decoder reads what was said before, and here texts are "
-            "decoded apart from each other. Take one without decoder_reads_previous."
-        )
-    if ablation != "none" or features is not None:
-        raise ValueError(
-            f"{benchmark.name}: streams are read window by window, with neither --ablation nor "
-            "--features."
-        )
-    if limit is not None and limit < 1:
-        raise ValueError(f"{benchmark.name}: limit is {limit}: give at least 1 stream.")
+    check(task)
+    benchmark = task.benchmark
 
-    check_files(benchmark)
-
-    # 1. Embed: each window once
-    annotated, bad = read_streams(benchmark.rows)
-    chosen_on, bad_validation = read_streams(benchmark.validation_rows)
-    embed = partial(embed_streams, model.vljepa, processor, batch_size=batch_size)
-    streams, left_out = embed(annotated[:limit], benchmark)
-    held_out, left_out_validation = embed(chosen_on[:limit], benchmark)
-    captions = Captions(model, processor, benchmark.query or "", batch_size)
-    test, validation = Judge(streams, captions), Judge(held_out, captions)
-    for path, judge in ((benchmark.rows, test), (benchmark.validation_rows, validation)):
-        check_references(path, judge.references)
+    # 1. Embed each window once. Both files are read first: a bad one stops before the long work.
+    test_file = (benchmark.rows, *benchmark.load())
+    validation_file = (benchmark.validation_rows, *read_streams(benchmark.validation_rows))
+    captions = Captions(task.writer, task.processor, benchmark.query or "", task.batch_size)
+    test, left_out = judge_of(task, captions, *test_file)
+    validation, left_out_validation = judge_of(task, captions, *validation_file)
 
     # 2. Choose on the validation streams
     fewer = {pair: enough(validation, *pair) for pair in PAIRS}
@@ -425,69 +431,87 @@ def evaluate(
 
     # 3. Measure on the test streams
     scores, curves = measure(test, budgets, settings)
-    comparisons = {" against ".join(pair): compare(test, *pair, fewer[pair]) for pair in PAIRS}
-    protocol = {
+    return TaskResult(
+        name=benchmark.name,
+        task=benchmark.task,
+        description=benchmark.description,
+        protocol=protocol_of(task, test),
+        scores=scores,
+        numbers={"reference rate": round(rate, 4), **boundary_scores(test)},
+        comparisons={" against ".join(pair): compare(test, *pair, fewer[pair]) for pair in PAIRS},
+        curves=curves,
+        skipped=left_out + left_out_validation,
+        examples=examples(test, rate),
+    )
+
+
+def check(task: Task) -> None:
+    """Raise `ValueError` for a model, options or files that cannot be measured here."""
+    name, benchmark = task.benchmark.name, task.benchmark
+    if task.writer.config.decoder_reads_previous:
+        raise ValueError(
+            f"{name}: this decoder reads the text before, and here texts are decoded independently "
+            "of each other. Take one without decoder_reads_previous."
+        )
+    if task.ablation != "none" or task.features is not None:
+        raise ValueError(
+            f"{name}: streams are read window by window, with neither --ablation nor --features."
+        )
+    if task.limit is not None and task.limit < 1:
+        raise ValueError(f"{name}: limit is {task.limit}: give at least 1 stream.")
+    if sha256(benchmark.rows) == sha256(benchmark.validation_rows):
+        raise ValueError(
+            f"{name}: rows and validation_rows are the same streams, so thresholds would be chosen "
+            "on the test streams. Divide them into two files."
+        )
+
+
+def judge_of(
+    task: Task,
+    captions: Captions,
+    path: Path,
+    annotated: list[AnnotatedStream],
+    bad: list[BadRow],
+) -> tuple[Judge, list[str]]:
+    """Embed the streams of a file; return their judge, and the lines that were left out.
+
+    Raises: `ValueError` if all annotations are equal. CIDEr weighs words by how few annotations
+        contain them: every choice would score 0, and every factor would seem to be enough.
+    """
+    streams, left_out = embed_streams(task, annotated[: task.limit])
+    judge = Judge(streams, captions)
+    if len({text for [text] in judge.references}) < 2:
+        raise ValueError(f"{path}: all annotations are the same text. Give at least two texts.")
+    lines = [f"{path.name}:{row.line}: {row.reason}" for row in bad]
+    return judge, lines + [f"{path.name}, {reason}" for reason in left_out]
+
+
+def protocol_of(task: Task, test: Judge) -> dict[str, str | int | float]:
+    """Return the facts about the streams that a reader of the scores must know."""
+    benchmark = task.benchmark
+    return {
         "rows_file": portable(benchmark.rows),
         "rows_sha256": sha256(benchmark.rows),
         "validation_rows_file": portable(benchmark.validation_rows),
         "validation_rows_sha256": sha256(benchmark.validation_rows),
-        "streams": len(streams),
+        "streams": len(test.streams),
         "seconds": round(test.seconds, 1),
         "annotations": len(test.references),
         "annotations_per_second": round(test.annotation_rate, 4),
         "fps": benchmark.fps or "the video's",
-        "frames": benchmark.num_frames or processor.video_processor.num_frames,
+        "frames": benchmark.num_frames or task.processor.video_processor.num_frames,
         "stride": benchmark.stride,
         "prompt": benchmark.query or "",
         "claim": f"{CLAIM} times fewer than {REFERENCE_DENSITY} per annotation",
         "boundary_tolerance_seconds": TOLERANCE,
         "interval": f"95 % over streams, {RESAMPLES} resamples",
         "decoding": "greedy",
-        "limit": "none" if limit is None else limit,
+        "limit": "none" if task.limit is None else task.limit,
     }
-    skipped = [
-        *left_out_lines(benchmark.rows, bad, left_out),
-        *left_out_lines(benchmark.validation_rows, bad_validation, left_out_validation),
-    ]
-    return TaskResult(
-        name=benchmark.name,
-        task=benchmark.task,
-        description=benchmark.description,
-        protocol=protocol,
-        scores=scores,
-        numbers={"reference rate": round(rate, 4), **boundary_scores(test)},
-        comparisons=comparisons,
-        curves=curves,
-        skipped=skipped,
-        examples=examples(test, rate),
-    )
-
-
-def check_files(benchmark: Benchmark) -> None:
-    if sha256(benchmark.rows) == sha256(benchmark.validation_rows):
-        raise ValueError(
-            f"{benchmark.name}: rows and validation_rows are the same streams. What is chosen on "
-            "streams is not measured on them: divide them into two files."
-        )
-
-
-def check_references(path: Path, references: list[list[str]]) -> None:
-    """CIDEr weighs words by how few annotations have them: where all are one, none counts, every
-    choice scores 0 and seems to be enough."""
-    if len({text for [text] in references}) < 2:
-        raise ValueError(f"{path}: all annotations say the same. Give at least two texts.")
-
-
-def left_out_lines(path: Path, bad: list[BadRow], left_out: list[str]) -> list[str]:
-    """In words, what of a file was not measured on."""
-    return [
-        *(f"{path.name}:{row.line}: {row.reason}" for row in bad),
-        *(f"{path.name}, {reason}" for reason in left_out),
-    ]
 
 
 def examples(judge: Judge, rate: float) -> list[Example]:
-    """Twelve moments and what is told of them at the paper's claim."""
+    """Return twelve annotated moments with their texts at the paper's factor."""
     outcomes = {
         "selective": judge.at_rate("selective", rate / CLAIM),
         "uniform reference": judge.at_rate("uniform", rate),
@@ -499,9 +523,9 @@ def examples(judge: Judge, rate: float) -> list[Example]:
         for time, text in zip(stream.annotated.times, stream.annotated.texts, strict=True)
     ]
     shown = []
-    for place in spread(list(range(len(moments))), 12):
-        stream, time, truth = moments[place]
-        written = {name: outcome.captions[place] for name, outcome in outcomes.items()}
+    for index in evenly_spaced(list(range(len(moments))), 12):
+        stream, time, truth = moments[index]
+        written = {name: outcome.captions[index] for name, outcome in outcomes.items()}
         start, end = max(time - 1, 0.0), min(time + 1, stream.end_time)
         shown.append(
             Example(
@@ -509,7 +533,7 @@ def examples(judge: Judge, rate: float) -> list[Example]:
                 query=f"{time:.1f} s: {written['selective']}",
                 truth=[truth],
                 ranked=[
-                    (f"{name}: {text}", float(outcomes[name].cider[place]))
+                    (f"{name}: {text}", float(outcomes[name].cider[index]))
                     for name, text in written.items()
                 ],
                 rank=1 if exact_match(written["selective"], truth) else 2,
@@ -518,4 +542,13 @@ def examples(judge: Judge, rate: float) -> list[Example]:
     return shown
 
 
-__all__ = ["evaluate"]
+KIND = Kind(
+    name="streaming",
+    benchmark=StreamingBenchmark,
+    evaluate=evaluate,
+    needs_decoder=True,
+    hub_task="video-to-text",
+    examples="captions",
+)
+
+__all__ = ["KIND", "StreamingBenchmark", "evaluate"]

@@ -7,31 +7,38 @@ Shapes: R rows, C candidate answers, D embedding size.
 """
 
 from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from eval.benchmarks import Benchmark, sha256, usable_rows
-from eval.embed import embed_texts, predict_rows
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
-from eval.results import (
-    Score,
-    TaskResult,
-    answer_examples,
-    common_protocol,
-    portable,
-    skipped_rows,
-)
-from modeling_vljepa import VLJEPAModel
-from processing import VLJEPAProcessor
-from processing.feature_store import FeatureStore
+from eval.results import Score, TaskResult, answer_examples, portable
+from eval.task import Benchmark, Kind, Task, sha256, usable_rows
 from processing.rows import media_of
 
 
-class QuestionOnly:
-    """Answers without looking: what a model must beat before it can be said to see.
+@dataclass(frozen=True, kw_only=True)
+class VQABenchmark(Benchmark):
+    """A VQA benchmark. It takes no `query`, since its rows ask their own questions.
 
-    The most common answer of the training rows to this very question; to one it never met, the
-    most common answer to questions of this `question_type`; failing that, the most common one.
+    Attributes:
+        train_rows (`Path`): JSONL file with the candidate answers; the baselines learn from it.
+    """
+
+    train_rows: Path
+
+    def __post_init__(self) -> None:
+        if self.query is not None:
+            raise ValueError(f"{self.name}: a vqa benchmark takes no query: its rows ask")
+
+
+class QuestionOnly:
+    """A baseline that answers without the image: a model that sees must do better.
+
+    It gives the most common answer of the training rows to this very question. For a question that
+    is new, it gives the most common answer to questions of this `question_type`, or else the most
+    common answer of all.
     """
 
     def __init__(self, train_rows: list[dict]):
@@ -56,7 +63,12 @@ class QuestionOnly:
 def score(
     rows: list[dict], ranks: torch.Tensor, relevant: torch.Tensor, blind: QuestionOnly
 ) -> Score:
-    """Accuracy over R rows, from the ranks `(R,)` of the truth; `relevant` is `(R, C)`."""
+    """Return the accuracy over R rows.
+
+    Args:
+        ranks (`torch.LongTensor` of shape `(R,)`): rank of the true answer.
+        relevant (`torch.BoolTensor` of shape `(R, C)`)
+    """
     majority = blind.majority()
     baselines = {
         "chance": chance_recall(relevant, 1),
@@ -66,69 +78,62 @@ def score(
     return Score.of(ranks == 1, baselines)
 
 
-def evaluate(
-    model: VLJEPAModel,
-    processor: VLJEPAProcessor,
-    benchmark: Benchmark,
-    *,
-    batch_size: int = 64,
-    ablation: str = "none",
-    limit: int | None = None,
-    features: FeatureStore | None = None,
-) -> TaskResult:
+def score_by_type(
+    rows: list[dict], ranks: torch.Tensor, relevant: torch.Tensor, blind: QuestionOnly
+) -> dict[str, Score]:
+    """Return `score` for each `question_type`, in the order of their names."""
+    types = defaultdict(list)
+    for index, row in enumerate(rows):
+        types[row.get("question_type", "untyped")].append(index)
+    return {
+        name: score([rows[index] for index in indices], ranks[indices], relevant[indices], blind)
+        for name, indices in sorted(types.items())
+    }
+
+
+def evaluate(task: Task) -> TaskResult:
     """Rank all candidate answers for each question by cosine similarity.
 
-    A true answer that is no candidate counts as wrong, and is counted in the protocol.
+    A true answer that is not among the candidates counts as wrong; the protocol counts them.
     """
-    all_rows, bad = benchmark.load()
-    train_rows, bad_train = usable_rows(benchmark.train_rows)
+    train_file = task.benchmark.train_rows
+    train_rows, bad_train = usable_rows(train_file)
     answers = sorted({row["target"] for row in train_rows})
-    predictions = predict_rows(
-        model,
-        processor,
-        all_rows[:limit],
-        num_frames=benchmark.num_frames,
-        batch_size=batch_size,
-        ablation=ablation,
-        features=features,
-    )
-    answer_embeds = embed_texts(model, processor, answers, batch_size=batch_size)  # (C, D)
-    similarity = predictions.embeds @ answer_embeds.T  # (R, C)
+    predictions = task.predict(task.rows())
     rows = predictions.rows
-    place = {answer: index for index, answer in enumerate(answers)}
-    truth = torch.tensor([place.get(row["target"], -1) for row in rows])  # (R,)
+    similarity = predictions.embeds @ task.embed_texts(answers).T  # (R, C)
+    index_of = {answer: index for index, answer in enumerate(answers)}
+    truth = torch.tensor([index_of.get(row["target"], -1) for row in rows])  # (R,)
     relevant = relevant_index(truth, len(answers))  # (R, C)
     ranks = first_relevant_ranks(similarity, relevant)  # (R,)
 
     blind = QuestionOnly(train_rows)
-    types = defaultdict(list)
-    for index, row in enumerate(rows):
-        types[row.get("question_type", "untyped")].append(index)
-    by_type = {
-        name: score([rows[index] for index in places], ranks[places], relevant[places], blind)
-        for name, places in sorted(types.items())
-    }
-    train_media = {media_of(row) for row in train_rows}
+    shared = {media_of(row) for row in rows} & {media_of(row) for row in train_rows}
     protocol = {
         "candidates": len(answers),
         "rows": len(rows),
         "answers_not_among_candidates": int((truth == -1).sum()),
-        "train_rows_file": portable(benchmark.train_rows),
-        "train_rows_sha256": sha256(benchmark.train_rows),
+        "train_rows_file": portable(train_file),
+        "train_rows_sha256": sha256(train_file),
         "train_rows_unusable": len(bad_train),
-        "media_shared_with_training": len({media_of(row) for row in rows} & train_media),
+        "media_shared_with_training": len(shared),
     }
-    common = common_protocol(benchmark, processor, predictions, ablation=ablation, limit=limit)
-    return TaskResult(
-        name=benchmark.name,
-        task=benchmark.task,
-        description=benchmark.description,
-        protocol=protocol | common,
-        scores={"accuracy": score(rows, ranks, relevant, blind)},
-        by_type=by_type,
-        skipped=skipped_rows(benchmark, all_rows, bad, predictions.broken),
+    return task.result(
+        predictions,
+        protocol,
+        {"accuracy": score(rows, ranks, relevant, blind)},
+        by_type=score_by_type(rows, ranks, relevant, blind),
         examples=answer_examples(predictions, similarity, answers, ranks),
     )
 
 
-__all__ = ["QuestionOnly", "evaluate"]
+KIND = Kind(
+    name="vqa",
+    benchmark=VQABenchmark,
+    evaluate=evaluate,
+    needs_decoder=False,
+    hub_task="visual-question-answering",
+    examples="answers",
+)
+
+__all__ = ["KIND", "QuestionOnly", "VQABenchmark", "evaluate"]

