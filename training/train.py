@@ -29,7 +29,7 @@ from training.arguments import (
     save_recipes,
 )
 from training.data.collator import ContrastiveCollator
-from training.data.dataset import build_dataset
+from training.data.dataset import ContrastiveDataset, build_dataset
 from training.data.feature_writer import check_recipe
 from training.data.sources import Source, StreamedSource, read_source
 from training.data.target_states import encode_target_states
@@ -89,12 +89,105 @@ def open_features(
     processor: VLJEPAProcessor,
     sources: list[Source | StreamedSource],
 ) -> FeatureStore | None:
-    """The recipe's feature store, where it names one that this model would have made."""
+    """Open the recipe's feature store; `None` if the recipe names none.
+
+    Raises:
+        FeatureError: another X-Encoder or video processor wrote the store, or the recipe trains
+            the X-Encoder or augments frames, so that stored features would be wrong.
+    """
     if recipe.data.features is None:
         return None
     check_recipe(model, sources)
     dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
     return FeatureStore.open(recipe.data.features, model, processor.video_processor, dtype=dtype)
+
+
+def read_data(
+    recipe: Recipe,
+    model: VLJEPAModel,
+    processor: VLJEPAProcessor,
+    sources: list[Source | StreamedSource],
+) -> tuple[ContrastiveDataset, ContrastiveCollator]:
+    """Build the dataset and its collator; decode clips and encode targets that the recipe caches.
+
+    Raises:
+        FeatureError: see `open_features`.
+        RecipeError: too many clips of a source cannot be read, or the recipe caches targets that
+            change or are not known before training.
+    """
+    args, data = recipe.training, recipe.data
+    features = open_features(recipe, model, processor, sources)
+    with args.main_process_first(desc="reading clips"):  # it decodes, the others find the cache
+        dataset = build_dataset(sources, processor.video_processor, data, features)
+    states = None
+    if data.cache_targets:
+        if any(isinstance(source, StreamedSource) for source in sources):
+            raise RecipeError(
+                "data.cache_targets: the texts of a streamed source are not known before training. "
+                "Set it to false."
+            )
+        texts = [t for row in dataset.rows for t in (row["target"], *row.get("negatives", []))]
+        states = encode_target_states(model.to(args.device), processor, texts)
+    return dataset, ContrastiveCollator(processor, states, data.hard_negatives)
+
+
+def build_trainer(
+    recipe: Recipe,
+    model: VLJEPAModel,
+    processor: VLJEPAProcessor,
+    *,
+    dataset: ContrastiveDataset,
+    collator: ContrastiveCollator,
+    benchmarks: list[Benchmark],
+) -> VLJEPATrainer:
+    """Add adapters, store frozen weights in bf16, and build the trainer.
+
+    Raises:
+        RecipeError: the model cannot be trained with the recipe's objective or adapters.
+    """
+    args = recipe.training
+    check_objective(model, args)
+    model = prepare_for_training(model, recipe.model.lora, args)
+    if args.device_tflops is None:
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        peak_flops = reachable_flops(args.device, dtype)
+    else:
+        peak_flops = args.device_tflops * 1e12
+    trainer = VLJEPATrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=[ProgressLine(), CollapseWarning()],
+        benchmarks=benchmarks,
+        limit=recipe.evaluation.limit,
+        peak_flops=peak_flops,
+        lanes=recipe.data.lanes,
+        max_bad_share=recipe.data.max_bad_share,
+    )
+    trainer.remove_callback(PrinterCallback)  # it would print the same values as a dictionary
+    return trainer
+
+
+def save(trainer: VLJEPATrainer, recipe: Recipe) -> None:
+    """Save the log, the recipes, the adapters, the model that contains them, and the processor.
+
+    Raises:
+        RecipeError: too many rows since the last log line are unusable. The model is saved then,
+            but not published.
+    """
+    output_dir, is_first = recipe.training.output_dir, trainer.is_world_process_zero()
+    trainer.save_state()
+    if is_first:
+        save_recipes(recipe.model.checkpoint, output_dir, recipe.given)
+    if recipe.model.lora is not None:
+        trainer.model.save_pretrained(Path(output_dir, "adapter"), is_main_process=is_first)
+        trainer.model = trainer.model.merge_and_unload()
+    trainer.save_model(_internal_call=True)
+    trainer.report_bad_rows()
+    if recipe.training.push_to_hub:
+        trainer.push_to_hub()
 
 
 def main(argv: list[str] | None = None) -> VLJEPATrainer:
@@ -103,76 +196,35 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     parser.add_argument("overrides", nargs="*", help="changes to it, such as training.seed=1")
     arguments = parser.parse_args(argv)
 
-    # 1. The recipe, and as many processes as it and the command ask for
+    # 1. The recipe, checked against the number of processes of this command
     recipe = read_recipe(arguments.recipe, arguments.overrides)
     args = recipe.training
     check_world_size(args.world_size, args.world_size_expected)
     set_seed(args.seed)
-
     resume_from = checkpoint_to_resume(args)
 
-    # 2. Rows, and what is measured on others
+    # 2. Benchmarks and rows; wrong ones are reported before a model is loaded
     benchmarks = read_benchmarks(recipe.evaluation, args)
     sources = [read_source(source) for source in recipe.data.sources]
 
-    # 3. Processor and model, new or from a checkpoint
+    # 3. Model and processor, new or from a checkpoint
     model, processor = start_model(recipe, sources)
 
-    # 4. Clips, decoded once, by the first process for all, or their features; targets, if they
-    #    stay the same
-    features = open_features(recipe, model, processor, sources)
-    with args.main_process_first(desc="reading clips"):
-        dataset = build_dataset(sources, processor.video_processor, recipe.data, features)
-    states = None
-    if recipe.data.cache_targets:
-        if any(isinstance(source, StreamedSource) for source in sources):
-            raise RecipeError(
-                "data.cache_targets: a streamed source has more texts than are known before. Set "
-                "it to false."
-            )
-        texts = [t for row in dataset.rows for t in (row["target"], *row.get("negatives", []))]
-        states = encode_target_states(model.to(args.device), processor, texts)
+    # 4. Clips or their features, and targets
+    dataset, collator = read_data(recipe, model, processor, sources)
 
     # 5. Train
-    check_objective(model, args)
-    base, model = model, prepare_for_training(model, recipe.model.lora, args)
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    measured = None if args.device_tflops else reachable_flops(args.device, dtype)
-    trainer = VLJEPATrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=ContrastiveCollator(processor, states, recipe.data.hard_negatives),
-        processing_class=processor,
-        callbacks=[ProgressLine(), CollapseWarning()],
-        benchmarks=benchmarks,
-        limit=recipe.evaluation.limit,
-        peak_flops=measured or args.device_tflops * 1e12,
-        lanes=recipe.data.lanes,
-        max_bad_share=recipe.data.max_bad_share,
+    trainer = build_trainer(
+        recipe, model, processor, dataset=dataset, collator=collator, benchmarks=benchmarks
     )
-    trainer.remove_callback(PrinterCallback)  # its dictionary says less than the progress line
     if trainer.is_world_process_zero():
-        print(start_report(base, recipe, sources), flush=True)
+        print(start_report(model, recipe, sources), flush=True)
         if args.resume_from_checkpoint:
             print(f"resuming from {resume_from or 'the beginning: no checkpoint is there yet'}")
     trainer.train(resume_from_checkpoint=resume_from)
 
-    # 6. Save what a user loads: the log for the report, the recipes for the card, adapters and
-    #    the model with these in its weights, processor. If too many of the last rows were bad, this
-    #    stops here, with a model that is saved and not published
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        save_recipes(recipe.model.checkpoint, args.output_dir, recipe.given)
-    if recipe.model.lora is not None:
-        trainer.model.save_pretrained(
-            Path(args.output_dir, "adapter"), is_main_process=trainer.is_world_process_zero()
-        )
-        trainer.model = trainer.model.merge_and_unload()
-    trainer.save_model(_internal_call=True)
-    trainer.report_bad_rows()
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    # 6. Save what a user loads
+    save(trainer, recipe)
     return trainer
 
 
