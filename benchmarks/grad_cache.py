@@ -30,7 +30,7 @@ def make_batch(size: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (size, FRAMES, 3, 256, 256)
     return {
-        "pixel_values_videos": torch.randint(256, shape, generator=generator, dtype=torch.uint8),
+        "frames": torch.randint(256, shape, generator=generator, dtype=torch.uint8),
         "input_ids": torch.randint(3, 32_000, (size, LENGTH), generator=generator),
         "target_input_ids": torch.randint(3, 32_000, (size, LENGTH), generator=generator),
     }
@@ -38,14 +38,15 @@ def make_batch(size: int) -> dict[str, torch.Tensor]:
 
 def make_ready(part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the Trainer does on the device."""
-    if "pixel_values_videos" not in part:
+    if "frames" not in part:
         return part
-    frames = part["pixel_values_videos"]
+    part = dict(part)
+    frames = part.pop("frames")
     return part | {"pixel_values_videos": to_pixel_values(frames, VLJEPAVideoProcessor())}
 
 
 def loss_of(embeds: Embeds) -> torch.Tensor:
-    rows = torch.arange(len(embeds.predicted))
+    rows = torch.arange(len(embeds.predicted_embeds))
     return Objective()(embeds, Ids(target_index=rows, target_ids=rows, group_ids=rows))[0]
 
 

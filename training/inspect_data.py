@@ -163,7 +163,7 @@ def samples_of(
 
 def visible(row: dict, batch: dict[str, torch.Tensor], processor: VLJEPAProcessor) -> Sample:
     """A batch of one row, its frames and its tokens put together again."""
-    frames = batch["pixel_values_videos"][0].permute(0, 2, 3, 1)  # (T, h, w, 3), uint8
+    frames = batch["frames"][0].permute(0, 2, 3, 1)  # (T, h, w, 3), uint8
     return Sample(
         row,
         frames.numpy(),

@@ -160,14 +160,13 @@ class Need:
 def random_batch(
     config: VLJEPAConfig, rows: int, frames: int, query_length: int, target_length: int
 ) -> dict[str, torch.Tensor]:
-    """`pixel_values_videos` `(B, T, C, H, W)`, uint8, `input_ids` `(B, L)`, `target_input_ids`
-    `(B, Ly)`, and their masks, in which the last row is shorter."""
+    """`frames` `(B, T, C, H, W)`, uint8, `input_ids` `(B, L)`, `target_input_ids` `(B, Ly)`, and
+    their masks, in which the last row is shorter."""
     vision = config.vision_config
     is_video = vision.model_type == "vjepa2"
     channels = vision.in_chans if is_video else vision.num_channels
     side = vision.crop_size if is_video else vision.image_size
-    pixels = torch.zeros(rows, frames, channels, side, side, dtype=torch.uint8)
-    batch = {"pixel_values_videos": pixels}
+    batch = {"frames": torch.zeros(rows, frames, channels, side, side, dtype=torch.uint8)}
     for prefix, length in (("", query_length), ("target_", target_length)):
         batch[f"{prefix}input_ids"] = torch.ones(rows, length, dtype=torch.long)
         batch[f"{prefix}attention_mask"] = torch.ones(rows, length, dtype=torch.long)
@@ -176,9 +175,11 @@ def random_batch(
 
 
 def make_ready(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Pixels, where there are some, of the size that the model reads."""
-    pixels = batch.keys() & {"pixel_values_videos"}
-    return batch | {name: batch[name].float() for name in pixels}
+    """Replace `frames`, where a batch has them, by pixels of the size that the model reads."""
+    if "frames" not in batch:
+        return batch
+    batch = dict(batch)
+    return batch | {"pixel_values_videos": batch.pop("frames").float()}
 
 
 def training_step(model: nn.Module, batch: dict[str, torch.Tensor], bf16: bool) -> None:
@@ -262,7 +263,7 @@ def waiting_row(
     with torch.device("meta"):
         batch = random_batch(config, 1, frames, *lengths)
         vision = XEncoder(config.vision_config, frozen=True)
-        tokens = vision(batch["pixel_values_videos"].float()).numel()
+        tokens = vision(batch["frames"].float()).numel()
     waits = sum(tensor.nbytes for tensor in batch.values())
     if config.freeze_vision:
         waits += tokens * (2 if bf16 else 4)

@@ -402,9 +402,9 @@ def test_pixels_equal_the_processors_own(folder, processor):
     """To the last bit, though they stay uint8 until they are read, and are finished in parts."""
     dataset = build(processor, folder / "rows.jsonl")
     collate = ContrastiveCollator(processor)
-    clips = collate([dataset[2], dataset[3]])["pixel_values_videos"]
+    clips = collate([dataset[2], dataset[3]])["frames"]
     videos = [folder / "wide.mp4", folder / "tall.mkv"]
-    images = collate([dataset[1], dataset[0]])["pixel_values_videos"]
+    images = collate([dataset[1], dataset[0]])["frames"]
     paths = [folder / "tall.jpg", folder / "wide.png"]
     for frames, given in ((clips, {"videos": videos}), (images, {"images": paths})):
         expected = processor(**given)["pixel_values_videos"]

@@ -131,7 +131,7 @@ def test_the_step_is_the_trainers(tmp_path, changes):
         trainer.training_step(trainer.model, batch)
     # Last, for this makes arguments of its own, and those of a trainer share what accelerate knows.
     need = measure(trainer.model.config, BY_NAME["full"], 1, lengths, rows=[4], bf16=False)
-    pixels = 4 * batch["pixel_values_videos"].nbytes if changes else 0
+    pixels = 4 * batch["frames"].nbytes if changes else 0
     assert held.peak - before == pytest.approx(need.steps[4] - pixels, rel=0.02)
 
 

@@ -212,7 +212,7 @@ def test_a_part_at_a_time_goes_to_the_device(recipe, monkeypatch):
     moved, prepare = [], VLJEPATrainer._prepare_inputs
 
     def spy(self, inputs):
-        names = ("pixel_values_videos", "visual_embeds")
+        names = ("frames", "visual_embeds")
         moved.append([(len(inputs[name]), inputs[name].dtype) for name in names if name in inputs])
         return prepare(self, inputs)
 

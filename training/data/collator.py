@@ -68,8 +68,8 @@ class ContrastiveCollator:
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         """
-        Returns: `pixel_values_videos` `(B, T, 3, h, w)`, uint8 (see `to_pixel_values`), or
-            `visual_embeds` `(B, N, Dx)` where samples hold these,
+        Returns: `frames` `(B, T, 3, h, w)`, uint8 (see `to_pixel_values`), or `visual_embeds`
+            `(B, N, Dx)` where samples hold these,
             `input_ids` and `attention_mask` `(B, L)`, `target_input_ids` and
             `target_attention_mask` `(U, Ly)` of the distinct targets, or their
             `target_pooler_output` `(U, Dt)`, `target_index` `(B,)` into them, `target_ids` and
@@ -80,11 +80,9 @@ class ContrastiveCollator:
             dict.fromkeys([sample["target"] for sample in samples] + [*chain(*negatives)])
         )
         row_of = {target: row for row, target in enumerate(targets)}
-        clip, name = ("frames", "pixel_values_videos")
-        if "visual_embeds" in samples[0]:
-            clip = name = "visual_embeds"
+        clip = "visual_embeds" if "visual_embeds" in samples[0] else "frames"
         batch = {
-            name: torch.stack([sample[clip] for sample in samples]),
+            clip: torch.stack([sample[clip] for sample in samples]),
             **self.processor(text=[sample["query"] for sample in samples]),
             **self.encode_targets(targets),
         }

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from training.loop.objective import Embeds
 
 TEXTS = ("target_input_ids", "target_attention_mask", "target_pooler_output")
+PIXELS = ("frames", "pixel_values_videos")  # uint8, as the collator makes them, or normalised
 
 Batch = dict[str, torch.Tensor]  # arguments of the model's `forward`, without `target_index`
 
@@ -134,8 +135,9 @@ def cached_step(
             output = model(**ready)
             predicted.append(output.predicted_embeds)
             targets.append(output.target_embeds)
-            if vision is not None and "pixel_values_videos" in part:
-                place = part.pop("pixel_values_videos").device
+            pixels = next((name for name in PIXELS if name in part), None)
+            if vision is not None and pixels is not None:
+                place = part.pop(pixels).device
                 # In the type of the encoder's weights: data parallelism hands out fp32, and
                 # autocast rounds it in the Predictor's first layer anyhow.
                 tokens = output.visual_embeds.to(place, next(vision.parameters()).dtype)

@@ -72,7 +72,9 @@ def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
     if "visual_embeds" in inputs:
         rows, tokens = inputs["visual_embeds"].shape[:2]
     else:
-        rows, frames, _, height, width = inputs["pixel_values_videos"].shape
+        # The collator's uint8 frames have the shape of the pixels that are made of them.
+        clips = inputs["frames"] if "frames" in inputs else inputs["pixel_values_videos"]
+        rows, frames, _, height, width = clips.shape
         vision = model.x_encoder.backbone.config
         patches = (height // vision.patch_size) * (width // vision.patch_size)
         if model.x_encoder.is_video:

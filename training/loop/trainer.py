@@ -136,8 +136,8 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         """What the model reads: everything on the device, and there the uint8 frames of the
         collator rescaled and normalised."""
         inputs = self._prepare_inputs(inputs)
-        if "pixel_values_videos" in inputs:
-            frames, video = inputs["pixel_values_videos"], self.processing_class.video_processor
+        if "frames" in inputs:  # not with a feature store
+            frames, video = inputs.pop("frames"), self.processing_class.video_processor
             inputs["pixel_values_videos"] = to_pixel_values(frames, video)
         return inputs
 
