@@ -1,15 +1,17 @@
 """What the log says of speed: operations counted by formula and by torch."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerControl, TrainerState
 
 from modeling_vljepa import LORA_TARGET_MODULES
 from tests.tiny import TOWER, tiny_batch, tiny_model
-from training.loop.speed import peak_memory, reachable_flops, training_flops
+from training.loop.speed import SpeedMeter, peak_memory, reachable_flops, training_flops
 
 VISION = {"hidden_size": 192, "num_hidden_layers": 6}
 IMAGE_TOWER = {"model_type": "dinov2", **TOWER}
@@ -69,3 +71,23 @@ def test_peak_memory_is_of_this_process():
     del block
     assert peak_memory(torch.device("cpu")) - before <= 2**30
     assert peak_memory(torch.device("cpu")) >= 2**28
+
+
+def test_speed_meter_counts_steps_since_the_last_line_and_not_those_of_a_checkpoint(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("training.loop.speed.time.monotonic", lambda: now)
+    args = SimpleNamespace(global_batch_size=8, world_size=2, device=torch.device("cpu"))
+    state = TrainerState(global_step=1000, total_flos=7e15)  # of a run that resumes
+    meter = SpeedMeter(peak_flops=5e11)
+    meter.on_train_begin(args, state, TrainerControl())
+    for seconds, steps in ((4.0, 10), (2.0, 20)):
+        now += seconds
+        state.global_step += steps
+        state.total_flos += steps * 1e11
+        speed = meter.read(args, state)
+        assert speed["samples_per_second"] == pytest.approx(8 * steps / seconds)
+        assert speed["tflops"] == pytest.approx(0.1 * steps / seconds / 2)  # of each process
+        assert speed["mfu"] == pytest.approx(speed["tflops"] / 0.5)
+    meter.peak_flops = None
+    now += 1.0
+    assert "mfu" not in meter.read(args, state)

@@ -6,8 +6,10 @@ import time
 
 import torch
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from modeling_vljepa import VLJEPAModel
+from training.arguments import VLJEPATrainingArguments
 
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d)
 
@@ -99,4 +101,40 @@ def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
     return round(total)
 
 
-__all__ = ["peak_memory", "reachable_flops", "training_flops"]
+class SpeedMeter(TrainerCallback):
+    """Training speed between log lines.
+
+    Args:
+        peak_flops (`float`, *optional*): operations per second that one device can reach; without
+            it, `mfu` is not measured.
+    """
+
+    def __init__(self, peak_flops: float | None = None):
+        self.peak_flops = peak_flops
+
+    def on_train_begin(
+        self, args: VLJEPATrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        # From `state`, not from 0: a resumed run did not make the checkpoint's steps.
+        self.step, self.flops, self.time = state.global_step, state.total_flos, time.monotonic()
+
+    def read(self, args: VLJEPATrainingArguments, state: TrainerState) -> dict[str, float]:
+        """Return the speed since the last call, and the peak memory of this process.
+
+        Returns: `samples_per_second` of all processes together, `tflops` (10^12 operations per
+            second) and `mfu` (their share of `peak_flops`) of one device, `peak_memory_gib`.
+        """
+        now = time.monotonic()
+        seconds = now - self.time
+        rows = (state.global_step - self.step) * args.global_batch_size
+        flops = (state.total_flos - self.flops) / seconds / args.world_size
+        self.step, self.flops, self.time = state.global_step, state.total_flos, now
+        speed = {
+            "samples_per_second": rows / seconds,
+            "tflops": flops / 1e12,
+            "peak_memory_gib": peak_memory(args.device) / 2**30,
+        }
+        return speed if self.peak_flops is None else speed | {"mfu": flops / self.peak_flops}
+
+
+__all__ = ["SpeedMeter", "peak_memory", "reachable_flops", "training_flops"]

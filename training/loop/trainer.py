@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from training.loop.checkpoints import (
 from training.loop.distributed import all_mean
 from training.loop.grad_cache import cached_step
 from training.loop.objective import Embeds, Ids, Objective
-from training.loop.speed import peak_memory, training_flops
+from training.loop.speed import SpeedMeter, training_flops
 
 LANES = 8
 
@@ -63,7 +62,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
     ):
         # What stands for the dataset that Trainer asks for where it is to evaluate.
         super().__init__(*args, eval_dataset=list(benchmarks) or None, **kwargs)
-        self.benchmarks, self.limit, self.peak_flops = benchmarks, limit, peak_flops
+        self.benchmarks, self.limit = benchmarks, limit
         self.objective = Objective(
             name=self.args.objective,
             as_positives=self.args.interchangeable == "positives",
@@ -77,7 +76,8 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         self.reading = reading(sources)
         self.bad_rows = BadRows(sources, Path(self.args.output_dir), max_bad_share)
         self._resumed: str | None = None
-        self._since = (0, 0.0, time.monotonic())  # step, operations and time of the last line
+        self.speed_meter = SpeedMeter(peak_flops)
+        self.add_callback(self.speed_meter)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -212,25 +212,10 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
                 for name, values in self._parts.items()
             }
             self._parts.clear()
-            logs |= self.speed()
+            logs |= self.speed_meter.read(self.args, self.state)
             self.report_bad_rows()
             self.mixture.forget(self.state.global_step)
         super().log(logs, start_time)
-
-    def speed(self) -> dict[str, float]:
-        """Rows a second of all processes; operations a second, in 10^12, and their share of the
-        possible, of one device; the most memory that this process has held, in GiB."""
-        step, operations, since = self._since
-        self._since = (self.state.global_step, self.state.total_flos, time.monotonic())
-        seconds = self._since[2] - since
-        rows = (self._since[0] - step) * self.args.global_batch_size
-        flops = (self._since[1] - operations) / seconds / self.args.world_size
-        speed = {
-            "samples_per_second": rows / seconds,
-            "tflops": flops / 1e12,
-            "peak_memory_gib": peak_memory(self.args.device) / 2**30,
-        }
-        return speed if self.peak_flops is None else speed | {"mfu": flops / self.peak_flops}
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         return training_flops(self.accelerator.unwrap_model(self.model), inputs)
