@@ -64,13 +64,13 @@ def checkpoint_to_resume(args: VLJEPATrainingArguments) -> str | None:
         RecipeError: it means a folder that is no complete checkpoint.
     """
     wanted = args.resume_from_checkpoint
-    if wanted in (None, False, "false"):
+    if wanted in (None, False):
         return None
     cure = (
         f"Give one of the folders {PREFIX_CHECKPOINT_DIR}-STEP of a run, or true for the last of "
         "training.output_dir"
     )
-    if wanted is True or wanted == "true":
+    if wanted is True:
         wanted = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         cure = "Remove this folder to go on from the one before"
     if wanted is not None and (fault := fault_of(Path(wanted))):
@@ -133,11 +133,6 @@ def read_positions(
 
 def check_reading(folder: Path, content: dict, lanes: int, sources: list[dict]) -> None:
     """Stop where a checkpoint's places mean other rows: some would be read twice, others never."""
-    if "lanes" not in content:
-        raise RecipeError(
-            f"training.resume_from_checkpoint: {folder} does not say how its sources were read; an "
-            "earlier version wrote it. Start from its weights: model.checkpoint."
-        )
     if len(content["sources"]) != len(sources):
         raise RecipeError(
             f"training.resume_from_checkpoint: {folder} was trained on {len(content['sources'])} "
