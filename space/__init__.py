@@ -1,1 +1,1 @@
-"""A model in a browser; also what a Space on the Hub runs."""
+"""The model in a browser; a Space on the Hub runs this package too."""

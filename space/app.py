@@ -1,7 +1,6 @@
-"""The app: `python -m space.app --model MODEL --library FOLDER_OF_CLIPS`.
+"""The app in a browser: `python -m space.app --model MODEL --library FOLDER_OF_CLIPS`.
 
-One model folder or Hub id answers all of it. Each tab is a file of its own; another one joins in
-`build`.
+One model, a folder or a Hub id, serves every tab. A tab is one file; `build` adds it to the app.
 """
 
 import argparse
@@ -32,9 +31,9 @@ SCRIPT = Path(__file__).with_name("script.html")
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedModel | None, ProcessorMixin]:
-    """A `VLJEPAModel`, the same with its Y-Decoder around it if it has one, and the processor.
+    """Return a `VLJEPAModel`, the same model with its Y-Decoder if it has one, and the processor.
 
-    An adapter is loaded onto its base; it knows nothing of a Y-Decoder.
+    An adapter is loaded onto its base model, without a Y-Decoder.
     """
     options = {"trust_remote_code": True}
     processor = AutoProcessor.from_pretrained(name, **options)
@@ -53,12 +52,13 @@ def build(
     writer: PreTrainedModel | None = None,
     captions: tuple[str, ...] = (),
 ) -> gr.Blocks:
-    """The app, one tab per use of the model; nothing is sent to anybody about its use."""
-    # Uploads are deleted after an hour; as copies among them, the examples would be too.
+    """Return the app, with one tab per use of the model. It reports its use to nobody."""
+    # Unless they are static, gradio copies examples to the uploads and deletes them after an hour.
     gr.set_static_paths([EXAMPLES])
     with gr.Blocks(title="VL-JEPA", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(
-            "# VL-JEPA\nThe model predicts the embedding of the answer, and the nearest text wins.",
+            "# VL-JEPA\nThe model predicts the embedding of an answer and ranks texts by their "
+            "similarity to it.",
             elem_id="title",
         )
         with gr.Tab("Ask", id="ask"):
@@ -71,11 +71,11 @@ def build(
 
 
 def serve(app: gr.Blocks, library: Library, **options: object) -> tuple:
-    """Start the app on loopback, or where `GRADIO_SERVER_NAME` says; `options` as for `launch`.
+    """Start the app on loopback, or on `GRADIO_SERVER_NAME`; `options` are those of `launch`.
 
-    Beside uploads, only the library and the examples can be read through it.
+    The files that it serves are uploads, the library and the examples.
     """
-    fonts = ["system-ui", "sans-serif"]  # a named web font would be fetched from elsewhere
+    fonts = ["system-ui", "sans-serif"]  # a named web font would be downloaded
     return app.queue(max_size=32).launch(
         allowed_paths=[str(library.folder), str(EXAMPLES)],
         max_file_size=MAX_MEGABYTES * 10**6,
@@ -90,26 +90,35 @@ def serve(app: gr.Blocks, library: Library, **options: object) -> tuple:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the command's arguments; the environment variable VLJEPA_MODEL may name the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("VLJEPA_MODEL"), help="or VLJEPA_MODEL")
-    parser.add_argument("--library", type=Path, default=EXAMPLES, help="a folder of clips")
-    parser.add_argument("--limit", type=int, help="take the library's first files only")
-    parser.add_argument("--captions", type=Path, help="JSONL with targets: texts for segments")
-    parser.add_argument("--port", type=int, help="the first free one from 7860 on by default")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("VLJEPA_MODEL"),
+        help="folder or Hub id; default: the environment variable VLJEPA_MODEL",
+    )
+    parser.add_argument(
+        "--library", type=Path, default=EXAMPLES, help="folder of clips; default: the examples"
+    )
+    parser.add_argument("--limit", type=int, help="embed only the first files of the library")
+    parser.add_argument(
+        "--captions", type=Path, help="JSONL file whose targets are the texts for segments"
+    )
+    parser.add_argument("--port", type=int, help="default: the first free port from 7860 on")
     args = parser.parse_args(arguments)
     if not args.model:
-        parser.error("no model: give a folder or Hub id as --model, or set VLJEPA_MODEL")
+        parser.error("--model is missing: give a folder or Hub id, or set VLJEPA_MODEL")
     return args
 
 
 def main() -> None:
     args = parse_args()
-    # A folder of its own: two apps at once would delete each other's uploads.
+    # A folder of its own: two apps with one folder would delete each other's uploads.
     os.environ.setdefault("GRADIO_TEMP_DIR", mkdtemp(prefix="vljepa-space-"))
     captions = () if args.captions is None else read_captions(args.captions)
     model, writer, processor = load(args.model)
     (writer or model).to("cuda" if torch.cuda.is_available() else "cpu")
-    library = Library.of(model, processor, args.library, args.limit)
+    library = Library.from_folder(model, processor, args.library, args.limit)
     app = build(model, processor, library, writer=writer, captions=captions)
     serve(app, library, server_port=args.port)
 

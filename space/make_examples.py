@@ -1,8 +1,8 @@
 """Make `space/examples` from the demo's BabyAI test clips: `python -m space.make_examples`.
 
-Run it from a clone after `make data`. The number in a clip's name is the seed that plays it again
-(`training.demo_data.babyai.play`). The picture is the room before the first step. The long video is
-a chain of missions, each in a room of its own.
+Run it in a clone after `make data`. The number in a clip's name is the seed of its episode
+(`training.demo_data.babyai.play`). The image is the room before the first step. The long video is
+a chain of missions, each in another room.
 """
 
 import json
@@ -31,7 +31,7 @@ CLIPS = {
     "test_2000000500": "color",
     "test_2000000200": "where",
 }
-PICTURE = "test_2000000100"
+IMAGE = "test_2000000100"
 CHAIN = (
     "test_2000001100",
     "test_2000002600",
@@ -42,7 +42,7 @@ CHAIN = (
     "test_2000008000",
     "test_2000008600",
 )
-NEVER = (
+OTHER_EVENTS = (  # candidates that happen in none of the chain's clips
     "the agent put the red ball next to the grey box",
     "the agent picked up the yellow key",
     "the agent went to the purple ball",
@@ -50,9 +50,9 @@ NEVER = (
 
 
 def join(clips: list[Path], path: Path) -> None:
-    """One video of several of one size and rate, encoded anew."""
+    """Join videos of one size and frame rate; the frames are encoded again."""
     with av.open(path, "w") as joined:
-        stream, number = None, 0
+        stream, index = None, 0
         for clip in clips:
             with av.open(clip) as container:
                 video = container.streams.video[0]
@@ -60,27 +60,28 @@ def join(clips: list[Path], path: Path) -> None:
                     stream = joined.add_stream("libx264", rate=video.guessed_rate)
                     stream.width, stream.height = video.width, video.height
                     stream.options = {"crf": "18"}
-                    stream.codec_context.thread_count = 1  # their number changes x264's output
+                    # x264's output depends on the number of threads.
+                    stream.codec_context.thread_count = 1
                 for frame in container.decode(video):
-                    frame.pts, frame.time_base = number, 1 / video.guessed_rate
+                    frame.pts, frame.time_base = index, 1 / video.guessed_rate
                     joined.mux(stream.encode(frame))
-                    number += 1
+                    index += 1
         joined.mux(stream.encode())
 
 
 def write_chain() -> None:
-    """The long video, in a folder of its own: it is no clip of the library."""
+    """Write the long video to a folder of its own, because it is not a clip of the library."""
     folder = EXAMPLES / "watch"
     folder.mkdir(exist_ok=True)
     join([DATA / "clips" / f"{clip}.mp4" for clip in CHAIN], folder / "missions.mp4")
     rows = [json.loads(line) for line in (DATA / "test_events.jsonl").open(encoding="utf-8")]
     events = {Path(row["video"]).stem: row["events"] for row in rows}
-    told = {event["text"] for clip in CHAIN for event in events[clip]}
+    happened = {event["text"] for clip in CHAIN for event in events[clip]}
     example = {
         "file": "missions.mp4",
         "label": f"{len(CHAIN)} missions, one after the other",
         "query": NARRATE,
-        "candidates": sorted({*told, *NEVER}),
+        "candidates": sorted({*happened, *OTHER_EVENTS}),
     }
     (folder / "examples.jsonl").write_text(json.dumps(example) + "\n")
 
@@ -90,9 +91,9 @@ def main() -> None:
     write_chain()
     rows = [json.loads(line) for line in (DATA / "test_vqa.jsonl").open(encoding="utf-8")]
     examples = []
-    for clip, kind in {**CLIPS, PICTURE: "count"}.items():
-        file = f"{clip}.png" if clip == PICTURE else f"{clip}.mp4"
-        if clip == PICTURE:
+    for clip, kind in {**CLIPS, IMAGE: "count"}.items():
+        file = f"{clip}.png" if clip == IMAGE else f"{clip}.mp4"
+        if clip == IMAGE:
             first = play(int(clip.split("_")[1])).frames[0]
             Image.fromarray(first).save(EXAMPLES / file, optimize=True)
         else:

@@ -1,4 +1,4 @@
-"""Search a library of clips by a sentence: the clips are embedded once, at the start.
+"""The Search tab: find clips of a library by a sentence. The library is embedded once, at start-up.
 
 Shapes: F files of a library, D embedding size.
 """
@@ -11,18 +11,19 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .uploads import read, sorry
+from .uploads import read, user_error
 
 CAPTION = "Describe this video in detail."  # the query under which a library is embedded
-SHOWN = 6
+PATTERNS = ("*.mp4", "*.webm", "*.mkv", "*.mov", "*.avi", "*.gif", "*.png", "*.jpg", "*.jpeg")
+SHOWN = 6  # clips
 
 
 @dataclass(frozen=True)
 class Library:
-    """A folder of clips and what the model predicts for each.
+    """A folder of clips and the model's prediction for each.
 
     Attributes:
-        folder (`Path`): all that may be shown.
+        folder (`Path`): the folder; its files can be downloaded through the app.
         paths (`list[Path]`): F files of it.
         embeds (`torch.Tensor` of shape `(F, D)`): Ŝ_Y under the query `CAPTION`, unit vectors.
     """
@@ -33,7 +34,7 @@ class Library:
 
     @classmethod
     @torch.inference_mode()
-    def of(
+    def from_folder(
         cls,
         model: PreTrainedModel,
         processor: ProcessorMixin,
@@ -42,12 +43,11 @@ class Library:
     ) -> "Library":
         """Embed the clips and images of a folder, in the order of their names.
 
-        Files that cannot be used are named and left out.
-        Raises: `FileNotFoundError` for a folder that has none.
+        An unusable file is reported and left out.
+        Raises: `FileNotFoundError` for a folder without a usable file.
         """
         folder = Path(folder).resolve()
-        media = ("*.mp4", "*.webm", "*.mkv", "*.mov", "*.avi", "*.gif", "*.png", "*.jpg", "*.jpeg")
-        found = sorted(path for pattern in media for path in folder.glob(pattern))[:limit]
+        found = sorted(path for pattern in PATTERNS for path in folder.glob(pattern))[:limit]
         paths, embeds = [], []
         for path in tqdm(found, "embedding the library", disable=None):
             try:
@@ -59,7 +59,7 @@ class Library:
             embeds.append(model.predict(**batch))  # (1, D)
         if not paths:
             raise FileNotFoundError(
-                f"{folder}: no clip or image that can be read. Give another folder as --library."
+                f"{folder} has no readable clip or image: give another folder as --library."
             )
         return cls(folder, paths, torch.cat(embeds))
 
@@ -68,9 +68,12 @@ class Library:
 def search(
     model: PreTrainedModel, processor: ProcessorMixin, library: Library, sentence: str
 ) -> list[tuple[Path, float]]:
-    """The best clips for a sentence and their similarities. Raises: `gr.Error` without one."""
+    """Return the clips nearest to a sentence, best first, with their similarities.
+
+    Raises: `gr.Error` for an empty sentence.
+    """
     if not (sentence or "").strip():
-        raise sorry("Type a sentence that describes the clip.")
+        raise user_error("Type a sentence that describes the clip.")
     wanted = processor(targets=sentence.strip()).to(model.device)
     similarities = (library.embeds @ model.encode_target(**wanted).T)[:, 0]  # (F,)
     best = similarities.float().topk(min(SHOWN, len(library.paths)))
@@ -81,7 +84,7 @@ def search(
 
 
 def search_tab(model: PreTrainedModel, processor: ProcessorMixin, library: Library) -> None:
-    """A sentence in; the clips of the library that come nearest to it out."""
+    """Build the tab: a sentence in, the nearest clips of the library out."""
 
     def find(sentence: str) -> list[tuple[str, str]]:
         return [

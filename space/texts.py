@@ -1,4 +1,4 @@
-"""Texts that people give: one per line, and their embeddings.
+"""Candidate texts that a user types, one per line, and their embeddings.
 
 Shapes: C texts, D embedding size.
 """
@@ -8,23 +8,24 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .uploads import sorry
+from .uploads import user_error
 
 MAX_TEXTS = 200
-LISTS_KEPT = 32
+BATCH = 100  # texts per pass of the Y-Encoder
+CACHED_LISTS = 32
 
 
 def read_lines(lines: str | None) -> tuple[str, ...]:
-    """The distinct texts, in their order. Raises: `gr.Error` for too many."""
+    """Return the distinct texts in their order. Raises: `gr.Error` if there are too many."""
     stripped = (line.strip() for line in (lines or "").splitlines())
     texts = tuple(dict.fromkeys(line for line in stripped if line))
     if len(texts) > MAX_TEXTS:
-        raise sorry(f"Give up to {MAX_TEXTS} candidate answers; these are {len(texts)}.")
+        raise user_error(f"There are {len(texts)} candidate texts: give up to {MAX_TEXTS}.")
     return texts
 
 
-class TextEmbeds:
-    """Target embeddings of lists of texts; those of the last lists are kept.
+class TextEmbedder:
+    """Target embeddings of lists of texts; the last `CACHED_LISTS` lists are cached.
 
     Args:
         model ([`VLJEPAModel`]), processor ([`VLJEPAProcessor`]): one pair.
@@ -32,11 +33,13 @@ class TextEmbeds:
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         self.model, self.processor = model, processor
-        self.of = lru_cache(LISTS_KEPT)(self.of)
+        # A cache of this object alone: decorating the method would share one between all objects
+        # and keep every model alive.
+        self.embed = lru_cache(CACHED_LISTS)(self.embed)
 
     @torch.inference_mode()
-    def of(self, texts: tuple[str, ...]) -> torch.Tensor:
-        """`(C, D)`, a hundred at a time."""
-        parts = [texts[start : start + 100] for start in range(0, len(texts), 100)]
+    def embed(self, texts: tuple[str, ...]) -> torch.Tensor:
+        """Return the target embeddings `(C, D)`."""
+        parts = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
         batches = [self.processor(targets=part).to(self.model.device) for part in parts]
         return torch.cat([self.model.encode_target(**batch) for batch in batches])

@@ -1,8 +1,8 @@
-"""What a model saw of a video, as HTML: a curve over time, the segments below it, and their rows.
+"""The watched part of a video as HTML: a curve over time, its segments, and a row for each.
 
-Widths and places are shares of the video's length, so that a page of any width shows it, and colors
-are the theme's, so that it is legible in the light and in the dark. Everything with `data-seek`
-makes the video go there: see `page.html`.
+Positions and widths are percentages of the video's length, so the drawing fits a page of any width.
+Colors are the theme's, so it is legible in light and dark. A click on an element with `data-seek`
+moves the video to that second (`script.html`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Protocol
 
-LEAST_TOP = 0.2  # of the curve's axis: what is calm looks calm
+MIN_TOP = 0.2  # of the curve's axis: with a smaller top, noise would look like change
 STEPS = (0.5, 1, 2, 5, 10, 15, 30, 60)  # seconds between the marks of the time axis
-MARKS = 8  # of the time axis, at most
+MAX_MARKS = 8  # of the time axis
 WIDTH, HEIGHT = 1000, 100  # units of the drawing, which is stretched to the page
-GOLDEN_ANGLE = 137.5  # between the hues of texts, so that no two neighbours look alike
+GOLDEN_ANGLE = 137.5  # between the hues of texts, so that neighbours differ clearly
 
 
 class Shown(Protocol):
-    """A stretch of a video and its text, as `Segment` has them."""
+    """A part of a video and its text, with the attributes of `Segment`."""
 
     start_time: float
     end_time: float
@@ -28,11 +28,11 @@ class Shown(Protocol):
 
 @dataclass
 class Curve:
-    """How far the embedding moves from each window to the next, 1 - cosine.
+    """Change of the embedding from each window to the next, 1 - cosine.
 
     Attributes:
-        times (`list[float]`): seconds, the middles of the windows.
-        changes (`list[float]`): since the window before; 0 for the first.
+        times (`list[float]`): middles of the windows in seconds.
+        changes (`list[float]`): change since the previous window; 0 for the first.
     """
 
     times: list[float] = field(default_factory=list)
@@ -40,19 +40,20 @@ class Curve:
 
 
 def clock(seconds: float) -> str:
-    """Minutes, seconds and tenths: `1:04.2`."""
+    """Return minutes, seconds and tenths: `1:04.2`."""
     tenths = round(seconds * 10)
     return f"{tenths // 600}:{tenths % 600 // 10:02d}.{tenths % 10}"
 
 
 def span(start: float, end: float) -> str:
+    """Return two times: `0:02.0 – 1:05.2`."""
     return f"{clock(start)} – {clock(end)}"
 
 
 def hues(segments: Sequence[Shown]) -> dict[str, float]:
-    """A hue for each distinct text, in the order in which they appear."""
+    """Return a hue in degrees for each distinct text, in the order of appearance."""
     texts = dict.fromkeys(segment.text for segment in segments)
-    return {text: (250 + GOLDEN_ANGLE * place) % 360 for place, text in enumerate(texts)}
+    return {text: (250 + GOLDEN_ANGLE * index) % 360 for index, text in enumerate(texts)}
 
 
 def draw(
@@ -63,32 +64,33 @@ def draw(
     open_since: float | None = None,
     marked: tuple[float, float] | None = None,
 ) -> str:
-    """The timeline of a video.
+    """Return the timeline of a video: the curve, the track of segments, and the time axis.
 
     Args:
         curve ([`Curve`])
         segments (`list[Segment]`): closed ones.
-        seconds (`float`): the length of the video.
-        open_since (`float`, *optional*): where the segment begins that is not closed yet; without
-            it, the video was seen to its end.
-        marked (`tuple[float, float]`, *optional*): start and end of a stretch to point at.
+        seconds (`float`): length of the video.
+        open_since (`float`, *optional*): start of the open segment; `None` if the video was
+            watched to its end.
+        marked (`tuple[float, float]`, *optional*): start and end of a segment to highlight.
     """
     now = curve.times[-1] if curve.times else 0.0
+    # Frames may be later than the header's length; 0.1, because a single frame may last 0 seconds.
     length = max(seconds, now, *(segment.end_time for segment in segments), 0.1)
 
-    def place(time: float) -> str:
+    def percent(time: float) -> str:
         return f"{100 * time / length:.2f}%"
 
-    def stretch(start: float, end: float) -> str:
-        return f"left:{place(start)};width:{100 * (end - start) / length:.2f}%"
+    def extent(start: float, end: float) -> str:
+        return f"left:{percent(start)};width:{percent(end - start)}"
 
-    top = max([LEAST_TOP, *curve.changes])
-    bounds = [place(segment.start_time) for segment in segments[1:]]
-    if open_since and segments:
-        bounds.append(place(open_since))
+    top = max([MIN_TOP, *curve.changes])
+    bounds = [percent(segment.start_time) for segment in segments[1:]]
+    if open_since:  # at 0 no segment is closed yet, so there is no boundary
+        bounds.append(percent(open_since))
     parts = [
         '<figure class="timeline"><figcaption><b>Change of meaning</b>'
-        "<span>1 − cosine, from one window to the next</span></figcaption>",
+        "<span>1 − cosine similarity to the previous window</span></figcaption>",
         f'<div class="plot"><span class="top">{top:.1f}</span><span class="zero">0</span>',
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
         f'aria-label="Change of the embeddings over {clock(length)}">',
@@ -97,28 +99,29 @@ def draw(
         *(f'<i class="bound" style="left:{left}"></i>' for left in bounds),
     ]
     if open_since is not None:
-        parts.append(f'<i class="ahead" style="{stretch(now, length)}"></i>')
-    parts.append('<i class="played"></i></div><div class="lane">')
+        parts.append(f'<i class="ahead" style="{extent(now, length)}"></i>')
+    parts.append('<i class="played"></i></div><div class="track">')
     colors = hues(segments)
     for segment in segments:
         when = span(segment.start_time, segment.end_time)
         parts.append(
-            f'<button style="{stretch(segment.start_time, segment.end_time)};'
+            f'<button style="{extent(segment.start_time, segment.end_time)};'
             f'--hue:{colors[segment.text]:.0f}" data-seek="{segment.start_time:.2f}" '
             f'title="{when}: {escape(segment.text)}"><span>{escape(segment.text)}</span></button>'
         )
     if open_since is not None:
-        parts.append(f'<i class="open" style="{stretch(open_since, max(now, open_since))}"></i>')
+        # A boundary may be later than the middle of the last window.
+        parts.append(f'<i class="open" style="{extent(open_since, max(now, open_since))}"></i>')
     if marked is not None:
-        parts.append(f'<i class="marked" style="{stretch(*marked)}"></i>')
+        parts.append(f'<i class="marked" style="{extent(*marked)}"></i>')
     parts.append('</div><div class="axis">')
-    parts += (f'<span style="left:{place(time)}">{mark}</span>' for time, mark in marks(length))
+    parts += (f'<span style="left:{percent(time)}">{mark}</span>' for time, mark in marks(length))
     parts.append("</div></figure>")
     return "".join(parts)
 
 
 def paths(curve: Curve, length: float, top: float) -> Iterator[str]:
-    """The curve as a filled shape and a line, in the drawing's units."""
+    """Yield the curve as a filled shape and a line, in the drawing's units."""
     points = [
         f"{WIDTH * time / length:.1f},{HEIGHT * (1 - 0.94 * change / top):.1f}"
         for time, change in zip(curve.times, curve.changes, strict=True)
@@ -132,8 +135,8 @@ def paths(curve: Curve, length: float, top: float) -> Iterator[str]:
 
 
 def marks(length: float) -> list[tuple[float, str]]:
-    """Round times on the axis, and how they are written."""
-    step = next((step for step in STEPS if length / step <= MARKS), STEPS[-1])
+    """Return round times for the axis, each with its label."""
+    step = next((step for step in STEPS if length / step <= MAX_MARKS), STEPS[-1])
     count = int(length / step) + 1
     tenths = step < 1
     return [
@@ -143,7 +146,7 @@ def marks(length: float) -> list[tuple[float, str]]:
 
 
 def rows(segments: Sequence[Shown], open_since: float | None = None) -> str:
-    """One line for each segment: when, what, and how sure."""
+    """Return a row for each segment: its times, its text, and its confidence."""
     colors = hues(segments)
     lines = [
         f'<li style="--hue:{colors[segment.text]:.0f}">'
@@ -160,16 +163,16 @@ def rows(segments: Sequence[Shown], open_since: float | None = None) -> str:
 
 
 def counts(windows: int, decodes: int, status: str, notes: Sequence[str] = ()) -> str:
-    """What was done, beside what decoding every window would have been."""
-    fewer = f"{windows / decodes:.1f} × as many" if decodes else "one for every window"
+    """Return the numbers of windows and texts, compared with decoding every window."""
+    ratio = f"{windows / decodes:.1f} per segment" if decodes else "one per window"
     tiles = (
         (windows, "windows embedded", escape(status)),
-        (decodes, "texts decoded", "one for each segment"),
-        (windows, "with uniform decoding", fewer),
+        (decodes, "texts decoded", "one per segment"),
+        (windows, "with uniform decoding", ratio),
     )
     shown = "".join(
         f"<div><b>{number}</b><span>{name}</span><small>{note}</small></div>"
         for number, name, note in tiles
     )
-    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    return f'<div class="counts">{shown}</div>{said}'
+    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return f'<div class="counts">{shown}</div>{paragraphs}'

@@ -1,4 +1,4 @@
-"""What an upload may be, found out before it is decoded; every refusal is a sentence for people."""
+"""Check uploads before they are decoded; every refusal is a sentence for the user."""
 
 from html import escape
 from pathlib import Path
@@ -8,31 +8,32 @@ import gradio as gr
 from PIL import Image, UnidentifiedImageError
 from transformers import ProcessorMixin
 
-# What an upload may cost. All of it is known before a frame is decoded.
+# Limits of an upload. Each is checked before a frame is decoded.
 MAX_MEGABYTES = 50
 MAX_SECONDS = 120
 MAX_FRAMES = 60 * MAX_SECONDS
-MAX_VIDEO_PIXELS = 4096 * 2304  # of one frame
+MAX_VIDEO_PIXELS = 4096 * 2304  # per frame
 MAX_IMAGE_PIXELS = 50_000_000
 
-# FFmpeg also opens playlists, which name other files and addresses, and plays text as terminal art.
+# A list of formats, because FFmpeg also opens playlists, which name other files and addresses, and
+# renders text files as terminal art.
 IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,ogg"
 
 
 def examine(path: str | Path) -> str:
-    """Which argument of the processor a file is, `"images"` or `"videos"`, decoding nothing.
+    """Return the processor's argument for a file, `"images"` or `"videos"`; decode nothing.
 
-    Raises: `gr.Error` for a file that is none of them, or above a bound.
+    Raises: `gr.Error` for a file that is neither, or that exceeds a limit.
     """
     path = Path(path)
     name = escape(path.name)
     if not path.is_file():
-        raise sorry("This file is gone: uploads are kept for an hour. Upload it again.")
+        raise user_error(f"{name} was deleted: uploads are stored for an hour. Upload it again.")
     megabytes = path.stat().st_size / 1e6
     if megabytes > MAX_MEGABYTES:
-        raise sorry(
-            f"{name} has {megabytes:.0f} MB, and this app takes up to {MAX_MEGABYTES}. "
+        raise user_error(
+            f"{name} has {megabytes:.0f} MB; the limit is {MAX_MEGABYTES} MB. "
             "Cut it, or save it smaller."
         )
     try:
@@ -40,7 +41,7 @@ def examine(path: str | Path) -> str:
             check_pixels(name, image.size, MAX_IMAGE_PIXELS)
         return "images"
     except UnidentifiedImageError:
-        pass  # then it has to be a video
+        pass  # then it must be a video
     except (OSError, Image.DecompressionBombError) as error:
         raise unreadable(name) from error
     try:
@@ -53,30 +54,30 @@ def examine(path: str | Path) -> str:
     except av.FFmpegError as error:
         raise unreadable(name) from error
     if seconds > MAX_SECONDS:
-        raise sorry(
-            f"{name} lasts {seconds:.0f} seconds, and this app takes up to {MAX_SECONDS}. "
+        raise user_error(
+            f"{name} lasts {seconds:.0f} seconds; the limit is {MAX_SECONDS} seconds. "
             "Cut out the part that you want to ask about."
         )
     if frames > MAX_FRAMES:
-        raise sorry(
-            f"{name} has {frames} frames, and this app takes up to {MAX_FRAMES}. "
+        raise user_error(
+            f"{name} has {frames} frames; the limit is {MAX_FRAMES} frames. "
             "Save it with fewer frames per second."
         )
     return "videos"
 
 
 def seconds_of(path: str | Path) -> float:
-    """The length of a video that `examine` let through."""
+    """Return the length of a video that `examine` accepted."""
     with av.open(path, options={"format_whitelist": VIDEO_FORMATS}) as container:
         return measure(container)[1]
 
 
 def measure(container: "av.container.InputContainer") -> tuple[int, float]:
-    """Frames and seconds by the packets that are there: a header may be absent or wrong."""
+    """Count frames and seconds from the packets: the header's numbers may be absent or wrong."""
     stream = container.streams.video[0]
     frames, first, last = 0, float("inf"), float("-inf")
     for packet in container.demux(stream):
-        if packet.size:
+        if packet.size:  # the last packet is empty: it flushes the decoder
             frames += 1
             time = packet.dts if packet.pts is None else packet.pts
             first, last = min(first, time or 0), max(last, (time or 0) + (packet.duration or 0))
@@ -84,42 +85,43 @@ def measure(container: "av.container.InputContainer") -> tuple[int, float]:
 
 
 def check_pixels(name: str, size: tuple[int, int], limit: int) -> None:
-    """Refuse pictures of more pixels than `limit`."""
+    """Raise `gr.Error` if a picture has more pixels than `limit`."""
     if size[0] * size[1] > limit:
-        raise sorry(
-            f"{name} is {size[0]} x {size[1]} pixels large, and this app takes up to "
-            f"{limit / 1e6:.0f} million pixels. Save it smaller."
+        raise user_error(
+            f"{name} has {size[0]} x {size[1]} pixels; the limit is {limit / 1e6:.0f} million. "
+            "Save it smaller."
         )
 
 
-def sorry(sentence: str) -> gr.Error:
-    """An error for people: shown in the browser, and not logged as a fault of the app."""
+def user_error(sentence: str) -> gr.Error:
+    """Return an error that the browser shows and that is not logged as a fault of the app."""
     return gr.Error(sentence, print_exception=False)
 
 
 def unreadable(name: str) -> gr.Error:
-    return sorry(
-        f"{name} cannot be read: it is no video or image, or it is damaged. "
-        "Save it again, for example as MP4 or PNG, and upload that."
+    """Return the error for a file that cannot be decoded."""
+    return user_error(
+        f"{name} cannot be read: it is not a video or an image, or it is damaged. "
+        "Save it again, for example as MP4 or PNG, and upload the new file."
     )
 
 
 def read(processor: ProcessorMixin, path: str | Path, **texts: str) -> dict:
-    """The processor's batch of one file. Raises: `gr.Error`, also for damage inside of it."""
+    """Return the processor's batch of one file. Raises: `gr.Error`, also for damaged packets."""
     kind = examine(path)
     try:
         return processor(**{kind: str(path)}, **texts)
-    except ValueError as error:  # the processor's MediaError is one
+    except ValueError as error:  # includes the processor's MediaError
         raise unreadable(escape(Path(path).name)) from error
 
 
 def uploads_only(file: gr.File) -> None:
-    """gradio would also fetch an address that stands for a file, of any size: refuse it."""
+    """Make a file field refuse addresses: gradio would download them, whatever their size."""
     move = file.async_move_resource_to_block_cache
 
     async def move_file(path: str | Path | None) -> str | None:
         if str(path).startswith(("http:", "https:")):
-            raise sorry("Upload a file: this app fetches no addresses.")
+            raise user_error("This app does not download from addresses: upload a file.")
         return await move(path)
 
     file.async_move_resource_to_block_cache = move_file

@@ -1,8 +1,7 @@
-"""Watch a video: where its meaning changes, in words, while it is worked through.
+"""Watch a video: embed it window by window, segment it, and give each segment a text.
 
-Windows of frames become embeddings; where these move, a segment ends and gets one text, from the
-Y-Decoder if the model has one, or else the nearest of given texts. What was seen is remembered for
-questions.
+A segment ends where the windows' embeddings change for good. Its text comes from the Y-Decoder, or
+is the nearest of the candidate texts. The last videos stay in memory for questions.
 
 Shapes: C texts, D embedding size.
 """
@@ -25,29 +24,30 @@ from modeling_vljepa.pipelines.decoding import decode_texts
 from modeling_vljepa.pipelines.segmentation import Segment
 from modeling_vljepa.pipelines.stream_session import EmbeddedWindow, StreamSession
 
-from .texts import TextEmbeds, read_lines
+from .texts import TextEmbedder, read_lines
 from .timeline import Curve, span
-from .uploads import MAX_VIDEO_PIXELS, examine, seconds_of, sorry, unreadable
+from .uploads import MAX_VIDEO_PIXELS, examine, seconds_of, unreadable, user_error
 
-FRAMES_PER_SECOND = 5  # that are read, unless somebody chooses another number
-OVERLAP = 4  # windows that a frame is in
-# A segment keeps one window's visual tokens: 4 MiB with V-JEPA 2 ViT-L and 8 frames of 256 pixels.
-SEGMENTS_KEPT = 24
-VIDEOS_KEPT = 4
+FRAMES_PER_SECOND = 5  # that are read by default
+OVERLAP = 4  # windows that contain the same frame
+# A segment stores one window's visual tokens: 4 MiB with V-JEPA 2 ViT-L, 8 frames of 256 pixels.
+MAX_SEGMENTS = 24
+MAX_VIDEOS = 4  # in memory
 
 
 @dataclass(eq=False)
 class Watched:
-    """What was seen of one video so far, and the session to ask about it.
+    """The part of a video that was watched so far, and the session that answers questions.
 
     Attributes:
-        session ([`StreamSession`], *optional*): `None` once it is forgotten.
-        seconds (`float`): the length of the video.
-        report (`StreamReport`): what happened to its frames.
-        curve ([`Curve`]): a point for each window.
-        segments (`list[Segment]`): all that are closed.
-        status (`str`): `"watching"`, `"stopped"` or `"seen"`, to its end.
-        marked (`tuple[float, float]`, *optional*): start and end of what fits the last answer.
+        session ([`StreamSession`], *optional*): `None` after `forget`.
+        seconds (`float`): length of the video.
+        report (`StreamReport`): the reader's report on its frames.
+        curve ([`Curve`]): one point per window.
+        segments (`list[Segment]`): the closed ones.
+        status (`str`): `"watching"`, `"stopped"`, or `"seen"` when the video was read to its end.
+        marked (`tuple[float, float]`, *optional*): start and end of the segment that fits the
+            best answer to the last question.
     """
 
     session: StreamSession | None
@@ -57,68 +57,74 @@ class Watched:
     segments: list[Segment] = field(default_factory=list)
     status: str = "watching"
     marked: tuple[float, float] | None = None
-    lock: Lock = field(default_factory=Lock)  # a question waits for the window that is worked on
+    # A question arrives in another thread: it waits until the session has taken its window.
+    lock: Lock = field(default_factory=Lock)
     last: torch.Tensor | None = None  # embedding (D,)
 
     @property
     def open_since(self) -> float | None:
-        """Where the segment begins that is not closed yet."""
+        """Start of the open segment in seconds; `None` once the last segment is closed."""
         if self.status == "seen":
             return None
         return self.segments[-1].end_time if self.segments else 0.0
 
     @property
     def last_time(self) -> float:
+        """Middle of the last window in seconds."""
         return self.curve.times[-1] if self.curve.times else 0.0
 
     def add(self, window: EmbeddedWindow, closed: list[Segment]) -> None:
-        moved = 0.0
+        """Add a window, and the segments that it closed."""
+        change = 0.0
         if self.last is not None:
-            moved = 1 - torch.cosine_similarity(window.embedding, self.last, dim=0).item()
+            change = 1 - torch.cosine_similarity(window.embedding, self.last, dim=0).item()
         self.curve.times.append(window.time)
-        self.curve.changes.append(max(moved, 0.0))
+        self.curve.changes.append(max(change, 0.0))  # rounding may make it slightly negative
         self.segments += closed
         self.last = window.embedding
 
     def end(self, closed: list[Segment]) -> None:
+        """Add the last segment."""
         self.segments += closed
         self.status = "seen"
 
     def notes(self) -> list[str]:
-        """What the stream's report says to people: its events name files of the server."""
-        report, said = self.report, []
+        """Return the report for the user: the report's own events name files of the server."""
+        report, notes = self.report, []
         if report.broken:
-            said.append(f"{report.broken} damaged parts of the video were left out.")
-        if report.ended and report.events and report.events[-1].endswith(report.ended):
-            said.append(f"The video {report.ended}.")
-        return said
+            notes.append(f"{report.broken} damaged parts of the video were left out.")
+        # An early end is an event as well; a normal end is not.
+        if report.ended and any(event.endswith(report.ended) for event in report.events):
+            notes.append(f"The video {report.ended}.")
+        return notes
 
     def stop(self) -> None:
-        """The run ends after the window that is worked on."""
+        """End the run after the current window."""
         if self.status == "watching":
             self.status = "stopped"
 
     def forget(self) -> None:
+        """End the run and release the session's memory."""
         self.stop()
         self.session = None
 
 
 def readable(windows: Iterable[Any], name: str) -> Iterator[Any]:
-    """Windows, and a sentence for people where there are none."""
+    """Yield the windows; raise `gr.Error` if the video cannot be decoded."""
     try:
         yield from windows
-    except (ValueError, av.FFmpegError) as error:  # the processor's MediaError is one
+    except (ValueError, av.FFmpegError) as error:  # ValueError includes the processor's MediaError
         raise unreadable(name) from error
 
 
 class Watcher:
-    """Watches videos and remembers the last ones.
+    """Watches videos and remembers the last `MAX_VIDEOS` of them.
 
     Args:
         model ([`VLJEPAModel`]), processor ([`VLJEPAProcessor`]): one pair.
-        writer ([`VLJEPAForConditionalGeneration`], *optional*): the same model and its Y-Decoder.
-        captions (`tuple[str]`, *optional*): texts for segments, where there is no Y-Decoder and
-            none are given.
+        writer ([`VLJEPAForConditionalGeneration`], *optional*): the same model with its Y-Decoder.
+        captions (`tuple[str]`, *optional*): texts for segments if there is no Y-Decoder and the
+            user gives none.
     """
 
     def __init__(
@@ -130,9 +136,9 @@ class Watcher:
     ) -> None:
         self.model, self.processor, self.writer = model, processor, writer
         self.captions = captions
-        self.embeds = TextEmbeds(model, processor)
-        self.kept: deque[Watched] = deque()
-        self.size = processor.video_processor.num_frames  # of a window
+        self.embedder = TextEmbedder(model, processor)
+        self.videos: deque[Watched] = deque()
+        self.window = processor.video_processor.num_frames
 
     def watch(
         self,
@@ -141,35 +147,34 @@ class Watcher:
         candidates: str = "",
         fps: float = FRAMES_PER_SECOND,
     ) -> Iterator[Watched]:
-        """Yield the same [`Watched`] as it grows: at the beginning, after every window, and at the
-        end.
+        """Yield the same [`Watched`] as it grows: at the start, after every window, at the end.
 
         Args:
-            path (`str`, *optional*): of a video.
-            query (`str`, *optional*): what is asked of every window; a caption by default.
+            path (`str`, *optional*): path of a video.
+            query (`str`, *optional*): question asked of every window; a caption by default.
             candidates (`str`, *optional*): texts for the segments, one per line.
             fps (`float`, *optional*): frames of the video that are read per second.
 
-        Raises: `gr.Error` naming what is missing or cannot be used.
+        Raises: `gr.Error` that names the missing or unusable input.
         """
         if not path:
-            raise sorry("Upload a video first, or choose one of the library.")
+            raise user_error("Upload a video first, or choose a clip from the library.")
         name = escape(Path(path).name)
         if examine(path) == "images":
-            raise picture(path)
+            raise image_error(path)
         query = (query or "").strip()
         session = StreamSession(
             self.model,
             self.processor,
             query=query or None,
-            decode=self.words(query, candidates),
-            max_segments=SEGMENTS_KEPT,
+            decode=self.decoder(query, candidates),
+            max_segments=MAX_SEGMENTS,
         )
-        stride = max(1, self.size // OVERLAP)
+        stride = max(1, self.window // OVERLAP)
         with self.processor.watch(path, stride=stride, fps=fps) as cut:
-            cut.frames.max_pixels = MAX_VIDEO_PIXELS  # the header's are known, others may follow
+            cut.frames.max_pixels = MAX_VIDEO_PIXELS  # frames may be larger than the header states
             seen = Watched(session, seconds_of(path), cut.report)
-            self.keep(seen)
+            self.remember(seen)
             try:
                 yield seen
                 for window in session.encoder.stream(readable(cut, name)):
@@ -184,67 +189,75 @@ class Watcher:
                     seen.end(session.close())
                 yield seen
             finally:
+                # gradio closes the generator when the page is closed.
                 seen.stop()
 
     @property
     def hint(self) -> str:
-        """What candidate texts are for, in words."""
+        """Purpose of candidate texts, to follow their label."""
         if self.writer is not None:
-            return "; with none, the model writes"
+            return "; if empty, the Y-Decoder writes the texts"
         if self.captions:
-            return f"; with none, {len(self.captions)} captions compete"
-        return ": each segment gets the nearest"
+            return f"; if empty, each segment gets the nearest of {len(self.captions)} captions"
+        return "; each segment gets the nearest"
 
-    def words(self, query: str, candidates: str) -> Callable[[torch.Tensor], list[str]]:
-        """How the embedding of a segment `(1, D)` becomes its text. Raises: `gr.Error` if there is
-        no way."""
+    def decoder(self, query: str, candidates: str) -> Callable[[torch.Tensor], list[str]]:
+        """Return the function from a segment's embedding `(1, D)` to its text.
+
+        Raises: `gr.Error` if there are neither texts nor a Y-Decoder.
+        """
         texts = read_lines(candidates)
         if not texts and self.writer is not None:
-            return self.writing(query)
+            return self.y_decoder(query)
         texts = texts or self.captions
         if not texts:
-            raise sorry(
-                "Give candidate texts, one per line: this model has no Y-Decoder to write with, "
-                "so each segment gets the nearest of them."
+            raise user_error(
+                "Give candidate texts, one per line: this model has no Y-Decoder, so each segment "
+                "gets the nearest candidate."
             )
-        known = self.embeds.of(texts).float().cpu()  # (C, D)
+        known = self.embedder.embed(texts).float().cpu()  # (C, D)
         return lambda embeds: [texts[best] for best in (embeds @ known.T).argmax(dim=1).tolist()]
 
-    def writing(self, query: str) -> Callable[[torch.Tensor], list[str]]:
-        """The Y-Decoder, for one segment after the other: it may read what it wrote before."""
-        said = [""]
+    def y_decoder(self, query: str) -> Callable[[torch.Tensor], list[str]]:
+        """Return a function that decodes one segment after the other with the Y-Decoder.
 
-        def write(embeds: torch.Tensor) -> list[str]:
-            said[:] = decode_texts(
-                self.writer, self.processor, embeds, queries=[query], previous=said
+        It stores the last text, because a Y-Decoder may read the previous segment's text.
+        """
+        previous = [""]
+
+        def decode(embeds: torch.Tensor) -> list[str]:
+            previous[:] = decode_texts(
+                self.writer, self.processor, embeds, queries=[query], previous=previous
             )
-            return list(said)
+            return list(previous)
 
-        return write
+        return decode
 
-    def keep(self, seen: Watched) -> None:
-        """Remember a video, and forget the oldest of too many."""
-        self.kept.append(seen)
-        if len(self.kept) > VIDEOS_KEPT:
-            self.kept.popleft().forget()
+    def remember(self, seen: Watched) -> None:
+        """Store a video; forget the oldest if there are more than `MAX_VIDEOS`."""
+        self.videos.append(seen)
+        if len(self.videos) > MAX_VIDEOS:
+            self.videos.popleft().forget()
 
     def ask(
         self, seen: Watched | None, question: str, candidates: str
     ) -> list[tuple[str, float, str]]:
-        """Answers about what was seen so far, best first, with their share of the softmax over all,
-        and when and how well they fit.
+        """Rank answers to a question about the part that was watched so far.
 
-        Raises: `gr.Error` naming what is missing.
+        Returns: the answers, best first, each with its share of the softmax and a note: the time
+            of the segment that it fits best, and their similarity.
+        Raises: `gr.Error` that names the missing input.
         """
         answers = list(read_lines(candidates))
         if seen is None or not seen.curve.times:
-            raise sorry("Watch a video first: questions are about what was seen of it.")
+            raise user_error("Watch a video first: questions are about the part that was watched.")
         if not answers:
-            raise sorry("Give the candidate answers, one per line: the model picks among them.")
+            raise user_error("Give candidate answers, one per line: the model ranks them.")
         with seen.lock:
             if seen.session is None:
-                raise sorry(
-                    "This video is no longer remembered: others were watched since. Watch it again."
+                raise user_error(
+                    "This video is no longer in memory: other videos were watched since. "
+                    "Watch it again."
                 )
             found = seen.session.ask(answers, query=(question or "").strip() or None)
         scores = torch.tensor([answer["score"] for answer in found])
@@ -261,18 +274,25 @@ class Watcher:
         ]
 
 
-def picture(path: str | Path) -> gr.Error:
-    return sorry(
-        f"{escape(Path(path).name)} is a picture: upload a video, or ask about it in the first tab."
+def image_error(path: str | Path) -> gr.Error:
+    """Return the error for an image where a video is needed."""
+    return user_error(
+        f"{escape(Path(path).name)} is an image: upload a video, or ask about the image in the "
+        "Ask tab."
     )
 
 
 def read_captions(path: Path) -> tuple[str, ...]:
-    """The distinct `target`s of a JSONL file. Raises: `ValueError` naming a line without."""
+    """Return the distinct `target`s of a JSONL file.
+
+    Raises: `ValueError` that names the first line without a target.
+    """
     texts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             texts.append(json.loads(line)["target"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}:{number}: no JSON object with a target.") from error
+            raise ValueError(
+                f"{path}:{number} is not a JSON object with a target: correct the line."
+            ) from error
     return tuple(dict.fromkeys(texts))
