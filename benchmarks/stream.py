@@ -1,11 +1,11 @@
-"""Rows by the million: how soon a streamed source starts, what it holds, and how soon a resumed
-run is back in its middle: `python -m benchmarks.stream`.
+"""Streamed sources of millions of rows: start time, memory, and start time of a resumed run:
+`python -m benchmarks.stream`.
 
     python -m benchmarks.stream --rows 10000000                  # a JSONL file
     python -m benchmarks.stream --rows 10000000 --form parquet
 
-The rows are synthetic, and no medium is opened: what is measured is the reading of rows. A resumed
-run replays the choice of sources and seeks in each lane of the streamed ones.
+The rows are synthetic and no image is opened: the benchmark measures the reading of rows. A resumed
+run replays the choice of sources and seeks to the stored position of each lane.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from training.data.mixture import Bucket, MixtureSampler, Positions
 from training.data.sources import StreamedSource, read_source
 
 BATCH, LANES = 1024, 8
-FILES = 16  # of parquet
+FILES = 16  # in Parquet
 MIB = 2**20
 
 
@@ -40,8 +40,9 @@ def write_jsonl(folder: Path, rows: int) -> None:
 
 def write_parquet(folder: Path, rows: int) -> None:
     for number in tqdm(range(FILES), desc="Writing rows"):
-        some = np.arange(number, rows, FILES)
-        table = {"path": ["1.png"] * len(some), "text": [f"number {each}" for each in some]}
+        numbers = np.arange(number, rows, FILES)
+        texts = [f"number {each}" for each in numbers]
+        table = {"path": ["1.png"] * len(numbers), "text": texts}
         pq.write_table(pa.table(table), folder / f"{number:03d}.parquet", row_group_size=50_000)
 
 
@@ -61,13 +62,13 @@ def source_of(folder: Path, form: str) -> StreamedSource:
 def read_steps(
     folder: Path, form: str, first: int, steps: int, positions: Positions
 ) -> tuple[Positions, list[float], list[str]]:
-    """Read so many steps from the first one on.
+    """Read `steps` batches from step `first` on.
 
-    Returns: the lanes' positions at their end, the seconds after which each was there, and the
-        texts of the last.
+    Returns: the lanes' positions at the end, the seconds after which each batch was available, and
+        the texts of the last batch.
     """
     since, seconds = time.monotonic(), []
-    bucket = Bucket(1.0, stream=source_of(folder, form))
+    bucket = Bucket(1.0, streamed=source_of(folder, form))
     sampler = MixtureSampler(
         [bucket], BATCH, first + steps, 0, lanes=LANES, start=first, positions=positions
     )
@@ -90,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description=__doc__)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--form", choices=("jsonl", "parquet"), default="jsonl")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=400, help="batches to read")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -103,11 +104,12 @@ def main() -> None:
             rate = (len(seconds) - 1) * BATCH / (seconds[-1] - seconds[0])
             print(
                 f"{steps:>6} steps: the first after {seconds[0]:.1f} s, then {rate:,.0f} rows/s; "
-                f"{found.peak_bytes / MIB:.0f} MiB at most"
+                f"peak {found.peak_bytes / MIB:.0f} MiB"
             )
         middle = args.rows // 2 // BATCH
         whole = in_own_process(measure, folder, args.form, 0, middle + 2, {}, threads=1)
         half = in_own_process(measure, folder, args.form, 0, middle, {}, threads=1)
+        # Through JSON, which makes strings of the keys, as a checkpoint does.
         positions = {
             int(bucket): {int(lane): at for lane, at in lanes.items()}
             for bucket, lanes in json.loads(json.dumps(half.value[0])).items()
@@ -116,7 +118,7 @@ def main() -> None:
         same = again.value[2] == whole.value[2]
         print(
             f"resumed at step {middle:,}, in the middle: the next step after "
-            f"{again.value[1][0]:.1f} s; the same rows as without: {same}"
+            f"{again.value[1][0]:.1f} s; same rows as in an uninterrupted run: {same}"
         )
 
 

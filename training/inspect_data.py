@@ -216,7 +216,7 @@ def look_at(
     seed: int,
 ) -> SourceFacts:
     """Everything the page says of one source."""
-    args, rows, whole = recipe.training, source.some_rows(), isinstance(source, Source)
+    args, rows, whole = recipe.training, source.first_rows(), isinstance(source, Source)
     draw = random.Random(seed)
     looked_at = rows if len(rows) <= limit else draw.sample(rows, limit)
     batch = args.global_batch_size // args.gradient_accumulation_steps

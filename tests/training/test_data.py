@@ -16,8 +16,8 @@ from tests.tiny import noise, tiny_processor, tiny_rows, tiny_tokenizer, write_c
 from training.arguments import DataArguments, RecipeError, SourceArguments
 from training.data import dataset as data
 from training.data.collator import ContrastiveCollator, to_pixel_values
-from training.data.dataset import ContrastiveDataset, build_dataset, vary
-from training.data.mixture import VISIT, Bucket, MixtureSampler
+from training.data.dataset import ContrastiveDataset, augment, build_dataset
+from training.data.mixture import EPOCH_STRIDE, Bucket, MixtureSampler
 from training.data.sources import read_source
 
 BUCKETS = [
@@ -64,7 +64,7 @@ def numbers_of(sampler: MixtureSampler) -> list[list[int]]:
 
 def batches(size: int = 8, number: int = 600, seed: int = 0) -> list[list[int]]:
     sampler = MixtureSampler(BUCKETS, size, number, seed)
-    return [[number % VISIT for number in batch] for batch in numbers_of(sampler)]
+    return [[number % EPOCH_STRIDE for number in batch] for batch in numbers_of(sampler)]
 
 
 def bucket_of(index: int) -> int:
@@ -104,9 +104,11 @@ def test_small_buckets_are_repeated_and_no_row_is_skipped():
 def test_numbers_tell_the_visits_of_a_row_apart():
     numbers = sum(numbers_of(MixtureSampler(BUCKETS, 8, 600, seed=0)), [])
     assert len(set(numbers)) == len(numbers) == 4800
-    seen = Counter(number % VISIT for number in numbers)
+    seen = Counter(number % EPOCH_STRIDE for number in numbers)
     for row, times in seen.items():
-        assert sorted(n // VISIT for n in numbers if n % VISIT == row) == list(range(times))
+        assert sorted(n // EPOCH_STRIDE for n in numbers if n % EPOCH_STRIDE == row) == list(
+            range(times)
+        )
 
 
 def test_batches_of_like_lengths_lose_no_row():
@@ -116,7 +118,7 @@ def test_batches_of_like_lengths_lose_no_row():
 
     def spread(bucket: Bucket) -> tuple[list[int], float]:
         drawn = numbers_of(MixtureSampler([bucket], 10, 100, seed=0))
-        spreads = [np.ptp(lengths[np.array(batch) % VISIT]) for batch in drawn]
+        spreads = [np.ptp(lengths[np.array(batch) % EPOCH_STRIDE]) for batch in drawn]
         return sorted(number for batch in drawn for number in batch), float(np.mean(spreads))
 
     plain, wide = spread(Bucket(1.0, rows=rows))
@@ -156,11 +158,13 @@ def test_an_augmented_source_looks_different_at_every_visit(folder, processor):
     plain = build(processor, rows)
     augmented = build(processor, SourceArguments(rows=str(rows), augment=True))
     for row in range(len(plain)):
-        looks = [augmented[row + visit * VISIT]["frames"] for visit in range(6)]
+        looks = [augmented[row + visit * EPOCH_STRIDE]["frames"] for visit in range(6)]
         assert all(look.shape == plain[row]["frames"].shape for look in looks)
         assert len({look.numpy().tobytes() for look in looks}) >= 5
-        assert torch.equal(looks[3], augmented[row + 3 * VISIT]["frames"])  # and the same again
-        assert torch.equal(plain[row]["frames"], plain[row + VISIT]["frames"])
+        assert torch.equal(
+            looks[3], augmented[row + 3 * EPOCH_STRIDE]["frames"]
+        )  # and the same again
+        assert torch.equal(plain[row]["frames"], plain[row + EPOCH_STRIDE]["frames"])
 
 
 def test_frames_are_mirrored_and_shifted_together():
@@ -169,7 +173,7 @@ def test_frames_are_mirrored_and_shifted_together():
     clip = torch.cat([frame, 255 - frame]).expand(2, 3, 16, 16)
     columns, rows, mirrored = set(), set(), set()
     for visit in range(200):
-        first, second = varied = vary(clip, (0, visit))
+        first, second = varied = augment(clip, (0, visit))
         assert torch.equal(first, 255 - second) and torch.equal(first[0], first[1])
         middle = varied[0, 0, 8]  # whole rows of the pattern rise by one from left to right
         is_mirrored = bool(middle[8] > middle[9])
@@ -179,7 +183,7 @@ def test_frames_are_mirrored_and_shifted_together():
         columns.add(centre % 16 - 8)
     assert mirrored == {False, True}
     assert rows == columns == {-2, -1, 0, 1, 2}
-    tops = [vary(clip, (0, visit))[0, 0] for visit in range(200)]
+    tops = [augment(clip, (0, visit))[0, 0] for visit in range(200)]
     repeated = [bool(top[0].eq(top[1]).all() and top[1].eq(top[2]).all()) for top in tops]
     assert 20 < sum(repeated) < 70  # shifted down by two: one time in five
 

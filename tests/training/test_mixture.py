@@ -202,8 +202,8 @@ def test_workers_change_nothing(folder, kinds):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"lanes": 4, "world_size": 3}, "4 lanes have to divide the 8 rows of a batch, and the 3"),
-        ({"lanes": 3}, "3 lanes have to divide the 8 rows"),
+        ({"lanes": 4, "world_size": 3}, "4 lanes must divide the 8 rows of a batch, and 3 process"),
+        ({"lanes": 3}, "3 lanes must divide the 8 rows"),
     ],
 )
 def test_lanes_that_do_not_divide_are_refused(folder, changes, reason):
@@ -266,8 +266,8 @@ def test_some_rows_of_a_stream_are_each_there_once(folder, kind):
         texts += Counter(f"nr. {number}" for number in range(60))
     for shuffle_rows in (16, 10_000):
         source = read_source(kind(folder, shuffle_rows=shuffle_rows))
-        assert Counter(row["target"] for row in source.some_rows()) == texts
-        assert source.some_rows(5) == source.some_rows()[:5]
+        assert Counter(row["target"] for row in source.first_rows()) == texts
+        assert source.first_rows(5) == source.first_rows()[:5]
 
 
 def test_empty_files_among_others_of_a_stream(folder, tmp_path):
@@ -275,7 +275,7 @@ def test_empty_files_among_others_of_a_stream(folder, tmp_path):
     for number, some in enumerate(([], rows[:4], [], rows[4:], [])):
         write_rows(tmp_path / f"{number}.jsonl", some)
     source = read_source(SourceArguments(rows=str(tmp_path / "*.jsonl"), streaming=True))
-    assert sorted(row["target"] for row in source.some_rows()) == list("012345")
+    assert sorted(row["target"] for row in source.first_rows()) == list("012345")
 
 
 def test_epochs_differ_in_their_order(folder):
@@ -285,7 +285,7 @@ def test_epochs_differ_in_their_order(folder):
         rows = 120 if kind is parquet else 60
         first, second = ([row["target"] for row in lane.take(rows)] for _ in range(2))
         assert first != second
-        assert sorted(set(first + second)) == sorted({row["target"] for row in source.some_rows()})
+        assert sorted(set(first + second)) == sorted({row["target"] for row in source.first_rows()})
 
 
 def test_a_lane_reads_shards_of_its_own_where_there_are_enough(folder):
@@ -304,7 +304,7 @@ def test_examples_become_rows_as_their_columns_say(folder):
     """Held or streamed; two captions of an image are of one group."""
     for streaming in (False, True):
         source = read_source(parquet(folder, streaming=streaming, query="describe"))
-        rows = source.some_rows()
+        rows = source.first_rows()
         assert len(rows) == 120 and {row["query"] for row in rows} == {"describe"}
         groups = Counter(row["group_id"] for row in rows)
         assert len(groups) == 60 and set(groups.values()) == {2}
@@ -332,7 +332,7 @@ def test_classes_are_called_by_their_names(tmp_path):
                 streaming=streaming,
             )
         )
-        rows = source.some_rows()
+        rows = source.first_rows()
         assert [row["target"] for row in rows] == ["a dog", "a cat", "a dog"]
         assert [row["image"] for row in rows] == [f"pictures/{number}.png" for number in range(3)]
 
@@ -363,7 +363,7 @@ def test_examples_without_a_class(tmp_path):
     datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "labels.parquet")
     for streaming in (False, True):
         with pytest.raises(
-            RecipeError, match="no row is usable. It is empty, or all of its targets"
+            RecipeError, match="no row is usable. The source is empty, or every target"
         ):
             read(streaming, image="file", target="label")
 

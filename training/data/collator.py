@@ -1,4 +1,4 @@
-"""Samples to a batch of tensors: one pass of the processor, no wasted tokens."""
+"""Collation of samples into a batch of tensors."""
 
 from itertools import chain
 
@@ -10,9 +10,10 @@ from training.data.dataset import text_id
 
 
 def to_pixel_values(frames: torch.Tensor, video: VLJEPAVideoProcessor) -> torch.Tensor:
-    """Resized and cropped frames `(B, T, 3, h, w)`, uint8, to the pixels that the model reads.
+    """Rescale and normalise uint8 frames `(B, T, 3, h, w)` to the pixels that the model reads.
 
-    Not the collator's work: they are four times as large, and quicker made where they are read.
+    The collator leaves this to the training step: fp32 pixels are four times as large to move, and
+    the model's device computes them faster.
     """
     return video.rescale_and_normalize(
         frames,
@@ -25,16 +26,16 @@ def to_pixel_values(frames: torch.Tensor, video: VLJEPAVideoProcessor) -> torch.
 
 
 class ContrastiveCollator:
-    """Stacks frames, tokenizes queries, and each distinct target once.
+    """Collator that stacks frames, tokenizes queries, and tokenizes each distinct target once.
 
-    Texts are padded to the longest of their batch; a mask of ones only is left out, because
-    attention without a mask takes a faster path.
+    Texts are padded to the longest of their batch. A mask of ones only is left out: attention
+    without a mask takes a faster path.
 
     Args:
-        processor: the model's.
-        target_states: of a frozen Y-Encoder, its output for each target text; with them, no
-            target is tokenized or encoded again.
-        hard_negatives: how many of a row's own `negatives` it brings into the batch.
+        processor: the processor of the model.
+        target_states: output of a frozen Y-Encoder for each target text. With them, targets are
+            neither tokenized nor encoded again.
+        hard_negatives: number of a row's own `negatives` that join the batch's texts.
     """
 
     def __init__(
@@ -56,24 +57,30 @@ class ContrastiveCollator:
     def index_negatives(
         self, negatives: list[list[str]], row_of: dict[str, int]
     ) -> dict[str, torch.Tensor]:
-        """Which texts are each row's hard negatives; a row that has fewer is filled up."""
+        """Return the index and the id of each row's hard negatives among the distinct texts.
+
+        Rows with fewer negatives are padded: index 0, id -1.
+        """
         if not self.hard_negatives:
             return {}
         index = torch.zeros(len(negatives), self.hard_negatives, dtype=torch.long)
         ids = torch.full_like(index, -1)
         for row, texts in enumerate(negatives):
-            for place, text in enumerate(texts):
-                index[row, place], ids[row, place] = row_of[text], text_id(text)
+            for column, text in enumerate(texts):
+                index[row, column], ids[row, column] = row_of[text], text_id(text)
         return {"negative_index": index, "negative_ids": ids}  # (B, n)
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        """
-        Returns: `frames` `(B, T, 3, h, w)`, uint8 (see `to_pixel_values`), or `visual_embeds`
-            `(B, N, Dx)` where samples hold these,
-            `input_ids` and `attention_mask` `(B, L)`, `target_input_ids` and
-            `target_attention_mask` `(U, Ly)` of the distinct targets, or their
-            `target_pooler_output` `(U, Dt)`, `target_index` `(B,)` into them, `target_ids` and
-            `group_ids` `(B,)`; with hard negatives, `negative_index` and `negative_ids` `(B, n)`.
+        """Collate samples into one batch.
+
+        Returns:
+            `frames` `(B, T, 3, h, w)`, uint8 (see `to_pixel_values`), or `visual_embeds`
+            `(B, N, Dx)` where samples hold features;
+            `input_ids` and `attention_mask` `(B, L)`;
+            of the distinct targets, `target_input_ids` and `target_attention_mask` `(U, Ly)`, or
+            `target_pooler_output` `(U, Dt)`;
+            `target_index` `(B,)` into them, `target_ids` and `group_ids` `(B,)`;
+            with hard negatives, `negative_index` and `negative_ids` `(B, n)`.
         """
         negatives = [sample["negatives"][: self.hard_negatives] for sample in samples]
         targets = list(

@@ -1,13 +1,13 @@
-"""Rows and media files to training samples.
+"""Training samples from rows and media files.
 
-1. rows      sources -> rows (`sources.py`), all of them or as they are needed
-2. steps     which rows are the next global batch, and this process's share of it (`mixture.py`)
-3. clips     each media file -> sampled, resized uint8 frames: once, kept in an Arrow file, or in
-             the workers of the DataLoader, as they are needed
-4. samples   row + its clip's frames (`ContrastiveDataset`)
-5. tensors   `collator.py`
+1. rows      sources -> rows, all in memory or read lazily (`sources.py`)
+2. steps     rows -> this process's share of each global batch (`mixture.py`)
+3. clips     media files -> sampled, resized uint8 frames: decoded once into an Arrow file, or when
+             needed, in the workers of the DataLoader
+4. samples   row + frames of its clip (`ContrastiveDataset`)
+5. tensors   samples -> batch (`collator.py`)
 
-Nothing here knows where rows come from.
+This file does steps 3 and 4, and does not depend on where rows come from.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from processing.rows import BadRow, bad_rows_report, clip_key, file_stamp, media
 from processing.video_io import MediaError, read_image
 from processing.video_processing_vljepa import VLJEPAVideoProcessor
 from training.arguments import DataArguments, RecipeError
-from training.data.lanes import bad_row
-from training.data.mixture import VISIT, Bucket, Step
-from training.data.sources import RESERVE, Source, StreamedSource
+from training.data.lanes import DRAW, bad_row
+from training.data.mixture import EPOCH_STRIDE, Bucket, Step
+from training.data.sources import FALLBACK_ROWS, Source, StreamedSource
 
 
 def read_frames(row: dict, video_processor: VLJEPAVideoProcessor) -> torch.Tensor:
-    """Sampled, resized and cropped frames `(T, 3, h, w)`, uint8.
+    """Return the sampled, resized and cropped frames `(T, 3, h, w)` of a row's clip, uint8.
 
     Raises:
-        MediaError: it cannot be read.
+        MediaError: the clip cannot be read.
     """
     media = media_of(row)
     options = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
@@ -49,15 +49,15 @@ def read_frames(row: dict, video_processor: VLJEPAVideoProcessor) -> torch.Tenso
 
 
 def media_row(row: dict) -> dict:
-    """Return the part of a row that `read_frames` reads; worker processes get no more."""
+    """Return the columns that `read_frames` reads, the only ones that worker processes get."""
     return {name: row[name] for name in ("video", "image", "start", "end") if name in row}
 
 
-def decode(number: int, rows: list[dict], video_processor: VLJEPAVideoProcessor) -> dict:
-    """One clip to its frames as bytes, or to the reason why not."""
-    torch.set_num_threads(1)  # one process per core already
+def decode(index: int, rows: list[dict], video_processor: VLJEPAVideoProcessor) -> dict:
+    """Return one clip's frames as bytes, or the error that its file raised."""
+    torch.set_num_threads(1)  # every core has a process already
     try:
-        frames = read_frames(rows[number], video_processor)
+        frames = read_frames(rows[index], video_processor)
     except MediaError as error:
         return {"frames": b"", "error": str(error)}
     return {"frames": frames.numpy().tobytes(), "error": ""}
@@ -66,44 +66,45 @@ def decode(number: int, rows: list[dict], video_processor: VLJEPAVideoProcessor)
 def decode_clips(
     sources: list[Source], video_processor: VLJEPAVideoProcessor, arguments: DataArguments
 ) -> tuple[dict[str, int], datasets.Dataset]:
-    """Decode every distinct clip once, with a progress bar and all cores.
+    """Decode every distinct clip once, in `num_workers` processes, with a progress bar.
 
-    The result stays on disk, memory-mapped, under a name made from the files' identity and the
-    processor's settings: a second run finds it, a changed file or setting makes a new one.
+    The result is an Arrow file, memory-mapped. Its name is a hash of the files' identities and the
+    processor's settings: a second run finds it, and a changed file or setting makes a new one.
 
-    Returns: the number of each clip, by its `clip_key`, and columns `frames` (bytes) and `error`
-        ("" where it could be read).
+    Returns:
+        The index of each clip by its `clip_key`, and the columns `frames` (bytes) and `error` (""
+        if the clip could be read).
     """
     wanted = {clip_key(row): media_row(row) for source in sources for row in source.rows}
     identities = [(key, file_stamp(media_file(row))) for key, row in wanted.items()]
     fingerprint = Hasher.hash((identities, video_processor.to_dict()))
-    clips = datasets.Dataset.from_dict({"number": range(len(wanted))})
+    clips = datasets.Dataset.from_dict({"index": range(len(wanted))})
     Path(arguments.cache_dir).mkdir(parents=True, exist_ok=True)
     decoded = clips.map(
         decode,
-        input_columns="number",
+        input_columns="index",
         fn_kwargs={"rows": list(wanted.values()), "video_processor": video_processor},
         num_proc=min(arguments.num_workers, len(clips)),
         new_fingerprint=fingerprint,
         cache_file_name=str(Path(arguments.cache_dir) / f"clips-{fingerprint}.arrow"),
         features=datasets.Features(
-            number=datasets.Value("int64"),
+            index=datasets.Value("int64"),
             frames=datasets.Value("large_binary"),
             error=datasets.Value("string"),
         ),
         desc="Reading clips",
     )
-    return {key: number for number, key in enumerate(wanted)}, decoded
+    return {key: index for index, key in enumerate(wanted)}, decoded
 
 
 def text_id(text: str) -> int:
-    """A non-negative 63-bit number, equal for equal texts on every machine."""
+    """Return a non-negative 63-bit hash of a text, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def vary(frames: torch.Tensor, seed: tuple[int, ...]) -> torch.Tensor:
+def augment(frames: torch.Tensor, seed: tuple[int, ...]) -> torch.Tensor:
     """Mirror frames `(T, 3, h, w)` half of the time and shift them by up to an eighth of their
-    size, all of a clip alike; what comes into view repeats the edge."""
+    size. All frames of a clip move alike, and uncovered pixels repeat the edge."""
     generator = np.random.default_rng(seed)
     if generator.random() < 0.5:
         frames = frames.flip(-1)
@@ -116,7 +117,7 @@ def vary(frames: torch.Tensor, seed: tuple[int, ...]) -> torch.Tensor:
 
 @dataclass
 class Batch:
-    """Samples of a step, and the rows that could have been among them but for their faults."""
+    """Samples of a step, and the bad rows that were replaced among them."""
 
     samples: list[dict]
     bad: list[BadRow]
@@ -126,15 +127,16 @@ class Batch:
 class ContrastiveDataset(torch.utils.data.Dataset):
     """Samples `{frames, query, target, target_id, group_id, negatives}` of all sources.
 
-    `dataset[row + visit * VISIT]` is a row that is held, at a later visit: the same, but in an
-    augmented source. `dataset.__getitems__(step)`, which a DataLoader calls, is a [`Batch`].
+    `dataset[row + epoch * EPOCH_STRIDE]` is the sample of a row in memory. The epoch matters in an
+    augmented source only. `dataset.__getitems__(step)`, which a DataLoader calls, is a [`Batch`].
 
     `buckets` are the parts from which a batch may be drawn: rows of one source whose clips have
     one length, so that visual tokens need no padding and negatives come from one domain.
 
     Args:
-        clips: the number of each clip that was decoded before, and these clips.
-        features: of a frozen X-Encoder; samples then hold `visual_embeds` instead of `frames`.
+        clips: the clips that `decode_clips` has decoded, with their indices.
+        features: visual tokens of a frozen X-Encoder. With them, samples hold `visual_embeds`
+            instead of `frames`.
     """
 
     def __init__(
@@ -149,10 +151,10 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         self.rows: list[dict] = []
         self.source_of: list[int] = []
         self.buckets: list[Bucket] = []
-        for number, source in enumerate(sources):
+        for index, source in enumerate(sources):
             weight = source.arguments.weight
             if isinstance(source, StreamedSource):
-                self.buckets.append(Bucket(weight, number, stream=source))
+                self.buckets.append(Bucket(weight, index, streamed=source))
                 continue
             is_video = np.array(["video" in row for row in source.rows], dtype=bool)
             lengths = None
@@ -163,33 +165,34 @@ class ContrastiveDataset(torch.utils.data.Dataset):
                     self.buckets.append(
                         Bucket(
                             weight * kind.mean(),
-                            number,
+                            index,
                             rows=len(self.rows) + np.flatnonzero(kind),
                             lengths=None if lengths is None else lengths[kind],
                         )
                     )
             self.rows += source.rows
-            self.source_of += [number] * len(source.rows)
+            self.source_of += [index] * len(source.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict:
-        visit, index = divmod(number, VISIT)
-        # A row without a group, or with `null` for one, is alone in its own.
-        return self.sample(self.rows[index], self.source_of[index], (index, visit), -1 - index)
+        epoch, index = divmod(number, EPOCH_STRIDE)
+        # A negative group is the row's own: `text_id` makes groups of 0 and above.
+        return self.sample(self.rows[index], self.source_of[index], (index, epoch), -1 - index)
 
-    def sample(self, row: dict, source: int, seed: tuple[int, ...], alone: int) -> dict:
-        """
+    def sample(self, row: dict, source: int, seed: tuple[int, ...], own_group: int) -> dict:
+        """Return the sample of a row.
+
         Args:
-            seed: of how the frames vary.
-            alone: id of the group of a row that has none.
+            seed: seed of the augmentation.
+            own_group: group id for a row without one, or with `null` for one.
         """
         group = row.get("group_id")
         if self.features is not None:
             clip = {"visual_embeds": self.features[row]}  # (N, Dx)
         elif self.sources[source].arguments.augment:
-            clip = {"frames": vary(self.frames(row), seed)}
+            clip = {"frames": augment(self.frames(row), seed)}
         else:
             clip = {"frames": self.frames(row)}
         return {
@@ -197,12 +200,12 @@ class ContrastiveDataset(torch.utils.data.Dataset):
             "query": row["query"],
             "target": row["target"],
             "target_id": text_id(row["target"]),
-            "group_id": alone if group is None else text_id(str(group)),
+            "group_id": own_group if group is None else text_id(str(group)),
             "negatives": row.get("negatives", []),
         }
 
     def frames(self, row: dict) -> torch.Tensor:
-        """The clip `(T, 3, h, w)` of a row, uint8."""
+        """Return the clip `(T, 3, h, w)` of a row, uint8, decoded before or now."""
         key = clip_key(row)
         if key not in self.decoded:
             return read_frames(row, self.video_processor)
@@ -212,64 +215,81 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         return frames.view(-1, 3, crop["height"], crop["width"])
 
     def __getitems__(self, step: Step) -> Batch:
-        """A process's share of a step. A row whose media cannot be read is replaced by the next
-        one of its lane that can, or else by one of the source's reserve.
+        """Return the samples of a process's share of a step.
+
+        A row whose media cannot be read is replaced: by the next readable row of its lane in this
+        step, then by the lane's replacement, then by one of the source's fallback rows.
 
         Raises:
-            RecipeError: no row of these can.
+            RecipeError: none of these can be read.
         """
         samples, bad = [], list(step.bad)
-        for lane, rows, spare in zip(step.lanes, step.rows, step.spares, strict=True):
+        for lane, rows, replacement in zip(step.lanes, step.rows, step.replacements, strict=True):
             read: list[dict | None] = []
-            for place, row in enumerate(rows):
+            for index, row in enumerate(rows):
                 try:
-                    read.append(self.sample_of(step, lane, place, row))
+                    read.append(self.sample_of(step, lane, index, row))
                 except MediaError as error:
                     read.append(None)
                     bad.append(self.bad_row(step, row, error))
-            for place, sample in enumerate(read):
-                after = (read[place:] + read[:place]) if sample is None else [sample]
+            for index, sample in enumerate(read):
+                # Only from the same lane: another lane may belong to another process, and the
+                # batch would then depend on the number of processes.
+                after = (read[index:] + read[:index]) if sample is None else [sample]
                 good = next((each for each in after if each is not None), None)
-                samples.append(good or self.spare(step, lane, spare, bad))
+                samples.append(good or self.replacement(step, lane, replacement, bad))
         return Batch(samples, bad, step.source)
 
-    def sample_of(self, step: Step, lane: int, place: int, row: int | dict) -> dict:
+    def sample_of(self, step: Step, lane: int, index: int, row: int | dict) -> dict:
+        """Return the sample of a row of a step.
+
+        Args:
+            index: index of the row in its lane; it makes the group of a row without one unique.
+        """
         if isinstance(row, int):
             return self[row]
-        return self.sample(row, step.source, (lane, *row["visit"]), alone=-1 - lane - 2**20 * place)
+        own_group = -1 - lane - 2**20 * index
+        return self.sample(row, step.source, (lane, *row[DRAW]), own_group)
 
-    def spare(self, step: Step, lane: int, row: int | dict, bad: list[BadRow]) -> dict:
-        for each in chain([row], self.reserve(step, lane, row)):
+    def replacement(self, step: Step, lane: int, row: int | dict, bad: list[BadRow]) -> dict:
+        """Return the sample of a lane's replacement, or of the first readable fallback row."""
+        for each in chain([row], self.fallback_rows(step, lane, row)):
             try:
-                return self.sample_of(step, lane, 2**20, each)
+                return self.sample_of(step, lane, 2**20, each)  # an index above those of the lane
             except MediaError as error:
                 last = error
         few = "".join(f"\n  {each}" for each in [*bad[-20:], last])
         name = self.sources[step.source].arguments.name
         raise RecipeError(
-            f"{name}: no row of a lane's part of a step is usable, nor is another one.{few}"
+            f"{name}: no row of a lane's part of a step is usable, and no fallback row is.{few}"
         ) from last
 
-    def reserve(self, step: Step, lane: int, row: int | dict) -> Iterator[int | dict]:
-        """Rows of a source for a lane whose next ones are all broken. They depend on these alone,
-        so they are the same on every process; they count as broken when it is their own turn."""
-        if isinstance(row, dict):
-            rows, seed = self.sources[step.source].reserve, (lane, *row["visit"])
-            order = np.random.default_rng(seed).permutation(len(rows))
-            yield from ({**rows[place], "visit": row["visit"]} for place in order)
-        else:
-            rows = next(each.rows for each in self.buckets if self.is_of(row, each))
-            yield from np.random.default_rng(row).choice(rows, RESERVE).tolist()
+    def fallback_rows(self, step: Step, lane: int, row: int | dict) -> Iterator[int | dict]:
+        """Yield other rows of the source for a lane whose rows in a step are all broken.
 
-    def is_of(self, row: int, bucket: Bucket) -> bool:
-        """Whether a row that is held is from this bucket."""
-        row %= VISIT
+        They are drawn with the lane's replacement as the seed, so they do not depend on the number
+        of processes, and a resumed run draws the same. Broken ones are not reported here, but when
+        the mixture draws them.
+        """
+        if isinstance(row, dict):
+            # A worker cannot read on in the lane: that belongs to the sampler, which has stored
+            # its position already.
+            rows, seed = self.sources[step.source].fallback_rows, (lane, *row[DRAW])
+            order = np.random.default_rng(seed).permutation(len(rows))
+            yield from ({**rows[index], DRAW: row[DRAW]} for index in order)
+        else:
+            rows = next(each.rows for each in self.buckets if self.is_in(row, each))
+            yield from np.random.default_rng(row).choice(rows, FALLBACK_ROWS).tolist()
+
+    def is_in(self, row: int, bucket: Bucket) -> bool:
+        """Return whether a row in memory belongs to a bucket."""
+        row %= EPOCH_STRIDE
         if bucket.rows is None or bucket.source != self.source_of[row]:
             return False
         return ("video" in self.rows[row]) == ("video" in self.rows[bucket.rows[0]])
 
     def bad_row(self, step: Step, row: int | dict, error: MediaError) -> BadRow:
-        row = self.rows[row % VISIT] if isinstance(row, int) else row
+        row = self.rows[row % EPOCH_STRIDE] if isinstance(row, int) else row
         return bad_row(row, self.sources[step.source].arguments.name, str(error))
 
 
@@ -279,24 +299,26 @@ def build_dataset(
     arguments: DataArguments,
     features: FeatureStore | None = None,
 ) -> ContrastiveDataset:
-    """Decode what the recipe wants decoded, set bad rows aside, say how many, and refuse when they
-    are too many. A clip that is not among the features could not be read when these were made.
+    """Build the dataset: decode the clips if `decode_once`, and take the bad rows out of sources.
+
+    With features, nothing is decoded. A clip that they lack could not be read when they were
+    computed, so its rows are bad.
 
     Raises:
         RecipeError: more than `max_bad_share` of a source's rows are bad, or all of them; the
             message names them.
     """
-    held = [source for source in sources if isinstance(source, Source)]
+    in_memory = [source for source in sources if isinstance(source, Source)]
     clips, errors = None, {}
     if features is not None:
-        absent = [row for source in held for row in features.missing(source.rows)]
-        errors = {clip_key(row): f"no features of it in {features.folder}" for row in absent}
-    elif held and arguments.decode_once:
-        clips = decode_clips(held, video_processor, arguments)
+        missing = [row for source in in_memory for row in features.missing(source.rows)]
+        errors = {clip_key(row): f"no features of it in {features.folder}" for row in missing}
+    elif in_memory and arguments.decode_once:
+        clips = decode_clips(in_memory, video_processor, arguments)
         errors = {
             key: error for key, error in zip(clips[0], clips[1]["error"], strict=True) if error
         }
-    for source in held:
+    for source in in_memory:
         set_aside(source, errors, arguments.max_bad_share)
     dataset = ContrastiveDataset(sources, video_processor, clips, features)
     if features is not None:
@@ -305,7 +327,11 @@ def build_dataset(
 
 
 def set_aside(source: Source, errors: dict[str, str], max_share: float) -> None:
-    """Count the rows of a source whose clip could not be read among its bad ones."""
+    """Move the rows of a source whose clip could not be read to its bad rows.
+
+    Raises:
+        RecipeError: more than `max_share` of the rows are bad, or all of them.
+    """
     total = len(source.rows) + len(source.bad)
     name = source.arguments.name
     source.bad += [

@@ -1,7 +1,10 @@
-"""Which rows make the next global batch, and which of them are this process's.
+"""The mixture: the rows of each global batch, and this process's share of them.
 
 Every batch comes from one bucket, chosen by weight. The sequence depends on the seed alone: not on
-the number of processes or of DataLoader workers, and a resumed run goes on with the same one.
+the number of processes or of DataLoader workers. A resumed run continues the same sequence.
+
+A batch is dealt to `lanes` equal parts, the lanes, and a process gets some of the lanes. The lanes
+of a streamed source also read its rows (`lanes.py`).
 """
 
 from collections.abc import Iterator
@@ -15,10 +18,12 @@ from training.arguments import RecipeError
 from training.data.lanes import Lane
 from training.data.sources import StreamedSource
 
-VISIT = 2**40  # more than there are rows
+# `row + epoch * EPOCH_STRIDE` is one number for a row and the epoch in which it is drawn. The
+# stride exceeds any number of rows.
+EPOCH_STRIDE = 2**40
 WINDOW = 50  # batches among which texts are sorted by length
 
-Positions = dict[int, dict[int, dict]]  # of each lane, in each streamed bucket
+Positions = dict[int, dict[int, dict]]  # bucket -> lane -> position
 
 
 @dataclass
@@ -27,18 +32,18 @@ class Bucket:
 
     Attributes:
         weight: how often, relative to the others, a batch is drawn from it.
-        source: the number of the source that they are from.
-        rows (`np.ndarray` of shape `(n,)`): their numbers, where they are in memory.
-        lengths (`np.ndarray` of shape `(n,)`, *optional*): of their texts; batches are then of
-            rows of about one length.
-        stream: where they are read from, otherwise.
+        source: index of the rows' source.
+        rows (`np.ndarray` of shape `(n,)`, *optional*): indices of the rows, if they are in memory.
+        lengths (`np.ndarray` of shape `(n,)`, *optional*): lengths of the rows' texts. With them, a
+            batch holds rows of about one length.
+        streamed: the source from which the rows are read, if they are not in memory.
     """
 
     weight: float
     source: int = 0
     rows: np.ndarray | None = None
     lengths: np.ndarray | None = None
-    stream: StreamedSource | None = None
+    streamed: StreamedSource | None = None
 
 
 @dataclass
@@ -46,66 +51,70 @@ class Step:
     """A process's share of a global batch.
 
     Attributes:
-        source: the number of the source.
-        lanes: the numbers of the lanes.
-        rows: of each lane; numbers, as `row + visit * VISIT`, or the rows themselves.
-        spares: another row for each lane.
-        bad: what was met while reading, and is no row.
+        source: index of the source.
+        lanes: indices of the lanes.
+        rows: rows of each lane: `row + epoch * EPOCH_STRIDE`, or the rows themselves if streamed.
+        replacements: one more row for each lane, used if none of the lane's rows can be read.
+        bad: bad rows found while the step was read.
     """
 
     source: int
     lanes: list[int]
     rows: list[list[int | dict]]
-    spares: list[int | dict]
+    replacements: list[int | dict]
     bad: list[BadRow] = field(default_factory=list)
 
 
-class Walk:
-    """The rows of a bucket in a random order, again and again in a new one, so that a small source
-    is repeated, never skipped."""
+class ShuffledRows:
+    """Rows of a bucket in memory, epoch after epoch, each epoch in a new random order."""
 
     def __init__(self, bucket: Bucket, batch_size: int):
         self.bucket, self.batch_size = bucket, batch_size
         self.left = np.empty(0, dtype=np.int64)
-        self.visits = 0
+        self.epoch = 0
 
     def next(self, generator: np.random.Generator) -> list[int]:
+        """Return the next batch, as `row + epoch * EPOCH_STRIDE`."""
+        # A batch may reach into the next epoch. Dropping the incomplete batch instead would skip
+        # rows, and a source smaller than a batch would have none.
         while len(self.left) < self.batch_size:
-            again = self.shuffled(generator)
-            self.left = np.concatenate([self.left, again + self.visits * VISIT])
-            self.visits += 1
+            order = self.shuffled_order(generator)
+            self.left = np.concatenate([self.left, order + self.epoch * EPOCH_STRIDE])
+            self.epoch += 1
         batch, self.left = np.split(self.left, [self.batch_size])
         return batch.tolist()
 
-    def shuffled(self, generator: np.random.Generator) -> np.ndarray:
-        """One walk through all rows; where lengths count, its batches are of like lengths."""
+    def shuffled_order(self, generator: np.random.Generator) -> np.ndarray:
+        """Return all rows in the order of one epoch."""
         if self.bucket.lengths is None:
             return generator.permutation(self.bucket.rows)
+        # Lengths are sorted within windows of a random order. If all rows were sorted at once, a
+        # row would meet the same neighbours, its negatives, in every epoch.
         order = generator.permutation(len(self.bucket.rows))
-        windows = np.split(
-            order, range(WINDOW * self.batch_size, len(order), WINDOW * self.batch_size)
-        )
+        size = WINDOW * self.batch_size
         batches = []
-        for window in windows:
+        for window in np.split(order, range(size, len(order), size)):
             window = window[np.argsort(self.bucket.lengths[window], kind="stable")]
-            some = np.split(window, range(self.batch_size, len(window), self.batch_size))
-            batches += [some[place] for place in generator.permutation(len(some))]
+            parts = np.split(window, range(self.batch_size, len(window), self.batch_size))
+            # Shuffled again: sorted batches would train from short texts to long ones.
+            batches += [parts[index] for index in generator.permutation(len(parts))]
         return self.bucket.rows[np.concatenate(batches)]
 
 
 class MixtureSampler(Sampler[Step]):
-    """This process's shares of the batches, one for each part of each optimizer step.
+    """Sampler of this process's shares of the batches, one for each part of each optimizer step.
 
     Args:
         batch_size: rows of an optimizer step, over all processes and parts.
-        num_batches: optimizer steps.
-        parts: of a step that go through the model one after the other (gradient accumulation).
-        lanes: into how many parts a batch is dealt; processes divide these among them.
-        start: steps that a run before has done; they are counted, and not read.
-        positions: of the lanes, where that run left off.
+        num_batches: number of optimizer steps.
+        parts: parts of a step that pass through the model in turn (gradient accumulation).
+        lanes: number of lanes; the processes divide them among themselves.
+        start: number of optimizer steps that an earlier run has done. Each of their parts is
+            `None`.
+        positions: positions of the lanes at the end of that run.
 
     Raises:
-        RecipeError: the lanes do not divide among the processes, or the batch among the lanes.
+        RecipeError: the lanes do not divide the batch, or the processes do not divide the lanes.
     """
 
     def __init__(
@@ -124,15 +133,16 @@ class MixtureSampler(Sampler[Step]):
     ):
         if lanes % world_size or batch_size % (parts * lanes):
             raise RecipeError(
-                f"data.lanes: {lanes} lanes have to divide the {batch_size // parts} rows of a "
-                f"batch, and the {world_size} processes the lanes. Set it to a number that does."
+                f"data.lanes: {lanes} lanes must divide the {batch_size // parts} rows of a batch, "
+                f"and {world_size} process(es) must divide the lanes. Change data.lanes or "
+                "training.global_batch_size."
             )
         self.buckets, self.seed = buckets, seed
         self.batch_size, self.num_batches, self.parts = batch_size, num_batches, parts
-        self.lanes, self.start, self.given = lanes, start, positions or {}
-        some = lanes // world_size
-        self.mine = range(rank * some, (rank + 1) * some)
-        self.positions: dict[int, Positions] = {}
+        self.lanes, self.start, self.start_positions = lanes, start, positions or {}
+        share = lanes // world_size
+        self.own_lanes = range(rank * share, (rank + 1) * share)
+        self.positions: dict[int, Positions] = {}  # after each optimizer step
 
     def __len__(self) -> int:
         return self.num_batches * self.parts
@@ -140,67 +150,78 @@ class MixtureSampler(Sampler[Step]):
     def __iter__(self) -> Iterator[Step | None]:
         generator = np.random.default_rng(self.seed)
         weights = np.array([bucket.weight for bucket in self.buckets])
-        walks = [Walk(bucket, self.batch_size) for bucket in self.buckets]
-        streams = self.open_lanes()
+        shuffled = [ShuffledRows(bucket, self.batch_size) for bucket in self.buckets]
+        lanes_of = self.open_lanes()
         self.positions = {}
         choices = generator.choice(
             len(self.buckets), size=self.num_batches, p=weights / weights.sum()
         )
-        for number, choice in enumerate(choices.tolist()):
+        for index, choice in enumerate(choices.tolist()):
             bucket = self.buckets[choice]
-            rows = [] if bucket.stream is not None else walks[choice].next(generator)
-            if number < self.start:
+            # Every process draws the rows of every step: also those of other processes and those
+            # before `start`. So all generators have the same state, and nothing is exchanged.
+            rows = [] if bucket.streamed is not None else shuffled[choice].next(generator)
+            if index < self.start:
                 yield from [None] * self.parts
                 continue
-            if bucket.stream is None:
-                steps = [self.held_step(bucket, rows, part) for part in range(self.parts)]
+            if bucket.streamed is None:
+                steps = [self.step_in_memory(bucket, rows, part) for part in range(self.parts)]
             else:
-                steps = [self.streamed_step(bucket, streams[choice]) for _ in range(self.parts)]
-            # Before it is handed out: the DataLoader asks for steps ahead of the one that trains.
-            self.positions[number + 1] = {
-                each: {lane: row.position() for lane, row in lanes.items()}
-                for each, lanes in streams.items()
+                steps = [self.streamed_step(bucket, lanes_of[choice]) for _ in range(self.parts)]
+            # Stored before the step is handed out: the DataLoader asks for steps ahead of the one
+            # that trains.
+            self.positions[index + 1] = {
+                each: {lane: opened.position() for lane, opened in lanes.items()}
+                for each, lanes in lanes_of.items()
             }
             yield from steps
 
-    def held_step(self, bucket: Bucket, rows: list[int], part: int) -> Step:
-        """Of the rows of all processes and parts."""
+    def step_in_memory(self, bucket: Bucket, rows: list[int], part: int) -> Step:
+        """Return this process's share of one part of a batch.
+
+        Args:
+            rows: rows of the batch, of all processes and parts.
+        """
         share = len(rows) // (self.parts * self.lanes)
-        dealt = [rows[place : place + share] for place in range(0, len(rows), share)]
+        dealt = [rows[start : start + share] for start in range(0, len(rows), share)]
         dealt = dealt[part * self.lanes : (part + 1) * self.lanes]
         return Step(
             bucket.source,
-            list(self.mine),
-            [dealt[lane] for lane in self.mine],
-            [dealt[lane - 1][0] for lane in self.mine],
+            list(self.own_lanes),
+            [dealt[lane] for lane in self.own_lanes],
+            # A row of the neighbouring lane, which may be another process's: the replacement is
+            # the same on any number of processes, and no row of a later batch is used up.
+            [dealt[lane - 1][0] for lane in self.own_lanes],
         )
 
     def streamed_step(self, bucket: Bucket, lanes: dict[int, Lane]) -> Step:
+        """Read this process's share of one part of a batch."""
         share = self.batch_size // (self.parts * self.lanes)
         rows = [lane.take(share) for lane in lanes.values()]
-        spares = [lane.peek() for lane in lanes.values()]
+        replacements = [lane.peek() for lane in lanes.values()]
         bad = [row for lane in lanes.values() for row in lane.take_bad()]
-        return Step(bucket.source, list(lanes), rows, spares, bad)
+        return Step(bucket.source, list(lanes), rows, replacements, bad)
 
     def position(self, step: int) -> Positions:
-        """Of the lanes after so many optimizer steps."""
+        """Return the positions of this process's lanes after an optimizer step."""
         return self.positions[step]
 
     def forget(self, step: int) -> None:
-        """Positions before this step are not asked for any more."""
-        self.positions = {number: at for number, at in self.positions.items() if number >= step}
+        """Drop the positions after steps before `step`."""
+        self.positions = {index: at for index, at in self.positions.items() if index >= step}
 
     def open_lanes(self) -> dict[int, dict[int, Lane]]:
-        """This process's lanes of the streamed buckets, where they were left."""
-        streams = {}
-        for number, bucket in enumerate(self.buckets):
-            if bucket.stream is None:
+        """Return this process's lanes of each streamed bucket, at their start positions."""
+        lanes_of = {}
+        for index, bucket in enumerate(self.buckets):
+            if bucket.streamed is None:
                 continue
-            seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
-            streams[number] = {
-                lane: bucket.stream.lane(lane, self.lanes, seed) for lane in self.mine
+            # A seed of its own for each bucket, or two buckets of one source would read alike.
+            seed = int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0])
+            lanes_of[index] = {
+                lane: bucket.streamed.lane(lane, self.lanes, seed) for lane in self.own_lanes
             }
-            for lane, position in self.given.get(number, {}).items():
-                if lane in streams[number]:
-                    streams[number][lane].seek(position)
-        return streams
+            for lane, position in self.start_positions.get(index, {}).items():
+                if lane in lanes_of[index]:
+                    lanes_of[index][lane].seek(position)
+        return lanes_of

@@ -1,10 +1,10 @@
-"""The recipe's sources of rows: held in memory, or read as they are needed.
+"""The recipe's sources of rows: in memory, or streamed, which means that rows are read lazily.
 
-|                      | held                              | streamed                              |
-|----------------------|-----------------------------------|---------------------------------------|
-| order                | all rows, shuffled                | shards or chunks, and rows of a block |
-| a row that is none   | named before training starts      | named when it is met, and counted     |
-| memory               | all rows                          | `shuffle_rows` of them                |
+|          | in memory                       | streamed                                        |
+|----------|---------------------------------|-------------------------------------------------|
+| shuffled | all rows                        | shards or chunks of files, then rows of a block |
+| bad row  | reported before training starts | reported and counted when it is read            |
+| memory   | all rows                        | `shuffle_rows` rows                             |
 """
 
 import glob
@@ -20,21 +20,27 @@ from training.data.columns import ColumnError, Columns, ExampleError
 from training.data.lanes import Blocks, DatasetBlocks, JSONLBlocks, Lane
 from training.data.public_sets import load_columns, public_sets
 
-SOME_ROWS = 20_000  # of a stream, for what wants an idea of its texts
-RESERVE = 64  # rows to replace broken ones with: were nine of ten broken, 0.1 % had no good one
+FIRST_ROWS = 20_000  # rows of a streamed source from which a tokenizer or a page is made
+FALLBACK_ROWS = 64  # if nine of ten rows are broken, all 64 are with a probability of 0.1 %
 
 
 @dataclass
 class Source:
-    """Rows in memory, and what the recipe says about them."""
+    """Source whose rows are in memory.
+
+    Attributes:
+        arguments: the recipe's keys of the source.
+        bad: rows that cannot be used.
+        report: text about the bad rows, once their number is checked.
+    """
 
     arguments: SourceArguments
     rows: list[dict]
     bad: list[BadRow]
     report: str = ""
 
-    def some_rows(self) -> list[dict]:
-        """All of them."""
+    def first_rows(self) -> list[dict]:
+        """Return all rows; a streamed source returns its first ones."""
         return self.rows
 
     def __str__(self) -> str:
@@ -43,27 +49,32 @@ class Source:
 
 @dataclass
 class StreamedSource:
-    """Rows on disk or on the Hub. All are videos or all are images, as the first one is.
+    """Source whose rows are read lazily, from the disk or the Hub.
 
     Attributes:
-        dataset: the examples; without it `arguments.rows` are JSONL files.
-        reserve: its first rows, for where all that a lane has at hand are broken.
+        arguments: the recipe's keys of the source.
+        dataset: the examples. Without it, `arguments.rows` are JSONL files.
+        kind: "video" or "image", as the first row is; rows of the other kind are bad.
+        fallback_rows: the first rows, which replace a lane's rows of a step if all are broken.
+        reader: function from an example of the dataset to rows.
     """
 
     arguments: SourceArguments
     dataset: datasets.IterableDataset | None
     kind: str = field(init=False)
-    reserve: list[dict] = field(init=False, repr=False)
+    fallback_rows: list[dict] = field(init=False, repr=False)
     reader: "ExampleReader" = field(init=False)
 
     def __post_init__(self):
-        if self.dataset is not None:  # once, and not for every lane
+        if self.dataset is not None:  # one reader for all lanes
             self.reader = ExampleReader(self.arguments, self.dataset.features)
-        first = self.some_rows(RESERVE)
+        first = self.first_rows(FALLBACK_ROWS)
         self.kind = "video" if "video" in first[0] else "image"
-        self.reserve = [row for row in first if self.kind in row]
+        self.fallback_rows = [row for row in first if self.kind in row]
 
     def blocks(self, lane: int, lanes: int, seed: int) -> Blocks:
+        """Return the blocks of one of `lanes` lanes."""
+        # A lane has one block in memory, so all lanes together have `shuffle_rows` rows.
         rows = max(self.arguments.shuffle_rows // lanes, 1)
         if self.dataset is None:
             return JSONLBlocks(jsonl_files(self.arguments.rows), lane, lanes, rows, seed)
@@ -72,20 +83,20 @@ class StreamedSource:
         )
 
     def lane(self, lane: int, lanes: int, seed: int) -> Lane:
-        """The rows of one lane of so many, in the order of training."""
+        """Return one of `lanes` lanes, with its rows in the order of training."""
         blocks = self.blocks(lane, lanes, seed)
         return Lane(blocks, self.kind, (seed, lane), self.arguments.query)
 
-    def some_rows(self, limit: int = SOME_ROWS) -> list[dict]:
-        """Rows from the beginning of the first epoch, none of them twice.
+    def first_rows(self, limit: int = FIRST_ROWS) -> list[dict]:
+        """Return up to `limit` rows from the start of a shuffled epoch, each once.
 
         Raises:
-            RecipeError: there is none.
+            RecipeError: no row is usable.
         """
         rows, bad = [], []
-        for more, worse in self.blocks(lane=0, lanes=1, seed=0).first_epoch():
-            rows += more
-            bad += worse
+        for block_rows, block_bad in self.blocks(lane=0, lanes=1, seed=0).first_epoch():
+            rows += block_rows
+            bad += block_bad
             if len(rows) >= limit:
                 break
         if not rows:
@@ -97,11 +108,12 @@ class StreamedSource:
 
 
 class ExampleReader:
-    """An example of a dataset to rows, as its columns are mapped. Numbers of classes become their
-    names.
+    """Reader of a dataset's examples as rows, by the mapping of its columns.
+
+    A class index becomes the name of its class.
 
     Args:
-        features: of the dataset, where they are known.
+        features: features of the dataset, if they are known.
     """
 
     def __init__(self, arguments: SourceArguments, features: datasets.Features | None):
@@ -114,10 +126,12 @@ class ExampleReader:
         }
 
     def __call__(self, example: dict, where: tuple[str, int]) -> tuple[list[dict], list[BadRow]]:
-        """The rows of an example, and what of it is none.
+        """Return the rows and the bad rows of an example.
 
+        Args:
+            where: name of the dataset and number of the example, for messages.
         Raises:
-            RecipeError: a column of the mapping is not there.
+            RecipeError: a column of the mapping is missing.
         """
         names = {name: class_name(label, example[name]) for name, label in self.labels.items()}
         try:
@@ -129,33 +143,33 @@ class ExampleReader:
         samples, bad = [], []
         for row in rows:
             try:
-                samples += samples_of(self.placed(row), where)
+                samples += samples_of(self.in_folder(row), where)
             except RowError as error:
                 bad.append(BadRow(*where, str(error)))
         return samples, bad
 
-    def placed(self, row: dict) -> dict:
-        """A row whose medium lies in the recipe's folder."""
+    def in_folder(self, row: dict) -> dict:
+        """Return the row with its media path joined to the recipe's `media_folder`."""
         media = "video" if "video" in row else "image"
         if self.folder is None or not isinstance(row[media], str):
             return row
         return {**row, media: os.path.join(self.folder, row[media])}
 
 
-def class_name(label: datasets.ClassLabel, number: int | None) -> str | None:
-    """Of an example without a class, whose number is null or -1 as in many a test split, `None`."""
-    return None if number is None or number < 0 else label.int2str(number)
+def class_name(label: datasets.ClassLabel, index: int | None) -> str | None:
+    """Return the class name, or `None` if unlabelled (null or -1, as in many test splits)."""
+    return None if index is None or index < 0 else label.int2str(index)
 
 
 def with_query(rows: list[dict], arguments: SourceArguments) -> list[dict]:
-    """Rows under the recipe's query, where it gives one."""
+    """Return the rows with the recipe's query, if it gives one."""
     if arguments.query is None:
         return rows
     return [{**row, "query": arguments.query} for row in rows]
 
 
 def columns_of(arguments: SourceArguments) -> Columns:
-    """The mapping that the recipe names or writes out, or that of the public set on the Hub."""
+    """Return the column mapping: the recipe's, or that of the public set with this Hub id."""
     try:
         if arguments.columns is not None:
             return load_columns(arguments.columns)
@@ -165,14 +179,14 @@ def columns_of(arguments: SourceArguments) -> Columns:
         if public.hub == arguments.dataset:
             return public.columns
     raise RecipeError(
-        f"data.sources: {arguments.name}: columns is missing. Say where image or video, query and "
-        "target stand (training/data/columns.py), or name a public set "
+        f"data.sources: {arguments.name}: columns is missing. Map image or video, query and target "
+        "to columns of the dataset (training/data/columns.py), or name a public set "
         "(training/data/public_sets.yaml)."
     )
 
 
 def jsonl_files(pattern: str) -> list[Path]:
-    """The file of this name, or all files that a pattern such as `data/*.jsonl` means."""
+    """Return the file of this name, or all files that match a pattern such as `data/*.jsonl`."""
     found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
     paths = [Path(path) for path in found if os.path.isfile(path)]
     if not paths:
@@ -181,10 +195,10 @@ def jsonl_files(pattern: str) -> list[Path]:
 
 
 def load_dataset(arguments: SourceArguments) -> datasets.Dataset | datasets.IterableDataset:
-    """What `datasets` makes of the recipe's keys, its media undecoded.
+    """Load a source's dataset.
 
     Raises:
-        RecipeError: there is no such dataset, split or file.
+        RecipeError: the dataset, its split or a file is missing or broken.
     """
     try:
         dataset = datasets.load_dataset(
@@ -195,7 +209,8 @@ def load_dataset(arguments: SourceArguments) -> datasets.Dataset | datasets.Iter
             revision=arguments.revision,
             streaming=arguments.streaming,
         )
-    # It raises what its builders, fsspec and the Hub do. What a builder raised is the cause.
+    # Builders, fsspec and the Hub raise errors of any type. `datasets` wraps a builder's own error,
+    # which names the broken file, as the cause.
     except Exception as error:
         cause = "" if error.__cause__ is None else f" ({error.__cause__!r})"
         raise RecipeError(f"data.sources: {arguments.name}: {error}{cause}") from error
@@ -203,8 +218,13 @@ def load_dataset(arguments: SourceArguments) -> datasets.Dataset | datasets.Iter
 
 
 def read_source(arguments: SourceArguments) -> Source | StreamedSource:
-    """Read the rows of a source, or enough of a streamed one to know what it is."""
+    """Read all rows of a source, or the first ones if it is streamed.
+
+    Raises:
+        RecipeError: the source is missing, or none of its rows is usable.
+    """
     if arguments.streaming:
+        # Undecoded: `shuffle_rows` rows are in memory, and decoded media are many times larger.
         dataset = None if arguments.dataset is None else load_dataset(arguments).decode(False)
         return StreamedSource(arguments, dataset)
     if arguments.dataset is None:
@@ -217,8 +237,8 @@ def read_source(arguments: SourceArguments) -> Source | StreamedSource:
 
 
 def no_row(arguments: SourceArguments, bad: list[BadRow]) -> RecipeError:
-    """Of a source whose rows are all bad, or that has none."""
-    why = "It is empty, or all of its targets are null, `absent` or not those of `where`."
+    """Return the error for a source that has bad rows only, or none."""
+    why = "The source is empty, or every target is null, `absent` or excluded by `where`."
     if bad:
         why = bad_rows_report(bad, len(bad), max_share=1.0)
     return RecipeError(f"{arguments.name}: no row is usable. {why}")
@@ -228,10 +248,11 @@ def read_jsonl(paths: list[Path]) -> tuple[list[dict], list[BadRow]]:
     rows, bad = [], []
     for path in paths:
         try:
-            more, worse = read_rows(path)
+            file_rows, file_bad = read_rows(path)
         except ValueError as error:
             raise RecipeError(f"data.sources: {error}") from error
-        rows, bad = rows + more, bad + worse
+        rows += file_rows
+        bad += file_bad
     return rows, bad
 
 
@@ -240,18 +261,19 @@ def read_examples(arguments: SourceArguments) -> tuple[list[dict], list[BadRow]]
     reader = ExampleReader(arguments, dataset.features)
     rows, bad = [], []
     for number, example in enumerate(dataset.to_iterable_dataset().decode(False), start=1):
-        more, worse = reader(example, (arguments.name, number))
-        rows += more
-        bad += worse
+        example_rows, example_bad = reader(example, (arguments.name, number))
+        rows += example_rows
+        bad += example_bad
     return rows, bad
 
 
 def texts_of(sources: list[Source | StreamedSource], more: list[str] = ()) -> list[str]:
-    """Queries and targets, also of `more` JSONL files: what a tokenizer learns from."""
+    """Return the queries and targets of all sources and of `more` JSONL files, from which a
+    tokenizer is trained."""
     sources = [*sources, *(read_source(SourceArguments(rows=path)) for path in more)]
     return [
         row[name]
         for source in sources
-        for row in source.some_rows()
+        for row in source.first_rows()
         for name in ("query", "target")
     ]
