@@ -1,15 +1,15 @@
-"""Is each part of a new VL-JEPA really pretrained? `python -m eval.backbones --model DIR …`
+"""Check that each part of a new VL-JEPA is pretrained.
 
     python -m eval.backbones --model runs/small --language-model data/backbones/smollm2/FILE.gguf
 
-Each part is asked what it knew before, beside the same part with random weights:
+Each part is tested on the task of its pretraining, and so is a copy with random weights:
 
 - X-Encoder: does an image's nearest neighbour show the same shape? (images of `--rows`)
-- Predictor: perplexity of a passage, its layers put back into the language model they came from
+- Predictor: the perplexity of a passage, with its layers put back into their language model
 - Y-Encoder: is a sentence nearer to its paraphrase than to every other sentence?
 
-A joint model built a minute ago predicts nothing yet; this only shows that no part was lost on
-the way. Writes a picture of all three.
+A new joint model predicts nothing yet; this check only shows that no part lost its weights. The
+command writes a picture of all three results.
 """
 
 import argparse
@@ -43,26 +43,29 @@ PARAPHRASES = [
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose weights are noise with the spread of its own: the control."""
+    """Return a control: a copy whose weights are noise of the same mean and standard deviation."""
     control = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in control.parameters():
-            spread = weight.std() if weight.numel() > 1 else 0.0
+            std = weight.std() if weight.numel() > 1 else 0.0
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(weight.mean() + noise * spread)
+            weight.copy_(weight.mean() + noise * std)
     return control
 
 
 def neighbours(embeds: torch.Tensor) -> torch.Tensor:
-    """`(N, D)` to the index of each row's nearest other row, `(N,)`."""
+    """Return the index of each row's nearest other row: `(N, D)` to `(N,)`."""
     similarity = F.normalize(embeds, dim=1) @ F.normalize(embeds, dim=1).T
     return similarity.fill_diagonal_(-1).argmax(dim=1)
 
 
 @torch.no_grad()
 def image_embeds(encoder: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean visual token of each image: `(N, 1, 3, H, W)` to `(N, Dx)`, the average removed."""
+    """Return each image's mean visual token: `(N, 1, 3, H, W)` to `(N, Dx)`, centred.
+
+    Centred, because one large common component would make all images look alike to a cosine.
+    """
     embeds = torch.cat([encoder(part).mean(dim=1) for part in pixels.split(32)])
     return embeds - embeds.mean(dim=0)
 
@@ -73,42 +76,31 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 
 def put_back(model: VLJEPAModel, language_model: torch.nn.Module) -> torch.nn.Module:
-    """The language model with the Predictor's layers, token table and norm as its last ones."""
+    """Return the language model with its last layers, token table and norm from the Predictor."""
     whole = copy.deepcopy(language_model)
     predictor = model.predictor.backbone
     first = len(whole.model.layers) - len(predictor.layers)
-    for kept, layer in enumerate(predictor.layers):
-        whole.model.layers[first + kept].load_state_dict(layer.state_dict())
+    for index, layer in enumerate(predictor.layers):
+        whole.model.layers[first + index].load_state_dict(layer.state_dict())
     whole.model.embed_tokens.load_state_dict(predictor.embed_tokens.state_dict())
     whole.model.norm.load_state_dict(predictor.norm.state_dict())
     return whole
 
 
 def shapes_of(path: str, limit: int) -> dict[str, str]:
-    """Image file and the shape on it, from questions whose answer is a shape."""
+    """Return each image file with the shape on it, from questions whose answer is a shape."""
     rows, _ = read_rows(path)
     shapes = {"circle", "rectangle", "triangle"}
     return dict([(row["image"], row["target"]) for row in rows if row["target"] in shapes][:limit])
 
 
-def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
-    parser = argparse.ArgumentParser(
-        prog="eval.backbones",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="a model by training.init_checkpoint")
-    parser.add_argument("--language-model", required=True, help="what its predictor was cut from")
-    parser.add_argument("--rows", default="data/demo/easy_vqa/test_vqa.jsonl")
-    parser.add_argument("--images", type=int, default=150)
-    parser.add_argument("--output", type=Path, help="default: backbones.png in the model's folder")
-    args = parser.parse_args(argv)
-    model = AutoModel.from_pretrained(args.model).eval()
-    processor: VLJEPAProcessor = AutoProcessor.from_pretrained(args.model)
-
-    shown = shapes_of(args.rows, args.images)
-    files, shapes = list(shown), list(shown.values())
-    pixels = processor(images=files)["pixel_values_videos"]
+def check_x_encoder(
+    model: VLJEPAModel, processor: VLJEPAProcessor, shown: dict[str, str]
+) -> tuple[list[int], float, float]:
+    """Return each image's nearest neighbour, and the share of neighbours with the same shape: of
+    the X-Encoder and of the control."""
+    shapes = list(shown.values())
+    pixels = processor(images=list(shown))["pixel_values_videos"]
     nearest, control = (
         neighbours(image_embeds(encoder, pixels)).tolist()
         for encoder in (model.x_encoder, randomise(model.x_encoder))
@@ -117,31 +109,66 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
         sum(shapes[i] == shapes[j] for i, j in enumerate(found)) / len(shapes)
         for found in (nearest, control)
     )
+    return nearest, same, by_chance
 
-    folder, file = os.path.split(args.language_model)
+
+def check_predictor(model: VLJEPAModel, language_model: str) -> tuple[float, float, float]:
+    """Return the perplexity of the passage: of the language model, with the Predictor's layers, and
+    with random layers."""
+    folder, file = os.path.split(language_model)
     gguf = {"gguf_file": file} if file.endswith(".gguf") else {}
-    source = folder if gguf else args.language_model
+    source = folder if gguf else language_model
     whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **gguf).eval()
     tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
     ids = tokenizer(PASSAGE, return_tensors="pt")["input_ids"]
     known = perplexity(put_back(model, whole), ids)
-    original = perplexity(whole, ids)
-    broken = copy.deepcopy(model)
-    broken.predictor.backbone.layers = randomise(model.predictor.backbone.layers)
-    lost = perplexity(put_back(broken, whole), ids)
+    control = copy.deepcopy(model)
+    control.predictor.backbone.layers = randomise(model.predictor.backbone.layers)
+    return perplexity(whole, ids), known, perplexity(put_back(control, whole), ids)
 
-    sentences = [sentence for pair in PARAPHRASES for sentence in pair]
+
+@torch.no_grad()
+def check_y_encoder(
+    model: VLJEPAModel, processor: VLJEPAProcessor, sentences: list[str]
+) -> tuple[torch.Tensor, float, float]:
+    """Return the embeddings `(N, D)` of the sentences, and the share that is nearest to its
+    paraphrase: of the Y-Encoder and of the control."""
     batch = processor(targets=sentences)
-    with torch.no_grad():
-        pooled = [
-            encoder(batch["target_input_ids"], batch["target_attention_mask"])
-            for encoder in (model.y_encoder, randomise(model.y_encoder))
-        ]
-    paired, unpaired = (
+    pooled = [
+        encoder(batch["target_input_ids"], batch["target_attention_mask"])
+        for encoder in (model.y_encoder, randomise(model.y_encoder))
+    ]
+    # Paraphrases are neighbours in the list: i ^ 1 is the other one of a pair.
+    paired, by_chance = (
         sum(j == i ^ 1 for i, j in enumerate(neighbours(embeds).tolist())) / len(sentences)
         for embeds in pooled
     )
+    return pooled[0], paired, by_chance
 
+
+def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
+    parser = argparse.ArgumentParser(
+        prog="eval.backbones",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a model made by training.init_checkpoint")
+    parser.add_argument("--language-model", required=True, help="source of its predictor's layers")
+    parser.add_argument("--rows", default="data/demo/easy_vqa/test_vqa.jsonl")
+    parser.add_argument("--images", type=int, default=150)
+    parser.add_argument("--output", type=Path, help="default: backbones.png in the model's folder")
+    args = parser.parse_args(argv)
+    model = AutoModel.from_pretrained(args.model).eval()
+    processor: VLJEPAProcessor = AutoProcessor.from_pretrained(args.model)
+
+    # 1. Each part, and its control
+    shown = shapes_of(args.rows, args.images)
+    nearest, same, by_chance = check_x_encoder(model, processor, shown)
+    original, known, lost = check_predictor(model, args.language_model)
+    sentences = [sentence for pair in PARAPHRASES for sentence in pair]
+    pooled, paired, unpaired = check_y_encoder(model, processor, sentences)
+
+    # 2. Numbers and picture
     print(
         f"X-Encoder: nearest neighbour of the same shape {same:.2f}, random weights {by_chance:.2f}"
     )
@@ -151,7 +178,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     )
     print(f"Y-Encoder: nearest to its paraphrase {paired:.2f}, random weights {unpaired:.2f}")
     path = args.output or Path(args.model) / "backbones.png"
-    draw(path, files, nearest, [original, known, lost], pooled[0], sentences)
+    draw(path, list(shown), nearest, [original, known, lost], pooled, sentences)
     print(path)
     return {
         "shape": (same, by_chance),
@@ -168,7 +195,7 @@ def draw(
     pooled: torch.Tensor,
     sentences: list[str],
 ) -> None:
-    """Images with their neighbours, perplexities, and the similarity of the sentences."""
+    """Draw images with their neighbours, the perplexities, and the sentences' similarities."""
     figure = plt.figure(figsize=(15, 4.5), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(5, 5, 8))
     left.suptitle("X-Encoder: image, nearest neighbour")
