@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_vljepa import OnlineSegmenter, StreamEncoder, decode_texts, stream
+from modeling_vljepa import (
+    OnlineSegmenter,
+    StreamEncoder,
+    VLJEPAForConditionalGeneration,
+    decode_texts,
+    stream,
+)
 from modeling_vljepa.pipelines.pipeline_vljepa import (
     VLJEPAStreamingCaptionPipeline,
 )
 from processing import FrameStream, MediaError, WindowStream, windows
-from tests.pipelines.test_stream_session import scenes
+from tests.pipelines.rounding import approximately, clear_choices
+from tests.pipelines.test_stream_session import assert_same_embeddings, scenes
 from tests.tiny import (
     noise,
     run_elsewhere,
@@ -61,9 +68,9 @@ def test_a_stream_is_its_parts(tmp_path):
         frames = windows(FrameStream(path, fps=5), PROCESSOR.video_processor, size=6, stride=5)
         parts = list(StreamEncoder(model.vljepa, PROCESSOR, QUERY).stream(frames, 2))
         assert len(found) == len(parts) == 3
+        assert_same_embeddings(found, parts)
         for one, two in zip(found, parts, strict=True):
             assert (one.start_time, one.end_time) == (two.start_time, two.end_time)
-            assert torch.equal(one.embedding, two.embedding)
     assert [each.start_time for each in found] == pytest.approx([0.0, 1.0, 1.2])
     # The defaults: frames of a clip, half of them, all of the source's, and no query.
     default = list(stream(model, PROCESSOR, path))
@@ -71,7 +78,7 @@ def test_a_stream_is_its_parts(tmp_path):
     assert [each.times for each in PROCESSOR.watch(path)] == [
         each.times for each in PROCESSOR.watch(path, window=4, stride=2)
     ]
-    assert all(map(torch.equal, *([w.embedding for w in each] for each in (default, said))))
+    assert_same_embeddings(default, said)
     assert len(default) == len(said) == 11
     asked = list(stream(model, PROCESSOR, path, QUERY))  # positive control
     assert not torch.allclose(asked[0].embedding, default[0].embedding, atol=1e-4)
@@ -145,7 +152,8 @@ def test_a_source_is_checked_before_it_is_opened(tmp_path):
 def test_captions_are_the_segments_of_the_embeddings(writer, batch_size):
     source = scenes([40, 30, 50])
     settings = {"query": QUERY, "segmenter_kwargs": QUICK, "generate_kwargs": SHORT}
-    found = list(writer(source, batch_size=batch_size, **settings))
+    captions = writer(source, batch_size=batch_size, **settings)
+    found = list(captions)
     embedded = list(writer.stream(source, QUERY))
     times = [embedded[0].start_time, *(each.time for each in embedded[1:])]
     embeds = torch.stack([each.embedding for each in embedded])
@@ -154,8 +162,12 @@ def test_captions_are_the_segments_of_the_embeddings(writer, batch_size):
     assert len(found) == 3 and found[0]["start"] == 0 and found[-1]["end"] == 59.5
     confidences = [each["confidence"] for each in found]
     assert confidences == pytest.approx([each.confidence for each in expected], abs=1e-5)
-    chosen = torch.stack([each.embedding for each in expected])
-    texts = decode_texts(writer.model, PROCESSOR, chosen, queries=[QUERY] * 3, **SHORT)
+    assert_same_embeddings(captions.session.segments, expected)
+    # The embeddings that were decoded, not `expected`: their last bits depend on the batch size.
+    texts = []
+    for segment in captions.session.segments:
+        embeds = segment.embedding[None]
+        texts += decode_texts(writer.model, PROCESSOR, embeds, queries=[QUERY], **SHORT)
     assert [each["text"] for each in found] == texts
     assert len(set(texts)) > 1  # positive control
     assert all(each.keys() == {"start", "end", "text", "confidence"} for each in found)
@@ -169,13 +181,15 @@ def test_of_candidates_the_nearest_is_the_text(chooser, writer):
     with torch.no_grad():
         targets = chooser.model.encode_target(**PROCESSOR(targets=TEXTS))
     embeds = torch.stack([each.embedding for each in captions.session.segments])
-    expected = [TEXTS[place] for place in (embeds @ targets.T).argmax(dim=1)]
+    scores, nearest = (embeds @ targets.T).topk(2)
+    assert (scores[:, 0] - scores[:, 1]).min() > 1e-3  # rounding cannot change the nearest
+    expected = [TEXTS[index] for index in nearest[:, 0]]
     assert [each["text"] for each in found] == expected and len(found) == 3
     # Where there is a decoder too, it is not asked; and what is asked is seen.
     assert {each["text"] for each in writer(source, **settings)} <= set(TEXTS)
     other = [list(chooser(source, query=query, **settings)) for query in (None, QUERY)]
-    assert other[0] == found
-    assert other[1][0]["confidence"] != found[0]["confidence"]
+    assert other[0] == approximately(found)
+    assert abs(other[1][0]["confidence"] - found[0]["confidence"]) > 1e-4
 
 
 def test_a_decoder_is_told_what_was_said_before():
@@ -185,7 +199,8 @@ def test_a_decoder_is_told_what_was_said_before():
     settings = {"segmenter_kwargs": QUICK, "generate_kwargs": SHORT}
     for query in (QUERY, None):
         captions = pipe(source, query=query, **settings)
-        found = [each["text"] for each in captions]
+        with clear_choices(model):
+            found = [each["text"] for each in captions]
         said, alone = [""], []
         for segment in captions.session.segments:
             asked = {"queries": [query or ""], **SHORT}
@@ -228,11 +243,11 @@ def test_settings_may_be_given_once_for_all(chooser):
     )
     source = scenes([40, 30, 50])
     each_time = {"candidates": TEXTS, "segmenter_kwargs": QUICK, "batch_size": 2}
-    assert list(once(source)) == list(chooser(source, stride=4, **each_time))
-    assert list(once(source, stride=2)) == list(chooser(source, **each_time))
-    assert (
-        once(source).session.batch_size == 2 and once(source, batch_size=5).session.batch_size == 5
-    )
+    for changes, same in (({}, {"stride": 4}), ({"stride": 2}, {})):
+        expected = list(chooser(source, **same, **each_time))
+        assert list(once(source, **changes)) == approximately(expected)
+    assert once(source).session.batch_size == 2
+    assert once(source, batch_size=5).session.batch_size == 5
 
 
 @pytest.mark.parametrize(
@@ -273,7 +288,7 @@ def test_candidates_of_a_question_may_come_from_a_generator(chooser):
     captions = chooser(scenes([3]), candidates=TEXTS)
     list(captions)
     expected = captions.session.ask(TEXTS)
-    assert captions.session.ask(text for text in TEXTS) == expected
+    assert captions.session.ask(text for text in TEXTS) == approximately(expected)
     for candidates in (None, [], "red", [3]):
         with pytest.raises(ValueError, match="candidates: give a list of at least one text"):
             captions.session.ask(candidates)
@@ -284,15 +299,19 @@ def test_candidates_of_a_question_may_come_from_a_generator(chooser):
 # -- without this package ------------------------------------------------------------------
 
 
-def test_a_published_folder_watches_without_this_package(writer, tmp_path):
+def test_a_published_folder_watches_without_this_package(tmp_path):
     """As published, and as saved again by another pipeline that was loaded from there."""
     write_clip(tmp_path / "clip.mp4", np.stack([frame for _, frame in scenes([40, 30])]))
-    writer.save_pretrained(tmp_path / "trained")
+    trained = VLJEPAStreamingCaptionPipeline(model=tiny_writer(), processor=PROCESSOR)
+    trained.save_pretrained(tmp_path / "trained")
     write_folder(tmp_path / "trained", tmp_path / "published", "me/tiny")
-    card = (tmp_path / "published" / "README.md").read_text()
+    card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
     assert "for caption in watch(frames):" in card  # a decoder needs no candidates
     settings = {"query": QUERY, "generate_kwargs": SHORT, "segmenter_kwargs": QUICK, "fps": 5}
-    expected = list(writer(tmp_path / "clip.mp4", **settings))
+    model = VLJEPAForConditionalGeneration.from_pretrained(tmp_path / "published")
+    writer = VLJEPAStreamingCaptionPipeline(model=model, processor=PROCESSOR, device="cpu")
+    with clear_choices(model):
+        expected = list(writer(tmp_path / "clip.mp4", **settings))
     script = f"""
 import json
 from transformers import pipeline
@@ -309,9 +328,9 @@ for folder in ("published", "again"):
 print(json.dumps(found))
 """
     found = json.loads(run_elsewhere(script, tmp_path).splitlines()[-1])
-    assert found[:2] == found[2:] and sorted(found[1]) == sorted(TEXTS)
-    assert len(expected) == 2 and spans(found[0]) == spans(expected)
-    assert [each["text"] for each in found[0]] == [each["text"] for each in expected]
+    assert found[0] == approximately(expected) and len(expected) == 2
+    assert found[2] == approximately(expected)
+    assert found[1] == found[3] and sorted(found[1]) == sorted(TEXTS)
     published, again = (
         {path.name for path in (tmp_path / folder).glob("*.py")}
         for folder in ("published", "again")

@@ -1,6 +1,7 @@
 """Pipelines: their scores are those of the model, however samples are given and grouped."""
 
 import json
+import shutil
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,7 @@ from modeling_vljepa.pipelines.pipeline_vljepa import (
     VLJEPAZeroShotClassificationPipeline,
 )
 from processing import MediaError, VLJEPAProcessor, read_clip, read_image
+from tests.pipelines.rounding import approximately, clear_choices
 from tests.tiny import noise, run_elsewhere, tiny_model, tiny_processor, tiny_writer, write_clip
 
 QUESTION = "what is the dog doing ?"
@@ -88,8 +90,8 @@ def scores(results: list[dict], label: str = "answer") -> dict[str, float]:
     return {result[label]: result["score"] for result in results}
 
 
-def close(expected: dict) -> object:
-    return pytest.approx(expected, abs=1e-6)
+def close(expected: dict, tolerance: float = 1e-6) -> object:
+    return pytest.approx(expected, abs=tolerance)
 
 
 # -- question answering --------------------------------------------------------------------
@@ -102,7 +104,8 @@ def test_scores_are_the_models_own(vqa, model, processor, media, kind):
     found = vqa(**{kind: medium}, question=QUESTION, candidates=ANSWERS)
     assert scores(found) == close(expected)
     assert len(set(expected.values())) == 4  # positive control
-    assert vqa(**{kind: medium}, question=QUESTION, candidates=ANSWERS, top_k=2) == found[:2]
+    best = vqa(**{kind: medium}, question=QUESTION, candidates=ANSWERS, top_k=2)
+    assert best == approximately(found[:2])
 
     logits = torch.tensor([expected[text] for text in ANSWERS]) * model.logit_scale().item()
     by_hand = dict(zip(ANSWERS, logits.softmax(0).tolist(), strict=True))
@@ -111,7 +114,8 @@ def test_scores_are_the_models_own(vqa, model, processor, media, kind):
     )
     assert [each["answer"] for each in calibrated] == [each["answer"] for each in found[:2]]
     assert scores(calibrated) == close(
-        {each["answer"]: by_hand[each["answer"]] for each in found[:2]}
+        {each["answer"]: by_hand[each["answer"]] for each in found[:2]},
+        tolerance=1e-5,  # the temperature multiplies the error of a cosine
     )
     # A probability depends on the other candidates, a cosine does not.
     alone = vqa(**{kind: medium}, question=QUESTION, candidates=ANSWERS[:1])
@@ -124,12 +128,12 @@ def test_every_kind_of_medium_is_the_same_medium(vqa, media):
     pictures = [Image.fromarray(frame) for frame in frames]
     content = media.wide.read_bytes()
     undecoded = {"bytes": content, "path": None}
-    expected = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
+    expected = approximately(vqa(video=media.wide, question=QUESTION, candidates=ANSWERS))
     for video in (str(media.wide), content, frames, tensor, pictures, undecoded):
         assert vqa(video=video, question=QUESTION, candidates=ANSWERS) == expected
         assert vqa({"video": video, "question": QUESTION}, candidates=ANSWERS) == expected
     still = np.array(Image.open(media.image))
-    expected = vqa(image=media.image, question=QUESTION, candidates=ANSWERS)
+    expected = approximately(vqa(image=media.image, question=QUESTION, candidates=ANSWERS))
     for image in (media.image.read_bytes(), Image.open(media.image), still):
         assert vqa(image=image, question=QUESTION, candidates=ANSWERS) == expected
     for bare in (media.image, Image.open(media.image), still):
@@ -162,10 +166,10 @@ def test_grouping_and_order_change_nothing(vqa, media):
     assert_same(vqa((one for one in samples), candidates=ANSWERS, num_workers=2))
 
     read = []
-    stream = vqa((read.append(0) or sample for sample in samples), candidates=ANSWERS)
-    next(stream)
+    results = vqa((read.append(0) or sample for sample in samples), candidates=ANSWERS)
+    next(results)
     assert len(read) < 4  # it does not wait for the end
-    assert_same(stream, alone[1:])
+    assert_same(results, alone[1:])
 
 
 def test_texts_are_encoded_once_per_call(model, processor, media, monkeypatch):
@@ -193,7 +197,7 @@ def test_answers_that_the_model_brings_along(processor, media, tmp_path):
     vqa = VLJEPAVisualQuestionAnsweringPipeline(model=model, processor=processor)
     given = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
     for _ in range(2):
-        assert vqa(video=media.wide, question=QUESTION) == given
+        assert vqa(video=media.wide, question=QUESTION) == approximately(given)
     model.config.answers = ["red", "another"]
     assert scores(vqa(video=media.wide, question=QUESTION)).keys() == {"red", "another"}
     model.config.answers = []
@@ -206,12 +210,17 @@ def test_answers_that_the_model_brings_along(processor, media, tmp_path):
 
 @pytest.fixture(scope="module")
 def writer() -> VLJEPAForConditionalGeneration:
-    return tiny_writer(decoder_reads_query=True)
+    model = tiny_writer(decoder_reads_query=True)
+    # A random decoder's logits are almost equal, and so are the scores of its beams.
+    with torch.no_grad():
+        model.y_decoder.backbone.lm_head.weight *= 10
+    return model
 
 
 def test_without_candidates_the_decoder_answers(writer, processor, media):
     vqa = VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor)
-    found = vqa(video=media.wide, question=QUESTION, generate_kwargs={"max_new_tokens": 6})
+    with clear_choices(writer):
+        found = vqa(video=media.wide, question=QUESTION, generate_kwargs={"max_new_tokens": 6})
     with torch.no_grad():
         predicted = writer.vljepa.predict(**processor(videos=media.wide, text=QUESTION))
     context = processor(contexts=f"{QUESTION}\n")
@@ -237,7 +246,7 @@ def test_several_free_answers_are_ranked_as_candidates_are(writer, processor, me
     assert [scores(each) for each in together] == [close(scores(each)) for each in alone]
     ranked = vqa(samples[0], candidates=[each["answer"] for each in alone[0]][::-1])
     assert scores(ranked) == close(scores(alone[0]))
-    assert vqa(samples[0], generate_kwargs=how, top_k=1) == alone[0][:1]
+    assert vqa(samples[0], generate_kwargs=how, top_k=1) == approximately(alone[0][:1])
 
 
 def test_a_decoder_that_is_not_asked(writer, processor, media):
@@ -246,19 +255,27 @@ def test_a_decoder_that_is_not_asked(writer, processor, media):
         vqa(video=media.wide, question="a", candidates=ANSWERS, generate_kwargs={"num_beams": 2})
 
 
-def test_the_pipeline_loads_the_decoder_where_there_is_one(processor, media, tmp_path):
-    found = {}
-    for name, model in (("with", tiny_writer()), ("without", tiny_model())):
-        vqa = VLJEPAVisualQuestionAnsweringPipeline(model=model, processor=processor)
-        vqa.save_pretrained(tmp_path / name)
-        loaded = pipeline(
-            "visual-question-answering", model=str(tmp_path / name), trust_remote_code=True
-        )
-        found[name] = type(loaded.model).__name__
-        options = {"candidates": ANSWERS} if name == "without" else {}
-        asked = {"video": media.wide, "question": QUESTION} | options
-        assert loaded(**asked) == vqa(**asked)
-    assert found == {"with": "VLJEPAForConditionalGeneration", "without": "VLJEPAModel"}
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(tiny_writer, {}), (tiny_model, {"candidates": ANSWERS})],
+    ids=["with_decoder", "without_decoder"],
+)
+def test_pipeline_loads_the_decoder_if_the_folder_has_one(
+    processor, media, tmp_path, make, options
+):
+    model, folder = make(), tmp_path / "model"
+    VLJEPAVisualQuestionAnsweringPipeline(model=model, processor=processor).save_pretrained(folder)
+    loaded = pipeline("visual-question-answering", model=str(folder), trust_remote_code=True)
+    assert type(loaded.model).__name__ == type(model).__name__
+    weights = loaded.model.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    # Not compared with `model` itself: weights in memory round differently from the same weights
+    # in a file, and 64 greedy tokens of a random decoder may then be others.
+    same = VLJEPAVisualQuestionAnsweringPipeline(
+        model=type(model).from_pretrained(folder), processor=processor
+    )
+    asked = {"video": media.wide, "question": QUESTION} | options
+    assert loaded(**asked) == approximately(same(**asked))
 
 
 def test_parameters_may_be_given_once_for_all(model, processor, media, vqa):
@@ -266,8 +283,8 @@ def test_parameters_may_be_given_once_for_all(model, processor, media, vqa):
         model=model, processor=processor, candidates=ANSWERS, top_k=1, question=QUESTION
     )
     expected = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
-    assert once(media.wide) == expected[:1]
-    assert once(media.wide, top_k=3) == expected[:3]
+    assert once(media.wide) == approximately(expected[:1])
+    assert once(media.wide, top_k=3) == approximately(expected[:3])
 
 
 # -- classification ------------------------------------------------------------------------
@@ -330,7 +347,8 @@ def test_the_librarys_own_pipeline(model, processor, media, tmp_path):
         targets = model.encode_target(**processor(targets=ANSWERS))
         expected = (model.logit_scale() * predicted @ targets.T).softmax(-1)[0].tolist()
     for results in answers:
-        assert scores(results, "label") == close(dict(zip(ANSWERS, expected, strict=True)))
+        by_hand = dict(zip(ANSWERS, expected, strict=True))
+        assert scores(results, "label") == close(by_hand, tolerance=1e-5)  # probabilities
 
     classifier.save_pretrained(tmp_path / "classifier")
     again = AutoModel.from_pretrained(tmp_path / "classifier")
@@ -356,7 +374,7 @@ def test_texts_for_a_video_and_videos_for_a_text(retrieval, model, processor, me
     best = retrieval(text="red", videos=videos, query="who ?", top_k=1, calibrated=True)
     share = (torch.tensor(by_hand) * model.logit_scale().item()).softmax(0).max().item()
     assert best[0]["index"] == order[0] and len(best) == 1
-    assert best[0]["score"] == pytest.approx(share, abs=1e-6)
+    assert best[0]["score"] == pytest.approx(share, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +445,7 @@ def test_a_library_of_another_model_is_refused(retrieval, model, processor, libr
         wider.search("red", library)
     with pytest.raises(ValueError, match="has no library.json"):
         retrieval.search("red", tmp_path)
-    assert retrieval.search("red", library) == good
+    assert retrieval.search("red", library) == approximately(good)
 
 
 def test_without_faiss_the_error_names_the_package(retrieval, library, monkeypatch):
@@ -489,7 +507,7 @@ def test_a_malformed_request_leaves_the_next_one_alone(request, media, task, cha
     expected = pipe(**good)
     with pytest.raises(ValueError, match=message):
         pipe(**good | changes)
-    assert pipe(**good) == expected
+    assert pipe(**good) == approximately(expected)
 
 
 def test_an_unknown_parameter_is_an_error(vqa, media):
@@ -508,10 +526,10 @@ def test_a_broken_input_among_others_is_named(vqa, media):
     ):
         with pytest.raises(ValueError, match=message):
             vqa(broken, candidates=ANSWERS, batch_size=2)
-    stream = vqa((sample for sample in samples), candidates=ANSWERS)
-    assert next(stream) == next(stream)
+    results = vqa((sample for sample in samples), candidates=ANSWERS)
+    assert next(results) == approximately(next(results))
     with pytest.raises(ValueError, match="input 2: video: .*no such file"):
-        next(stream)
+        next(results)
 
 
 # -- addresses and files -------------------------------------------------------------------
@@ -548,8 +566,9 @@ def serve(folder: Path):
 def test_addresses_are_fetched_when_the_caller_allows_it(vqa, media, monkeypatch):
     expected = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
     ask = {"question": QUESTION, "candidates": ANSWERS, "allow_urls": True}
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # some machines have a proxy
     with serve(media.folder) as address:
-        assert vqa(video=f"{address}/wide.mp4", **ask) == expected
+        assert vqa(video=f"{address}/wide.mp4", **ask) == approximately(expected)
         with pytest.raises(ValueError, match="pass allow_urls=True"):
             vqa(video=f"{address}/wide.mp4", **ask | {"allow_urls": False})
         with pytest.raises(ValueError, match="gone.mp4: cannot be fetched .*404"):
@@ -569,16 +588,17 @@ def test_addresses_are_fetched_when_the_caller_allows_it(vqa, media, monkeypatch
         vqa(video=f"{address}/wide.mp4", **ask)  # nobody listens any more
 
 
-def test_ffmpeg_opens_nothing_by_itself(media, monkeypatch):
+def test_ffmpeg_opens_nothing_by_itself(media, tmp_path, monkeypatch):
     """A list of other files is a video to FFmpeg, and a string may be an address."""
+    shutil.copy(media.wide, tmp_path)
     script = f"ffconcat version 1.0\nfile {media.wide.name}\n".encode()
-    path = media.folder / "list.mp4"
+    path = tmp_path / "list.mp4"
     path.write_bytes(script)
     with av.open(str(path)) as container:  # positive control: it would read the other file
         assert container.format.name == "concat"
         assert len(list(container.decode(video=0))) == 6
     with monkeypatch.context() as patch:
-        patch.chdir(media.folder)
+        patch.chdir(tmp_path)
         for source in (path, script):
             with pytest.raises(MediaError, match="cannot be opened as a video"):
                 read_clip(source)
