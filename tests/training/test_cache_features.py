@@ -173,7 +173,7 @@ def test_features_that_are_no_numbers_are_refused(recipe, tmp_path, monkeypatch)
         return tokens
 
     monkeypatch.setattr(feature_store.Encoder, "__call__", broken)
-    with pytest.raises(FeatureError, match=r"video .*wide\.mp4: .*no numbers.*precision=fp32"):
+    with pytest.raises(FeatureError, match=r"video .*wide\.mp4: .*NaN or infinite.*precision=fp32"):
         cache(recipe, tmp_path / "store")
 
 
@@ -230,7 +230,7 @@ def test_another_plan_is_not_mixed_in(recipe, whole, tmp_path):
         (["training.seed=5"], "the X-Encoder has other weights"),
         (["processor.num_frames=8"], "num_frames is 4 there and 8 here"),
     ):
-        with pytest.raises(FeatureError, match=f"begun for something else: .*{name}"):
+        with pytest.raises(FeatureError, match=f"begun with other settings: .*{name}"):
             cache(recipe, whole, *options)
     rows = write_rows(
         recipe.parent / "fewer.jsonl", [{"image": "0.png", "target": "x", "query": "y"}]

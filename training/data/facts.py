@@ -1,5 +1,5 @@
-"""What can be said of rows and their media without a model: repeats, leaks, how often a batch
-shares a target, and what the headers of files tell."""
+"""Facts about rows and their media, without a model: repeats, leaks, the share of pairs in a batch
+that have one target, and the headers of files."""
 
 import io
 import math
@@ -25,23 +25,28 @@ _WORD = re.compile(r"\w+")
 
 
 def count_repeats(keys: Iterable[Hashable]) -> int:
-    """How many of the keys stood there before."""
+    """Count the keys that occurred before."""
     return sum(count - 1 for count in Counter(keys).values())
 
 
 def repeated_rows(rows: list[dict]) -> int:
-    """Rows with the clip, the query and the target of an earlier one."""
+    """Count the rows with the clip, the query and the target of an earlier row."""
     return count_repeats((clip_key(row), row["query"], row["target"]) for row in rows)
 
 
 def words(text: str) -> str:
-    """A text's words between spaces, so that one text is within another word for word."""
+    """Return a text's words in lower case between spaces.
+
+    So a search for one text within another finds whole words only: " cat " is not in " category ".
+    """
     return " ".join(["", *_WORD.findall(text.casefold()), ""])
 
 
 def leaks(rows: list[dict]) -> list[dict]:
-    """Rows whose query holds their target. "Red or blue?" has to; elsewhere a model can copy
-    instead of looking."""
+    """Return the rows whose query contains their target.
+
+    "Red or blue?" has to contain it. In other rows, a model can copy the answer from the query.
+    """
     return [
         row
         for row in rows
@@ -51,13 +56,13 @@ def leaks(rows: list[dict]) -> list[dict]:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How often rows that a batch draws from a source share a target or a group.
+    """Expected share of a batch's rows that have a target or a group in common.
 
     Attributes:
-        batch: rows of a batch; of a smaller source, its rows.
-        pairs: share of pairs of rows, which are not each other's negatives.
-        rows: share of rows that meet another such row in their batch.
-        chance_loss: of a model that knows nothing, in such a batch; ln(batch) if nothing is shared.
+        batch: rows of a batch, at most the rows of the source.
+        pairs: share of the pairs of rows that match, so they are not each other's negatives.
+        rows: share of the rows that have at least one matching row in their batch.
+        chance_loss: loss of a model that knows nothing; ln(batch) if no rows match.
     """
 
     batch: int
@@ -67,7 +72,8 @@ class Sharing:
 
 
 def sharing(rows: list[dict], batch: int) -> Sharing | None:
-    """What to expect of batches drawn at random without replacement; of a single row, `None`."""
+    """Return the expected values for batches drawn at random without replacement, or `None` for
+    fewer than two rows."""
     total, batch = len(rows), min(batch, len(rows))
     if batch < 2:
         return None
@@ -83,17 +89,18 @@ def sharing(rows: list[dict], batch: int) -> Sharing | None:
         negative_ids=None,
         first_row=0,
     )
-    alike = matches.counts.double() - 1  # other rows that share with each one
+    alike = matches.counts.double() - 1  # (rows,): other rows that match each row
     unlike = total - 1 - alike
-    # None of the other batch - 1 rows is alike: C(unlike, batch - 1) / C(total - 1, batch - 1).
-    none = torch.lgamma(unlike + 1) - torch.lgamma((unlike - batch + 2).clamp(min=1))
-    none = none - math.lgamma(total) + math.lgamma(total - batch + 1)
-    alone = torch.where(unlike >= batch - 1, none.exp(), 0.0)
-    negatives = (batch - 1) * unlike / (total - 1)
+    # Probability that none of the other batch - 1 rows matches:
+    # C(unlike, batch - 1) / C(total - 1, batch - 1), as logarithms because the factorials overflow.
+    log_alone = torch.lgamma(unlike + 1) - torch.lgamma((unlike - batch + 2).clamp(min=1))
+    log_alone = log_alone - math.lgamma(total) + math.lgamma(total - batch + 1)
+    alone = torch.where(unlike >= batch - 1, log_alone.exp(), 0.0)
+    negatives = (batch - 1) * unlike / (total - 1)  # expected number
     return Sharing(
         batch=batch,
         pairs=(alike.mean() / (total - 1)).item(),
-        rows=(1 - alone).clamp(min=0).mean().item(),  # or rounding would make it -0 %
+        rows=(1 - alone).clamp(min=0).mean().item(),  # rounding can give -1e-16
         chance_loss=negatives.log1p().mean().item(),
     )
 
@@ -103,11 +110,11 @@ def sharing(rows: list[dict], batch: int) -> Sharing | None:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself; `None` where it does not.
+    """Facts in a file's header; `None` if the header lacks them.
 
     Attributes:
-        width, height: pixels, as they are stored.
-        frames, seconds: of a video.
+        width, height: stored size in pixels, before any rotation.
+        frames, seconds: length of a video.
     """
 
     width: int
@@ -117,13 +124,15 @@ class Header:
 
 
 def read_header(row: dict) -> Header:
-    """The header of a row's file, nothing decoded; of a folder of frames, one of theirs.
+    """Read the header of a row's file, or of one frame of a folder, without decoding it.
 
-    Raises: `OSError`, `ValueError` or whatever PIL and FFmpeg do if there is none.
+    Raises:
+        Exception: the file is missing or broken: `OSError`, `ValueError` or any error of PIL and
+            FFmpeg.
     """
     media = media_file(row)
     if isinstance(media, str) and os.path.isdir(media):
-        # Hidden files are no frames to training, either.
+        # Training skips hidden files, too.
         paths = sorted(path for path in Path(media).iterdir() if not path.name.startswith("."))
         if not paths:
             raise ValueError("an empty folder")
@@ -132,8 +141,8 @@ def read_header(row: dict) -> Header:
 
 
 def clip_seconds(row: dict, header: Header) -> float | None:
-    """How long the row's clip is: what there is of the part that it asks for, or the whole video;
-    `None` where the file does not say how long it is."""
+    """Return the seconds of a row's clip: the whole video, or the part from `start` to `end` as
+    far as the video reaches. `None` if the header has no length."""
     if header.seconds is None:
         return None
     return max(min(row.get("end", math.inf), header.seconds) - row.get("start", 0.0), 0.0)
@@ -149,7 +158,7 @@ def _image_header(media: str | bytes) -> Header:
 
 
 def _video_header(media: str | bytes) -> Header:
-    # Opened here, and no protocol: a playlist must not make FFmpeg open what it names.
+    # Opened by Python and without protocols: FFmpeg must not open the files that a playlist names.
     with _opened(media) as file, av.open(file, options={"protocol_whitelist": "none"}) as video:
         if not video.streams.video:
             raise ValueError("no video stream")

@@ -1,11 +1,11 @@
-"""The writing of a feature store; `processing/feature_store.py` says what one is, and reads it.
+"""Writer of a feature store; `processing/feature_store.py` documents the format and reads it.
 
 1. plan     every distinct clip, images before videos, in the order of the rows; cut into shards
-2. shards   encoded batch by batch; written under another name and renamed when whole
-3. index    when every shard is there
+2. shards   encoded batch by batch; written under another name and renamed when complete
+3. index    written when all shards exist
 
-No batch reaches over two shards, so a shard depends on the plan alone: not on the number of
-processes, and not on whether a run was killed before it.
+A batch never spans two shards. So a shard depends on the plan alone, and not on the number of
+processes or on whether an earlier run was killed.
 
 Shapes: B batch, T frames, h and w pixels, n clips of a shard, N visual tokens, Dx visual width.
 """
@@ -45,10 +45,10 @@ SHARD_BYTES = 256 * 2**20
 
 
 def check_recipe(model: VLJEPAModel, sources: list[Source | StreamedSource]) -> None:
-    """
+    """Check that a clip has the same features at every step.
+
     Raises:
-        FeatureError: the X-Encoder trains, or a source is augmented: features would be others at
-            every step, or at every visit.
+        FeatureError: the X-Encoder trains, or a source is augmented.
     """
     if not model.config.freeze_vision:
         raise FeatureError(
@@ -58,14 +58,18 @@ def check_recipe(model: VLJEPAModel, sources: list[Source | StreamedSource]) -> 
     for source in sources:
         if source.arguments.augment:
             raise FeatureError(
-                f"data.sources: {source.arguments.name} has augment: true, so its frames differ at "
-                "every visit, and features are computed once. Set augment to false, or train "
+                f"data.sources: {source.arguments.name} has augment: true, so its frames differ in "
+                "every epoch, but features are computed once. Set augment to false, or train "
                 "without a feature store."
             )
 
 
 class Samples(torch.utils.data.Dataset):
-    """Samples of a dataset one by one, where a DataLoader would ask it for a training step's."""
+    """Single samples of a dataset.
+
+    A DataLoader calls `__getitems__` if there is one, and `ContrastiveDataset`'s takes a training
+    step instead of indices.
+    """
 
     def __init__(self, dataset: ContrastiveDataset):
         self.dataset = dataset
@@ -75,11 +79,11 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Encoder:
-    """The frozen X-Encoder as training runs it: samples to visual tokens.
+    """Frozen X-Encoder, run as in training: samples to visual tokens.
 
     Args:
-        model: on its device; its X-Encoder is in bf16 where training stores it so.
-        video_processor: rescales and normalises frames as in training.
+        model: model on its device; its X-Encoder is stored in bf16 if training stores it so.
+        video_processor: processor that rescales and normalises frames as in training.
         bf16: compute in bf16.
     """
 
@@ -89,7 +93,8 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, samples: list[dict]) -> torch.Tensor:
-        """Samples with frames `(T, 3, h, w)` to visual tokens `(B, N, Dx)`, on the CPU."""
+        """Return the visual tokens `(B, N, Dx)` of samples with frames `(T, 3, h, w)`, on the
+        CPU."""
         frames = torch.stack([sample["frames"] for sample in samples])  # (B, T, 3, h, w)
         pixels = to_pixel_values(frames.to(self.device), self.video_processor)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -101,11 +106,11 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Shard:
-    """Clips of one length.
+    """Clips of one kind, which are stored in one file.
 
     Attributes:
-        number: of the shard.
-        indices: a row of the dataset for each clip.
+        number: number of the shard, which its file name holds.
+        indices: index of one row of the dataset for each clip.
     """
 
     number: int
@@ -116,7 +121,7 @@ class Shard:
 
 
 def distinct_clips(rows: list[dict]) -> dict[str, list[int]]:
-    """The first row of every distinct clip, by kind."""
+    """Return the index of the first row of every distinct clip, by kind."""
     first: dict[str, int] = {}
     for index, row in enumerate(rows):
         first.setdefault(clip_key(row), index)
@@ -128,7 +133,7 @@ def distinct_clips(rows: list[dict]) -> dict[str, list[int]]:
 
 
 def clip_bytes(shape: tuple[int, int], dtype: str) -> int:
-    """Of a clip `(N, Dx)` on the disk: its tokens, and in int8 a scale for each."""
+    """Return the bytes of a clip `(N, Dx)` on the disk; in int8, each token has an fp32 scale."""
     tokens, width = shape
     return 2 * tokens * width if dtype == "bfloat16" else tokens * (width + 4)
 
@@ -139,7 +144,12 @@ def cut_into_shards(
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Shard]:
-    """Clips and the shape of one, by kind, to shards of at most so many bytes."""
+    """Cut the clips of each kind into shards of up to `shard_bytes`, with at least one clip each.
+
+    Args:
+        clips: indices of the rows of the distinct clips, by kind.
+        shapes: shape `(N, Dx)` of a clip, by kind.
+    """
     shards = []
     for kind, indices in clips.items():
         size = max(1, shard_bytes // clip_bytes(shapes[kind], dtype))
@@ -156,10 +166,10 @@ def make_plan(
     batch_size: int,
     bf16: bool,
 ) -> dict:
-    """What two runs must have in common for both to write the same store.
+    """Return the facts that two runs must share to write the same store.
 
     Args:
-        dtype: of what is written.
+        dtype: dtype in which features are stored.
         bf16: compute in bf16.
     """
     digest = hashlib.blake2b(digest_size=16)
@@ -179,34 +189,38 @@ def make_plan(
 
 
 def put(path: Path, content: dict[str, torch.Tensor] | str) -> None:
-    """Write a file under another name, have it on the disk, and rename it: whole or not there."""
+    """Write a file so that it is complete or missing, even if the machine stops.
+
+    It is written under another name, flushed to the disk and renamed.
+    """
     written = path.with_name(f"incomplete-{path.name}")
     if isinstance(content, str):
         written.write_text(content)
     else:
         save_file(content, written)
-        shutil.copymode(path.with_name(PLAN), written)  # or it would be its owner's alone
+        # `save_file` lets the owner alone read a file; the plan has the user's usual permissions.
+        shutil.copymode(path.with_name(PLAN), written)
     with open(written, "rb") as file:
         os.fsync(file.fileno())
     written.rename(path)
 
 
 def begin(folder: Path, plan: dict) -> None:
-    """Write the plan into an empty folder, or find the same one there and go on.
+    """Write the plan into an empty folder, or check that the folder has the same plan.
 
     Raises:
         FeatureError: the folder has another plan, or other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("incomplete-*"):  # of a run that was killed
+    for path in folder.glob("incomplete-*"):  # left by a killed run
         path.unlink()
     if not (folder / PLAN).is_file():
         if any(folder.iterdir()):
-            raise FeatureError(f"{folder}: there are other files in it. Give an empty folder.")
+            raise FeatureError(f"{folder}: the folder has other files. Give an empty folder.")
         put(folder / PLAN, json.dumps(plan, indent=2))
     if found := differences(read_facts(folder / PLAN), plan):
         raise FeatureError(
-            f"{folder}: begun for something else: {'; '.join(found)}. Delete the folder, or give "
+            f"{folder}: begun with other settings: {'; '.join(found)}. Delete the folder, or give "
             "another one."
         )
 
@@ -219,8 +233,10 @@ def missing_shards(folder: Path, shards: list[Shard]) -> list[Shard]:
 
 
 def as_written(tokens: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
-    """Tokens `(B, N, Dx)` as they are written, with the error that this makes: the norm of the
-    difference over the norm, for each clip."""
+    """Return the tensors to store for tokens `(B, N, Dx)`, and the relative error of each clip.
+
+    The error is the norm of the rounding difference over the norm of the tokens.
+    """
     if dtype == "bfloat16":
         written = {"features": tokens.to(torch.bfloat16)}
         read = written["features"].float()
@@ -243,13 +259,15 @@ def write_shards(
     batch_size: int,
     num_workers: int = 0,
 ) -> Iterator[int]:
-    """Encode and write these shards; yield the number of clips of every batch.
+    """Encode and write shards; yield the number of clips of every batch.
 
     Args:
-        num_workers: processes that read samples ahead.
+        dtype: dtype in which features are stored.
+        num_workers: number of processes that read samples ahead.
     Raises:
-        FeatureError: features that are no numbers.
+        FeatureError: a feature is NaN or infinite.
     """
+    # One DataLoader over all shards: its workers start once, and read ahead across their ends.
     batches = iter(
         DataLoader(
             Samples(dataset),
@@ -265,8 +283,8 @@ def write_shards(
             for index, finite in zip(indices, tokens.isfinite().flatten(1).all(1), strict=True):
                 if not finite:
                     raise FeatureError(
-                        f"{clip_key(dataset.rows[index])}: the X-Encoder's output has values that "
-                        "are no numbers. Try training.precision=fp32."
+                        f"{clip_key(dataset.rows[index])}: the X-Encoder's output is NaN or "
+                        "infinite. Try training.precision=fp32."
                     )
             parts.append(as_written(tokens, dtype))
             yield len(indices)
@@ -278,22 +296,25 @@ def write_shards(
 
 
 def write_index(folder: Path, plan: dict, shards: list[Shard]) -> dict:
-    """Collect what the shards hold; returns the facts of the store.
+    """Write the index of all shards, and return the facts of the store.
+
+    The facts are written last: a store without them is incomplete.
 
     Raises:
-        FeatureError: two clips share a number.
+        FeatureError: two clips have the same hash.
     """
     keys, clips, errors = [], [], []
     for shard in shards:
         with safe_open(shard_path(folder, shard.number), "pt") as file:
             stamps = file.get_tensor("stamps")  # (n, 2)
-            places = torch.tensor([[shard.number, place] for place in range(len(stamps))])
+            places = torch.tensor([[shard.number, index] for index in range(len(stamps))])
             clips.append(torch.cat([places, stamps], dim=1))  # (n, 4)
+            # Cloned: a view would keep the whole shard mapped.
             keys.append(file.get_tensor("keys").clone())
             errors.append(file.get_tensor("errors").clone())
     keys, order = torch.cat(keys).sort()
     if (keys.diff() == 0).any():
-        raise FeatureError(f"{folder}: two clips have one number; rename one of the files.")
+        raise FeatureError(f"{folder}: two clips have the same hash. Rename one of the files.")
     put(folder / PLACES, {"keys": keys, "clips": torch.cat(clips)[order]})
     errors = torch.cat(errors)
     facts = {

@@ -1,4 +1,4 @@
-"""What a frozen Y-Encoder makes of every target text, computed once before training."""
+"""Outputs of a frozen Y-Encoder for every target text, computed once before training."""
 
 import torch
 from tqdm import tqdm
@@ -12,21 +12,21 @@ from training.arguments import RecipeError
 def encode_target_states(
     model: VLJEPAModel, processor: VLJEPAProcessor, texts: list[str], batch_size: int = 256
 ) -> dict[str, torch.Tensor]:
-    """The Y-Encoder's output `(Dt,)` for each distinct text, on the CPU.
+    """Return the Y-Encoder's output `(Dt,)` for each distinct text, on the CPU.
 
     Raises:
-        RecipeError: the Y-Encoder is trained, so that its states would not stay true.
+        RecipeError: the Y-Encoder is trained, so its outputs change.
     """
     if not model.config.freeze_text:
         raise RecipeError(
-            "data.cache_targets: the Y-Encoder is trained here, so its states change. Set it to "
+            "data.cache_targets: the Y-Encoder is trained here, so its outputs change. Set it to "
             "false, or model.config.freeze_text to true."
         )
-    distinct = sorted(set(texts), key=len)  # equal lengths together: little padding
+    distinct = sorted(set(texts), key=len)  # texts of one length share a batch: little padding
     states = {}
     for start in tqdm(range(0, len(distinct), batch_size), desc="Encoding targets"):
-        part = distinct[start : start + batch_size]
-        batch = processor(targets=part).to(model.device)
+        batch_texts = distinct[start : start + batch_size]
+        batch = processor(targets=batch_texts).to(model.device)
         pooled = model.y_encoder(batch["target_input_ids"], batch["target_attention_mask"])
-        states |= zip(part, pooled.cpu(), strict=True)  # (U, Dt)
+        states |= zip(batch_texts, pooled.cpu(), strict=True)  # (U, Dt)
     return states
