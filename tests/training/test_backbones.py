@@ -49,9 +49,10 @@ def test_the_predictors_layers_are_the_language_models_last(tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(folders["--predictor"]).eval()
     ids = torch.randint(3, 250, (1, 30), generator=torch.Generator().manual_seed(0))
     expected = perplexity(whole, ids)
-    assert perplexity(put_back(model, whole), ids) == expected
+    # The two files hold the weights at other addresses, so MKL may round another last bit.
+    assert perplexity(put_back(model, whole), ids) == pytest.approx(expected, rel=1e-5)
     model.predictor.backbone.layers = randomise(model.predictor.backbone.layers)
-    assert perplexity(put_back(model, whole), ids) != expected
+    assert perplexity(put_back(model, whole), ids) != pytest.approx(expected, rel=1e-3)
 
 
 def test_neighbours_leave_the_row_itself_out():

@@ -1,10 +1,13 @@
 """The progress line, and the warning of a collapse."""
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import TrainerControl, TrainerState
 
 from tests.tiny import tiny_recipe
 from training.arguments import VLJEPATrainingArguments, read_recipe
+from training.loop import callbacks
 from training.loop.callbacks import PATIENCE, CollapseWarning, ProgressLine
 
 LOGS = {
@@ -36,13 +39,22 @@ def log(callback, args, step: int, **changes: float | None) -> None:
         callback.on_log(args, state, TrainerControl(), logs=logs)
 
 
-def test_one_line_with_fixed_fields(args, capsys):
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """Seconds that pass only when a test says so."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_one_line_with_fixed_fields(args, capsys, clock):
     callback = ProgressLine()
     log(callback, args, 0)
+    clock.now += 50  # for 25 steps; 75 are to go
     log(callback, args, 25)
     assert capsys.readouterr().out == (
         "step    25/100 ( 25%) · loss 1.250 (chance 4.852) · in-batch acc 0.500 · scale  14.3 · "
-        "lr 1.0e-03 · grad  2.50 ·   341 samples/s · mfu 0.31 · 1.3 GiB · eta 0:00\n"
+        "lr 1.0e-03 · grad  2.50 ·   341 samples/s · mfu 0.31 · 1.3 GiB · eta 2:30\n"
     )
 
 

@@ -228,7 +228,7 @@ def test_tokens_that_wait_are_those_made_again(recipe, monkeypatch, precision):
     arguments = ("gradient_cache_rows=3", f"precision={precision}")
     waited = losses(run(recipe, *arguments))
     monkeypatch.setattr(grad_cache, "frozen_vision", lambda model: None)
-    assert losses(run(recipe, *arguments)) == waited
+    assert losses(run(recipe, *arguments)) == pytest.approx(waited, rel=1e-5)
 
 
 def test_grad_cache_and_accumulation_go_together(recipe):
@@ -367,11 +367,12 @@ def test_layers_under_adapters_take_half_the_memory_and_nothing_else(recipe, mon
     before = start(trainer).predictor.backbone.layers.state_dict()
     loaded = PeftModel.from_pretrained(start(trainer), tmp_path / "adapter").merge_and_unload()
     expected = loaded.predictor.backbone.layers.state_dict()
-    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    for name in expected:  # a bf16 weight would be off by up to 4e-3 of it
+        torch.testing.assert_close(saved[name], expected[name], rtol=1e-6, atol=1e-7, msg=name)
     assert any((saved[name] != before[name]).any() for name in before)
     assert any((saved[name] != saved[name].bfloat16()).any() for name in saved)  # control
     monkeypatch.setattr(AdaptedModel, "store_base_in_bf16", lambda model: None)
-    assert losses(main(arguments)) == losses(trainer)
+    assert losses(main(arguments)) == pytest.approx(losses(trainer), rel=1e-5)
 
 
 def test_what_trains_is_there_once_and_in_fp32(recipe):
@@ -618,8 +619,9 @@ def test_a_pretrained_text_encoder_arrives_whole_and_in_fp32(text_encoder):
 
 
 def test_a_checkpoint_is_trained_in_fp32_and_as_the_recipe_says(overfit, tmp_path):
-    overfit.model.to(torch.bfloat16).save_pretrained(tmp_path)
-    overfit.model.float()
+    # From the run's folder: its model in memory is used by other tests, and bf16 would round it.
+    trained = AutoModel.from_pretrained(overfit.args.output_dir, dtype=torch.bfloat16)
+    trained.save_pretrained(tmp_path)
     overfit.processing_class.save_pretrained(tmp_path)
     changes = {"freeze_vision": False, "predictor_config": {"attention_dropout": 0.1}}
     arguments = ModelArguments(checkpoint=str(tmp_path), config=changes)
@@ -734,7 +736,7 @@ def test_the_command_trains_on_images_and_clips_of_any_size(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,  # of a machine that runs other things too
     )
     assert done.returncode == 0, done.stderr
     assert "rows.jsonl: 4 rows, weight 1" in done.stdout
@@ -758,7 +760,9 @@ def test_the_command_trains_on_images_and_clips_of_any_size(tmp_path):
     again = run(recipe, "max_steps=6", f"output_dir={tmp_path / 'again'}")
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert [line["loss"] for line in state["log_history"] if "loss" in line] == losses(again)
+    found = [line["loss"] for line in state["log_history"] if "loss" in line]
+    # Not to the last bit: the other process may have another number of threads.
+    assert found == pytest.approx(losses(again), rel=1e-4)
 
 
 def test_a_recipe_that_cannot_be_followed_ends_in_one_sentence(tmp_path):
