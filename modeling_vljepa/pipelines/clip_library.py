@@ -9,13 +9,23 @@ import torch
 from transformers.utils import is_datasets_available, is_faiss_available
 
 if is_datasets_available():
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset, Features, List, Value, load_from_disk
 
 
 INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT, without importing faiss for those who never search
-
-
 MAX_DRIFT = 1e-3  # in cosine: rounding to bf16 stays below, another model far above
+
+
+def check_datasets() -> None:
+    if not is_datasets_available():
+        raise ImportError("a library needs datasets: pip install datasets")
+
+
+def unreadable_report(unreadable: list[dict], total: int) -> str:
+    """Return one line per clip that could not be read, up to 20."""
+    shown = "".join(f"\n  {each['reason']}" for each in unreadable[:20])
+    more = f"\n  ... and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
+    return f"{len(unreadable)} of {total} clips cannot be read:{shown}{more}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,24 @@ class ClipLibrary:
     probe: torch.Tensor
     unreadable: list[dict]
 
+    @classmethod
+    def from_embeddings(
+        cls,
+        videos: list[str],
+        embeds: torch.Tensor,
+        *,
+        query: str,
+        probe: torch.Tensor,
+        unreadable: list[dict],
+    ) -> "ClipLibrary":
+        """Make a library of n clips from their paths and embeddings `(n, D)`."""
+        embedding = List(Value("float32"), length=embeds.shape[1])  # FAISS needs one fixed length
+        dataset = Dataset.from_dict(
+            {"video": videos, "embedding": embeds.numpy()},
+            features=Features({"video": Value("string"), "embedding": embedding}),
+        )
+        return cls(dataset, query, probe, unreadable)
+
     def save(self, folder: str | os.PathLike) -> None:
         self.dataset.save_to_disk(folder)
         # Last: a folder without it is a library whose saving broke off.
@@ -50,8 +78,7 @@ class ClipLibrary:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "ClipLibrary":
-        if not is_datasets_available():
-            raise ImportError("a library needs datasets: pip install datasets")
+        check_datasets()
         path = Path(folder) / "library.json"
         if not path.is_file():
             raise ValueError(
@@ -92,4 +119,4 @@ class ClipLibrary:
         ]
 
 
-__all__ = ["ClipLibrary"]
+__all__ = ["ClipLibrary", "check_datasets", "unreadable_report"]

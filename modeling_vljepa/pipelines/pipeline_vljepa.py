@@ -42,15 +42,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
-from transformers.utils import is_datasets_available, logging
+from transformers.utils import logging
 
-from .clip_library import ClipLibrary
+from .clip_library import ClipLibrary, check_datasets, unreadable_report
 from .decoding import decode_texts
 from .pipeline_base import CUSTOM_PIPELINES, PipelineBase, check_texts, given
 from .pipeline_streaming import VLJEPAStreamingCaptionPipeline
-
-if is_datasets_available():
-    from datasets import Dataset, Features, List, Value
 
 logger = logging.get_logger(__name__)
 
@@ -469,7 +466,7 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
     """
 
     label = "text"
-    checked: "ClipLibrary | None" = None  # a library is checked at its first search
+    checked: ClipLibrary | None = None  # a library is checked at its first search
 
     def __call__(
         self,
@@ -549,7 +546,7 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         query: str = DESCRIBE,
         batch_size: int = 1,
         allow_urls: bool = False,
-    ) -> "ClipLibrary":
+    ) -> ClipLibrary:
         """Embed every clip once and save the result; clips that cannot be read are named.
 
         Args:
@@ -559,12 +556,30 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
             batch_size (`int`, *optional*, defaults to 1): clips per pass of the model.
             allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
         """
-        if not is_datasets_available():
-            raise ImportError("a library needs datasets: pip install datasets")
+        check_datasets()
         if os.path.exists(output_dir):
-            raise ValueError(f"output_dir: {output_dir} is there already. Name a new folder.")
+            raise ValueError(f"output_dir: {output_dir} already exists. Name a new folder.")
         if isinstance(videos, FILE) or not isinstance(videos, Iterable):
             raise ValueError(f"videos is a {type(videos).__name__}: give a list of paths.")
+        names, embeds, unreadable = self.embed_clips(videos, query, batch_size, allow_urls)
+        if unreadable:
+            logger.warning(unreadable_report(unreadable, len(names) + len(unreadable)))
+        if not names:
+            raise ValueError("videos: none could be read; no library was written.")
+        library = ClipLibrary.from_embeddings(
+            names, torch.stack(embeds), query=query, probe=self.probe(), unreadable=unreadable
+        )
+        library.save(output_dir)
+        return library
+
+    def embed_clips(
+        self,
+        videos: Iterable[str | os.PathLike],
+        query: str,
+        batch_size: int,
+        allow_urls: bool,
+    ) -> tuple[list[str], list[torch.Tensor], list[dict]]:
+        """Return the readable clips' paths, their embeddings `(D,)`, and the unreadable clips."""
         names, embeds, items, unreadable = [], [], [], []
         for place, video in enumerate(logging.tqdm(videos, desc="clips")):
             if not isinstance(video, str | os.PathLike):
@@ -580,38 +595,16 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
                 items = []
         if items:
             embeds += self.forward(items)
-        if unreadable:
-            shown = "".join(f"\n  {each['reason']}" for each in unreadable[:20])
-            more = f"\n  ... and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
-            total = len(names) + len(unreadable)
-            logger.warning(f"{len(unreadable)} of {total} clips cannot be read:{shown}{more}")
-        if not names:
-            raise ValueError("videos: none is there that can be read, so there is no library.")
-        library = ClipLibrary(
-            Dataset.from_dict(
-                {"video": names, "embedding": torch.stack(embeds).numpy()},
-                features=Features(
-                    {
-                        "video": Value("string"),
-                        "embedding": List(Value("float32"), length=len(embeds[0])),
-                    }
-                ),
-            ),
-            query,
-            self.probe(),
-            unreadable,
-        )
-        library.save(output_dir)
-        return library
+        return names, embeds, unreadable
 
-    def load_library(self, folder: str | os.PathLike) -> "ClipLibrary":
+    def load_library(self, folder: str | os.PathLike) -> ClipLibrary:
         """A saved library, for more than one search."""
         return ClipLibrary.load(folder)
 
     def search(
         self,
         text: str | list[str],
-        library: "str | os.PathLike | ClipLibrary",
+        library: str | os.PathLike | ClipLibrary,
         top_k: int = 10,
     ) -> list[dict] | list[list[dict]]:
         """The clips whose embeddings are nearest to a text's, best first.

@@ -420,10 +420,10 @@ def test_unreadable_clips_are_named_and_counted(retrieval, media, tmp_path, monk
     made = retrieval.build_library([media.wide, gone, media.flat], tmp_path / "library")
     assert len(made.dataset) == 2 and len(made.unreadable) == 1
     assert warnings[0].startswith("1 of 3 clips cannot be read:\n") and str(gone) in warnings[0]
-    with pytest.raises(ValueError, match="none is there that can be read"):
+    with pytest.raises(ValueError, match="none could be read; no library was written"):
         retrieval.build_library([gone], tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    with pytest.raises(ValueError, match="output_dir: .*library is there already"):
+    with pytest.raises(ValueError, match="output_dir: .*library already exists"):
         retrieval.build_library([media.wide], tmp_path / "library")
 
 
