@@ -55,61 +55,13 @@ class Segment:
         return min(self.mean.norm().item(), 1.0)
 
 
-def as_unit(embeds: Any) -> np.ndarray:
-    """Embeddings `(..., D)`, of torch or numpy, as unit vectors in float64.
-
-    Raises: `ValueError` for numbers that are not finite, and for a zero vector.
-    """
-    if isinstance(embeds, torch.Tensor):
-        embeds = embeds.detach().cpu().double().numpy()
-    embeds = np.asarray(embeds, dtype=np.float64)
-    norms = np.linalg.norm(embeds, axis=-1, keepdims=True)
-    if not np.isfinite(norms).all() or (norms == 0).any():
-        raise ValueError("an embedding is zero or not finite: was it made in half precision?")
-    return embeds / norms
-
-
-def as_stream(embeds: Any) -> np.ndarray:
-    """Embeddings `(S, D)` as unit vectors in float64; none at all make `(0, 0)`.
-
-    Raises: `ValueError` for another shape, and as `as_unit` does.
-    """
-    if not len(embeds):
-        return np.zeros((0, 0))
-    unit = as_unit(embeds)
-    if unit.ndim != 2:
-        raise ValueError(f"the embeddings of a stream have shape {unit.shape}, expected (S, D).")
-    return unit
-
-
-def as_tensor(vector: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(vector.astype(np.float32))
-
-
-def check_decode_from(decode_from: str) -> None:
-    if decode_from not in DECODE_FROM:
-        raise ValueError(f"decode_from is {decode_from!r}: choose one of {DECODE_FROM}.")
-
-
-def check_number(name: str, value: Any, least: float, *, whole: bool = False) -> None:
-    """Raises: `ValueError` for what is less, NaN, or no number at all."""
-    kind = Integral if whole else Real
-    # A boolean is an integer to Python, and nothing to be compared with a threshold.
-    if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
-        number = "a whole number of " if whole else ""
-        raise ValueError(f"{name} is {value!r}: give {number}at least {least}.")
-    if whole and value > MOST:
-        raise ValueError(f"{name} is {value}: give at most {MOST}.")
-
-
-def check_shape(unit: np.ndarray, expected: tuple[int, ...] | None) -> None:
-    if unit.ndim != 1 or expected not in (None, unit.shape):
-        raise ValueError(f"an embedding has shape {unit.shape}, expected {expected or '(D,)'}.")
-
-
-def check_time(time: float, last: float | None) -> None:
-    if not np.isfinite(time) or (last is not None and time < last):
-        raise ValueError(f"time {time} after {last}: times are finite and never decrease.")
+def make_segment(
+    start: int, end: int, start_time: float, end_time: float, chosen: np.ndarray, mean: np.ndarray
+) -> Segment:
+    norm = np.linalg.norm(chosen)  # zero where unit vectors cancel out: there is nothing to say
+    unit = chosen / norm if norm > 0 else chosen
+    embedding, mean = (torch.from_numpy(each.astype(np.float32)) for each in (unit, mean))
+    return Segment(start, end, start_time, end_time, embedding, mean)
 
 
 # -- offline -------------------------------------------------------------------------------
@@ -228,7 +180,7 @@ class WardSegmenter:
         for start, end in zip(bounds, bounds[1:], strict=False):
             mean = unit[start:end].mean(axis=0)
             chosen = mean if self.decode_from == "mean" else unit[(start + end - 1) // 2]
-            segments.append(complete(start, end, times[start], times[end], chosen, mean))
+            segments.append(make_segment(start, end, times[start], times[end], chosen, mean))
         return segments
 
     def boundaries(self, unit: np.ndarray) -> list[int]:
@@ -242,23 +194,6 @@ class WardSegmenter:
         return sorted(kept)
 
 
-def check_times(timestamps: list[float] | np.ndarray | None, count: int) -> list[float]:
-    times = list(range(count)) if timestamps is None else np.asarray(timestamps).tolist()
-    if len(times) != count:
-        raise ValueError(f"{len(times)} timestamps for {count} embeddings: give one for each.")
-    for last, time in zip([None, *times], times, strict=False):
-        check_time(time, last)
-    return times
-
-
-def complete(
-    start: int, end: int, start_time: float, end_time: float, chosen: np.ndarray, mean: np.ndarray
-) -> Segment:
-    norm = np.linalg.norm(chosen)  # zero where unit vectors cancel out: there is nothing to say
-    unit = chosen / norm if norm > 0 else chosen
-    return Segment(start, end, start_time, end_time, as_tensor(unit), as_tensor(mean))
-
-
 # -- online --------------------------------------------------------------------------------
 
 
@@ -267,8 +202,6 @@ class EvenSample:
     every fourth, and always the newest."""
 
     def __init__(self, size: int):
-        if size < 2:
-            raise ValueError(f"size is {size}: give at least 2.")
         self.size = size
         self.stride = 1
         self.items: list[tuple[int, Any]] = []  # places in the stream, ascending
@@ -502,7 +435,7 @@ class OnlineSegmenter:
         mean = total / (end - self.start)
         middle = self.sample.nearest((self.start + end - 1) // 2, before=end)
         chosen = mean if self.decode_from == "mean" else middle
-        return complete(self.start, end, self.start_time, end_time, chosen, mean)
+        return make_segment(self.start, end, self.start_time, end_time, chosen, mean)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that was seen, as tensors (safetensors can save them); empty before the first
@@ -542,6 +475,71 @@ class OnlineSegmenter:
         self.sample.items = list(
             zip(arrays["sample_places"].tolist(), arrays["sample"], strict=True)
         )
+
+
+# -- inputs --------------------------------------------------------------------------------
+
+
+def as_unit(embeds: Any) -> np.ndarray:
+    """Embeddings `(..., D)`, of torch or numpy, as unit vectors in float64.
+
+    Raises: `ValueError` for numbers that are not finite, and for a zero vector.
+    """
+    if isinstance(embeds, torch.Tensor):
+        embeds = embeds.detach().cpu().double().numpy()
+    embeds = np.asarray(embeds, dtype=np.float64)
+    norms = np.linalg.norm(embeds, axis=-1, keepdims=True)
+    if not np.isfinite(norms).all() or (norms == 0).any():
+        raise ValueError("an embedding is zero or not finite: was it made in half precision?")
+    return embeds / norms
+
+
+def as_stream(embeds: Any) -> np.ndarray:
+    """Embeddings `(S, D)` as unit vectors in float64; none at all make `(0, 0)`.
+
+    Raises: `ValueError` for another shape, and as `as_unit` does.
+    """
+    if not len(embeds):
+        return np.zeros((0, 0))
+    unit = as_unit(embeds)
+    if unit.ndim != 2:
+        raise ValueError(f"the embeddings of a stream have shape {unit.shape}, expected (S, D).")
+    return unit
+
+
+def check_decode_from(decode_from: str) -> None:
+    if decode_from not in DECODE_FROM:
+        raise ValueError(f"decode_from is {decode_from!r}: choose one of {DECODE_FROM}.")
+
+
+def check_number(name: str, value: Any, least: float, *, whole: bool = False) -> None:
+    """Raises: `ValueError` for what is less, NaN, or no number at all."""
+    kind = Integral if whole else Real
+    # A boolean is an integer to Python, and nothing to be compared with a threshold.
+    if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
+        number = "a whole number of " if whole else ""
+        raise ValueError(f"{name} is {value!r}: give {number}at least {least}.")
+    if whole and value > MOST:
+        raise ValueError(f"{name} is {value}: give at most {MOST}.")
+
+
+def check_shape(unit: np.ndarray, expected: tuple[int, ...] | None) -> None:
+    if unit.ndim != 1 or expected not in (None, unit.shape):
+        raise ValueError(f"an embedding has shape {unit.shape}, expected {expected or '(D,)'}.")
+
+
+def check_time(time: float, last: float | None) -> None:
+    if not np.isfinite(time) or (last is not None and time < last):
+        raise ValueError(f"time {time} after {last}: times are finite and never decrease.")
+
+
+def check_times(timestamps: list[float] | np.ndarray | None, count: int) -> list[float]:
+    times = list(range(count)) if timestamps is None else np.asarray(timestamps).tolist()
+    if len(times) != count:
+        raise ValueError(f"{len(times)} timestamps for {count} embeddings: give one for each.")
+    for last, time in zip([None, *times], times, strict=False):
+        check_time(time, last)
+    return times
 
 
 __all__ = ["OnlineSegmenter", "Segment", "WardSegmenter"]
