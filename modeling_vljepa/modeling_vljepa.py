@@ -52,7 +52,9 @@ class VLJEPAOutput(ModelOutput):
         predicted_embeds (`torch.FloatTensor` of shape `(batch_size, embedding_dim)`, *optional*):
             Ŝ_Y, unit vectors.
         target_embeds (`torch.FloatTensor` of shape `(batch_size, embedding_dim)`, *optional*):
-            S_Y, unit vectors.
+            S_Y, unit vectors. Without `target_index`, row i belongs to target text i: in training,
+            where only the U distinct texts of a batch are encoded, the shape is
+            `(U, embedding_dim)`.
         visual_embeds (`torch.FloatTensor` of shape `(batch_size, tokens, vision_hidden_size)`):
             The X-Encoder's output, to be handed back in for the next question on the same input.
         logit_scale (`torch.FloatTensor` of shape `(1,)`): the inverse temperature.
@@ -376,11 +378,11 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
                 visual_embeds, input_ids, attention_mask, **kwargs
             )  # (B, D)
         if target_input_ids is not None or target_pooler_output is not None:
-            target_embeds = self.encode_target(
+            target_embeds = distinct_target_embeds = self.encode_target(
                 target_input_ids, target_attention_mask, target_pooler_output
             )  # (U, D)
             if target_index is not None:
-                target_embeds = target_embeds[target_index]  # (B, D)
+                target_embeds = distinct_target_embeds[target_index]  # (B, D)
         scale = self.logit_scale()
         if return_loss:
             loss = info_nce(predicted_embeds, target_embeds, scale, target_index).loss

@@ -19,12 +19,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from modeling_vljepa.losses import LOSSES, Loss
 from tests.tiny import tiny_model, tiny_recipe, tiny_rows
 from training.arguments import RecipeError
 from training.loop import objective as objective_module
 from training.loop.distributed import all_gather, check_world_size
 from training.loop.grad_cache import cached_step
-from training.loop.objective import Embeds, Ids, Objective
+from training.loop.objective import Embeds, Ids, Objective, freeze_ignored
 from training.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -34,9 +35,8 @@ TARGET_IDS = torch.tensor([1, 5, 3, 4, 5, 6, 7, 8])
 GROUP_IDS = torch.tensor([9, -2, -3, -4, -5, -6, 9, -8])
 NEGATIVE_IDS = torch.tensor([[2, 9], [0, -1], [9, 5], [2, 0], [0, 9], [2, -1], [-1, -1], [9, 2]])
 SETTINGS = {
-    "info_nce": {},
+    **{name: {"name": name} for name in LOSSES},
     "positives": {"as_positives": True},
-    "sigmoid": {"name": "sigmoid"},
     "terms": {"sigreg_weight": 0.1, "variance_weight": 1.0, "covariance_weight": 0.1},
 }
 
@@ -118,9 +118,14 @@ def step(
 
 
 def new_model(setting: str) -> nn.Module:
-    """The bias has a gradient under the sigmoid loss only."""
-    changes = {"logit_bias_init_value": -3.0} if setting == "sigmoid" else {}
-    return tiny_model(**changes)
+    """Return a model in which every parameter that trains gets a gradient from the loss."""
+    model = tiny_model(logit_bias_init_value=-3.0)
+    freeze_ignored(model, loss_of_setting(setting))
+    return model
+
+
+def loss_of_setting(setting: str) -> Loss:
+    return LOSSES[Objective(**SETTINGS.get(setting, {})).name]
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -210,8 +215,11 @@ def test_loss_and_gradient_equal_one_process(results, setting, cache_rows):
         assert result["chance"] == expected["chance"]
         distances = off(result, expected)
         assert max(distances.values()) <= 1e-5, max(distances, key=distances.get)
-    boxes = {name.split(".")[0] for name in distances} - {"logit_bias"}
-    assert boxes == {"predictor", "predictor_head", "y_encoder", "y_head", "logit_scale"}
+    loss = loss_of_setting(setting)
+    expected_modules = {"predictor", "predictor_head", "y_encoder", "y_head"}
+    expected_modules |= {"logit_scale"} if loss.needs_scale else set()
+    expected_modules |= {"logit_bias"} if loss.needs_bias else set()
+    assert {name.split(".")[0] for name in distances} == expected_modules
 
 
 @pytest.mark.parametrize("cache_rows", [None, 1])
