@@ -311,18 +311,21 @@ def test_the_message_has_the_columns_found_and_the_nearest():
 @pytest.mark.parametrize(
     ("mapping", "complaint"),
     [
-        ({"image": "image", "targets": "caption"}, "no 'targets'.*Did you mean 'target'?"),
-        ({"image": "image", "video": "video", "target": "caption"}, "image or video, and not both"),
-        ({"target": "caption"}, "image or video"),
+        (
+            {"image": "image", "targets": "caption"},
+            "unknown key 'targets'. Did you mean 'target'?",
+        ),
+        ({"image": "image", "video": "video", "target": "caption"}, "give either image or video"),
+        ({"target": "caption"}, "give either image or video"),
         ({"image": "image"}, "target is missing"),
-        ({"image": "image", "target": "caption[x]"}, r"none of \[\], \[0\]"),
-        ({"image": "image", "target": "a..b"}, "'' is no path|'a..b' is no path"),
-        ({"image": "image", "target": "caption", "query": "{}"}, "no path"),
+        ({"image": "image", "target": "caption[x]"}, r"not one of \[\], \[0\]"),
+        ({"image": "image", "target": "a..b"}, "'a..b' is not a path"),
+        ({"image": "image", "target": "caption", "query": "{}"}, "'' is not a path"),
         ({"image": "image", "target": "caption", "query": "{question"}, "expected '}'"),
-        ({"video": "video", "target": "text", "moment": "t"}, "moment and seconds go together"),
+        ({"video": "video", "target": "text", "moment": "t"}, "give both moment and seconds"),
         (
             {"video": "v", "target": "text", "moment": "t", "seconds": 2, "start": "s"},
-            "start and end, or a moment",
+            "give either start and end, or moment",
         ),
         ({"image": 5, "target": "t"}, "image is 5; give a text"),
         ({"image": ["image"], "target": "t"}, r"image is \['image'\]; give a text"),
@@ -347,8 +350,8 @@ def test_the_message_has_the_columns_found_and_the_nearest():
             {"video": "v", "target": "t", "moment": "m", "seconds": -1},
             "seconds is -1; give a number",
         ),
-        ({5: "v", "target": "t"}, "no 5 in a mapping"),
-        (["image"], r"\['image'\] is no mapping"),
+        ({5: "v", "target": "t"}, "unknown key 5"),
+        (["image"], r"\['image'\] is not a mapping"),
     ],
 )
 def test_a_mapping_that_makes_no_sense_is_refused(mapping, complaint):
@@ -433,7 +436,7 @@ def test_negatives_and_columns_that_are_json_texts():
         ({"image": {"bytes": None, "path": None}}, "image is empty"),
         ({"image": Image.new("RGB", (2, 2))}, "image is a Image, neither.*decode=False"),
         ({"texts": "a cat"}, "texts is a str, not a list"),
-        ({"texts": ["a cat"]}, r"texts\[\] is a text, and not JSON"),
+        ({"texts": ["a cat"]}, r"texts\[\] is a text but not JSON"),
         ({"texts": [{"user": "?", "assistant": b"\xff"}]}, "not UTF-8"),
         ({"texts": [{"user": "?", "assistant": 3}]}, "the number 3, not a text.*numbers: true"),
         ({"texts": [{"user": "?", "assistant": True}]}, "is a bool, not a text"),
@@ -533,7 +536,7 @@ def test_annotations_become_rows_that_are_read_again(tmp_path, capsys):
     media = str(tmp_path / "train2017")
     main(["coco_captions", str(annotations), "--media", media, "--output", str(output)])
     printed = capsys.readouterr().out
-    assert "2 rows of 4 examples, 1 of which gave none; 1 of 4 rows are unusable" in printed
+    assert "2 rows from 4 examples; 1 of these gave no row; 1 of 4 rows are unusable" in printed
     assert "captions.json:3: coco_captions: image_id is 'x'" in printed
     rows, bad = read_rows(output)
     assert [row["target"] for row in rows] == ["A room.", "A clock."]
@@ -548,10 +551,10 @@ def test_records_that_are_not_there_are_named(tmp_path):
     with pytest.raises(ColumnError, match="no 'annotations', but info, annotation"):
         convert(public, annotations, tmp_path, tmp_path / "rows.jsonl")
     annotations.write_text(f'label,youtube_id,time_start,time_end\na,b,1,2\n"{"x" * 200_000}')
-    with pytest.raises(ColumnError, match="kinetics: .*: behind line 2: field larger .*quote that"):
+    with pytest.raises(ColumnError, match="kinetics: .*: after line 2: field larger .*quote that"):
         convert(public_set("kinetics"), annotations, tmp_path, tmp_path / "rows.jsonl")
     annotations.write_text("{")
-    with pytest.raises(ColumnError, match="is no JSON file"):
+    with pytest.raises(ColumnError, match="is not a JSON file"):
         convert(public, annotations, tmp_path, tmp_path / "rows.jsonl")
     with pytest.raises(ColumnError, match="flickr30k has no annotation file"):
         convert(public_set("flickr30k"), annotations, tmp_path, tmp_path / "rows.jsonl")

@@ -1,13 +1,14 @@
-"""Rows out of data whose columns have other names and nesting: a mapping says what stands where.
+"""Rows from data with other column names and nesting, by a mapping from row fields to columns.
 
     {"image": "image", "query": "{question}", "target": "answers[].answer"}
 
-A path is names joined by dots. `[]` behind one is every element of a list, `[0::2]` a slice of it,
-`[0]` one place, `[only]` the one element of a list that must not have more. Each element becomes a
-row; what stands outside of the list is the same for all of them, and lists of their own go side by
-side. A value with braces is a text with paths in it: `{page}/{id}.mp4`, `{image_id:012d}.jpg`.
+A path is column names joined by dots. After a name, `[]` selects every element of a list, `[0::2]`
+a slice of it, `[0]` one element, and `[only]` the only element of a list that must not have more.
+Each element becomes a row. Values from outside the list are repeated in all of its rows; parallel
+lists must have equal lengths and are read together. A value with braces is a text that contains
+paths: `{page}/{id}.mp4`, `{image_id:012d}.jpg`.
 
-Nothing here opens a file or knows a data set by name.
+No code here opens a file or depends on a particular data set.
 """
 
 import difflib
@@ -23,22 +24,21 @@ import numpy as np
 
 from processing.rows import media_name
 
-# Columns that are bytes, or a path, as `datasets` stores media that it does not decode.
+# Columns of an image or a video that `datasets` has not decoded; one of them may be null.
 _STORED = {"bytes", "path"}
 _SEGMENT = re.compile(r"([^\[\]{}]+)((?:\[[^\[\]]*\])*)")
 _SLICE = re.compile(r"(-?\d+)?(?::(-?\d+)?)?(?::(-?\d+)?)?")
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d*)?)")
 
-Index = tuple[int, ...]  # a number for each list on the way to a value
+Index = tuple[int, ...]  # indices into the lists on the path to a value
 
 
 class ColumnError(ValueError):
-    """A mapping that does not fit its data; the message names the set, what it asked for and what
-    was found."""
+    """Mapping that does not fit its data; the message names the set, the column and those found."""
 
 
 class ExampleError(ValueError):
-    """One example that is broken though its columns are the right ones."""
+    """Example that is broken, though its columns fit the mapping."""
 
 
 # -- paths ---------------------------------------------------------------------------------
@@ -46,11 +46,11 @@ class ExampleError(ValueError):
 
 @dataclass(frozen=True)
 class _Step:
-    """One step of a path: into a column, to every element of a list, or to one of them."""
+    """Step of a path: into a column, to the elements of a slice, or to one element."""
 
     column: str | None = None
     every: slice | None = None
-    place: int | None = None  # of the only element: -1
+    element: int | None = None  # -1: the only one
 
 
 @cache
@@ -59,7 +59,7 @@ def _steps(path: str) -> tuple[_Step, ...]:
     for segment in path.split("."):
         match = _SEGMENT.fullmatch(segment)
         if match is None:
-            raise ColumnError(f"{path!r} is no path; one looks like name.name[].name")
+            raise ColumnError(f"{path!r} is not a path; write one such as name.name[].name")
         steps.append(_Step(column=match[1]))
         steps += [_bracket(text, path) for text in re.findall(r"\[([^\]]*)\]", match[2])]
     return tuple(steps)
@@ -68,18 +68,18 @@ def _steps(path: str) -> tuple[_Step, ...]:
 def _bracket(text: str, path: str) -> _Step:
     match = _SLICE.fullmatch(text)
     if text == "only":
-        return _Step(place=-1)
+        return _Step(element=-1)
     if text.isdecimal():
-        return _Step(place=int(text))
+        return _Step(element=int(text))
     if match is None or text.startswith("-") and ":" not in text:
-        raise ColumnError(f"{path!r}: [{text}] is none of [], [0], [0::2] and [only]")
+        raise ColumnError(f"{path!r}: [{text}] is not one of [], [0], [0::2] and [only]")
     return _Step(every=slice(*(part and int(part) for part in match.groups())))
 
 
 def _walk(value: Any, steps: tuple[_Step, ...], where: str) -> Iterator[tuple[Index, Any]]:
-    """Every value at the end of a path, with its place in the lists on the way.
+    """Yield every value at the end of a path, with its index.
 
-    `null` on the way is `None` at its end; for a list it is one without elements.
+    A null before the end of the path gives the value `None`; in place of a list, it gives no value.
     """
     if not steps:
         yield (), value
@@ -96,22 +96,23 @@ def _walk(value: Any, steps: tuple[_Step, ...], where: str) -> Iterator[tuple[In
             )
         yield from _walk(columns[name], steps[1:], f"{where}.{name}" if where else name)
     elif steps[0].every is not None:
-        for number, element in enumerate(_list(value, where)[steps[0].every]):
+        for first, element in enumerate(_list(value, where)[steps[0].every]):
             for index, end in _walk(element, steps[1:], f"{where}[]"):
-                yield (number, *index), end
+                yield (first, *index), end
     else:
-        yield from _walk(_element(_list(value, where), steps[0].place, where), steps[1:], where)
+        yield from _walk(_element(_list(value, where), steps[0].element, where), steps[1:], where)
 
 
 def _object(value: Any, where: str) -> Mapping:
-    """What has columns. A text where columns are asked for is read as JSON."""
+    """Return a value that has columns; a text in its place is read as JSON."""
     if isinstance(value, str | bytes):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ExampleError(f"{where} is a text, and not JSON") from error
+            raise ExampleError(f"{where} is a text but not JSON") from error
     if not isinstance(value, Mapping):
-        raise ExampleError(f"{where or 'the example'} is a {type(value).__name__}, has no columns")
+        name = type(value).__name__
+        raise ExampleError(f"{where or 'the example'} is a {name}, which has no columns")
     return value
 
 
@@ -121,16 +122,16 @@ def _list(value: Any, where: str) -> list | tuple | np.ndarray:
     return value
 
 
-def _element(values: list | tuple | np.ndarray, place: int, where: str) -> Any:
-    if place < 0 and len(values) != 1:
+def _element(values: list | tuple | np.ndarray, index: int, where: str) -> Any:
+    if index < 0 and len(values) != 1:
         raise ExampleError(f"{where} has {len(values)} elements, exactly one is expected")
-    if place >= len(values):
-        raise ExampleError(f"{where} has {len(values)} elements, none at [{place}]")
-    return values[place]
+    if index >= len(values):
+        raise ExampleError(f"{where} has {len(values)} elements, none at [{index}]")
+    return values[index]
 
 
 def _near(name: str, names: Iterable) -> str:
-    """The name that was meant, if one is like it."""
+    """Return a hint at the most similar name, or an empty text."""
     known = {str(other).casefold(): str(other) for other in names}
     near = difflib.get_close_matches(name.casefold(), known, n=1)
     return f" Did you mean {known[near[0]]!r}?" if near else ""
@@ -141,12 +142,12 @@ def _near(name: str, names: Iterable) -> str:
 
 @dataclass(frozen=True)
 class _Values:
-    """What one part of a mapping finds in an example.
+    """Values that one part of a mapping selects in an example.
 
     Attributes:
-        text: that part.
-        depth: how many lists its values stand in.
-        at: the values by their places in these.
+        text: the part of the mapping.
+        depth: number of nested lists on its path.
+        at: the values by their index.
     """
 
     text: str
@@ -162,7 +163,7 @@ def _path_values(example: Mapping, path: str) -> _Values:
 
 @cache
 def _pieces(text: str) -> tuple[tuple[str, str | None, str], ...]:
-    """A text with braces as pieces of (what stands before, path, format)."""
+    """Split a text with braces into pieces of (text before the path, path, format)."""
     try:
         pieces = [(before, path, spec) for before, path, spec, _ in string.Formatter().parse(text)]
     except ValueError as error:
@@ -174,7 +175,7 @@ def _pieces(text: str) -> tuple[tuple[str, str | None, str], ...]:
 
 
 def _text_values(example: Mapping, text: str) -> _Values:
-    """The text with its paths filled in, once for each element; `None` where one is null."""
+    """Fill in the paths of a text, once for each element; `None` if a path's value is null."""
     pieces = _pieces(text)
     parts = {path: _path_values(example, path) for _, path, _ in pieces if path is not None}
     depth = max((part.depth for part in parts.values()), default=0)
@@ -197,7 +198,8 @@ def _values(example: Mapping, text: str) -> _Values:
 
 
 def _formatted(value: Any, spec: str, path: str) -> str:
-    """A path's value within a text. `06d` takes a number from a CSV file, which is a text."""
+    """Return a path's value as it appears in a text."""
+    # CSV files give numbers as texts, so a format such as `06d` converts them first.
     try:
         return format(int(value) if spec.endswith("d") else _text(value, path, True), spec)
     except (TypeError, ValueError) as error:
@@ -205,19 +207,22 @@ def _formatted(value: Any, spec: str, path: str) -> str:
 
 
 def _side_by_side(parts: dict[str, _Values]) -> Iterator[tuple[Index, dict[str, Any]]]:
-    """Values that belong together, once for each element of the deepest lists."""
+    """Yield the values of all parts that belong together, once for each element of the deepest
+    lists."""
     depth = max((values.depth for values in parts.values()), default=0)
     deepest = [values for values in parts.values() if values.depth == depth]
-    places = deepest[0].at if deepest else {(): None}
+    indices = deepest[0].at if deepest else {(): None}
     for other in deepest[1:]:
-        if other.at.keys() != places.keys():
+        if other.at.keys() != indices.keys():
             raise ExampleError(
-                f"{deepest[0].text} has {len(places)} values and {other.text} has {len(other.at)}: "
-                "they cannot go side by side"
+                f"{deepest[0].text} has {len(indices)} values and {other.text} has "
+                f"{len(other.at)}: they must have equally many"
             )
-    for index in places:
+    for index in indices:
         together = {}
         for name, values in parts.items():
+            # A value from outside the deepest lists belongs to all elements whose index begins with
+            # its own: the question `qa[0].q` to both answers `qa[0].a[0]` and `qa[0].a[1]`.
             if index[: values.depth] not in values.at:
                 raise ExampleError(f"{values.text} has fewer values than {deepest[0].text}")
             together[name] = values.at[index[: values.depth]]
@@ -225,7 +230,7 @@ def _side_by_side(parts: dict[str, _Values]) -> Iterator[tuple[Index, dict[str, 
 
 
 def _text(value: Any, where: str, numbers: bool) -> str:
-    """A text, or a whole number where numbers are texts."""
+    """Return a value as a text; an integer only if `numbers` is true."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -234,8 +239,8 @@ def _text(value: Any, where: str, numbers: bool) -> str:
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         if not numbers:
             raise ExampleError(
-                f"{where} is the number {value}, not a text. If it counts a class, hand on the "
-                "class's name; if it is the answer itself, the mapping says `numbers: true`"
+                f"{where} is the number {value}, not a text. If it is a class index, map the name "
+                "of the class; if it is the answer itself, set `numbers: true` in the mapping"
             )
         return str(value)
     if not isinstance(value, str):
@@ -244,7 +249,7 @@ def _text(value: Any, where: str, numbers: bool) -> str:
 
 
 def _seconds(value: Any, where: str) -> float:
-    """Seconds, from a number or from `00:01:02.5`."""
+    """Return seconds from a number or from `00:01:02.5`."""
     if isinstance(value, str) and (clock := _CLOCK.fullmatch(value.strip())):
         hours, minutes, seconds = clock.groups(default="0")
         return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
@@ -255,15 +260,15 @@ def _seconds(value: Any, where: str) -> float:
 
 
 def _media(value: Any, where: str) -> str | bytes:
-    """A path or a file's content, as it is handed on."""
+    """Return the path or the content of a media file."""
     if isinstance(value, Mapping) and value.keys() >= _STORED:
         value = value["path"] if value["bytes"] is None else value["bytes"]
     if value is None or isinstance(value, str | bytes) and not value:
         raise ExampleError(f"{where} is empty")
     if not isinstance(value, str | bytes):
         raise ExampleError(
-            f"{where} is a {type(value).__name__}, neither a path nor bytes. Of a column of "
-            "`datasets`, take the feature with `decode=False`"
+            f"{where} is a {type(value).__name__}, neither a path nor bytes. Cast a column of "
+            "`datasets` to its feature with `decode=False`"
         )
     return value
 
@@ -272,7 +277,11 @@ def _media(value: Any, where: str) -> str | bytes:
 
 
 def _check_type(key: str, value: Any) -> None:
-    """Refuse a part of a mapping that is nothing of its kind; `None` is one that is left out."""
+    """Check the type of one part of a mapping; `None` leaves out a part that is optional.
+
+    Raises:
+        ColumnError: the type is wrong.
+    """
     if key in ("target", "absent", "remove"):
         kind = "a text or a list of texts"
         right = isinstance(value, str) or (
@@ -294,21 +303,22 @@ def _check_type(key: str, value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Where the parts of a row stand in the examples of one data set.
+    """Mapping from the fields of a row to the columns of one data set's examples.
 
     Attributes:
-        name: of the set, for messages and group ids.
-        image, video: one of them; a path string, bytes, or what `datasets` stores undecoded.
+        name: name of the set, for messages and group ids.
+        image, video: path to the media, one of the two: a file's path, its bytes, or the undecoded
+            value of `datasets`.
         query: a constant, or a text with paths in braces.
-        target: paths or texts with braces; each makes rows of its own.
-        start, end: of the clip, in seconds or as `00:01:02.5`.
-        moment, seconds: instead of these, a moment and how long a clip around it is.
-        negatives: a list of texts that are wrong.
-        where: only rows on which a path has this value, or one of these.
-        absent: targets that mean that there is none.
-        remove: what is cut out of queries and targets.
-        numbers: whether a whole number is a target. Else it is an error: most often it counts a
-            class whose name is meant.
+        target: paths, or texts with paths in braces; each makes rows of its own.
+        start, end: paths to the clip's times, in seconds or as `00:01:02.5`.
+        moment, seconds: instead of these, a path to a moment, and the length of a clip around it.
+        negatives: path to a list of wrong texts.
+        where: values by path; only examples with these values make rows. A list gives alternatives.
+        absent: targets that mean a missing one, such as "N/A".
+        remove: texts that are cut out of queries and targets.
+        numbers: accept an integer as a target. By default it is an error, because it is usually a
+            class index, and the name of the class is wanted.
     """
 
     name: str
@@ -328,20 +338,21 @@ class Columns:
 
     @classmethod
     def from_mapping(cls, name: str, mapping: Mapping[str, Any]) -> "Columns":
-        """
+        """Build the mapping from a recipe's or a public set's keys, and check it.
+
         Raises:
-            ColumnError: no mapping, an unknown key, a part that is missing, of a wrong type or no
-                path.
+            ColumnError: it is not a mapping, or a key is unknown, missing, of a wrong type or not
+                a path.
         """
         known = {item.name for item in fields(cls)} - {"name"}
         try:
             if not isinstance(mapping, Mapping):
                 raise ColumnError(
-                    f"{mapping!r} is no mapping; one looks like {{image: jpg, target: txt}}"
+                    f"{mapping!r} is not a mapping; write one such as {{image: jpg, target: txt}}"
                 )
             for key, value in mapping.items():
                 if key not in known:
-                    raise ColumnError(f"no {key!r} in a mapping.{_near(str(key), known)}")
+                    raise ColumnError(f"unknown key {key!r}.{_near(str(key), known)}")
                 _check_type(key, value)
             listed = {
                 key: (value,) if isinstance(value, str) else tuple(value)
@@ -354,27 +365,28 @@ class Columns:
 
     def __post_init__(self):
         if (self.image is None) == (self.video is None):
-            raise ColumnError("give image or video, and not both.")
+            raise ColumnError("give either image or video.")
         if not self.target:
             raise ColumnError("target is missing.")
         if (self.moment is None) != (self.seconds is None):
-            raise ColumnError("moment and seconds go together.")
+            raise ColumnError("give both moment and seconds, or neither.")
         if self.moment is not None and (self.start is not None or self.end is not None):
-            raise ColumnError("give start and end, or a moment, and not both.")
+            raise ColumnError("give either start and end, or moment and seconds.")
+        # Parsed now, though only examples need them: a wrong path is an error of the recipe.
         paths = [self.image or self.video, self.start, self.end, self.moment, self.negatives]
         for text in (*filter(None, paths), *self.target, *self.where):
             _pieces(text) if "{" in text else _steps(text)
         _pieces(self.query)
 
     def rows(self, example: Mapping[str, Any]) -> list[dict]:
-        """The rows of one example: `image` or `video`, `query`, `target`, `group_id` and, where
-        the mapping has them, `start`, `end` (seconds) and `negatives`.
+        """Return the rows of one example.
 
-        Rows that answer one query about one clip share a `group_id`: their targets are
-        interchangeable. No row is made of a target that is null or `absent`.
+        A row has `image` or `video`, `query`, `target`, `group_id` and, if they are mapped, `start`
+        and `end` in seconds and `negatives`. Rows with the same clip and query share a `group_id`:
+        their targets are interchangeable. A target that is null or `absent` makes no row.
 
         Raises:
-            ColumnError: a column of the mapping is not there.
+            ColumnError: a column of the mapping is missing.
             ExampleError: this example is broken.
         """
         try:
@@ -384,7 +396,7 @@ class Columns:
             raise type(error)(f"{self.name}: {error}") from error
 
     def _parts(self, example: Mapping[str, Any]) -> dict[str, _Values]:
-        """What the mapping finds, but for the targets."""
+        """Return the values of every part but the targets."""
         texts = {
             "start": self.start,
             "end": self.end,
@@ -439,7 +451,7 @@ class Columns:
         return row | span | {"group_id": " | ".join(group)}
 
     def _span(self, found: dict[str, Any]) -> dict[str, float]:
-        """`start` and `end`, those of them that are known."""
+        """Return `start` and `end`, if they are known."""
         if self.moment is not None:
             moment, half = _seconds(found["moment"], self.moment), self.seconds / 2
             return {"start": max(0.0, moment - half), "end": moment + half}

@@ -1,10 +1,10 @@
-"""Public sets by name: how their columns become rows, and annotation files turned into JSONL.
+"""Public sets by name: the mappings of their columns, and annotation files converted to JSONL.
 
-    python -m training.data.public_sets                      the table in docs/data.md
+    python -m training.data.public_sets                      # the table in docs/data.md
     python -m training.data.public_sets coco_captions captions_train2017.json \\
         --media train2017 --output data/coco/train.jsonl
 
-Adding a set is one entry of `public_sets.yaml`.
+To add a set, write an entry in `public_sets.yaml`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ENTRIES = Path(__file__).with_suffix(".yaml")
 
 @dataclass(frozen=True, kw_only=True)
 class PublicSet:
-    """One entry; the file's head says what its parts are."""
+    """Entry of `public_sets.yaml`; the comment at the top of that file documents its keys."""
 
     name: str
     about: str
@@ -53,35 +53,40 @@ def read_entry(name: str, entry: Mapping[str, Any]) -> PublicSet:
 
 
 def public_sets() -> dict[str, PublicSet]:
-    """Every entry, by name."""
+    """Read every entry, by name."""
     entries = yaml.safe_load(ENTRIES.read_text(encoding="utf-8"))
     return {name: read_entry(name, entry) for name, entry in entries.items()}
 
 
 def public_set(name: str) -> PublicSet:
-    """Raises: `ColumnError` if there is no such set; the message lists them."""
+    """Return the public set of this name.
+
+    Raises:
+        ColumnError: there is no such set; the message lists all names.
+    """
     sets = public_sets()
     if name not in sets:
         near = difflib.get_close_matches(name, sets, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ColumnError(
-            f"there is no public set {name!r}.{hint} There are {', '.join(sets)}; any other needs "
-            "a mapping of its own (training/data/columns.py)."
+            f"there is no public set {name!r}.{hint} Choose one of {', '.join(sets)}, or write a "
+            "mapping (training/data/columns.py)."
         )
     return sets[name]
 
 
 def load_columns(given: str | Mapping[str, Any]) -> Columns:
-    """The mapping of a public set, or one that a recipe writes out."""
+    """Return the mapping of a public set, or the one that a recipe contains."""
     if isinstance(given, str):
         return public_set(given).columns
     return Columns.from_mapping("columns", given)
 
 
 def read_examples(path: Path, public: PublicSet) -> Iterator[Any]:
-    """The examples of an annotation file as it was published.
+    """Yield the examples of an annotation file in its published form.
 
-    Raises: `ColumnError` if it is no JSON or no CSV, or has no records where the entry says.
+    Raises:
+        ColumnError: the file is not JSON or CSV, or lacks the `records` of the entry.
     """
     if public.tabular:
         with open(path, newline="", encoding="utf-8-sig") as lines:
@@ -90,14 +95,14 @@ def read_examples(path: Path, public: PublicSet) -> Iterator[Any]:
                 yield from table
             except csv.Error as error:
                 raise ColumnError(
-                    f"{public.name}: {path}: behind line {table.line_num}: {error}. Look for a "
+                    f"{public.name}: {path}: after line {table.line_num}: {error}. Look for a "
                     "quote that is not closed."
                 ) from error
         return
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ColumnError(f"{public.name}: {path} is no JSON file: {error}") from error
+        raise ColumnError(f"{public.name}: {path} is not a JSON file: {error}") from error
     for key in filter(None, public.records.split(".")):
         if not isinstance(records, dict) or key not in records:
             found = ", ".join(records) if isinstance(records, dict) else type(records).__name__
@@ -111,17 +116,16 @@ def read_examples(path: Path, public: PublicSet) -> Iterator[Any]:
 
 
 def placed(row: dict, media: Path, folder: Path) -> dict:
-    """The row with a path that leads from `folder` to its file below `media`."""
+    """Return the row with its media path relative to `folder` instead of `media`."""
     kind = "video" if "video" in row else "image"
     return row | {kind: os.path.relpath(media / row[kind], folder)}
 
 
 def convert(public: PublicSet, annotations: Path, media: Path, output: Path) -> str:
-    """Write the rows of an annotation file as JSONL, and say how many there are and what was
-    left out."""
+    """Write the rows of an annotation file as JSONL, and return a report with the bad examples."""
     if not public.is_annotation_file:
         raise ColumnError(
-            f"{public.name} has no annotation file: a recipe's source reads it from "
+            f"{public.name} has no annotation file. Let a recipe's source read it from "
             f"{public.hub or 'its shards'}."
         )
     bad, examples, empty, written = [], 0, 0, 0
@@ -138,13 +142,13 @@ def convert(public: PublicSet, annotations: Path, media: Path, output: Path) -> 
             written += len(rows)
             for row in rows:
                 lines.write(json.dumps(placed(row, media, output.parent)) + "\n")
-    report = f"{output}: {written} rows of {examples} examples, {empty} of which gave none"
+    report = f"{output}: {written} rows from {examples} examples; {empty} of these gave no row"
     return report + ("; " + bad_rows_report(bad, examples, max_share=1.0) if bad else "")
 
 
 def table() -> str:
-    """Every set as a row of Markdown."""
-    lines = ["| set | what it is | read from | to know |", "|---|---|---|---|"]
+    """Return the table of all sets, in Markdown."""
+    lines = ["| set | content | read from | notes |", "|---|---|---|---|"]
     for public in public_sets().values():
         sources = [f"`{public.hub}`"] if public.hub else []
         sources += ["its annotation file"] if public.is_annotation_file else []
@@ -159,10 +163,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="training.data.public_sets", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("name", nargs="?", help="a set; without one, the table of all is printed")
-    parser.add_argument("annotations", nargs="?", type=Path, help="its annotation file")
-    parser.add_argument("--media", type=Path, help="the folder of its images or videos")
-    parser.add_argument("--output", type=Path, help="the JSONL file to write")
+    parser.add_argument(
+        "name", nargs="?", help="name of a set; without it, the table of all is printed"
+    )
+    parser.add_argument("annotations", nargs="?", type=Path, help="annotation file of the set")
+    parser.add_argument("--media", type=Path, help="folder of the images or videos")
+    parser.add_argument("--output", type=Path, help="JSONL file to write")
     arguments = parser.parse_args(argv)
     if arguments.name is None:
         print(table())
