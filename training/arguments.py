@@ -1,8 +1,7 @@
-"""What a recipe may say, and the sentence a user reads when it says something else.
+"""Recipes: their keys, defaults and checks.
 
-A recipe is a YAML file of the sections `model`, `data` and `training`, and where they are needed
-`processor` and `evaluation`; every key is a field of a dataclass below, and each default lives
-there alone.
+A recipe is a YAML file with the sections `model`, `data` and `training`, and optionally `processor`
+and `evaluation`. Every key is a field of a dataclass below, which alone defines its default.
 """
 
 import difflib
@@ -11,7 +10,7 @@ import os
 import re
 import time
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +23,40 @@ from modeling_vljepa.losses import LOSSES
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be followed; the message names the key, what is wrong and the cure."""
+    """An invalid recipe or command; the message names the key, the fault and the cure."""
 
 
 def check_least(arguments: Any, where: str, **least: int) -> None:
-    """Stop at a number of a section that is below its least one, infinite, or none at all."""
+    """Raise `RecipeError` if a number is below its least value, infinite or NaN.
+
+    Args:
+        arguments: dataclass of a section; a field that is `None` passes.
+        where: the section's name.
+        least: the least value of each field to check.
+    """
     for name, limit in least.items():
         value = vars(arguments)[name]
+        # `not <=` instead of `>`: every comparison with NaN is false.
         if value is not None and not limit <= value < math.inf:
             raise RecipeError(f"{where}.{name}: it is {value}; give {limit} or more.")
 
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """Where the weights come from: `checkpoint`, or a new model from `config`.
+    """The section `model`: a `checkpoint`, or a new model from `config`.
 
     Attributes:
-        checkpoint: folder or Hub id of a VL-JEPA to go on with, weights and processor.
-        config: fields of `VLJEPAConfig` for a new model. Beside a `checkpoint`, these change its
-            configuration (say, `freeze_vision: false`).
+        checkpoint: folder or Hub id of a VL-JEPA; training starts from its weights and processor.
+        config: fields of `VLJEPAConfig` for a new model. With a `checkpoint`, they change its
+            configuration (for example `freeze_vision: false`).
         text_encoder: folder or Hub id of a pretrained Y-Encoder; its configuration, weights and
             tokenizer replace `text_config`.
-        vocab_size: size of the query tokenizer trained on the recipe's own texts.
-        tokenizer_rows: JSONL files whose texts it learns from as well: the questions of a later
-            stage, which it would otherwise spell out.
-        lora: settings of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`: the Predictor's
-            layers stay as they are and adapters beside them train, with the projections, the
-            temperature and, unless `freeze_text`, the Y-Encoder.
+        vocab_size: size of the query tokenizer, which is trained on the recipe's own texts.
+        tokenizer_rows: JSONL files whose texts also train the tokenizer, such as the questions of
+            a later stage. Without them it splits their words into bytes.
+        lora: settings of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`. The Predictor's
+            layers are frozen and get adapters. The projections, the temperature and, unless
+            `freeze_text`, the Y-Encoder train too.
     """
 
     checkpoint: str | None = None
@@ -66,13 +72,13 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class ProcessorArguments:
-    """How media become tensors.
+    """The section `processor`: conversion of media to tensors.
 
     Attributes:
-        image_size: pixels of the square crop; `vision_config.crop_size` of a new model.
-        shortest_edge: pixels to which the shortest edge is resized before the centre crop.
-            Default: V-JEPA 2's proportion, 256/224 of the crop.
-        num_frames: frames sampled from a video, first and last among them.
+        image_size: side of the square crop in pixels; `vision_config.crop_size` of a new model.
+        shortest_edge: length of the shortest edge in pixels after the resize, before the centre
+            crop. Default: V-JEPA 2's ratio, 256/224 of the crop.
+        num_frames: frames sampled from a video, its first and last included.
     """
 
     image_size: int | None = None
@@ -85,25 +91,25 @@ class ProcessorArguments:
 
 @dataclass(kw_only=True)
 class SourceArguments:
-    """Where rows come from: `rows` or `dataset`.
+    """An item of `data.sources`: either `rows` or `dataset`.
 
     Attributes:
-        rows: a JSONL file, or a pattern such as `data/*.jsonl`; `processing/rows.py` says what a
-            row holds.
-        dataset: what `datasets.load_dataset` takes: a Hub id, a folder, or a format such as
+        rows: a JSONL file, or a pattern such as `data/*.jsonl`; `processing/rows.py` defines the
+            keys of a row.
+        dataset: first argument of `datasets.load_dataset`: a Hub id, a folder, or a format such as
             `parquet` or `webdataset`, whose files are then `data_files`.
-        config, split, data_files, revision: of the dataset.
-        columns: where the parts of a row stand in its examples: the name of a public set
+        config, split, data_files, revision: further arguments of `datasets.load_dataset`.
+        columns: the columns of a row's parts: the name of a public set
             (`training/data/public_sets.yaml`), or a mapping (`training/data/columns.py`).
             Default: those of the public set with this Hub id.
-        media_folder: of media that are named by relative paths in a dataset.
-        streaming: read rows as they are needed, instead of all before training starts.
-        shuffle_rows: of a streamed source, how many are in memory and mixed.
+        media_folder: folder of media that a dataset names by relative paths.
+        streaming: read rows during training, instead of all before it.
+        shuffle_rows: number of rows of a streamed source that are in memory and shuffled.
         weight: share of the global batches drawn from this source, relative to the others.
-        query: asked of every row in place of its own query.
-        augment: mirror and shift its frames at random. Not for texts that name places or sides.
-        group_by_length: make batches of texts of about one length, to save padding. Their
-            negatives are then of that length, too.
+        query: replaces the query of every row.
+        augment: mirror and shift frames at random. Not for texts that mention positions or sides.
+        group_by_length: make batches of texts of similar length, to save padding. Their negatives
+            then have that length too.
     """
 
     rows: str | None = None
@@ -123,28 +129,29 @@ class SourceArguments:
 
     def __post_init__(self):
         if (self.rows is None) == (self.dataset is None):
-            raise RecipeError("data.sources: a source has rows or a dataset, exactly one of them.")
+            raise RecipeError("data.sources: each source needs either rows or dataset.")
         if not 0 < self.weight < math.inf:
             raise RecipeError(
-                f"data.sources: {self.name} has weight {self.weight}; give more than 0."
+                f"data.sources: {self.name}: weight is {self.weight}; give more than 0."
             )
         check_least(self, f"data.sources: {self.name}", shuffle_rows=1)
         if self.streaming and self.group_by_length:
             raise RecipeError(
-                f"data.sources: {self.name}: group_by_length needs all rows; a streamed source has "
-                "a few at a time."
+                f"data.sources: {self.name}: group_by_length needs all rows in memory; set it or "
+                "streaming to false."
             )
         if self.rows is not None:
             given = ("config", "data_files", "revision", "columns", "media_folder")
             for name in given:
                 if vars(self)[name] is not None:
                     raise RecipeError(
-                        f"data.sources: {self.name}: {name} belongs to a dataset, not to rows."
+                        f"data.sources: {self.name}: {name} is a setting of dataset, not of rows; "
+                        "remove it."
                     )
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The source's name in messages."""
         if self.rows is not None:
             return self.rows
         files = [] if self.data_files is None else [self.data_files]
@@ -153,24 +160,26 @@ class SourceArguments:
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """
+    """The section `data`.
+
     Attributes:
         sources: at least one.
-        max_bad_share: training stops when more than this share of a source's rows cannot be used:
-            before it starts where all rows are read then, else when it meets them.
-        decode_once: decode the media of sources that are not streamed before training, and keep
-            the frames in `cache_dir`. Else they are decoded as they are needed, by
-            `training.dataloader_num_workers` processes.
-        cache_dir: where sampled, resized frames are kept between runs.
-        num_workers: processes that decode media before training.
+        max_bad_share: training stops if more than this share of a source's rows is unusable. Rows
+            that are not streamed are checked before training, streamed ones as they are read.
+        decode_once: decode the media of sources that are not streamed before training, and store
+            the frames in `cache_dir`. If false, `training.dataloader_num_workers` processes decode
+            them during training.
+        cache_dir: folder of the sampled, resized frames, for this run and later ones.
+        num_workers: number of processes that decode media before training.
         features: a folder that `python -m training.cache_features` wrote: the visual tokens of a
             frozen X-Encoder, read instead of the media.
-        lanes: into how many parts a streamed source is dealt. The rows of every step depend on
-            it, and not on the number of processes, which has to divide it. Default: 8, or as many
-            of these as divide the batch; as many as processes, where those do not divide.
-        cache_targets: encode every distinct target once before training; only with a frozen
-            Y-Encoder, and with as many texts as fit into memory.
-        hard_negatives: how many of a row's `negatives` join the batch's texts.
+        lanes: number of shards of a streamed source, each read in order. The rows of every step
+            depend on it, and not on the number of processes, which must divide it. Default: 8, or
+            the largest divisor of 8 that divides the batch; the number of processes if that does
+            not divide it.
+        cache_targets: encode every distinct target once before training. It needs a frozen
+            Y-Encoder and memory for all texts.
+        hard_negatives: number of each row's `negatives` that are added to the batch's texts.
     """
 
     sources: list
@@ -185,19 +194,19 @@ class DataArguments:
 
     def __post_init__(self):
         if not 0 <= self.max_bad_share <= 1:
-            raise RecipeError(f"data.max_bad_share: {self.max_bad_share} is no share from 0 to 1.")
+            raise RecipeError(f"data.max_bad_share: it is {self.max_bad_share}; give 0 to 1.")
         check_least(self, "data", num_workers=1, lanes=1, hard_negatives=0)
 
 
 @dataclass(kw_only=True)
 class EvaluationArguments:
-    """What is measured during training, on data held out from it.
+    """The section `evaluation`: benchmarks measured during training.
 
     Attributes:
-        tasks: names in the file of benchmarks. `training.eval_strategy` and `eval_steps` say
-            when; `training.metric_for_best_model` names a score as the log does.
-        benchmarks: that file.
-        limit: only the first so many rows of each.
+        tasks: names of benchmarks. `training.eval_strategy` and `eval_steps` decide when they are
+            measured; `training.metric_for_best_model` names a score as the log does.
+        benchmarks: YAML file that defines them.
+        limit: maximum number of rows of each.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -221,33 +230,34 @@ LEAST = {
 
 @dataclass(kw_only=True)
 class VLJEPATrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, with what this objective needs and without what it
-    cannot use: a dataset here is a mixture, so training is counted in steps, never in epochs.
+    """The section `training`: `transformers.TrainingArguments` for this objective.
+
+    A dataset here is a mixture without epochs, so training is counted in steps.
 
     Attributes:
-        global_batch_size: rows of one step over all processes: the in-batch negatives. A
-            learning rate belongs to it, so it is fixed and the per-device batch follows.
-            With `gradient_accumulation_steps` it is the sum over these, and the negatives are
-            those of one of them: accumulation adds none, `gradient_cache_rows` does.
+        global_batch_size: rows of one step over all processes; they are each other's negatives.
+            The learning rate depends on it, so it is fixed and the per-device batch follows.
+            With `gradient_accumulation_steps` it is the sum over these, and a row's negatives are
+            those of its own part: accumulation adds none, `gradient_cache_rows` does.
         gradient_cache_rows: rows of a process that go through the model at a time, by GradCache:
-            the loss is that of the whole batch, the memory that of these rows.
+            the loss of the whole batch in the memory of these rows.
         objective: the name of a loss in `modeling_vljepa/losses.py`: "info_nce"; "sigmoid"
             (SigLIP's; the model needs a `logit_bias_init_value`); or "cosine", "l1", "l2", which
-            only a Y-Encoder that cannot move survives.
-        interchangeable: what rows with one target text or group are to each other: "masked" (no
-            negatives) or "positives".
-        sigreg_weight, variance_weight, covariance_weight: of the terms of LeJEPA and VICReg.
-        precision: compute in "fp32" or "bf16" (weights stay fp32, those of frozen encoders apart),
-            or "auto": bf16 where this machine multiplies matrices faster in it.
+            collapse unless the Y-Encoder is frozen.
+        interchangeable: treatment of rows that share a target text or group: "masked" (not each
+            other's negatives) or "positives".
+        sigreg_weight, variance_weight, covariance_weight: weights of LeJEPA's and VICReg's terms.
+        precision: compute in "fp32" or "bf16" (weights stay in fp32, except those of frozen
+            encoders), or "auto": bf16 if this machine multiplies matrices faster in it.
         text_learning_rate_scale: factor on a Y-Encoder's backbone (paper section 3.2: 0.05 for
             a pretrained one; a random one needs 1).
         vision_learning_rate_scale: factor on an X-Encoder that is trained.
-        resume_from_checkpoint: true for the last one in `output_dir`, if there is one yet; or a
-            folder.
-        device_tflops: what a device can do at most, in 10^12 operations a second at this
-            precision, from its data sheet: the denominator of `mfu` in the log. Default: what a
-            large matrix product reaches here.
-        world_size_expected: number of processes the recipe is meant for, checked at start-up.
+        resume_from_checkpoint: a checkpoint's folder; or true for the last checkpoint in
+            `output_dir`, or the beginning if there are none.
+        device_tflops: peak of a device in 10^12 operations per second at this precision, from its
+            data sheet: the denominator of `mfu` in the log. Default: the measured speed of a large
+            matrix product.
+        world_size_expected: number of processes that the recipe is meant for, checked at start-up.
     """
 
     output_dir: str = field()  # `field()`: or the parent's default would make it optional
@@ -270,22 +280,22 @@ class VLJEPATrainingArguments(TrainingArguments):
     save_strategy: str = "no"
     adam_beta2: float = 0.98
     disable_tqdm: bool = True
-    logging_nan_inf_filter: bool = False  # a loss that is no number is shown as such
+    logging_nan_inf_filter: bool = False  # upstream would log the average of earlier losses
     remove_unused_columns: bool = False
     dataloader_drop_last: bool = True
     dataloader_pin_memory: bool = False
-    ddp_find_unused_parameters: bool | None = False  # there are none: every box is in every step
-    # Decided by the fields above; a recipe that sets one of these would not be heard.
+    ddp_find_unused_parameters: bool | None = False  # every module is used in every step
+    # Derived from the fields above. `init=False`: a recipe that sets one is refused.
     per_device_train_batch_size: int = field(default=1, init=False)
     num_train_epochs: float = field(default=1.0, init=False)
     bf16: bool = field(default=False, init=False)
     fp16: bool = field(default=False, init=False)
     label_names: list[str] = field(default_factory=list, init=False)
-    ignore_data_skip: bool = field(default=False, init=False)  # a place in the data is always kept
+    ignore_data_skip: bool = field(default=False, init=False)  # positions are always restored
 
     def __post_init__(self):
         check_least(self, "training", **LEAST)
-        for name in ("save_steps", "device_tflops"):  # the former may be a share of the steps
+        for name in ("save_steps", "device_tflops"):  # not in LEAST: a share of the steps is valid
             value = vars(self)[name]
             if value is not None and value <= 0:
                 raise RecipeError(f"training.{name}: it is {value}; give more than 0.")
@@ -294,17 +304,17 @@ class VLJEPATrainingArguments(TrainingArguments):
         for name, choices in (("objective", LOSSES), ("interchangeable", INTERCHANGEABLE)):
             if vars(self)[name] not in choices:
                 raise RecipeError(
-                    f"training.{name}: {vars(self)[name]!r} is none of {', '.join(choices)}."
+                    f"training.{name}: {vars(self)[name]!r} is not one of {', '.join(choices)}."
                 )
         by_loss = self.metric_for_best_model in (None, "loss", "eval_loss")
         if by_loss and (self.load_best_model_at_end or self.save_strategy == "best"):
             raise RecipeError(
-                "training.metric_for_best_model: name a score of the section 'evaluation'. The "
-                "loss goes on falling while retrieval gets worse."
+                "training.metric_for_best_model: the loss still falls while retrieval gets worse; "
+                "name a score of the section 'evaluation'."
             )
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = use_bf16(self.precision, torch.device("cpu") if self.use_cpu else None)
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # of a launcher; the recipe decides
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # a launcher's choice; the recipe decides
             os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"
         super().__post_init__()
         per_device, rest = divmod(
@@ -314,23 +324,28 @@ class VLJEPATrainingArguments(TrainingArguments):
             raise RecipeError(
                 f"training.global_batch_size: {self.global_batch_size} rows do not divide among "
                 f"{self.world_size} processes x {self.gradient_accumulation_steps} "
-                "gradient_accumulation_steps."
+                "gradient_accumulation_steps; give a multiple."
             )
         self.per_device_train_batch_size = per_device
 
 
 def use_bf16(precision: str, device: torch.device | None) -> bool:
-    """Whether to compute in bf16. On CPUs it can be four times faster than fp32 or much slower,
-    and only trying tells."""
+    """Return True to compute in bf16.
+
+    Args:
+        precision: "fp32", "bf16" or "auto".
+        device: the CPU, or `None` for an accelerator, on which "auto" is bf16. On CPUs bf16 can be
+            four times faster than fp32 or much slower, so "auto" measures both.
+    """
     if precision not in ("auto", "fp32", "bf16"):
-        raise RecipeError(f"training.precision: {precision!r} is none of auto, fp32, bf16.")
+        raise RecipeError(f"training.precision: {precision!r} is not one of auto, fp32, bf16.")
     if precision != "auto":
         return precision == "bf16"
     if device is None:
         return True
 
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    for dtype in [*best] * 10:  # taken in turn, so that a busy moment hits both
+    for dtype in [*best] * 10:  # alternately, so that a busy moment slows both
         tokens, weights = torch.ones(4096, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
         start = time.perf_counter()
         tokens @ weights
@@ -340,7 +355,7 @@ def use_bf16(precision: str, device: torch.device | None) -> bool:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """A whole recipe, checked, and as it was given."""
+    """A checked recipe; `given` is its YAML with the overrides."""
 
     model: ModelArguments
     processor: ProcessorArguments
@@ -351,7 +366,11 @@ class Recipe:
 
 
 def check_value(name: str, value: Any, hint: Any) -> Any:
-    """The value, if it is of the type `hint`; a whole number is a float, too."""
+    """Return the value if it has the type `hint`; convert a whole number to a float.
+
+    Raises:
+        RecipeError: it has another type.
+    """
     kinds = {hint, *typing.get_args(hint)}
     if type(value) is int and float in kinds and int not in kinds:
         value = float(value)
@@ -368,7 +387,11 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
 
 
 def check_keys(given: Any, cls: type, where: str) -> dict:
-    """The mapping `given`, if every key is a field of `cls` and every value of its type."""
+    """Return the mapping `given` with every value checked against the fields of `cls`.
+
+    Raises:
+        RecipeError: an unknown or missing key, or a value of another type.
+    """
     if not isinstance(given, dict):
         raise RecipeError(f"{where}: expected keys and values, found {given!r}.")
     known = {f.name for f in fields(cls) if f.init}
@@ -384,7 +407,7 @@ def check_keys(given: Any, cls: type, where: str) -> dict:
     missing = [
         f.name
         for f in fields(cls)
-        if f.init and f.name not in given and str(f.default) == str(f.default_factory)
+        if f.init and f.name not in given and f.default is f.default_factory is MISSING
     ]
     if missing:
         raise RecipeError(f"{where or 'the recipe'}: {missing[0]!r} is missing.")
@@ -392,7 +415,11 @@ def check_keys(given: Any, cls: type, where: str) -> dict:
 
 
 def apply_override(recipe: dict, override: str) -> None:
-    """Set one value in place: `training.seed=1`; the right-hand side is read as YAML."""
+    """Set one value of `recipe` in place, such as `training.seed=1`; the value is YAML.
+
+    Raises:
+        RecipeError: not of this form.
+    """
     dotted, equals, value = override.partition("=")
     *sections, key = dotted.split(".")
     if not equals or not sections:
@@ -408,7 +435,7 @@ def apply_override(recipe: dict, override: str) -> None:
 
 
 def training_arguments(given: Any, cls: type[TrainingArguments]) -> TrainingArguments:
-    """The section `training`, checked by us and by transformers."""
+    """Return the section `training`, checked here and by transformers."""
     checked = check_keys(given, cls, "training")
     try:
         return cls(**checked)
@@ -419,20 +446,20 @@ def training_arguments(given: Any, cls: type[TrainingArguments]) -> TrainingArgu
 
 
 def read_sections(path: str, overrides: list[str], cls: type, optional: set[str]) -> dict:
-    """The sections of a YAML recipe, which are those of `cls`.
+    """Return the sections of a YAML recipe: the fields of `cls` except `given`.
 
     Raises:
         RecipeError: no such file, not YAML, an unknown section or one that is missing.
     """
     sections = [f.name for f in fields(cls) if f.name != "given"]
     if not Path(path).is_file():
-        raise RecipeError(f"{path}: there is no such recipe.")
+        raise RecipeError(f"{path}: no such recipe.")
     try:
         given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(given, dict):
-        raise RecipeError(f"{path}: a recipe has sections {', '.join(sections)}.")
+        raise RecipeError(f"{path}: a recipe needs the sections {', '.join(sections)}.")
     for override in overrides:
         apply_override(given, override)
     given = {name: {} for name in optional} | given
@@ -474,8 +501,9 @@ def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
 
 
 def save_recipes(checkpoint: str | None, output_dir: str, given: dict) -> None:
-    """Write `recipes.yaml`: this recipe, behind those of the checkpoint that it started from."""
-    before = Path(checkpoint or "", "recipes.yaml")
-    stages = yaml.safe_load(before.read_text()) if before.is_file() else []
+    """Write `recipes.yaml`: the recipes of `checkpoint`, followed by this one."""
+    stages = []
+    if checkpoint is not None and (before := Path(checkpoint, "recipes.yaml")).is_file():
+        stages = yaml.safe_load(before.read_text(encoding="utf-8"))
     path = Path(output_dir, "recipes.yaml")
-    path.write_text(yaml.safe_dump([*stages, given], sort_keys=False))
+    path.write_text(yaml.safe_dump([*stages, given], sort_keys=False), encoding="utf-8")

@@ -84,7 +84,7 @@ def test_overrides_are_read_as_yaml(recipe):
         ),
         ("processor.size=3", "processor.size: no such key"),
         ("data.sources=[{row: a}]", r"data.sources\[0\].row: no such key. Did you mean 'rows'"),
-        ("data.sources=[{weight: 2}]", "data.sources: a source has rows or a dataset"),
+        ("data.sources=[{weight: 2}]", "data.sources: each source needs either rows or dataset"),
         # Keys of the parent class that other keys decide
         ("training.per_device_train_batch_size=8", "per_device_train_batch_size: no such key"),
         ("training.num_train_epochs=3", "num_train_epochs: no such key"),
@@ -110,11 +110,11 @@ def test_overrides_are_read_as_yaml(recipe):
         ("training.device_tflops=-1", "training.device_tflops: it is -1.0; give more than 0"),
         ("data.hard_negatives=-1", "data.hard_negatives: it is -1; give 0 or more"),
         ("data.sources=[{rows: a, shuffle_rows: 0}]", "a.shuffle_rows: it is 0; give 1 or more"),
-        ("data.max_bad_share=2", "data.max_bad_share: 2.0 is no share"),
-        ("data.sources=[{rows: a, weight: 0}]", "a has weight 0.0"),
-        ("data.sources=[{rows: a, weight: .inf}]", "a has weight inf"),
+        ("data.max_bad_share=2", "data.max_bad_share: it is 2.0; give 0 to 1"),
+        ("data.sources=[{rows: a, weight: 0}]", "a: weight is 0.0; give more than 0"),
+        ("data.sources=[{rows: a, weight: .inf}]", "a: weight is inf"),
         ("data.sources=[]", "data.sources: give at least one source"),
-        ("training.precision=fp16", "'fp16' is none of auto, fp32, bf16"),
+        ("training.precision=fp16", "'fp16' is not one of auto, fp32, bf16"),
         ("training.global_batch_size=-2", "global_batch_size: it is -2; give 1 or more"),
         ("training.gradient_accumulation_steps=0", "accumulation_steps: it is 0; give 1 or more"),
         ("training.gradient_cache_rows=0", "gradient_cache_rows: it is 0; give 1 or more"),
@@ -175,8 +175,8 @@ def test_what_is_missing_is_named(recipe, section, key, message):
     [
         (b"a: [", "recipe.yaml: not a YAML file"),
         (b"\xff\xfe\x00", "recipe.yaml: not a YAML file"),
-        (b"", "a recipe has sections model, processor, data, training, evaluation"),
-        (b"- 1", "a recipe has sections"),
+        (b"", "a recipe needs the sections model, processor, data, training, evaluation"),
+        (b"- 1", "a recipe needs the sections"),
         (b"{model: , data: {sources: [{rows: a}]}, training: {}}", "model: expected keys and val"),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_file_that_is_no_recipe(recipe, content, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(RecipeError, match="gone.yaml: there is no such recipe"):
+    with pytest.raises(RecipeError, match="gone.yaml: no such recipe"):
         read_recipe(str(tmp_path / "gone.yaml"))
 
 
@@ -223,5 +223,5 @@ def test_use_bf16():
     assert not use_bf16("fp32", CPU) and not use_bf16("fp32", None)
     assert use_bf16("auto", None)
     assert type(use_bf16("auto", CPU)) is bool
-    with pytest.raises(RecipeError, match="training.precision: 'fp16' is none of"):
+    with pytest.raises(RecipeError, match="training.precision: 'fp16' is not one of"):
         use_bf16("fp16", CPU)

@@ -310,7 +310,7 @@ def test_the_recipe_parses(tmp_path, monkeypatch):
     [
         ("data.nose=1", "data.nose: no such key. Did you mean 'noise'"),
         ("data.noise=-1", "data.noise: it is -1.0; give 0 or more"),
-        ("data.embeddings=words", "data.embeddings: 'words' is none of text, predicted, both"),
+        ("data.embeddings=words", "data.embeddings: 'words' is not one of text, predicted, both"),
         ("data.sources=[]", "data.sources: give at least one"),
         ("data.sources=[{row: a}]", r"data.sources\[0\].row: no such key"),
         ("data.sources=[{rows: gone.jsonl}]", "gone.jsonl: .*no such JSONL file"),

@@ -83,7 +83,7 @@ class DecoderDataArguments:
             setattr(self, name, [DecoderSource(**each) for each in checked])
         if self.embeddings not in EMBEDDINGS:
             raise RecipeError(
-                f"data.embeddings: {self.embeddings!r} is none of {', '.join(EMBEDDINGS)}."
+                f"data.embeddings: {self.embeddings!r} is not one of {', '.join(EMBEDDINGS)}."
             )
         check_least(self, "data", noise=0, max_bad_share=0)
 
