@@ -1,11 +1,11 @@
-"""Write both towers of a trained model as programs that run without this package.
+"""Export both towers of a trained model as programs that run without this package.
 
     python -m training.export --model runs/demo-seed0/sft --output exported
     python -m training.export --model runs/demo-seed0/sft --output exported --format onnx
 
 `predict` takes `pixel_values_videos` `(B, T, C, H, W)`, `input_ids` and `attention_mask` `(B, L)`;
 `encode_target` takes `target_input_ids` and `target_attention_mask` `(B, Ly)`. Both return unit
-vectors `(B, D)`. Batch and lengths are free; frames, height and width are those of the processor.
+vectors `(B, D)`. Batch size and lengths are free; frames, height and width are the processor's.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FREE = {0: Dim.AUTO, 1: Dim.AUTO}  # batch and length
 
 
 class Predict(nn.Module):
-    """`predict` as a module: a program has one way in."""
+    """`predict` as a module: an exported program has one entry point, `forward`."""
 
     def __init__(self, model: VLJEPAModel):
         super().__init__()
@@ -47,7 +47,10 @@ class EncodeTarget(nn.Module):
 
 
 def example(model: VLJEPAModel, frames: int, side: int) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Inputs of the right shapes, with padding, so that no mask is traced away."""
+    """Return inputs of both towers for tracing.
+
+    Some rows are padded: with full masks, tracing would drop the code that handles padding.
+    """
     ids = torch.ones(3, 7, dtype=torch.long)
     mask = (torch.arange(7) < torch.tensor([[7], [4], [2]])).long()
     pixels = torch.zeros(3, frames, 3, side, side, dtype=model.dtype)
@@ -56,7 +59,7 @@ def example(model: VLJEPAModel, frames: int, side: int) -> dict[str, tuple[torch
 
 @torch.no_grad()
 def export(model: VLJEPAModel, frames: int, side: int) -> dict[str, torch.export.ExportedProgram]:
-    """Both towers as `torch.export` programs; `frames` and `side` are fixed, the rest is free."""
+    """Trace both towers; `frames` and `side` (pixels) are fixed, batch and lengths are free."""
     towers = {"predict": Predict(model), "encode_target": EncodeTarget(model)}
     free = {"predict": ({0: Dim.AUTO}, FREE, FREE), "encode_target": (FREE, FREE)}
     examples = example(model, frames, side)
@@ -64,7 +67,7 @@ def export(model: VLJEPAModel, frames: int, side: int) -> dict[str, torch.export
         name: torch.export.export(tower, examples[name], dynamic_shapes=free[name])
         for name, tower in towers.items()
     }
-    # A program in which a mask was built by a function (Gemma's) is saved only when decomposed.
+    # Gemma builds its mask with a function; `torch.export.save` needs such a program decomposed.
     return {name: program.run_decompositions({}) for name, program in programs.items()}
 
 

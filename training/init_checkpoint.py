@@ -5,8 +5,8 @@
         --predictor meta-llama/Llama-3.2-1B --layers 8 \\
         --text google/embeddinggemma-300m
 
-That is the paper's model (arXiv 2512.10942, section 3.1); each part may be a Hub id or a folder.
-The projections between the parts and the temperature are new.
+These are the parts of the paper's model (arXiv 2512.10942, section 3.1). Each may be a Hub id or a
+folder. The projections between the parts and the temperature are new.
 """
 
 import argparse
@@ -31,16 +31,16 @@ from training.model.backbones import (
 from training.model.checkpoint_files import Weights
 from training.model.parameters import paper_table
 
-# What no backbone brings; `VLJEPAPreTrainedModel` says how they start.
+# Weights that no backbone has; `VLJEPAPreTrainedModel` initialises them.
 NEW = ("predictor.visual_projection.", "predictor_head.", "y_head.", "logit_scale.")
 
 
 def join_weights(
     vision: VisionBackbone, predictor: PredictorBackbone, text: TextBackbone
 ) -> Weights:
-    """The weights of all parts under their names in the joint model."""
-    boxes = {"x_encoder": vision, "predictor": predictor, "y_encoder": text}
-    return {f"{box}.{k}": v for box, part in boxes.items() for k, v in part.weights.items()}
+    """Return the weights of all parts under their names in the joint model."""
+    parts = {"x_encoder": vision, "predictor": predictor, "y_encoder": text}
+    return {f"{module}.{k}": v for module, part in parts.items() for k, v in part.weights.items()}
 
 
 def join(
@@ -52,10 +52,16 @@ def join(
     project_target: bool = True,
     seed: int = 0,
 ) -> VLJEPAModel:
-    """One model of three pretrained parts.
+    """Build one model from three pretrained parts.
 
-    It has one dtype, the widest of its parts', so that no weight is rounded. A weight that the
-    model does not use (a pooler, the decoder of an encoder-decoder) is left out.
+    Its dtype is the widest of the parts' dtypes, so no weight is rounded. Weights that the model
+    does not use (a pooler, the decoder of an encoder-decoder) are left out.
+
+    Args:
+        embedding_dim: width of the shared space; default: that of `VLJEPAConfig`, or the
+            Y-Encoder's own without `project_target`.
+        project_target: add a projection from the Y-Encoder to the shared space.
+        seed: seed of the new projections.
 
     Raises:
         RecipeError: a part lacks a weight, or the shared space cannot have this width.
@@ -74,6 +80,8 @@ def join(
         project_target=project_target,
         **settings,
     )
+    # A model without memory lists the weights it needs: `from_pretrained` below would initialise a
+    # missing one at random and only warn.
     try:
         with torch.device("meta"):
             expected = VLJEPAModel(config).state_dict()
@@ -84,11 +92,13 @@ def join(
         if name.startswith(NEW):
             continue
         if name not in weights:
-            raise RecipeError(f"the checkpoint given for {name.split('.')[0]} lacks {name}.")
+            raise RecipeError(
+                f"the checkpoint given for {name.split('.')[0]} lacks {name}; give a complete one."
+            )
         if weights[name].shape != parameter.shape:
             raise RecipeError(
-                f"{name} has shape {tuple(weights[name].shape)} in its checkpoint, but "
-                f"{tuple(parameter.shape)} by its configuration."
+                f"{name} has shape {tuple(weights[name].shape)}, but the configuration of its "
+                f"checkpoint gives {tuple(parameter.shape)}; correct config.json."
             )
     dtype = functools.reduce(torch.promote_types, {w.dtype for w in weights.values()})
     torch.manual_seed(seed)
@@ -103,32 +113,32 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--vision", required=True, help="X-Encoder: V-JEPA 2, or an image transformer")
-    add("--predictor", required=True, help="language model, or a GGUF file of one")
-    add("--layers", default="8", help="8: the last eight; 0-8: from the first to the eighth")
+    add("--predictor", required=True, help="language model, or its GGUF file")
+    add("--layers", default="8", help="8: the last eight; 0-8: the first eight")
     add("--text", required=True, help="Y-Encoder: a sentence-transformers or transformers model")
     add("--output", required=True, type=Path, help="folder to write")
-    add("--embedding-dim", type=int, help="width of the shared space; default: the paper's 1536")
-    add("--no-target-projection", action="store_true", help="share the Y-Encoder's own space")
-    add("--without-dense", action="store_true", help="drop the Y-Encoder's own Dense layers")
-    add("--pooling", help="of the Y-Encoder, instead of its own: mean, cls or lasttoken")
-    add("--target-prompt", metavar="NAME", help="the Y-Encoder's prompt to put before targets")
-    add("--pad-token", help="of the query tokenizer, where it has none of its own")
-    add("--num-frames", type=int, default=8, help="frames sampled from a video")
-    add("--seed", type=int, default=0, help="of the new projections")
-    add("--max-shard-size", default="5GB", help="of the saved weights")
+    add("--embedding-dim", type=int, help="width of the shared space; default: 1536, the paper's")
+    add("--no-target-projection", action="store_true", help="use the Y-Encoder's own space")
+    add("--without-dense", action="store_true", help="leave out the Y-Encoder's Dense layers")
+    add("--pooling", help="pooling of the Y-Encoder: mean, cls or lasttoken; default: its own")
+    add("--target-prompt", metavar="NAME", help="prompt of the Y-Encoder that precedes targets")
+    add("--pad-token", help="padding token of a query tokenizer that has none")
+    add("--num-frames", type=int, default=8, help="frames sampled from each video")
+    add("--seed", type=int, default=0, help="seed of the new projections")
+    add("--max-shard-size", default="5GB", help="largest file of the saved weights")
     args = parser.parse_args(argv)
 
     # 1. Nothing is overwritten
     if args.output.exists() and any(args.output.iterdir()):
         raise RecipeError(f"--output: {args.output} is not empty; give a new folder.")
 
-    # 2. The parts; what of them is left out or new is this command's business, no warning
+    # 2. The parts, without upstream's warnings: `join` checks what is unused and what is missing
     logging.set_verbosity_error()
     vision = read_vision("--vision", args.vision)
     predictor = read_predictor(args.predictor, args.layers, args.pad_token)
     text = read_text("--text", args.text, with_dense=not args.without_dense, pooling=args.pooling)
 
-    # 3. What goes in
+    # 3. The processor
     vision.video_processor.num_frames = args.num_frames
     try:
         processor = VLJEPAProcessor(
@@ -155,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     # 5. Save what a user loads
     model.save_pretrained(args.output, max_shard_size=args.max_shard_size)
     processor.save_pretrained(args.output)
-    print(f"{args.output}: {model.dtype}, ready for `model.checkpoint` of a recipe")
+    print(f"{args.output}: {model.dtype}, ready as model.checkpoint of a recipe")
 
 
 if __name__ == "__main__":

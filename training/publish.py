@@ -1,13 +1,14 @@
-"""Publish a trained VL-JEPA on the Hub, and prove that what was published is what was trained.
+"""Publish a trained VL-JEPA on the Hub and check that the published model equals the trained one.
 
     python -m training.publish --model runs/demo-seed0/sft --repo user/name --dry-run
     python -m training.publish --model runs/demo-seed0/sft --repo user/name --private
 
-`--space user/name` makes a Gradio Space beside it.
+`--space user/name` also creates a Gradio Space that shows the model.
 
-What goes: weights (safetensors) or an adapter, processor, the code that loads them without this
-package, pipelines, a sentence-transformers module, an endpoint handler, the card with its results,
-licences. The same command again publishes the same content; one that was interrupted goes on.
+The repository gets the weights (safetensors) or an adapter, the processor, the code that loads them
+without this package, pipelines, a sentence-transformers module, an endpoint handler, the model card
+with its results, and licences. Repeating the command publishes the same content. Repeating it after
+an interruption continues the upload.
 """
 
 import argparse
@@ -25,12 +26,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", required=True, help="folder of a trained VL-JEPA or an adapter")
     parser.add_argument("--repo", required=True, help="user/name on the Hub")
-    parser.add_argument("--private", action="store_true", help="when the repository is made")
-    parser.add_argument("--base-repo", help="of an adapter: the published model that it adapts")
-    parser.add_argument("--space", help="user/name of a Space to make, which shows the model")
-    parser.add_argument("--answers", help="JSONL of questions: what the VQA pipeline chooses from")
+    parser.add_argument("--private", action="store_true", help="create the repository as private")
+    parser.add_argument("--base-repo", help="for an adapter: the published model that it adapts")
+    parser.add_argument("--space", help="user/name of a Space that shows the model")
+    parser.add_argument("--answers", help="JSONL of questions whose answers become the VQA choices")
     parser.add_argument(
-        "--dry-run", action="store_true", help="build, check and list, send nothing"
+        "--dry-run", action="store_true", help="build, check and list the files, send nothing"
     )
     args = parser.parse_args(argv)
     publish(

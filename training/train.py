@@ -1,10 +1,10 @@
-"""Train a VL-JEPA as a recipe says.
+"""Train a VL-JEPA from a recipe.
 
     python -m training.train RECIPE.yaml [training.seed=1 …]
     accelerate launch -m training.train RECIPE.yaml
     torchrun --nproc_per_node 2 -m training.train RECIPE.yaml
 
-The stages of the paper differ by their recipes only.
+The paper's stages are different recipes for this one command.
 """
 
 import argparse
@@ -63,10 +63,11 @@ def read_benchmarks(
 
 
 def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source | StreamedSource]) -> str:
-    """What a person checks before leaving a run alone."""
+    """Return the start of the log: parameters, sources, precision and chance loss."""
     args = recipe.training
     rows = args.global_batch_size // args.gradient_accumulation_steps
     texts = rows * (1 + recipe.data.hard_negatives)
+    # InfoNCE averages two directions: each row among the texts, and each target among the rows.
     lines = [parameter_table(model), ""]
     for source in sources:
         lines.append(str(source))
@@ -77,8 +78,8 @@ def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source | Stre
     )
     lines.append(
         f"chance loss of {rows} rows and {texts} texts at most "
-        f"{(math.log(rows) + math.log(texts)) / 2:.3f}; less where rows share a target (each line "
-        "gives its own)"
+        f"{(math.log(rows) + math.log(texts)) / 2:.3f}; each line gives its own, lower if rows "
+        "share a target"
     )
     return "\n".join(lines)
 
@@ -193,10 +194,10 @@ def save(trainer: VLJEPATrainer, recipe: Recipe) -> None:
 def main(argv: list[str] | None = None) -> VLJEPATrainer:
     parser = argparse.ArgumentParser(prog="training.train", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", help="a YAML file, such as training/recipes/babyai_pretrain.yaml")
-    parser.add_argument("overrides", nargs="*", help="changes to it, such as training.seed=1")
+    parser.add_argument("overrides", nargs="*", help="changes to the recipe: training.seed=1")
     arguments = parser.parse_args(argv)
 
-    # 1. The recipe, checked against the number of processes of this command
+    # 1. The recipe, checked against the number of processes that were started
     recipe = read_recipe(arguments.recipe, arguments.overrides)
     args = recipe.training
     check_world_size(args.world_size, args.world_size_expected)
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     if trainer.is_world_process_zero():
         print(start_report(model, recipe, sources), flush=True)
         if args.resume_from_checkpoint:
-            print(f"resuming from {resume_from or 'the beginning: no checkpoint is there yet'}")
+            print(f"resuming from {resume_from or 'the beginning: there are no checkpoints yet'}")
     trainer.train(resume_from_checkpoint=resume_from)
 
     # 6. Save what a user loads

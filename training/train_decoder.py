@@ -1,11 +1,11 @@
-"""Teach a trained VL-JEPA to write: add a Y-Decoder to its checkpoint.
+"""Train a Y-Decoder for a trained VL-JEPA and add it to the checkpoint.
 
     python -m training.train_decoder RECIPE.yaml [training.seed=1 …]
 
-The decoder learns from texts alone: the frozen Y-Encoder embeds each of them, and the decoder
-writes it down again. It will have to read predicted embeddings, which only lie near those of
-texts; so it trains on embeddings moved at random by about as much (`data.noise`), or on the
-predicted embeddings of clips (`data.embeddings`). Nothing else of the model changes.
+The decoder learns from texts alone: the frozen Y-Encoder embeds a text, and the decoder reproduces
+the text from the embedding. Later it decodes predicted embeddings, which differ from those of
+texts. So it trains on embeddings with noise of about this size (`data.noise`), or on the predicted
+embeddings of clips (`data.embeddings`). The rest of the model does not change.
 """
 
 import argparse
@@ -25,24 +25,18 @@ from transformers import (
 )
 
 from processing import VLJEPAProcessor
-from training.arguments import (
-    RecipeError,
-    save_recipes,
-)
+from training.arguments import RecipeError, save_recipes
 from training.decoder.model import with_decoder
-from training.decoder.recipe import (
-    DecoderRecipe,
-    read_recipe,
-)
+from training.decoder.recipe import DecoderRecipe, read_recipe
 from training.decoder.texts import DecoderCollator, predicted_texts, read_source, training_texts
 from training.loop.callbacks import ProgressLine
 from training.model.parameters import parameter_table
 
-LOG = "decoder_trainer_state.json"  # beside the log of the model itself
+LOG = "decoder_trainer_state.json"  # `trainer_state.json` is the log of the model itself
 
 
 class ValidationLine(TrainerCallback):
-    """Prints the loss on validation clips."""
+    """Log line with the loss on validation clips."""
 
     def on_evaluate(
         self,
@@ -58,7 +52,7 @@ class ValidationLine(TrainerCallback):
 
 
 def save(trainer: Trainer, processor: VLJEPAProcessor, recipe: DecoderRecipe) -> None:
-    """The whole checkpoint, with the logs and recipes of the model it was made from."""
+    """Save model, processor and log, with the log and recipes of `model.checkpoint`."""
     source, output = Path(recipe.model.checkpoint), Path(recipe.training.output_dir)
     trainer.save_model()
     if not trainer.is_world_process_zero():
@@ -75,17 +69,19 @@ def main(argv: list[str] | None = None) -> Trainer:
         prog="training.train_decoder", description=__doc__.split("\n")[0]
     )
     parser.add_argument("recipe", help="a YAML file, such as training/recipes/babyai_decoder.yaml")
-    parser.add_argument("overrides", nargs="*", help="changes to it, such as training.seed=1")
+    parser.add_argument("overrides", nargs="*", help="changes to the recipe: training.seed=1")
     arguments = parser.parse_args(argv)
 
-    # 1. The recipe; what it starts from is not overwritten
+    # 1. The recipe; its checkpoint must not be overwritten
     recipe = read_recipe(arguments.recipe, arguments.overrides)
     args = recipe.training
     if Path(args.output_dir).resolve() == Path(recipe.model.checkpoint).resolve():
-        raise RecipeError("training.output_dir: it is model.checkpoint; give a new folder.")
+        raise RecipeError(
+            "training.output_dir: it is the folder of model.checkpoint; give a new one."
+        )
     set_seed(args.seed)
 
-    # 2. The model, frozen, with a decoder that trains
+    # 2. The frozen model and its trainable decoder
     model, processor = with_decoder(recipe.model, args.seed)
     model.to(args.device)
 
@@ -94,7 +90,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     clips = [read_source(source, 0.0) for source in recipe.data.validation]
     held_out = ConcatDataset(predicted_texts(model, processor, clips)) if clips else None
     if held_out is None and args.eval_strategy != "no":
-        raise RecipeError("data.validation: training.eval_strategy asks for some; name sources.")
+        raise RecipeError("data.validation: training.eval_strategy needs sources; name some.")
 
     # 4. Train
     trainer = Trainer(
@@ -105,7 +101,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         data_collator=DecoderCollator(processor),
         callbacks=[ProgressLine(), ValidationLine()],
     )
-    trainer.remove_callback(PrinterCallback)  # its dictionary says less than the progress line
+    trainer.remove_callback(PrinterCallback)  # it would print the same values as a dictionary
     if trainer.is_world_process_zero():
         print(parameter_table(model))
         print(f"{len(texts)} embeddings of texts, {len(held_out or [])} of validation clips")

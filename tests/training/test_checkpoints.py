@@ -77,7 +77,7 @@ def test_an_interrupted_checkpoint_is_never_found(arguments, tmp_path, monkeypat
 def test_resuming_means_the_last_checkpoint_or_the_beginning(arguments, tmp_path, capsys):
     resume = "training.resume_from_checkpoint=true"
     first = weights(main([*arguments, resume]))
-    assert "resuming from the beginning: no checkpoint is there yet" in capsys.readouterr().out
+    assert "resuming from the beginning: there are no checkpoints yet" in capsys.readouterr().out
     again = main([*arguments, resume])  # at its end already
     assert f"resuming from {tmp_path / 'out' / 'checkpoint-4'}" in capsys.readouterr().out
     for name, parameter in weights(again).items():

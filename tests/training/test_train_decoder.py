@@ -317,7 +317,7 @@ def test_the_recipe_parses(tmp_path, monkeypatch):
         ("data.sources=[{rows: a, repeat: 0}]", "data.sources: a.repeat: it is 0; give 1 or"),
         ("training.max_steps=0", "training.max_steps: it is 0; give 1 or more"),
         ("training.steps=1", "training.steps: no such key"),
-        ("training.eval_strategy=steps", "data.validation: training.eval_strategy asks"),
+        ("training.eval_strategy=steps", "data.validation: training.eval_strategy needs sources"),
         ("processor.num_frames=1", "processor: no such section"),
         ("model.config={freeze_text: true}", "model.config.freeze_text: only what begins with"),
         ("model.config={decoder_prefix: 1}", "model.config.decoder_prefix: there is no such"),
@@ -336,7 +336,7 @@ def test_a_wrong_recipe_is_named(checkpoint, override, message):
 
 
 def test_the_checkpoint_is_not_overwritten(checkpoint):
-    with pytest.raises(RecipeError, match="training.output_dir: it is model.checkpoint"):
+    with pytest.raises(RecipeError, match="training.output_dir: it is the folder of model.checkpoint"):
         main([str(recipe(checkpoint)), f"training.output_dir={checkpoint}"])
 
 
