@@ -1,25 +1,25 @@
-"""What fits on a card: the memory of a training step, found without a card.
+"""Estimate the memory of a training step, and what fits on a card, without a card.
 
     python -m training.memory                                  # the paper's model
     python -m training.memory --config runs/init --frames 8
 
-A step of training runs on tensors of torch's FakeTensorMode, which have shapes and no memory, and
-every storage that is made or dropped is counted.
+A training step runs on tensors of torch's FakeTensorMode, which have shapes but no memory. Every
+storage that is allocated or freed is counted.
 
 | counted     | as                                                                            |
 |-------------|-------------------------------------------------------------------------------|
-| weights     | fp32; bf16 where `prepare_for_training` stores frozen ones so                 |
-| gradients   | fp32, there from the start, as in all parts but the first of GradCache        |
+| weights     | fp32; bf16 for frozen ones that `prepare_for_training` stores so              |
+| gradients   | fp32, allocated from the start, as in all parts of GradCache after the first  |
 | AdamW       | two states of fp32, or of 8 bits with an fp32 scale for every 256             |
-| activations | the most that a step holds, its batch and autocast's bf16 weights among it    |
+| activations | the peak of a step, including its batch and autocast's bf16 copies of weights |
 
-Texts of a batch differ in length, so that there are attention masks, and no two rows share a
-target. Attention is torch's fused one; where a GPU has none for a shape, its plain one holds a
-matrix of scores. Layer norms that train compute in fp32, as autocast has it on CUDA alone.
+Texts of a batch differ in length, so there are attention masks, and no two rows share a target.
+Attention is torch's fused kernel. A GPU without that kernel for a shape uses more: the plain one
+holds a matrix of scores. Trained layer norms compute in fp32, as autocast does on CUDA only.
 
-Not counted: the CUDA context, fragmentation and the workspace of kernels, for which
-`--reserve-gib` is left; the buckets of data parallelism, as large as the gradients. A GB is 10^9
-bytes, a little less than most cards named by it have; a GiB is 2^30.
+Not counted: the CUDA context, fragmentation and kernel workspaces, for which `--reserve-gib` is
+set aside; the buckets of data parallelism, which are as large as the gradients. A GB is 10^9 bytes,
+a little less than most cards sold under that size have; a GiB is 2^30 bytes.
 
 Shapes: B rows of a batch, T frames, C channels, L query tokens, Ly target tokens.
 """
@@ -53,15 +53,15 @@ from training.loop.objective import Embeds, Ids, Objective, check_objective
 from training.model.adapters import prepare_for_training
 from training.model.checkpoint_files import load
 
-# Rows of the steps that are run. Memory bends where another moment of the step becomes its peak,
-# always upwards: a line between two of these is never too low.
+# Rows of the steps that are run. As a function of rows, memory is convex: it bends upwards where
+# another moment of the step becomes the peak. So a line between two points is never too low.
 MEASURED_ROWS = (1, 32, 1024)
-STATE_BYTES = {"fp32": 2 * 4.0, "8-bit": 2 * (1 + 4 / 256)}  # of AdamW, for one parameter
+STATE_BYTES = {"fp32": 2 * 4.0, "8-bit": 2 * (1 + 4 / 256)}  # AdamW's, for each parameter
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What trains: changes to the configuration, adapters, and whether layers run twice."""
+    """A row of the table: configuration changes, adapters and activation checkpointing."""
 
     name: str
     changes: dict
@@ -83,7 +83,12 @@ SETTINGS = (
 
 
 class HeldMemory(TorchDispatchMode):
-    """The bytes of the tensors made inside it: `held` now, and `peak`, the most at a time."""
+    """Counter of the memory of tensors made inside it.
+
+    Attributes:
+        held: bytes now.
+        peak: largest value of `held` so far.
+    """
 
     def __init__(self):
         super().__init__()
@@ -96,11 +101,11 @@ class HeldMemory(TorchDispatchMode):
         return result
 
     def count(self, tensors: Any) -> None:
-        """Take up the storages of these tensors, each once and until it is dropped."""
+        """Count the storages of these tensors, each once, until it is freed."""
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, torch.Tensor):
                 continue
-            storage = tensor.untyped_storage()
+            storage = tensor.untyped_storage()  # views share it, so they add nothing
             if id(storage) not in self.known:
                 self.known.add(id(storage))
                 self.held += storage.nbytes()
@@ -113,26 +118,29 @@ class HeldMemory(TorchDispatchMode):
 
 
 class HeldByFakes(HeldMemory):
-    """Of fake tensors. Where the code asks for values, which these do not have, an id is 1, a mask
-    has padding, and no two ids of a batch are equal."""
+    """Memory counter for fake tensors, which have no values.
+
+    Where the code reads values, it gets these: an id is 1, a mask has padding, and all ids of a
+    batch differ.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:  # `.item()`, `if tensor:`
             return int(args[0].dtype == torch.long)
         if function is torch.ops.aten.unique_dim.default:
-            places = torch.arange(len(args[0]))
-            return args[0], places, torch.ones_like(places)
+            indices = torch.arange(len(args[0]))
+            return args[0], indices, torch.ones_like(indices)
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 @dataclass
 class Need:
-    """What training takes, in bytes.
+    """Memory of training, in bytes.
 
     Attributes:
-        weights, gradients: of the model.
-        trained: how many parameters the optimizer has states of.
-        steps: what a step holds beside these, by its number of rows.
+        weights, gradients: those of the model.
+        trained: number of parameters that the optimizer has states for.
+        steps: peak of a step beyond weights and gradients, by its number of rows.
     """
 
     weights: int
@@ -141,18 +149,19 @@ class Need:
     steps: dict[int, int] = field(default_factory=dict)
 
     def fixed(self, states: str) -> float:
-        """Weights, gradients and AdamW's states, whatever the number of rows."""
+        """Return the memory of weights, gradients and AdamW's states, which no row adds to."""
         return self.weights + self.gradients + self.trained * STATE_BYTES[states]
 
     @property
     def row(self) -> float:
-        """What one more row takes where there are many."""
+        """Memory of one more row in a large batch."""
         (rows, held), (more_rows, more_held) = list(self.steps.items())[-2:]
         return (more_held - held) / (more_rows - rows)
 
     def most_rows(self, room: float, states: str) -> int:
-        """How many rows a step can have in so many bytes; 0 where there is no room for one."""
+        """Return the largest number of rows of a step in `room` bytes."""
         rows, held = list(self.steps), list(self.steps.values())
+        # Beyond the largest measured step memory grows linearly; `interp` alone would stop there.
         rows, held = [*rows, rows[-1] + 1e6], [*held, held[-1] + 1e6 * self.row]
         return int(np.interp(room - self.fixed(states), held, rows, left=0))
 
@@ -183,12 +192,12 @@ def make_ready(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def training_step(model: nn.Module, batch: dict[str, torch.Tensor], bf16: bool) -> None:
-    """Embeddings, loss and gradients of a batch, as in a step of `VLJEPATrainer`."""
+    """Compute embeddings, loss and gradients of a batch, as a step of `VLJEPATrainer` does."""
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     outputs = convert_outputs_to_fp32(autocast(model.__call__))(**make_ready(batch))
     embeds = Embeds(outputs.predicted_embeds, outputs.target_embeds, outputs.logit_scale)
-    places = torch.arange(len(outputs.predicted_embeds))
-    ids = Ids(target_index=places, target_ids=places, group_ids=places)
+    indices = torch.arange(len(outputs.predicted_embeds))
+    ids = Ids(target_index=indices, target_ids=indices, group_ids=indices)
     Objective()(embeds, ids)[0].backward()
 
 
@@ -197,7 +206,7 @@ def to_fp32(_: nn.LayerNorm, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]
 
 
 def model_to_train(config: VLJEPAConfig, setting: Setting, bf16: bool) -> nn.Module:
-    """The model of a recipe with this setting, new, on the default device."""
+    """Build a new model for this setting on the default device, as `training.train` does."""
     args = VLJEPATrainingArguments(
         output_dir="unused",
         max_steps=1,
@@ -212,6 +221,7 @@ def model_to_train(config: VLJEPAConfig, setting: Setting, bf16: bool) -> nn.Mod
     model = prepare_for_training(model, setting.lora, args).train()
     if setting.checkpointing:
         model.activation_checkpointing_enable()
+    # On CUDA autocast runs layer norms in fp32; CPU autocast, which runs here, does not.
     for module in model.modules():
         if bf16 and isinstance(module, nn.LayerNorm) and module.weight.requires_grad:
             module.register_forward_pre_hook(to_fp32)
@@ -227,24 +237,25 @@ def measure(
     rows: Iterable[int] = MEASURED_ROWS,
     bf16: bool = True,
 ) -> Need:
-    """What training takes.
+    """Measure the memory of training.
 
     Args:
-        frames: of every video.
-        lengths: tokens of the queries and of the targets.
-        rows: of the steps that are run.
+        frames: frames of every video.
+        lengths: tokens of the queries, and tokens of the targets.
+        rows: numbers of rows of the steps that are run.
     """
     with torch.device("meta"):
         model = model_to_train(config, setting, bf16)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():  # each once: beside adapters some stand at two places
+        # Not `model.to_empty`: adapters register some modules twice, and it would empty them twice.
+        for module in model.modules():
             module.to_empty(device="cpu", recurse=False)
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         weights = [*model.parameters(), *model.buffers()]
         gradients = [p.grad for p in trained]
-        sizes = [sum(tensor.nbytes for tensor in some) for some in (weights, gradients)]
+        sizes = [sum(t.nbytes for t in tensors) for tensors in (weights, gradients)]
         need = Need(*sizes, sum(p.numel() for p in trained))
         for size in rows:
             with HeldByFakes() as memory:
@@ -257,9 +268,11 @@ def measure(
 def waiting_row(
     config: VLJEPAConfig, frames: int, lengths: tuple[int, int], bf16: bool = True
 ) -> tuple[int, int]:
-    """Bytes of a row that waits in GradCache while others are worked on, beside the device and on
-    it: its part of the batch and the tokens of a frozen X-Encoder; the gradients at its two
-    embeddings `(D,)`."""
+    """Return the bytes of a row that waits in GradCache, in main memory and on the device.
+
+    Main memory holds its part of the batch and the visual tokens of a frozen X-Encoder. The device
+    holds the gradients of its two embeddings `(D,)`.
+    """
     with torch.device("meta"):
         batch = random_batch(config, 1, frames, *lengths)
         vision = XEncoder(config.vision_config, frozen=True)
@@ -273,7 +286,12 @@ def waiting_row(
 def table_line(
     setting: Setting, frames: int, need: Need, cards: Iterable[int], reserve_gib: float
 ) -> list[str]:
-    """The cells of a line; `cards` are in GB."""
+    """Return the cells of a line of the table.
+
+    Args:
+        cards: memory of each card, in GB.
+        reserve_gib: part of each card's memory that is set aside, in GiB.
+    """
     fixed = " / ".join(f"{need.fixed(states) / 2**30:.1f}" for states in STATE_BYTES)
     cells = [setting.name, str(frames), fixed, f"{need.row / 2**20:.0f}"]
     for card in cards:
@@ -284,7 +302,7 @@ def table_line(
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A table of cells, the first row its header, in columns as wide as their widest cell."""
+    """Return a Markdown table with aligned columns; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
     padded.insert(1, ["-" * width for width in widths])
@@ -295,11 +313,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="training.memory", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--config", help="folder or Hub id of a VL-JEPA; default: the paper's model")
-    add("--frames", type=int, nargs="+", default=[1, 8, 32], help="of a video")
+    add("--frames", type=int, nargs="+", default=[1, 8, 32], help="frames of a video")
     add("--query-length", type=int, default=32, help="tokens of the longest query of a batch")
     add("--target-length", type=int, default=64, help="tokens of the longest target of a batch")
     add("--cards", type=int, nargs="+", default=[16, 24, 80, 141], help="memory of cards, in GB")
-    add("--reserve-gib", type=float, default=1.5, help="of a card, for what is not counted")
+    add("--reserve-gib", type=float, default=1.5, help="memory set aside for what is not counted")
     args = parser.parse_args(argv)
     if min(*args.frames, args.target_length, args.query_length) < 1:
         raise RecipeError("--frames, --query-length, --target-length: give 1 or more.")
@@ -309,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.config is not None:
         config = load(VLJEPAConfig, "--config", args.config)
 
-    # 2. Some steps of every setting, on all cores, and what fits
+    # 2. Steps of every setting, on all cores, and the rows that fit
     header = ["trains", "frames", "fixed, GiB", "a row, MiB"]
     rows = [header + [f"{card} GB" for card in args.cards]]
     jobs = list(product(SETTINGS, args.frames))
@@ -323,10 +341,10 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(table_line(setting, frames, need, args.cards, args.reserve_gib))
     print(markdown(rows))
     waiting = {n: waiting_row(config, n, lengths) for n in args.frames}
-    beside = ", ".join(f"{size / 2**20:.1f} at {n}" for n, (size, _) in waiting.items())
-    _, on_it = waiting[args.frames[0]]
-    print(f"\nKiB on the card of a row that waits in GradCache: {on_it / 2**10:.0f}")
-    print(f"MiB beside it, in the machine's memory, by frames: {beside}")
+    in_main = ", ".join(f"{size / 2**20:.1f} at {n}" for n, (size, _) in waiting.items())
+    _, on_card = waiting[args.frames[0]]  # the same for all: it has no frames
+    print(f"\nA row that waits in GradCache, KiB on the card: {on_card / 2**10:.0f}")
+    print(f"A row that waits in GradCache, MiB of main memory, by frames: {in_main}")
 
 
 if __name__ == "__main__":

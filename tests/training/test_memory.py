@@ -258,8 +258,8 @@ def test_the_command_prints_a_line_for_each_setting_and_number_of_frames(
     counts = [[int(cell.split(" / ")[0]) for cell in cells[-2:]] for cells in found]
     assert 0 < counts[1][0] < counts[0][0] < counts[0][1]  # frames cost rows, room gives some
     assert waiting.splitlines() == [
-        "KiB on the card of a row that waits in GradCache: 0",
-        "MiB beside it, in the machine's memory, by frames: 0.0 at 2, 0.0 at 8",
+        "A row that waits in GradCache, KiB on the card: 0",
+        "A row that waits in GradCache, MiB of main memory, by frames: 0.0 at 2, 0.0 at 8",
     ]
 
 
