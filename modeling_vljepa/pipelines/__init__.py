@@ -1,1 +1,1 @@
-"""What is done with a trained model: pipelines, streams, an endpoint. Shipped to the Hub, flat."""
+"""Applications of a trained model: pipelines, streams, an endpoint. They ship flat to the Hub."""

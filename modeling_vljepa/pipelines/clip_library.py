@@ -1,4 +1,7 @@
-"""Embedded clips on disk, searched by text: what `VLJEPARetrievalPipeline.build_library` makes."""
+"""A library of embedded clips on disk, to be searched by text.
+
+`VLJEPARetrievalPipeline.build_library` writes one.
+"""
 
 import json
 import os
@@ -12,17 +15,18 @@ if is_datasets_available():
     from datasets import Dataset, Features, List, Value, load_from_disk
 
 
-INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT, without importing faiss for those who never search
-MAX_DRIFT = 1e-3  # in cosine: rounding to bf16 stays below, another model far above
+INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT; faiss is optional and imported by datasets only
+MAX_DRIFT = 1e-3  # of the probe, in cosine: below for a model rounded to bf16, far above for others
 
 
 def check_datasets() -> None:
+    """Raise `ImportError` if the `datasets` package is missing."""
     if not is_datasets_available():
         raise ImportError("a library needs datasets: pip install datasets")
 
 
 def unreadable_report(unreadable: list[dict], total: int) -> str:
-    """Return one line per clip that could not be read, up to 20."""
+    """Return a report that names up to 20 of the clips that could not be read."""
     shown = "".join(f"\n  {each['reason']}" for each in unreadable[:20])
     more = f"\n  ... and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
     return f"{len(unreadable)} of {total} clips cannot be read:{shown}{more}"
@@ -33,10 +37,10 @@ class ClipLibrary:
     """Embedded clips.
 
     Attributes:
-        dataset (`datasets.Dataset`): `video`, a path, and `embedding`, a unit vector.
-        query (`str`): what was asked of every clip.
+        dataset (`datasets.Dataset`): columns `video`, a path, and `embedding`, a unit vector.
+        query (`str`): the query under which every clip was embedded.
         probe (`torch.Tensor` of shape `(2, D)`): `VLJEPARetrievalPipeline.probe` of the model.
-        unreadable (`list[dict]`): `video` and `reason` of each clip that is not here.
+        unreadable (`list[dict]`): `video` and `reason` of each clip that could not be read.
     """
 
     dataset: "Dataset"
@@ -64,7 +68,7 @@ class ClipLibrary:
 
     def save(self, folder: str | os.PathLike) -> None:
         self.dataset.save_to_disk(folder)
-        # Last: a folder without it is a library whose saving broke off.
+        # Written last: a folder without this file is a library that was saved only in part.
         (Path(folder) / "library.json").write_text(
             json.dumps(
                 {
@@ -82,8 +86,7 @@ class ClipLibrary:
         path = Path(folder) / "library.json"
         if not path.is_file():
             raise ValueError(
-                f"library: {folder} is none, as it has no library.json. Make one with "
-                "build_library."
+                f"library: {folder} has no library.json. Write a library with build_library."
             )
         saved = json.loads(path.read_text())
         return cls(
@@ -94,15 +97,16 @@ class ClipLibrary:
         )
 
     def check_model(self, probe: torch.Tensor) -> None:
+        """Raise `ValueError` if the probe is not that of the model that made this library."""
         same = probe.shape == self.probe.shape
         if not same or (1 - (probe * self.probe).sum(dim=1)).max() > MAX_DRIFT:
             raise ValueError(
-                "library: it was made with another model, whose embeddings mean nothing to this "
-                "one. Build it again with this model, or load the model that made it."
+                "library: it was made with another model. Build it again with this model, or load "
+                "the model that made it."
             )
 
     def nearest(self, embeds: torch.Tensor, top_k: int) -> list[list[dict]]:
-        """The `top_k` clips nearest to each of `(N, D)`, best first."""
+        """Return the `top_k` clips nearest to each embedding of `(N, D)`, best first."""
         if not is_faiss_available():
             raise ImportError("searching a library needs FAISS: pip install faiss-cpu")
         if "embedding" not in self.dataset.list_indexes():

@@ -1,4 +1,4 @@
-"""Embeddings to texts with a trained model's Y-Decoder.
+"""Decode embeddings with a trained model's Y-Decoder.
 
 Shapes: B batch, D embedding size.
 """
@@ -18,15 +18,15 @@ def decode_texts(
     previous: Sequence[str] | None = None,
     **kwargs,
 ) -> list[str]:
-    """Embeddings `(B, D)` to texts, with one pass of the Y-Decoder.
+    """Decode embeddings `(B, D)` to texts, in one batch.
 
     Args:
-        model ([`VLJEPAForConditionalGeneration`])
-        processor ([`VLJEPAProcessor`])
-        queries, previous (`list[str]` of length B, *optional*): what was asked, and what was said
-            of the segment before; a decoder that does not read them leaves them out.
-        kwargs: those of `generate`. With `num_return_sequences` n there are B * n texts, the n of
-            the first embedding first.
+        model ([`VLJEPAForConditionalGeneration`]): the model.
+        processor ([`VLJEPAProcessor`]): its processor.
+        queries, previous (`list[str]` of length B, *optional*): the query of each embedding, and
+            the text of the segment before it; ignored by a decoder that does not read them.
+        kwargs: arguments of `generate`. With `num_return_sequences=n`, B * n texts are returned,
+            first the n texts of the first embedding.
     """
     queries = queries or [""] * len(embeds)
     previous = previous or [""] * len(embeds)

@@ -1,4 +1,4 @@
-"""What every pipeline has: a model, a processor, and the files that go to the Hub with them."""
+"""Base of all pipelines: a model, a processor, and the files that are saved with them."""
 
 import os
 import shutil
@@ -9,8 +9,9 @@ from typing import Any
 from transformers import Pipeline
 from transformers.dynamic_module_utils import get_relative_import_files
 
-# What `config.custom_pipelines` of a published model says. Every class is named by the one module
-# that imports all others, so that whichever pipeline is loaded, the files of each are there.
+# `config.custom_pipelines` of a published model. Every class is given as a name in the one module
+# that imports all others: transformers downloads this module and its imports, so the files of all
+# pipelines are there, whichever pipeline is loaded.
 CUSTOM_PIPELINES = {
     "visual-question-answering": {
         "impl": "pipeline_vljepa.VLJEPAVisualQuestionAnsweringPipeline",
@@ -33,27 +34,30 @@ ENTRY = "pipeline_vljepa.py"
 
 
 def given(**parameters: Any) -> dict[str, Any]:
-    """The parameters that are not `None`."""
+    """Return the parameters that are not `None`."""
     return {name: value for name, value in parameters.items() if value is not None}
 
 
 def check_texts(name: str, texts: Iterable[str]) -> list[str]:
-    """Texts as a list, or an error that names the argument."""
+    """Return texts as a list.
+
+    Raises: `ValueError` that names the argument, for an empty list or text and for other types.
+    """
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ValueError(f"{name} is a {type(texts).__name__}: give a list of strings.")
     texts = list(texts)
     if not texts:
         raise ValueError(f"{name} is empty: give at least one text.")
-    for place, text in enumerate(texts):
+    for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"{name}[{place}] is a {type(text).__name__}: give a string.")
+            raise ValueError(f"{name}[{index}] is a {type(text).__name__}: give a string.")
         if not text.strip():
-            raise ValueError(f"{name}[{place}] is empty: give a text, or leave it out.")
+            raise ValueError(f"{name}[{index}] is empty: give a text, or leave it out.")
     return texts
 
 
 class PipelineBase(Pipeline):
-    """A pipeline of a `VLJEPAModel`, with or without a Y-Decoder, and a `VLJEPAProcessor`."""
+    """Pipeline of a `VLJEPAModel`, with or without a Y-Decoder, and a `VLJEPAProcessor`."""
 
     _load_processor = True
     _load_tokenizer = False
@@ -66,7 +70,10 @@ class PipelineBase(Pipeline):
         return "y_decoder" in dict(self.model.named_children())
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Model, processor and all pipelines; upstream forgets the processor."""
+        """Save the model, the processor and the code of all pipelines.
+
+        transformers' own method does not save the processor.
+        """
         self.model.config.custom_pipelines = CUSTOM_PIPELINES
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)

@@ -1,8 +1,8 @@
 """VL-JEPA as a sentence-transformers module: `SentenceTransformer(repo, trust_remote_code=True)`.
 
-Texts go through the Y-Encoder, images and videos, with or without a query, through the X-Encoder
-and the Predictor; all of them meet in the shared space. Loaded by sentence-transformers alone,
-which `modules.json` beside the weights tells where to look.
+Texts are embedded by the Y-Encoder. Images and videos, with or without a query, are embedded by
+the X-Encoder and the Predictor. All embeddings are in the shared space. Only sentence-transformers
+loads this file; the model's `modules.json` names it.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ class VLJEPAModule(InputModule):
     Args:
         model ([`VLJEPAModel`]): the model.
         processor ([`VLJEPAProcessor`]): its processor.
-        query (`str`, *optional*, defaults to `""`): asked of an image or video that comes without
-            a text of its own; the empty one is that of the paper's pretraining.
+        query (`str`, *optional*, defaults to `""`): the query of an image or video that has no
+            text of its own; the paper's pretraining uses the empty one.
     """
 
     config_keys = ["query"]
@@ -37,12 +37,12 @@ class VLJEPAModule(InputModule):
 
     @property
     def tokenizer(self):
-        """The Y-Encoder's: sentence-transformers asks for the one of plain texts."""
+        """Tokenizer of the Y-Encoder: sentence-transformers expects the one for plain texts."""
         return self.processor.target_tokenizer
 
     @property
     def modalities(self) -> list[str | tuple[str, ...]]:
-        # "message" lets one batch hold several kinds.
+        # "message" allows several kinds in one batch.
         return ["text", *VISUAL, ("image", "text"), ("text", "video"), "message"]
 
     def get_embedding_dimension(self) -> int:
@@ -51,19 +51,19 @@ class VLJEPAModule(InputModule):
     def preprocess(
         self, inputs: list[Any], prompt: str | None = None, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        """A batch of texts, images, videos and `{"image" | "video": ..., "text": query}`.
+        """Preprocess texts, images, videos and `{"image" | "video": ..., "text": query}`.
 
-        Returns: `input_ids` and `attention_mask` of the texts, by the Y-Encoder's tokenizer;
-            `pixel_values_videos` of the media, `query_ids` and `query_mask`, by the Predictor's;
-            `order` `(B,)`: the place of each in the batch, texts first. The names are such that
-            sentence-transformers' trainer keeps the tensors of a column together.
+        Returns: `input_ids` and `attention_mask` of the texts, from the Y-Encoder's tokenizer;
+            `pixel_values_videos` of the media; `query_ids` and `query_mask`, from the Predictor's
+            tokenizer; `order` `(B,)`: the index in `inputs` of each text, then of each medium. The
+            suffixes of these names let sentence-transformers' trainer group a column's tensors.
         """
         kinds = [infer_modality(given, self.modalities) for given in inputs]
-        texts = [place for place, kind in enumerate(kinds) if kind == "text"]
-        media = [place for place, kind in enumerate(kinds) if kind != "text"]
+        texts = [index for index, kind in enumerate(kinds) if kind == "text"]
+        media = [index for index, kind in enumerate(kinds) if kind != "text"]
         batch = {"order": torch.tensor(texts + media)}
         if texts:
-            targets = [inputs[place] for place in texts]
+            targets = [inputs[index] for index in texts]
             given = [each["text"] if isinstance(each, dict) else each for each in targets]
             tokens = self.processor(targets=[(prompt or "") + text for text in given])
             batch["input_ids"] = tokens["target_input_ids"]
@@ -73,13 +73,16 @@ class VLJEPAModule(InputModule):
         return batch
 
     def as_parts(self, given: Any, kind: str | tuple[str, ...]) -> dict[str, Any]:
-        """One input as `{"image" or "video": ..., "text": ...}`."""
-        if isinstance(given, dict) and "array" not in given:
+        """Return one input as `{"image" or "video": ..., "text": ...}`."""
+        if isinstance(given, dict) and "array" not in given:  # not a decoded video
             return given
         return {kind: given}
 
     def preprocess_media(self, parts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Clips of one length, and their queries. Among videos, an image stands still."""
+        """Return the clips and their queries as one batch.
+
+        All clips need the same number of frames, so an image in a batch with videos is repeated.
+        """
         frames = self.processor.video_processor.num_frames
         only_images = all("image" in part for part in parts)
         clips = []
@@ -99,7 +102,7 @@ class VLJEPAModule(InputModule):
         }
 
     def forward(self, features: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Add `sentence_embedding` `(B, D)`, unit vectors in the order of the inputs."""
+        """Add `sentence_embedding` `(B, D)`: unit vectors in the order of the inputs."""
         embeds = []
         if "input_ids" in features:
             texts = features["input_ids"], features["attention_mask"]
@@ -107,7 +110,7 @@ class VLJEPAModule(InputModule):
         if "pixel_values_videos" in features:
             queries = features["query_ids"], features["query_mask"]
             embeds.append(self.model.predict(features["pixel_values_videos"], *queries))
-        order = features["order"].to(embeds[0].device).argsort()
+        order = features["order"].to(embeds[0].device).argsort()  # inverse of a permutation
         features["sentence_embedding"] = torch.cat(embeds)[order]  # (B, D)
         return features
 

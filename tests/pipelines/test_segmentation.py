@@ -367,7 +367,7 @@ def test_a_restored_state_goes_on_as_if_never_interrupted():
     for cut in (0, 1, 5, 31, 32, 33, 36, 60, 150, 214):
         first, second = OnlineSegmenter(**settings), OnlineSegmenter(**settings)
         found = push(first, 0, cut)
-        suspicions += first.held > 0
+        suspicions += first.suspected > 0
         state = first.state_dict()
         if state:
             state = load(save(state))  # through safetensors
