@@ -1,9 +1,9 @@
-"""Look at what a recipe will train on, before it does: one HTML page, and a summary in print.
+"""Inspect the data of a recipe before training: write one HTML page and print a summary.
 
     python -m training.inspect_data RECIPE.yaml [training.global_batch_size=64 …] --output page.html
 
-The page shows samples as the model gets them: decoded, resized, cropped, normalised, collated,
-and made visible again.
+The page shows samples as the model gets them: frames that were decoded, resized and cropped, and
+texts that were cut to their limit.
 """
 
 import argparse
@@ -41,16 +41,16 @@ from training.data.facts import (
 from training.data.sources import Source, StreamedSource, read_source, texts_of
 from training.model.recipe_model import load_processor, new_model
 
-TEXTS_AT_ONCE = 1000  # to a tokenizer, so that progress is seen
+TEXTS_AT_ONCE = 1000  # texts tokenized between two updates of the progress bar
 
 
 @dataclass
 class Sample:
-    """A row as the model gets it.
+    """Row as the model gets it.
 
     Attributes:
-        frames (`np.ndarray` of shape `(T, h, w, 3)`, uint8): pixel values made visible.
-        query_tokens, target_tokens: the token ids as text again.
+        frames (`np.ndarray` of shape `(T, h, w, 3)`, uint8): resized, cropped frames.
+        query_tokens, target_tokens: texts decoded from the token ids.
     """
 
     row: dict
@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass
 class Lengths:
-    """Numbers of tokens, and how many a text is cut to."""
+    """Lengths of texts in tokens, and the limit to which texts are cut."""
 
     counts: list[int]
     limit: int
@@ -73,21 +73,24 @@ class Lengths:
 
 @dataclass
 class SourceFacts:
-    """What the page says of a source. `looked_at` are the rows whose texts were counted in tokens
-    and whose files were opened: all of them, or as many as asked for, drawn at random.
+    """Facts about a source that the page shows.
 
     Attributes:
-        whole: whether `rows` are all there are; of a streamed source they are its first.
-        visits: how often the recipe draws each row, if that is known.
-        shared: by kind, because a batch holds videos or images.
+        whole: true if `rows` are all rows; false if they are the first rows of a streamed source.
+        examined: rows whose texts are tokenized and whose files are opened: all rows, or a random
+            sample of `--limit` rows.
+        draws: how often the recipe draws each row; `None` if the number of rows is unknown.
+        headers: rows with the headers of their files.
+        unreadable: names of files, with the error.
+        shared: matches within a batch, by kind, because a batch holds videos or images.
     """
 
     arguments: SourceArguments
     rows: list[dict]
     whole: bool
     bad: list[BadRow]
-    looked_at: list[dict]
-    visits: float | None
+    examined: list[dict]
+    draws: float | None
     queries: Lengths
     targets: Lengths
     headers: list[tuple[dict, Header]]
@@ -121,7 +124,7 @@ class SourceFacts:
 
     @property
     def reasons(self) -> list[tuple[str, int]]:
-        """Why rows are bad, without what differs from file to file."""
+        """Reasons of bad rows by frequency, without the part that names a file."""
         return Counter(row.reason.split(":")[0] for row in self.bad).most_common()
 
 
@@ -129,7 +132,7 @@ class SourceFacts:
 
 
 def read_sources(recipe: Recipe) -> tuple[list[Source | StreamedSource], VLJEPAProcessor]:
-    """The recipe's rows and the processor it trains with."""
+    """Read the recipe's sources and the processor with which it trains."""
     sources = [read_source(source) for source in recipe.data.sources]
     if recipe.model.checkpoint is not None:
         return sources, load_processor(recipe.model, recipe.processor)
@@ -143,8 +146,10 @@ def samples_of(
     processor: VLJEPAProcessor,
     recipe: Recipe,
 ) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """Rows through the dataset and the collator of training, and those that did not get through
-    with the reason."""
+    """Pass rows through the dataset and the collator of training.
+
+    Returns: the samples, and the unreadable rows with the error.
+    """
     part, collate = Source(source.arguments, rows, []), ContrastiveCollator(processor)
     with tempfile.TemporaryDirectory() as folder:
         arguments = replace(
@@ -162,7 +167,7 @@ def samples_of(
 
 
 def visible(row: dict, batch: dict[str, torch.Tensor], processor: VLJEPAProcessor) -> Sample:
-    """A batch of one row, its frames and its tokens put together again."""
+    """Return the sample of a batch of one row: frames for display, and token ids as text."""
     frames = batch["frames"][0].permute(0, 2, 3, 1)  # (T, h, w, 3), uint8
     return Sample(
         row,
@@ -172,26 +177,29 @@ def visible(row: dict, batch: dict[str, torch.Tensor], processor: VLJEPAProcesso
     )
 
 
-# -- looking -----------------------------------------------------------------------------------
+# -- examining ---------------------------------------------------------------------------------
 
 
 def count_tokens(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, name: str
 ) -> Lengths:
-    """Tokens of each text, special ones included, before it is cut to `limit`."""
+    """Count the tokens of each text, special ones included, before it is cut to `limit`."""
     distinct = list(dict.fromkeys(texts))
     count_of = {}
     for start in tqdm(range(0, len(distinct), TEXTS_AT_ONCE), desc=name, leave=False):
-        some = distinct[start : start + TEXTS_AT_ONCE]
-        ids = tokenizer(some, verbose=False)["input_ids"]
-        count_of |= {text: len(tokens) for text, tokens in zip(some, ids, strict=True)}
+        batch = distinct[start : start + TEXTS_AT_ONCE]
+        ids = tokenizer(batch, verbose=False)["input_ids"]
+        count_of |= {text: len(tokens) for text, tokens in zip(batch, ids, strict=True)}
     return Lengths([count_of[text] for text in texts], min(limit, tokenizer.model_max_length))
 
 
 def read_headers(
     rows: list[dict],
 ) -> tuple[list[tuple[dict, Header]], list[tuple[str, str]]]:
-    """The header of each row's file, each file opened once, and those that have none."""
+    """Read the header of each row's file, each file once.
+
+    Returns: rows with their headers, and names of unreadable files with the error.
+    """
     found, unreadable = {}, {}
     for row in tqdm(rows, desc="files", leave=False):
         name = media_name(media_file(row))
@@ -199,14 +207,14 @@ def read_headers(
             continue
         try:
             found[name] = read_header(row)
-        # PIL's and FFmpeg's readers raise what they like; whatever it is, the page names it.
+        # PIL and FFmpeg raise errors of any type; the page lists each one.
         except Exception as error:
             unreadable[name] = str(error)
     headers = [(row, found[name]) for row in rows if (name := media_name(media_file(row))) in found]
     return headers, list(unreadable.items())
 
 
-def look_at(
+def examine(
     source: Source | StreamedSource,
     processor: VLJEPAProcessor,
     recipe: Recipe,
@@ -215,34 +223,34 @@ def look_at(
     num_samples: int,
     seed: int,
 ) -> SourceFacts:
-    """Everything the page says of one source."""
+    """Collect the facts about one source."""
     args, rows, whole = recipe.training, source.first_rows(), isinstance(source, Source)
     draw = random.Random(seed)
-    looked_at = rows if len(rows) <= limit else draw.sample(rows, limit)
+    examined = rows if len(rows) <= limit else draw.sample(rows, limit)
     batch = args.global_batch_size // args.gradient_accumulation_steps
     share = source.arguments.weight / sum(other.weight for other in recipe.data.sources)
-    headers, unreadable = read_headers(looked_at)
+    headers, unreadable = read_headers(examined)
     shown = draw.sample(rows, min(num_samples, len(rows)))
     samples, refused = samples_of(source, shown, processor, recipe)
     prompt = processor.prompt(processor.target_prompt_name)
     kinds = {kind: [row for row in rows if kind in row] for kind in ("video", "image")}
-    shared = {kind: sharing(some, batch) for kind, some in kinds.items()}
+    shared = {kind: sharing(of_kind, batch) for kind, of_kind in kinds.items()}
     return SourceFacts(
         arguments=source.arguments,
         rows=rows,
         whole=whole,
         bad=source.bad if whole else [],
-        looked_at=looked_at,
-        visits=args.max_steps * args.global_batch_size * share / len(rows) if whole else None,
+        examined=examined,
+        draws=args.max_steps * args.global_batch_size * share / len(rows) if whole else None,
         queries=count_tokens(
             processor.tokenizer,
-            [row["query"] for row in looked_at],
+            [row["query"] for row in examined],
             processor.max_query_length,
             "queries",
         ),
         targets=count_tokens(
             processor.target_tokenizer,
-            [prompt + row["target"] for row in looked_at],
+            [prompt + row["target"] for row in examined],
             processor.max_target_length,
             "targets",
         ),
@@ -257,15 +265,15 @@ def look_at(
 
 
 def bins(values: list[int] | list[float]) -> np.ndarray:
-    """Edges of at most 30 equal bins; of a few whole numbers, one around each."""
+    """Return the edges of 30 equal bins, or of one bin for each integer if these are few."""
     low, high = min(values), max(values)
     if isinstance(high, int) and high - low < 30:
-        return np.arange(low - 0.5, high + 1)  # whose last edge is high + 0.5
+        return np.arange(low - 0.5, high + 1)  # the last edge is high + 0.5
     return np.histogram_bin_edges(values, bins=30)
 
 
 def histograms(facts: SourceFacts, processor: VLJEPAProcessor) -> str:
-    """Tokens of both texts; seconds, frames and shorter sides of the clips, where known."""
+    """Plot the lengths of both texts, and seconds, frames and shorter sides of the clips."""
     video = processor.video_processor
     seconds = [clip_seconds(row, header) for row, header in facts.headers if "video" in row]
     panels = {
@@ -294,27 +302,29 @@ def histograms(facts: SourceFacts, processor: VLJEPAProcessor) -> str:
 
 
 def shared_media(facts: list[SourceFacts]) -> list[tuple[str, str, int]]:
-    """Pairs of sources that hold the same media, and how many."""
+    """Return the pairs of sources that have media in common, and the number of these."""
     pairs = [(a.name, b.name, len(a.media & b.media)) for a, b in combinations(facts, 2)]
     return [pair for pair in pairs if pair[2]]
 
 
 def summary(facts: SourceFacts) -> str:
-    """What the print says of a source."""
+    """Return the printed summary of a source."""
     drawn = (
-        f"each row is drawn {facts.visits:.1f} times" if facts.whole else "the first of a stream"
+        f"each row is drawn {facts.draws:.1f} times"
+        if facts.whole
+        else "the first rows of a streamed source"
     )
     lines = [
         f"{facts.name}: {len(facts.rows)} rows of {len(facts.media)} media, "
         f"{facts.distinct_targets} targets, {len(facts.bad)} bad rows; {drawn}",
         f"  tokens: query at most {max(facts.queries.counts)} ({facts.queries.cut} cut), "
         f"target at most {max(facts.targets.counts)} ({facts.targets.cut} cut)",
-        f"  {facts.repeated} repeated rows, {len(facts.leaking)} queries that hold their target, "
-        f"{len(facts.unreadable)} unreadable files of {len(facts.looked_at)} rows",
+        f"  {facts.repeated} repeated rows, {len(facts.leaking)} queries with their target in "
+        f"them, {len(facts.unreadable)} unreadable files of {len(facts.examined)} rows",
     ]
     lines += [
         f"  {kind}s, batches of {found.batch}: {found.pairs:.2%} of pairs masked, {found.rows:.0%} "
-        f"of rows meet their own target, chance loss about {found.chance_loss:.3f}"
+        f"of rows have a match, chance loss about {found.chance_loss:.3f}"
         for kind, found in facts.shared.items()
     ]
     return "\n".join(lines)
@@ -345,24 +355,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="training.inspect_data", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("recipe", help="a YAML file, as training.train takes it")
+    parser.add_argument("recipe", help="YAML file of the recipe")
+    parser.add_argument("overrides", nargs="*", help="changed keys, such as processor.num_frames=4")
+    parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
     parser.add_argument(
-        "overrides", nargs="*", help="changes to it, such as processor.num_frames=4"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="the page")
-    parser.add_argument(
-        "--limit", type=at_least_one, default=2000, help="rows of a source to look into"
+        "--limit", type=at_least_one, default=2000, help="rows to examine per source"
     )
     parser.add_argument(
-        "--samples", type=at_least_one, default=12, help="of each source on the page"
+        "--samples", type=at_least_one, default=12, help="samples to show per source"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
     arguments = parser.parse_intermixed_args(argv)
 
     recipe = read_recipe(arguments.recipe, arguments.overrides)
     sources, processor = read_sources(recipe)
     facts = [
-        look_at(
+        examine(
             source,
             processor,
             recipe,
