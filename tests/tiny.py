@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from modeling_vljepa import VLJEPAConfig, VLJEPAForConditionalGeneration, VLJEPAModel
 from processing import VLJEPAProcessor, VLJEPAVideoProcessor
 
+HANG_SECONDS = 1800  # ends a process that hangs; a busy machine needs much less
+
 SUB_CONFIGS = {
     "vision_config": {
         "model_type": "vjepa2",
@@ -256,7 +258,7 @@ def run_elsewhere(script: str, folder: Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()

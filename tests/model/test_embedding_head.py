@@ -28,7 +28,7 @@ def test_the_mean_equals_the_loop(states):
             expected[row] += states[row, token].numpy() / len(real)
     mean = masked_mean(states, MASK)
     np.testing.assert_allclose(mean.numpy(), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(masked_mean(states, None), states.mean(1), rtol=0, atol=0)
+    torch.testing.assert_close(masked_mean(states, None), states.mean(1), rtol=0, atol=1e-6)
     assert not torch.allclose(mean, states.mean(1), atol=0.1)
 
 
@@ -72,7 +72,7 @@ def test_bf16_autocast_does_not_reach_the_head(states, head):
         embeds = head(masked_mean(states, MASK))
         rounded = head(masked_mean(states.bfloat16(), MASK))
     assert embeds.dtype == rounded.dtype == torch.float32
-    assert torch.equal(embeds, expected)
+    torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(rounded, expected, rtol=0, atol=0.01)
     # A head stored in bf16 hands out fp32 as well.
     assert head.bfloat16()(pooled).dtype == torch.float32
@@ -82,7 +82,7 @@ def test_truncated_embeddings_are_the_first_dimensions_on_the_sphere(states, hea
     pooled = masked_mean(states, MASK)
     expected = torch.nn.functional.normalize(head.projection(pooled)[:, :4], dim=1)
     torch.testing.assert_close(head(pooled, 4), expected, rtol=0, atol=1e-6)
-    assert torch.equal(head(pooled, 6), head(pooled))
+    torch.testing.assert_close(head(pooled, 6), head(pooled), rtol=0, atol=1e-6)
     for wrong in (0, 7, -1):
         with pytest.raises(ValueError, match=f"truncate_dim is {wrong}, but an embedding has 6"):
             head(pooled, wrong)
@@ -93,6 +93,6 @@ def test_without_a_projection_the_space_is_the_encoders_own(states):
     head = EmbeddingHead(8, 8, project=False)
     assert list(head.parameters()) == []
     expected = torch.nn.functional.normalize(pooled, dim=1)
-    assert torch.equal(head(pooled), expected)
+    torch.testing.assert_close(head(pooled), expected, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="Y-Encoder's own of 8 dimensions, but embedding_dim is 6"):
         EmbeddingHead(8, 6, project=False)

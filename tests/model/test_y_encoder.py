@@ -14,7 +14,7 @@ IDS, MASK = BATCH["target_input_ids"], BATCH["target_attention_mask"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_stock_encoder_bitwise(kind):
+def test_y_encoder_equals_the_stock_encoder(kind):
     box = tiny_model(**KINDS[kind]).y_encoder
     stock = AutoModel.from_config(tiny_config(**KINDS[kind]).text_config).eval()
     loaded = stock.load_state_dict(box.backbone.state_dict(), strict=False)
@@ -22,8 +22,11 @@ def test_equals_the_stock_encoder_bitwise(kind):
     assert loaded.unexpected_keys == []
     for mask in (None, MASK):
         expected = stock(input_ids=IDS, attention_mask=mask).last_hidden_state
-        assert torch.equal(box.read(IDS, mask).last_hidden_state, expected)
-        assert torch.equal(box(IDS, mask), masked_mean(expected, mask))
+        states = box.read(IDS, mask).last_hidden_state
+        torch.testing.assert_close(states, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            box(IDS, mask), masked_mean(expected, mask), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_bert_has_no_pooler():
@@ -54,7 +57,7 @@ def test_a_causal_gemma_is_refused():
     other = IDS.clone()
     other[:, -1] = (other[:, -1] + 1) % 300
     states, changed = (gemma(ids).last_hidden_state[:, :-1] for ids in (IDS, other))
-    assert torch.equal(states, changed)
+    torch.testing.assert_close(states, changed, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,7 +84,8 @@ def test_a_frozen_encoder_stays_as_it_is_and_its_head_trains(kind):
     model.y_encoder.requires_grad_()  # even where an adapter or a user asks for a gradient
     assert not model.y_encoder(IDS, MASK).requires_grad
     model.freeze()
-    assert torch.equal(model.y_encoder(IDS, MASK), states)  # no dropout
+    again = model.y_encoder(IDS, MASK)
+    torch.testing.assert_close(again, states, rtol=1e-6, atol=1e-6)  # no dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     model(**BATCH, return_loss=True).loss.backward()
     optimizer.step()
@@ -101,7 +105,8 @@ def test_poolings_equal_the_loop():
     assert torch.equal(pool(states, mask, "lasttoken"), expected)
     assert torch.equal(pool(states, None, "lasttoken"), states[:, 4])
     assert torch.equal(pool(states, mask, "cls"), states[:, 0])
-    assert torch.equal(pool(states, mask, "mean"), masked_mean(states, mask))
+    mean = pool(states, mask, "mean")
+    torch.testing.assert_close(mean, masked_mean(states, mask), rtol=1e-6, atol=1e-6)
 
 
 def test_dense_layers_follow_the_pooling_and_belong_to_the_encoder():
@@ -125,6 +130,7 @@ def test_dense_layers_follow_the_pooling_and_belong_to_the_encoder():
 def test_an_unfrozen_encoder_has_dropout_and_trains():
     """The positive control of the test above."""
     model = tiny_model(**KINDS["bert"]).train()
-    assert not torch.equal(model.y_encoder(IDS, MASK), model.y_encoder(IDS, MASK))
+    moved = model.y_encoder(IDS, MASK) - model.y_encoder(IDS, MASK)
+    assert moved.abs().max() > 1e-3
     assert model.y_encoder(IDS, MASK).requires_grad
     assert all(p.requires_grad for p in model.y_encoder.parameters())

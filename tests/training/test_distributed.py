@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_vljepa.losses import LOSSES, Loss
-from tests.tiny import tiny_model, tiny_recipe, tiny_rows
+from tests.tiny import HANG_SECONDS, tiny_model, tiny_recipe, tiny_rows
 from training.arguments import RecipeError
 from training.loop import objective as objective_module
 from training.loop.distributed import all_gather, check_world_size
@@ -154,7 +155,7 @@ def work(rank: int, world_size: int, folder: Path) -> None:
         init_method=f"file://{folder / 'meeting'}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=HANG_SECONDS),
     )
     results = {}
     for setting, arguments in SETTINGS.items():
@@ -186,8 +187,11 @@ def results(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     context = mp.start_processes(
         work, args=(world_size, folder), nprocs=world_size, join=False, start_method="forkserver"
     )
+    deadline = time.monotonic() + HANG_SECONDS
     try:
-        assert any(context.join(timeout=30) for _ in range(6)), "the processes hang"
+        # `join` returns False each time one process ends while others still run.
+        while not context.join(timeout=HANG_SECONDS):
+            assert time.monotonic() < deadline, "the processes hang"
     finally:
         for process in context.processes:
             process.kill()
@@ -212,7 +216,7 @@ def test_loss_and_gradient_equal_one_process(results, setting, cache_rows):
     mean = torch.stack([result["loss"] for result in found]).mean()
     torch.testing.assert_close(mean, expected["loss"], rtol=1e-5, atol=0)
     for result in found:
-        assert result["chance"] == expected["chance"]
+        torch.testing.assert_close(result["chance"], expected["chance"], rtol=1e-6, atol=0)
         distances = off(result, expected)
         assert max(distances.values()) <= 1e-5, max(distances, key=distances.get)
     loss = loss_of_setting(setting)
@@ -240,10 +244,11 @@ def test_grad_cache_equals_the_whole_batch(setting, rows):
 
 def test_a_local_gradient_would_be_wrong(results):
     """The positive control: with a gather whose backward returns only the local slice, the loss
-    is right to the last digit, and the towers' gradients are not."""
+    is right, and the towers' gradients are not."""
     expected = step(Objective(), new_model("local"))
     for result in results:
-        assert torch.equal(result["local", None]["loss"], result["info_nce", None]["loss"])
+        loss, right = (result[name, None]["loss"] for name in ("local", "info_nce"))
+        torch.testing.assert_close(loss, right, rtol=1e-6, atol=0)
         distances = off(result["local", None], expected)
         assert distances.pop("logit_scale.weight") <= 1e-5
         assert min(d for name, d in distances.items() if name.startswith("y_")) > 0.1
@@ -272,7 +277,7 @@ def test_torchrun_goes_the_way_of_one_process(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 process(es) on cpu:0 · 3 steps of 2 rows") == 1
@@ -320,10 +325,10 @@ def test_nodes_without_a_shared_disk_are_told_so(tmp_path):
     )
     port = free_port()
     first, second = (start_node(rank, tmp_path / f"{rank}", port, recipe) for rank in range(2))
-    _, errors = second.communicate(timeout=240)
+    _, errors = second.communicate(timeout=HANG_SECONDS)
     assert second.returncode == 1
     assert f"error: training.output_dir: {tmp_path}/1/out is another folder here" in errors
-    first.communicate(timeout=240)  # it waits for the other until that is gone
+    first.communicate(timeout=HANG_SECONDS)  # it waits for the other until that is gone
     assert first.returncode != 0
 
 
