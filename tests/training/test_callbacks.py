@@ -72,7 +72,7 @@ def test_what_an_objective_has_not_is_left_out(args, capsys):
     ("sign", "message"),
     [
         ({"target_spread": 0.001}, "target embeddings are one point"),
-        ({"loss": 4.85}, "the loss is that of a model which knows nothing"),
+        ({"loss": 4.85}, "the loss is the chance loss"),
     ],
 )
 def test_a_collapse_is_told_once_and_not_during_warm_up(args, capsys, sign, message):
@@ -88,4 +88,4 @@ def test_a_collapse_is_told_once_and_not_during_warm_up(args, capsys, sign, mess
         log(callback, args, step, **sign)
     printed = capsys.readouterr().out
     assert printed.count("WARNING: collapse") == 1
-    assert f"{message}, since {PATIENCE} lines" in printed
+    assert f"{message}, for {PATIENCE} lines" in printed

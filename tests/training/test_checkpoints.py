@@ -89,7 +89,9 @@ def test_what_is_no_checkpoint_is_refused(arguments, tmp_path, name):
     folder = tmp_path / "out" / name
     if name == "empty":
         folder.mkdir(parents=True)
-    with pytest.raises(RecipeError, match=f"{name} is no complete checkpoint: it lacks .*Give one"):
+    with pytest.raises(
+        RecipeError, match=f"{name} is not a complete checkpoint: it lacks .*Give one"
+    ):
         main([*arguments, f"training.resume_from_checkpoint={folder}"])
 
 
@@ -109,15 +111,15 @@ def test_a_checkpoint_that_is_not_whole_is_refused(arguments, tmp_path):
             resume(wanted)
 
     assert resume(True) == str(last) and resume(last) == last
-    refused(out, "out is no complete checkpoint: it lacks the run's optimizer's state")
+    refused(out, "out is not a complete checkpoint: it lacks the run's optimizer's state")
     for name in SAVED - {"config.json"}:
         (last / name).rename(out / "away")
-        refused(True, f"checkpoint-4 is no complete .*: it lacks the run's .*{name[:5]}.*Remove")
-        refused(last, "checkpoint-4 is no complete checkpoint: it lacks .*; or begin a new run")
+        refused(True, f"checkpoint-4 is not a complete .*: it lacks the run's .*{name[:5]}.*Remove")
+        refused(last, "checkpoint-4 is not a complete checkpoint: it lacks .*, or start a new run")
         (out / "away").rename(last / name)
     whole = (last / "model.safetensors").read_bytes()
     (last / "model.safetensors").write_bytes(whole[:5000])
-    refused(True, "checkpoint-4 is no complete checkpoint: model.safetensors is broken")
+    refused(True, "checkpoint-4 is not a complete checkpoint: model.safetensors is broken")
     # What accelerate writes of a model that is spread over processes.
     for name, other in (("model.safetensors", "pytorch_model_fsdp_0"), ("optimizer.pt", "")):
         (last / name).unlink()
@@ -126,7 +128,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(arguments, tmp_path):
     assert resume(True) == str(last)
     for name in (INCOMPLETE, REPLACED):  # even where all but the renaming was done
         shutil.copytree(last, out / name)
-        refused(out / name, f"{name} is no complete checkpoint: its name says")
+        refused(out / name, f"{name} is not a complete checkpoint: it was being written")
         assert resume(True) == str(last)
 
 
@@ -237,7 +239,7 @@ def test_places_that_mean_other_rows_are_not_taken_up(tmp_path):
     places = tmp_path / "out" / "checkpoint-2" / "positions_0.json"
     whole = json.loads(places.read_text())
     places.write_text(json.dumps(whole | {"positions": {"0": {"0": whole["positions"]["0"]["0"]}}}))
-    with pytest.raises(RecipeError, match="lacks positions_N.json of some of the processes"):
+    with pytest.raises(RecipeError, match="lacks positions_N.json of some processes"):
         main(resume)
     places.write_text(json.dumps(whole))
     assert main([*resume, "data.lanes=2"]).state.global_step == 4
@@ -258,7 +260,7 @@ def test_too_many_bad_rows_stop_a_training(tmp_path):
     ) as error:
         main([str(recipe)])
     assert "torn.png: not an image" in str(error.value)
-    assert "At most 0.0% may be (data.max_bad_share)" in str(error.value)
+    assert "At most 0.0% may be unusable; correct" in str(error.value)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     # Where no line of the log stops it, the steps are done, and what they made is kept.
     with pytest.raises(RecipeError, match="stream.jsonl: [1-9] of [0-9]+ rows are unusable"):

@@ -1,4 +1,4 @@
-"""Rows that could not be used during training: counted by source, named, and limited."""
+"""Unusable rows of a training: counted by source, reported, and limited."""
 
 from pathlib import Path
 
@@ -10,19 +10,19 @@ from training.arguments import RecipeError, SourceArguments
 from training.loop.distributed import all_sum
 
 BAD_ROWS = "bad_rows.txt"
-FEW_ROWS = 1000  # a share of fewer rows means little, so the limit is that of at least this many
+FEW_ROWS = 1000  # the limit is a share of at least this many rows: few rows vary too much
 
 
 class BadRows:
-    """Counts of the rows that this process read, and of those among them that it could not use.
+    """Counts of the rows that this process read and could not use.
 
     Args:
-        sources: of the dataset, in its order.
+        sources: the dataset's sources, in its order.
         output_dir: folder of the run; every unusable row is appended to `bad_rows.txt` in it.
         max_bad_share: share of a source's rows that may be unusable, 0 to 1.
 
     Attributes:
-        seen, bad: number of rows of each source, read and unusable; a checkpoint holds them.
+        seen, bad: numbers of read rows and of unusable rows, by source; checkpoints store them.
     """
 
     def __init__(self, sources: list[SourceArguments], output_dir: Path, max_bad_share: float):
@@ -32,8 +32,7 @@ class BadRows:
         self._new: list[BadRow] = []
 
     def count(self, source: int, rows: int, bad: list[BadRow]) -> None:
-        """Add a batch's `rows` usable rows and its unusable ones, and append the latter to the
-        run's file."""
+        """Count a batch's `rows` usable rows and its unusable ones; append these to the file."""
         self.seen[source] += rows + len(bad)
         self.bad[source] += len(bad)
         self._new += bad
@@ -43,9 +42,9 @@ class BadRows:
                 file.writelines(f"{row}\n" for row in bad)
 
     def report(self, device: torch.device) -> str:
-        """Report the rows of all processes that were found unusable since the last call.
+        """Return a report of the rows that all processes found unusable since the last call.
 
-        Every process has to call it: counts and rows are gathered.
+        Every process must call it, because it gathers counts and rows.
 
         Returns: one paragraph for each source that has unusable rows; "" if none are new.
         Raises:
@@ -61,13 +60,13 @@ class BadRows:
             if not bad:
                 continue
             report = (
-                f"{source.name}: {bad} of {seen} rows are unusable; all are named in "
-                f"{self.output_dir / BAD_ROWS}"
+                f"{source.name}: {bad} of {seen} rows are unusable; {self.output_dir / BAD_ROWS} "
+                "lists them"
             )
             if bad > self.max_bad_share * max(seen, FEW_ROWS):
                 raise RecipeError(
-                    f"{report}{few}\nAt most {self.max_bad_share:.1%} may be "
-                    "(data.max_bad_share); correct the rows above."
+                    f"{report}{few}\nAt most {self.max_bad_share:.1%} may be unusable; correct the "
+                    "rows above or raise data.max_bad_share."
                 )
             reports.append(f"{report}{few}")
         return "\n".join(reports)

@@ -1,10 +1,10 @@
-"""What a person sees while it trains."""
+"""Log lines of a training: progress, scores, and a warning of collapse."""
 
 import time
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-# What a line of the log shows, where it is known.
+# Fields of a progress line after the loss; fields without a value are left out.
 FIELDS = {
     "accuracy": "in-batch acc {:.3f}",
     "logit_scale": "scale {:5.1f}",
@@ -14,14 +14,17 @@ FIELDS = {
     "mfu": "mfu {:.2f}",
     "peak_memory_gib": "{:.1f} GiB",
 }
-COLLAPSED_SPREAD = 0.01
-AT_CHANCE = 0.99
-PATIENCE = 5
+COLLAPSED_SPREAD = 0.01  # variance of a side's embeddings; 1 if they are evenly spread
+AT_CHANCE = 0.99  # share of the chance loss
+PATIENCE = 5  # lines of the log
 
 
 class ProgressLine(TrainerCallback):
-    """step/total (%) · loss (chance) · in-batch accuracy · scale · lr · grad norm · rate · share
-    of the possible rate · peak memory · eta; and a line for each score of an evaluation."""
+    """Progress line, and a line for each score of an evaluation.
+
+    Its fields: step/total (%) · loss (chance loss) · in-batch accuracy · scale · learning rate ·
+    gradient norm · samples/s · mfu · peak memory · eta.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
@@ -38,6 +41,7 @@ class ProgressLine(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or "loss" not in logs:
             return
+        # From this run's own steps: a resumed run begins at `first_step`, not at 0.
         seconds = (time.monotonic() - self.start) / (state.global_step - self.first_step)
         eta = round(seconds * (state.max_steps - state.global_step))
         chance = f" (chance {logs['chance_loss']:.3f})" if "chance_loss" in logs else ""
@@ -68,8 +72,8 @@ class ProgressLine(TrainerCallback):
 
 
 class CollapseWarning(TrainerCallback):
-    """Says so when the embeddings of a side are one point, or the loss stays what a model that
-    knows nothing gets, for five lines of the log after warm-up."""
+    """Warning of a collapse: for `PATIENCE` log lines after warm-up, the embeddings of a side are
+    one point or the loss is the chance loss."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
@@ -90,13 +94,13 @@ class CollapseWarning(TrainerCallback):
         sides = [s for s in ("predicted", "target") if logs[f"{s}_spread"] < COLLAPSED_SPREAD]
         signs = [f"{side} embeddings are one point" for side in sides]
         if logs["loss"] > AT_CHANCE * logs.get("chance_loss", float("inf")):
-            signs.append("the loss is that of a model which knows nothing")
+            signs.append("the loss is the chance loss")
         self.lines = self.lines + 1 if signs else 0
-        if self.lines == PATIENCE and state.is_world_process_zero:
+        if self.lines == PATIENCE and state.is_world_process_zero:  # `==`: once, not at every line
             print(
-                f"WARNING: collapse: {' and '.join(signs)}, since {PATIENCE} lines. A pretrained "
-                "Y-Encoder wants text_learning_rate_scale 0.05; a lower learning_rate, a longer "
-                "warm-up or a frozen Y-Encoder help.",
+                f"WARNING: collapse: {' and '.join(signs)}, for {PATIENCE} lines. Try "
+                "training.text_learning_rate_scale=0.05 for a pretrained Y-Encoder, a lower "
+                "learning_rate, a longer warm-up or a frozen Y-Encoder.",
                 flush=True,
             )
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and which of them to go on with."""
+"""Saving checkpoints completely or not at all, and finding the one to resume from."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from transformers.trainer_utils import (
 from training.arguments import RecipeError, SourceArguments, VLJEPATrainingArguments
 from training.data.mixture import Positions
 
-# No names that a search for checkpoints would find.
+# Names that `get_last_checkpoint` does not match.
 INCOMPLETE = "incomplete-checkpoint"
 REPLACED = "replaced-checkpoint"
 STATE = "trainer_state.json"
-POSITIONS = "positions_{}.json"  # of each process
-# What a run goes on from, and the files that hold it: those of the Trainer, of peft, or of
-# accelerate where FSDP spreads a model. Without some of them the Trainer would start anew.
+POSITIONS = "positions_{}.json"  # one for each process
+# The parts of a checkpoint and their files, as written by Trainer, by peft, or by accelerate for a
+# model sharded by FSDP. If one is missing, Trainer silently starts that part from the beginning.
 PARTS = {
     "state": (STATE,),
     "weights": ("model*.safetensors", "adapter_model.safetensors", "pytorch_model_fsdp*"),
@@ -35,17 +35,20 @@ PARTS = {
 
 
 def sync(folder: Path) -> None:
-    """Have everything below a folder on the disk, and not only on its way there."""
+    """Flush a folder and everything in it to the disk.
+
+    Without this a power failure after the renaming could leave a complete name with empty files.
+    """
     for path in [*folder.rglob("*"), folder]:
-        number = os.open(path, os.O_RDONLY)
-        os.fsync(number)
-        os.close(number)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def fault_of(folder: Path) -> str | None:
-    """Why a training cannot go on from this folder as if it had never stopped, or `None`."""
+    """Return why a run cannot resume from this folder, or `None` if it can."""
     if folder.name in (INCOMPLETE, REPLACED):
-        return "its name says that it is not whole"
+        return "it was being written or deleted when its run stopped"
     for part, patterns in PARTS.items():
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             return f"it lacks the run's {part} ({' or '.join(patterns)})"
@@ -58,34 +61,31 @@ def fault_of(folder: Path) -> str | None:
 
 
 def checkpoint_to_resume(args: VLJEPATrainingArguments) -> str | None:
-    """The folder that `resume_from_checkpoint` means; `None` to start from the beginning.
+    """Return the checkpoint to resume from; `None` to start from the beginning.
 
     Raises:
-        RecipeError: it means a folder that is no complete checkpoint.
+        RecipeError: the checkpoint is incomplete.
     """
     wanted = args.resume_from_checkpoint
     if wanted in (None, False):
         return None
-    cure = (
-        f"Give one of the folders {PREFIX_CHECKPOINT_DIR}-STEP of a run, or true for the last of "
-        "training.output_dir"
-    )
+    cure = f"Give a folder {PREFIX_CHECKPOINT_DIR}-STEP of a run, or true for the last one"
     if wanted is True:
         wanted = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        cure = "Remove this folder to go on from the one before"
+        cure = "Remove this folder to resume from the previous one"
     if wanted is not None and (fault := fault_of(Path(wanted))):
         raise RecipeError(
-            f"training.resume_from_checkpoint: {wanted} is no complete checkpoint: {fault}. "
-            f"{cure}; or begin a new run with its weights: model.checkpoint."
+            f"training.resume_from_checkpoint: {wanted} is not a complete checkpoint: {fault}. "
+            f"{cure}, or start a new run from its weights with model.checkpoint."
         )
     return wanted
 
 
-# -- places in the data --------------------------------------------------------------------
+# -- positions in the data -----------------------------------------------------------------
 
 
 def reading(sources: list[SourceArguments]) -> list[dict]:
-    """How each source is read. A place in a streamed one means other rows where it differs."""
+    """Return the settings of each source that decide which rows a position stands for."""
     return [
         {
             "streaming": source.streaming,
@@ -96,17 +96,20 @@ def reading(sources: list[SourceArguments]) -> list[dict]:
 
 
 def write_positions(path: Path, positions: Positions, **others: list | int) -> None:
+    """Write a process's positions, and `others`: the run's lanes, sources and row counts."""
     path.write_text(json.dumps({"positions": positions, **others}))
 
 
 def read_positions(
     folder: Path, *, lanes: int, sources: list[dict], is_first: bool
 ) -> tuple[Positions, list[int], list[int]]:
-    """Where a checkpoint's run was in each lane, of all its processes, and what it had counted,
-    which the first process of this one goes on with.
+    """Return a checkpoint's position in each lane, and its counts of read and of unusable rows.
 
     Args:
-        lanes, sources: of this run; the latter as `reading` says.
+        lanes: the number of lanes of this run.
+        sources: the result of `reading` for this run.
+        is_first: return the counts, summed over the checkpoint's processes. The other processes
+            start at 0, because counts are summed over processes again when they are reported.
 
     Raises:
         RecipeError: the checkpoint's run read its sources in another way.
@@ -116,58 +119,66 @@ def read_positions(
     for path in sorted(folder.glob(POSITIONS.format("*"))):
         content = json.loads(path.read_text())
         check_reading(folder, content, lanes, sources)
-        for bucket, places in content["positions"].items():
+        # Each process of that run wrote the lanes it read; JSON keys are text.
+        for bucket, lane_positions in content["positions"].items():
             positions.setdefault(int(bucket), {}).update(
-                {int(lane): position for lane, position in places.items()}
+                {int(lane): position for lane, position in lane_positions.items()}
             )
         if is_first:
             seen = [a + b for a, b in zip(seen, content["seen"], strict=True)]
             bad = [a + b for a, b in zip(bad, content["bad"], strict=True)]
-    if any(len(places) != lanes for places in positions.values()):
+    if any(len(lane_positions) != lanes for lane_positions in positions.values()):
         raise RecipeError(
-            f"training.resume_from_checkpoint: {folder} lacks {POSITIONS.format('N')} of some of "
-            "the processes that wrote it. Copy all of it, or give another checkpoint."
+            f"training.resume_from_checkpoint: {folder} lacks {POSITIONS.format('N')} of some "
+            "processes of its run. Copy the whole folder, or give another checkpoint."
         )
     return positions, seen, bad
 
 
 def check_reading(folder: Path, content: dict, lanes: int, sources: list[dict]) -> None:
-    """Stop where a checkpoint's places mean other rows: some would be read twice, others never."""
+    """Raise `RecipeError` if a checkpoint's positions would mean other rows in this run.
+
+    Some rows would be read twice then, and others never.
+    """
     if len(content["sources"]) != len(sources):
         raise RecipeError(
             f"training.resume_from_checkpoint: {folder} was trained on {len(content['sources'])} "
-            f"sources, and the recipe has {len(sources)}. Resume with the recipe it was started "
-            "with, or start from its weights: model.checkpoint."
+            f"sources, and the recipe has {len(sources)}. Resume with the same sources, or start a "
+            "new run from its weights with model.checkpoint."
         )
-    for number, (before, now) in enumerate(zip(content["sources"], sources, strict=True)):
+    for index, (before, now) in enumerate(zip(content["sources"], sources, strict=True)):
         for name, value in before.items():
             if now[name] != value:
                 raise RecipeError(
-                    f"data.sources[{number}].{name}: {folder} was trained with {value}, and its "
-                    f"places mean other rows with {now[name]}. Set it to {value} to resume."
+                    f"data.sources[{index}].{name}: {folder} was trained with {value}, and its "
+                    f"positions mean other rows with {now[name]}. Set it to {value} to resume."
                 )
     if content["lanes"] != lanes and any(source["streaming"] for source in sources):
         raise RecipeError(
-            f"data.lanes: {folder} was trained with {content['lanes']} lanes, and its places mean "
-            f"other rows in {lanes}. Set data.lanes to {content['lanes']} to resume, on a number "
-            "of processes that divides it."
+            f"data.lanes: {folder} was trained with {content['lanes']} lanes, and its positions "
+            f"mean other rows with {lanes}. Set data.lanes to {content['lanes']} to resume, on a "
+            "number of processes that divides it."
         )
 
 
 class AtomicCheckpoints(Trainer):
-    """A Trainer that writes a checkpoint under another name, and renames it when every process has
-    written its part: a run that is killed leaves no half of one where it would be looked for.
+    """Trainer whose checkpoints are complete or absent.
 
-    Raises:
-        RecipeError: the processes do not share a disk.
+    It writes a checkpoint under another name and renames it when every process has written its
+    part. A run that is killed in between leaves no incomplete checkpoint under a valid name.
     """
 
     def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            RecipeError: the processes do not share a disk.
+        """
         run = Path(self._get_output_dir(trial))
         written, replaced = run / INCOMPLETE, run / REPLACED
         final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            for leftover in (written, replaced):  # of a run that was killed
+            for leftover in (written, replaced):  # from a killed run
                 shutil.rmtree(leftover, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
@@ -190,16 +201,17 @@ class AtomicCheckpoints(Trainer):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(written / STATE))
 
-        # 3. All of it at once
+        # 3. The valid name, when everything is written. `rename` cannot replace a folder that has
+        #    files, so an old checkpoint of this name is first moved away, then deleted.
         self.accelerator.wait_for_everyone()
         if not (written / STATE).is_file():
             raise RecipeError(
-                f"training.output_dir: {run} is another folder here than for the first process, "
-                "which alone writes the weights. Give one on a disk that all nodes share."
+                f"training.output_dir: {run} on this node is not the first process's folder, to "
+                "which the weights are written. Give a folder on a disk that all nodes share."
             )
         if self.args.should_save:
             sync(written)
-            if final.is_dir():  # of a run that was taken up before it
+            if final.is_dir():  # from a run that was resumed at an earlier step
                 final.rename(replaced)
             written.rename(final)
             shutil.rmtree(replaced, ignore_errors=True)

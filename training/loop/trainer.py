@@ -1,4 +1,4 @@
-"""The Trainer: transformers' own, with this objective, its parameter groups and its batches."""
+"""A transformers Trainer with this objective, its parameter groups and its batches."""
 
 import json
 import math
@@ -32,22 +32,22 @@ from training.loop.grad_cache import cached_step
 from training.loop.objective import Embeds, Ids, Objective
 from training.loop.speed import SpeedMeter, training_flops
 
-LANES = 8
+LANES = 8  # of a streamed source: divisible by 1, 2, 4 and 8 processes
 
 
 class VLJEPATrainer(AtomicCheckpoints, Trainer):
-    """Contrastive training of a [`VLJEPAModel`] over one or many processes.
+    """Trainer of a [`VLJEPAModel`] on one or many processes.
 
-    It overrides what it must: the loss (in-batch negatives of all processes), the step (GradCache),
-    the optimizer's groups (a rate for each encoder), the sampler (a mixture of sources), the
-    evaluation (benchmarks), the log (the parts of the loss by name) and how checkpoints are
-    written (whole or not at all).
+    It overrides the loss (in-batch negatives of all processes), the step (GradCache), the
+    optimizer's groups (a learning rate for each encoder), the sampler (a mixture of sources), the
+    evaluation (benchmarks), the log (parts of the loss by name) and the saving of checkpoints
+    (complete or not at all).
 
     Args:
-        benchmarks: measured by `evaluate`.
-        limit: only the first so many rows of each.
-        peak_flops: what one device can do in a second.
-        lanes, max_bad_share: of the section `data`.
+        benchmarks: benchmarks that `evaluate` measures.
+        limit: maximum number of rows of each.
+        peak_flops: operations per second that one device can reach.
+        lanes, max_bad_share: settings of the recipe's section `data`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         max_bad_share: float = 0.0,
         **kwargs,
     ):
-        # What stands for the dataset that Trainer asks for where it is to evaluate.
+        # Trainer requires an eval_dataset to evaluate; the benchmarks stand in for one.
         super().__init__(*args, eval_dataset=list(benchmarks) or None, **kwargs)
         self.benchmarks, self.limit = benchmarks, limit
         self.objective = Objective(
@@ -82,12 +82,12 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
-            # It would round the model's outputs to bf16; autocast alone leaves them in fp32.
+            # FSDP's policy would round the model's outputs to bf16; autocast leaves them in fp32.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     def _prepare_for_training(self, *args, **kwargs):
         model, dataloader = super()._prepare_for_training(*args, **kwargs)
-        if self.is_fsdp_enabled:  # what an evaluation calls has to collect the weights, too
+        if self.is_fsdp_enabled:  # FSDP collects weights for `forward` only; evaluation calls these
             for name in ("encode_video", "predict", "encode_target"):
                 register_fsdp_forward_method(model, name)
         return model, dataloader
@@ -99,7 +99,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         outputs = model(**self.make_ready(inputs))
         embeds = Embeds(
             outputs.predicted_embeds,  # (b, D)
-            outputs.target_embeds,  # (U, D): without `target_index`, of the distinct targets
+            outputs.target_embeds,  # (U, D), distinct: the model got no `target_index`
             outputs.logit_scale,
             outputs.logit_bias,
         )
@@ -118,7 +118,8 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         if self.args.gradient_cache_rows is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        waiting = dict(inputs)  # where the loader put it; a part at a time goes to the device
+        # The batch stays on the loader's device; `make_ready` moves one part at a time.
+        waiting = dict(inputs)
         ids = Ids(**self._prepare_inputs(take_ids(waiting)))
         return cached_step(
             model,
@@ -133,10 +134,10 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         )
 
     def make_ready(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the model reads: everything on the device, and there the uint8 frames of the
-        collator rescaled and normalised."""
+        """Return the model's inputs: on the device, with uint8 frames rescaled and normalised."""
         inputs = self._prepare_inputs(inputs)
-        if "frames" in inputs:  # not with a feature store
+        # After the move: uint8 frames are a quarter of fp32 pixels, and the device is faster.
+        if "frames" in inputs:  # absent with a feature store
             frames, video = inputs.pop("frames"), self.processing_class.video_processor
             inputs["pixel_values_videos"] = to_pixel_values(frames, video)
         return inputs
@@ -144,10 +145,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
     # -- the optimizer ---------------------------------------------------------------------
 
     def create_optimizer(self, model=None):
-        """Groups of one rate and with or without weight decay: each encoder has a rate of its own.
-
-        The Y-Encoder's new head is no part of its pretrained weights: it trains at the full rate.
-        """
+        """Create the optimizer; a group is the parameters of one learning rate and weight decay."""
         model = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(model))
         groups = defaultdict(list)
@@ -159,21 +157,24 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             for (rate, is_decayed), group in groups.items()
         ]
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-        # Upstream takes the groups from here, and minds what some optimizers ask for, such as
-        # embeddings with fp32 states from the 8-bit ones of bitsandbytes.
+        # Upstream takes the groups from this attribute. It then also handles special optimizers:
+        # bitsandbytes' 8-bit ones keep fp32 states for embeddings.
         self.optimizer_cls_and_kwargs = (optimizer_class, dict(params=parameters, **arguments))
         return super().create_optimizer(model)
 
     def learning_rate_of(self, name: str) -> float:
-        """The peak rate of a parameter."""
-        if "y_encoder." in name:
+        """Return the peak learning rate of a parameter.
+
+        The Y-Encoder's head (`y_head.`) is new, not pretrained, so it trains at the full rate.
+        """
+        if "y_encoder." in name:  # `in`: adapters put a prefix before it
             return self.args.learning_rate * self.args.text_learning_rate_scale
         if "x_encoder." in name:
             return self.args.learning_rate * self.args.vision_learning_rate_scale
         return self.args.learning_rate
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """Matrices decay; norms, biases and the temperature do not."""
+        """Return the names of matrices: norms, biases and the temperature do not decay."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     # -- evaluation and the log ------------------------------------------------------------
@@ -204,9 +205,11 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss, averaged over steps and processes since the last line, and
-        how fast and in how much memory these were made."""
-        if "loss" in logs:  # and not an evaluation, or the summary of a whole run
+        """Add to a log line the parts of the loss, the speed and the peak memory.
+
+        The parts are averaged over processes and over the steps since the last line.
+        """
+        if "loss" in logs:  # a line of training, not of an evaluation or of the whole run
             logs = logs | {
                 name: all_mean(torch.stack(values).mean()).item()
                 for name, values in self._parts.items()
@@ -231,23 +234,24 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         private: bool | None = None,
         **kwargs,
     ) -> None:
-        """Publish the trained model as `python -m training.publish` does, card and code with it.
+        """Publish the trained model as `python -m training.publish` does, with card and code.
 
-        What the other arguments would say is decided there: one commit, to the main branch.
+        Other arguments of the parent's method are ignored: `publish` makes one commit on the main
+        branch.
         """
-        self.save_model(_internal_call=True)  # which without this would push in its turn
+        self.save_model(_internal_call=True)  # a call from outside would push again
         if self.is_world_process_zero():
             private = self.args.hub_private_repo if private is None else private
             token = self.args.hub_token if token is None else token
             publish(self.args.output_dir, self.args.hub_model_id, private=private, token=token)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train; with a checkpoint, go on from it, in the data, too."""
+        """Train, or continue a checkpoint: its weights, optimizer and position in the data."""
         self._resumed = resume_from_checkpoint
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """This process's part of every batch, made by `dataloader_num_workers` processes."""
+        """Return a loader of this process's part of every batch."""
         args = self.args
         lanes = self.lanes or default_lanes(args)
         done, positions = 0, {}
@@ -279,12 +283,13 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            generator=torch.Generator().manual_seed(args.seed),  # not the model's
+            generator=torch.Generator().manual_seed(
+                args.seed
+            ),  # else it takes numbers from the model's
         )
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """What a resumed run needs of every process: its random state, and its place in the
-        data."""
+        """Save this process's random state and its position in the data."""
         super()._save_rng_state(output_dir)
         write_positions(
             Path(output_dir, POSITIONS.format(self.args.process_index)),
@@ -296,24 +301,32 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         )
 
     def report_bad_rows(self) -> None:
-        """Print the rows found unusable since the last call; stop if a source has too many."""
+        """Print the rows found unusable since the last call.
+
+        Raises:
+            RecipeError: a source has more of them than `data.max_bad_share`.
+        """
         if report := self.bad_rows.report(self.args.device):
             self.accelerator.print(f"WARNING: {report}", flush=True)
 
 
 def default_lanes(args: VLJEPATrainingArguments) -> int:
-    """As many as recipes are written for, whatever the number of processes; at least one each."""
+    """Return the default number of lanes of a streamed source.
+
+    It depends on the batch size, not on the number of processes, so that a run has the same rows
+    on any number of them. If the processes do not divide it, each gets one lane.
+    """
     lanes = math.gcd(args.global_batch_size // args.gradient_accumulation_steps, LANES)
     return lanes if lanes % args.world_size == 0 else args.world_size
 
 
 def collate(collator: ContrastiveCollator, batch: Batch) -> dict:
-    """A batch's tensors, and beside them its source and the rows that it had to do without."""
+    """Return a batch's tensors, its source, and the unusable rows that were replaced."""
     return {**collator(batch.samples), "source": batch.source, "bad_rows": batch.bad}
 
 
 def take_ids(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take out of the batch what the objective reads and the model does not."""
+    """Remove from the batch, and return, the fields of `Ids`: the model does not accept them."""
     return {name: inputs.pop(name) for name in Ids.__dataclass_fields__ if name in inputs}
 
 
