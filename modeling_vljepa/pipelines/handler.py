@@ -1,6 +1,6 @@
-"""A published VL-JEPA as an inference endpoint: `EndpointHandler` lies at the model's root.
+"""Inference endpoint of a published VL-JEPA: this file is in the root of the model's repository.
 
-A request is JSON, its task a parameter:
+A request is JSON, and its task is a parameter:
 
     {"inputs": {...}, "parameters": {"task": "visual-question-answering", ...}}
 
@@ -11,17 +11,17 @@ A request is JSON, its task a parameter:
 | `zero-shot-video-classification`      | medium, `candidate_labels`                |
 | `embed`                               | medium, or `text`                         |
 
-The medium is `video` or `image`: the file in base64, or an http(s) address if the environment
-says `VLJEPA_ALLOW_URLS=1`, which lets callers make this machine fetch whatever it can reach. A
-path is neither: no file of this machine is read. `candidates` may be left out where the model
-brings answers along.
+The medium is `video` or `image`: the file in base64. With the environment variable
+`VLJEPA_ALLOW_URLS=1` it can be an http(s) address; callers can then make this machine fetch any
+address that it can reach. A path is rejected: no file of this machine is read. `candidates` is
+optional for a model with answers of its own.
 
-Parameters, beside `task`: `top_k`, `calibrated`, `query` (what is asked of the medium in the last
-three tasks) and `hypothesis_template`, as the pipelines have them.
+The other parameters are those of the pipelines: `top_k`, `calibrated`, `query` (the query about the
+medium, in the last three tasks) and `hypothesis_template`.
 
-The answer is `[{"answer" | "text" | "label": ..., "score": ...}]`, best first; of `embed` it is
-`{"embedding": [...]}`, a unit vector. A request that cannot be served is answered with
-`{"error": ...}`, which names the field.
+The answer is `[{"answer" | "text" | "label": ..., "score": ...}]`, best first. `embed` returns
+`{"embedding": [...]}`, a unit vector. An invalid request returns `{"error": ...}`, which names the
+field.
 """
 
 import base64
@@ -51,7 +51,10 @@ PARAMETERS = {
 
 
 def check_object(name: str, value: Any, allowed: set[str]) -> dict[str, Any]:
-    """A JSON object with none but the allowed fields; those that are `null` are left out."""
+    """Return the fields of a JSON object that are not `null`.
+
+    Raises: `ValueError` for other types and for a field that is not allowed.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"{name} is a {type(value).__name__}: give a JSON object.")
     if unknown := sorted(str(field)[:50] for field in value.keys() - allowed):
@@ -60,16 +63,17 @@ def check_object(name: str, value: Any, allowed: set[str]) -> dict[str, Any]:
 
 
 class EndpointHandler:
-    """
+    """Server of one model; its name and its methods are those that Inference Endpoints expects.
+
     Args:
-        path (`str`, *optional*): the model's folder; by default the one that this file is in.
+        path (`str`, *optional*): the model's folder; defaults to the folder of this file.
     """
 
-    max_bytes = 50 * 2**20  # of a file
-    max_seconds = 600  # of a video
-    max_pixels = 25_000_000  # of an image or a frame
+    max_bytes = 50 * 2**20  # per file
+    max_seconds = 600  # per video
+    max_pixels = 25_000_000  # per image or frame
     max_texts = 10_000
-    max_characters = 2_000  # of a text
+    max_characters = 2_000  # per text
 
     def __init__(self, path: str = ""):
         path = path or os.path.dirname(os.path.abspath(__file__))
@@ -84,11 +88,11 @@ class EndpointHandler:
             )
             for task, entry in self.model.config.custom_pipelines.items()
         }
-        # One at a time: the memory that a request takes is bounded, their number is not.
+        # Requests run one at a time: each is limited in memory, but their number is not.
         self.lock = Lock()
 
     def __call__(self, data: dict[str, Any]) -> list[dict] | dict:
-        """Answer one request; the module's docstring says what it may be."""
+        """Answer one request; the module's docstring has the format."""
         try:
             task, inputs, parameters = self.read(data)
             with self.lock:
@@ -101,7 +105,7 @@ class EndpointHandler:
             return {"error": str(error)}
 
     def embed(self, inputs: dict[str, Any], parameters: dict[str, Any]) -> torch.Tensor:
-        """A text's target embedding, or what is predicted for a medium, `(D,)`."""
+        """Return a text's target embedding or a medium's predicted embedding, `(D,)`."""
         pipe = self.pipelines["video-text-retrieval"]
         if "text" in inputs and len(inputs) == 1:
             return pipe.embed_texts([inputs["text"]])[0]
@@ -110,7 +114,7 @@ class EndpointHandler:
         return pipe.forward([pipe.preprocess(inputs, **parameters)])[0]
 
     def read(self, data: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
-        """The task, its inputs (media as bytes) and its parameters, all of them checked."""
+        """Return the task, its inputs (media as bytes) and its parameters, after all checks."""
         data = check_object("the request", data, {"inputs", "parameters"})
         if "inputs" not in data:
             raise ValueError("inputs is missing.")
@@ -129,7 +133,7 @@ class EndpointHandler:
         )
 
     def check(self, name: str, value: Any) -> Any:
-        """One field, within bounds; a medium as bytes."""
+        """Return one field, a medium as bytes; raise `ValueError` if it is beyond a limit."""
         if name in MEDIA:
             return self.read_medium(name, value)
         if name == "calibrated":
@@ -138,15 +142,13 @@ class EndpointHandler:
             return value
         if name == "top_k":
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {str(value)[:50]}: give a whole number, at least 1.")
+                raise ValueError(f"{name} is {str(value)[:50]}: give a whole number of at least 1.")
             return value
         if name in LISTS:
             if not isinstance(value, list):
                 raise ValueError(f"{name} is a {type(value).__name__}: give a list of strings.")
             if len(value) > self.max_texts:
-                raise ValueError(
-                    f"{name} has {len(value)} texts, but at most {self.max_texts} are taken."
-                )
+                raise ValueError(f"{name} has {len(value)} texts: give at most {self.max_texts}.")
             return [self.check_text(f"{name}[{i}]", text) for i, text in enumerate(value)]
         return self.check_text(name, value)
 
@@ -157,7 +159,7 @@ class EndpointHandler:
             raise ValueError(f"{name} is empty.")
         if len(value) > self.max_characters:
             raise ValueError(
-                f"{name} has {len(value)} characters, but at most {self.max_characters} are taken."
+                f"{name} has {len(value)} characters: give at most {self.max_characters}."
             )
         return value
 
@@ -166,10 +168,10 @@ class EndpointHandler:
             raise ValueError(f"{name} is a {type(value).__name__}: give the file in base64.")
         if value.lower().startswith(("http://", "https://")):
             if os.environ.get("VLJEPA_ALLOW_URLS") != "1":
-                raise ValueError(f"{name} is a URL, and this endpoint fetches none: send base64.")
+                raise ValueError(f"{name} is a URL, but URLs are off here: send base64.")
             return self.pipelines["video-text-retrieval"].fetch(value, self.max_bytes)
-        if len(value) * 3 // 4 > self.max_bytes:
-            raise ValueError(f"{name} is larger than the {self.max_bytes} bytes that are taken.")
+        if len(value) * 3 // 4 > self.max_bytes:  # before decoding, which would need the memory
+            raise ValueError(f"{name} is larger than {self.max_bytes} bytes: send a smaller file.")
         try:
             content = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Captions of a stream, each as soon as what it tells of is over.
+"""Captions of a stream, each as soon as its segment is over.
 
     watch = pipeline("streaming-caption", model="user/name", trust_remote_code=True)
     captions = watch("kitchen.mp4", fps=4)
@@ -6,8 +6,8 @@
         print(caption)  # {"start": 0.0, "end": 3.2, "text": "cuts an onion", "confidence": 0.97}
     captions.session.ask(["an onion", "a carrot"], query="What is cut?")
 
-The source is a file (path or content), the number of a camera, with `allow_urls=True` an http(s) or
-rtsp address, or an iterator of pairs: seconds, and a uint8 array `(H, W, 3)`.
+The source is a file (path or content), the number of a camera, an http(s) or rtsp address with
+`allow_urls=True`, or an iterator of pairs: seconds and a uint8 array `(H, W, 3)`.
 
 Shapes: B segments, N texts, D embedding size.
 """
@@ -24,26 +24,27 @@ from .stream_session import EmbeddedWindow, FrameWindow, StreamSession, stream
 
 
 class Writer:
-    """Puts the segments of one stream into words, one after the other.
+    """Writer of the texts of one stream's segments, one after the other.
 
-    A decoder that reads what was said before is told so.
+    The text of the segment before is passed to the decoder, which may read it.
 
     Args:
-        pipe ([`VLJEPAStreamingCaptionPipeline`]): whose model has a Y-Decoder.
-        query (`str`): what is asked.
-        generate_kwargs (`dict`): how it writes, as `generate` takes it.
+        pipe ([`VLJEPAStreamingCaptionPipeline`]): a pipeline whose model has a Y-Decoder.
+        query (`str`): the query of the stream.
+        generate_kwargs (`dict`): arguments of `generate`.
     """
 
     def __init__(self, pipe: PipelineBase, query: str, generate_kwargs: dict[str, Any]):
         if generate_kwargs.get("num_return_sequences", 1) != 1:
-            raise ValueError("generate_kwargs: a segment has one text, leave num_return_sequences.")
+            raise ValueError("generate_kwargs: a segment has one text; drop num_return_sequences.")
         self.pipe = pipe
         self.query = query
         self.generate_kwargs = generate_kwargs
         self.previous = ""
 
     def __call__(self, embeds: torch.Tensor) -> list[str]:
-        """Embeddings `(B, D)` to B texts."""
+        """Decode embeddings `(B, D)` to B texts."""
+        # Not as a batch: each text depends on the one before.
         return [self.write(embedding) for embedding in embeds]
 
     def write(self, embedding: torch.Tensor) -> str:
@@ -59,12 +60,12 @@ class Writer:
 
 
 class CaptionStream:
-    """The captions of one stream; it is read once.
+    """Captions of one stream, which is read once.
 
     Attributes:
-        session ([`StreamSession`]): whose `ask` answers questions about what was seen so far, in
-            between and at the end.
-        report (`StreamReport`): what happened to the source so far.
+        session ([`StreamSession`]): its `ask` answers questions about the stream so far, at any
+            time.
+        report (`StreamReport`): counts of frames read, dropped and broken so far.
     """
 
     def __init__(self, captions: Iterator[dict], session: StreamSession, windows: Any):
@@ -89,15 +90,15 @@ class CaptionStream:
         self.close()
 
     def close(self) -> None:
-        """Stop watching; what was seen can still be asked about."""
+        """Stop watching. The session still answers questions about the stream so far."""
         self.captions.close()
 
 
 class VLJEPAStreamingCaptionPipeline(PipelineBase):
-    """Say what happens in a stream, when it changes.
+    """Pipeline that captions a stream, one text per segment.
 
-    A Y-Decoder writes the text of each segment. With `candidates`, it is the nearest of these, and
-    no decoder is needed.
+    A Y-Decoder writes the texts. With `candidates`, the text is the nearest candidate, and no
+    decoder is needed.
     """
 
     def __call__(
@@ -107,15 +108,16 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
 
         Args:
             source: see the module.
-            batch_size (`int`, *optional*, defaults to 1): windows per pass; more of them are
-                faster on a file, and delay a live source.
+            batch_size (`int`, *optional*, defaults to 1): windows per batch; a larger one is
+                faster on a file and delays a live source.
             parameters: see `_sanitize_parameters`.
 
-        Returns: an iterator of `{"start", "end", "text", "confidence"}`, one for each segment as
-            it closes. They tile the stream; `start` and `end` are seconds. The confidence says
-            how much the embeddings of a segment agree, not whether the text is true.
-        Raises: `ValueError` where there is nothing to make a text of, and for options that cannot
-            be; `MediaError`, with the first caption, for a source that cannot be opened.
+        Returns: an iterator of `{"start", "end", "text", "confidence"}`, one for each segment when
+            it closes. Segments tile the stream; `start` and `end` are seconds. The confidence
+            measures how much the embeddings of a segment agree, not whether the text is true.
+        Raises: `ValueError` for a model that has neither a Y-Decoder nor `candidates`, and for
+            invalid options; `MediaError`, at the first caption, for a source that cannot be
+            opened.
         """
         watched, asked, _ = self._sanitize_parameters(**parameters)
         asked = (
@@ -139,19 +141,20 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
         segmenter_kwargs: dict[str, Any] | None = None,
         generate_kwargs: dict[str, Any] | None = None,
     ) -> tuple[dict, dict, dict]:
-        """
+        """Sort the parameters of a call by the step that reads them.
+
         Args:
-            query (`str`, *optional*): what is asked of every window; a caption by default.
+            query (`str`, *optional*): the query of every window; it asks for a caption by default.
             candidates (`list[str]`, *optional*): texts to choose from.
-            window, stride (`int`, *optional*): in frames; by default as many as the video
-                processor takes of a clip, and half of that.
-            fps (`float`, *optional*): frames kept per second; all by default.
-            live (`bool`, *optional*): whether a slow reader loses frames or the source waits;
-                cameras and addresses are live by default.
+            window, stride (`int`, *optional*): frames of a window, and from one window's start to
+                the next; default to the video processor's `num_frames` and half of it.
+            fps (`float`, *optional*): frames read per second; all by default.
+            live (`bool`, *optional*): with `True` a slow reader loses frames, with `False` the
+                source waits; `True` for cameras and addresses by default.
             allow_urls (`bool`, *optional*, defaults to `False`): open addresses.
-            segmenter_kwargs (`dict`, *optional*): thresholds and budget, as `OnlineSegmenter`
-                takes them: `drift_threshold`, `decodes_per_second` and others.
-            generate_kwargs (`dict`, *optional*): how a text is written, as `generate` takes it.
+            segmenter_kwargs (`dict`, *optional*): arguments of `OnlineSegmenter`, its thresholds
+                and decode limits.
+            generate_kwargs (`dict`, *optional*): arguments of `generate`.
         """
         watched = given(window=window, stride=stride, fps=fps, live=live, allow_urls=allow_urls)
         asked = given(
@@ -163,7 +166,7 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
         return watched, asked, {}
 
     def preprocess(self, source: Any, **options: Any) -> Any:
-        """The source as windows of frames, a `WindowStream`."""
+        """Return the source as windows of frames, a `WindowStream`."""
         return self.processor.watch(source, **options)
 
     def captions(self, windows: Any, session: StreamSession) -> Iterator[dict[str, Any]]:
@@ -191,7 +194,7 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
         generate_kwargs: dict[str, Any] | None = None,
         batch_size: int = 1,
     ) -> StreamSession:
-        """A session that has seen nothing yet; the arguments are those of a call."""
+        """Return a new session; the arguments are those of a call."""
         if query is not None and not isinstance(query, str):
             raise ValueError(f"query is a {type(query).__name__}: give a string.")
         session = StreamSession(
@@ -204,8 +207,8 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
         if candidates is not None:
             if generate_kwargs is not None:
                 raise ValueError(
-                    "generate_kwargs is for texts that are written, and these are chosen from "
-                    "candidates: leave it out."
+                    "generate_kwargs is for a decoder, but texts are chosen from candidates: leave "
+                    "it out."
                 )
             session.decode = self.chooser(session, check_texts("candidates", candidates))
         elif self.has_decoder:
@@ -220,10 +223,10 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
     def chooser(
         self, session: StreamSession, texts: list[str]
     ) -> Callable[[torch.Tensor], list[str]]:
-        """What makes embeddings `(B, D)` to the nearest of some texts."""
+        """Return a function that maps embeddings `(B, D)` to their nearest texts."""
         text_embeds = session.encoder.embed_texts(texts)  # (N, D)
         return lambda embeds: [
-            texts[place] for place in (embeds @ text_embeds.T).argmax(1).tolist()
+            texts[index] for index in (embeds @ text_embeds.T).argmax(1).tolist()
         ]
 
     def stream(
@@ -234,8 +237,7 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
         stride: int | None = None,
         **options: Any,
     ) -> Iterator[EmbeddedWindow]:
-        """The embeddings that captions are made of, with their times; `options` are those of
-        [`stream`]."""
+        """Yield the embeddings of a source's windows; `options` are those of [`stream`]."""
         return stream(self.model, self.processor, source, query, window, stride, **options)
 
 

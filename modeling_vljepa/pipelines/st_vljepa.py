@@ -55,9 +55,10 @@ class VLJEPAModule(InputModule):
 
         Returns: `input_ids` and `attention_mask` of the texts, from the Y-Encoder's tokenizer;
             `pixel_values_videos` of the media; `query_ids` and `query_mask`, from the Predictor's
-            tokenizer; `order` `(B,)`: the index in `inputs` of each text, then of each medium. The
-            suffixes of these names let sentence-transformers' trainer group a column's tensors.
+            tokenizer; `order` `(B,)`: the index in `inputs` of each text, then of each medium.
         """
+        # sentence-transformers' trainer takes each name that ends in `_input_ids` for a column of
+        # its own: `query_input_ids` would be one.
         kinds = [infer_modality(given, self.modalities) for given in inputs]
         texts = [index for index, kind in enumerate(kinds) if kind == "text"]
         media = [index for index, kind in enumerate(kinds) if kind != "text"]

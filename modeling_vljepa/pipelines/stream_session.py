@@ -1,4 +1,4 @@
-"""A model that watches a stream: windows in, segments out, questions about what was seen.
+"""A session that watches a stream: windows in, segments out, answers about the stream so far.
 
     for window in stream(model, processor, "kitchen.mp4", "What happens?", fps=4):
         print(window.start_time, window.end_time, window.embedding)
@@ -8,10 +8,11 @@
         print(segment.start_time, segment.end_time, segment.text, segment.confidence)
     session.ask(["a red ball", "a blue box"], query="What is picked up?")
 
-`windows` are `processor.watch(source)`, or anything that has their attributes.
+`windows` is `processor.watch(source)` or another iterable of objects with a `FrameWindow`'s
+attributes.
 
-Shapes: B windows, T frames, h and w pixels, P tokens of a frame, N visual tokens, Dx vision width,
-D embedding size.
+Shapes: B windows, T frames, h and w pixels, P tokens of a frame, N visual tokens, S segments, Dx
+vision width, D embedding size.
 """
 
 from collections import deque
@@ -25,12 +26,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .segmentation import EvenSample, OnlineSegmenter, Segment, ward_cost
 
-TOKEN_SAMPLES = 8  # windows of the open segment whose visual tokens are kept
-WINDOWS_PER_PASS = 16  # of those that a question is asked about
+TOKEN_SAMPLES = 8  # windows of the open segment whose visual tokens are stored
+WINDOWS_PER_PASS = 16  # windows per batch when a question is answered
 
 
 class FrameWindow(Protocol):
-    """Frames `(3, h, w)` that belong together, by the number of each in the stream."""
+    """Consecutive frames `(3, h, w)`, with the index of each in the stream and its seconds."""
 
     numbers: tuple[int, ...]
     times: tuple[float, ...]
@@ -39,10 +40,10 @@ class FrameWindow(Protocol):
 
 @dataclass(frozen=True)
 class EmbeddedWindow:
-    """What a model made of one window.
+    """Embedding of one window.
 
     Attributes:
-        start_time, end_time (`float`): seconds, of its first frame and of its last.
+        start_time, end_time (`float`): seconds of its first and last frame.
         embedding (`torch.FloatTensor` of shape `(D,)`): Ŝ_Y, on the CPU.
         visual_embeds (`torch.FloatTensor` of shape `(N, Dx)`): S_V, on the CPU.
     """
@@ -54,28 +55,30 @@ class EmbeddedWindow:
 
     @property
     def time(self) -> float:
-        """Its middle."""
+        """Middle of the window, in seconds."""
         return (self.start_time + self.end_time) / 2
 
 
 class StreamEncoder:
-    """Embeds windows under one query, several per pass.
+    """Encoder of windows under one query, in batches.
 
-    An image tower sees every frame by itself: the tokens of a frame are computed once, and
-    overlapping windows share them. V-JEPA 2 attends over the whole window, so that the tokens of a
-    frame are others in every window, and nothing can be shared.
+    An image X-Encoder reads each frame separately, so a frame's tokens are computed once and
+    shared by overlapping windows. V-JEPA 2 attends over the whole window, so a frame's tokens
+    differ from window to window and cannot be shared.
 
     Args:
-        model ([`VLJEPAModel`]): in evaluation mode; of one with a Y-Decoder, what is below it.
-        processor ([`VLJEPAProcessor`]): for the query.
-        query (`str`, *optional*): without one, what is asked for is a caption.
+        model ([`VLJEPAModel`]): in evaluation mode; the Y-Decoder of a model that has one is not
+            used.
+        processor ([`VLJEPAProcessor`]): its processor.
+        query (`str`, *optional*): the query of every window; the model's default asks for a
+            caption.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, query: str | None = None):
         self.model = model.base_model
         self.processor = processor
         self.query = self.tokens(query)
-        self.seen: dict[int, torch.Tensor] = {}  # tokens (P, Dx) by the number of the frame
+        self.seen: dict[int, torch.Tensor] = {}  # tokens (P, Dx) by the frame's index
 
     def tokens(self, query: str | None) -> dict[str, torch.Tensor]:
         if query is None:
@@ -84,7 +87,7 @@ class StreamEncoder:
 
     @torch.no_grad()
     def embed(self, windows: list[FrameWindow]) -> list[EmbeddedWindow]:
-        """One pass over windows of one length."""
+        """Embed a batch of windows with the same number of frames."""
         visual = self.encode(windows)  # (B, N, Dx)
         predicted = self.predict(visual, self.query).float().cpu()  # (B, D)
         return [
@@ -95,11 +98,12 @@ class StreamEncoder:
         ]
 
     def encode(self, windows: list[FrameWindow]) -> torch.Tensor:
-        """Visual tokens `(B, N, Dx)`."""
+        """Return visual tokens `(B, N, Dx)`."""
         if self.model.x_encoder.is_video:
             clips = [torch.stack(window.frames) for window in windows]
             return self.model.encode_video(self.move(torch.stack(clips)))
         numbers = {number for window in windows for number in window.numbers}
+        # Windows move forward: a frame that is not in this batch is in no later one.
         self.seen = {number: self.seen[number] for number in self.seen.keys() & numbers}
         new = {
             number: frame
@@ -116,7 +120,7 @@ class StreamEncoder:
         )
 
     def predict(self, visual_embeds: torch.Tensor, query: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Ŝ_Y `(B, D)` of B visual inputs under one query."""
+        """Return Ŝ_Y `(B, D)` of B visual inputs under one query."""
         device, count = visual_embeds.device, len(visual_embeds)
         each = {name: ids.to(device).expand(count, -1) for name, ids in query.items()}
         return self.model.predict(visual_embeds=visual_embeds, **each)
@@ -126,18 +130,18 @@ class StreamEncoder:
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """Target embeddings `(B, D)`, on the CPU."""
+        """Return target embeddings `(B, D)`, on the CPU."""
         batch = self.processor(targets=texts).to(self.model.device)
         return self.model.encode_target(**batch).float().cpu()
 
     def stream(
         self, windows: Iterable[FrameWindow], batch_size: int = 1
     ) -> Iterator[EmbeddedWindow]:
-        """Embed windows as they come, `batch_size` per pass: more of them are faster on a file,
-        and delay a live source."""
+        """Embed windows as they arrive. A larger `batch_size` is faster on a file and delays a
+        live source."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: give at least 1.")
-        self.seen = {}  # another stream counts its frames from 0, too
+        self.seen = {}  # frames of another stream have the same indices
         windows = iter(windows)
         while batch := list(islice(windows, batch_size)):
             yield from self.embed(batch)
@@ -156,17 +160,17 @@ def stream(
     allow_urls: bool = False,
     batch_size: int = 1,
 ) -> Iterator[EmbeddedWindow]:
-    """Embed a source as it is watched; no more is held than the windows of one pass.
+    """Embed a source while it is read. Only the windows of one batch are in memory.
 
     Args:
         model ([`VLJEPAModel`]): in evaluation mode.
         processor ([`VLJEPAProcessor`]): its processor, whose `watch` opens the source.
-        source: path or content of a video file, the number of a camera, with `allow_urls` an
-            http(s) or rtsp address, or an iterator of pairs: seconds, and a uint8 array
+        source: path or content of a video file, the number of a camera, an http(s) or rtsp
+            address with `allow_urls`, or an iterator of pairs: seconds and a uint8 array
             `(H, W, 3)`.
-        query (`str`, *optional*): what is asked of every window; a caption by default.
-        window, stride, fps, live, allow_urls (*optional*): as of `processor.watch`.
-        batch_size (`int`, *optional*, defaults to 1): windows per pass.
+        query (`str`, *optional*): the query of every window; it asks for a caption by default.
+        window, stride, fps, live, allow_urls (*optional*): as in `processor.watch`.
+        batch_size (`int`, *optional*, defaults to 1): windows per batch.
     """
     encoder = StreamEncoder(model, processor, query)
     with processor.watch(
@@ -182,40 +186,41 @@ class Memory:
     segment: Segment
     visual_embeds: torch.Tensor
 
-
-def merge(one: Memory, two: Memory) -> Memory:
-    """Two neighbours as one; the longer of them says what is decoded and seen."""
-    left, right = one.segment, two.segment
-    n, m = left.end - left.start, right.end - right.start
-    longer = one if n >= m else two
-    segment = replace(
-        longer.segment,
-        start=left.start,
-        end=right.end,
-        start_time=left.start_time,
-        end_time=right.end_time,
-        mean=(n * left.mean + m * right.mean) / (n + m),
-    )
-    return Memory(segment, longer.visual_embeds)
+    def merge(self, following: "Memory") -> "Memory":
+        """Return this segment and the next as one; embedding, text and tokens are the longer's."""
+        left, right = self.segment, following.segment
+        n, m = left.end - left.start, right.end - right.start
+        longer = self if n >= m else following
+        # The mean is that of all members, not the longer's: later merges need it for their Ward
+        # distance. The embedding is not averaged: a mean of two meanings decodes to neither.
+        segment = replace(
+            longer.segment,
+            start=left.start,
+            end=right.end,
+            start_time=left.start_time,
+            end_time=right.end_time,
+            mean=(n * left.mean + m * right.mean) / (n + m),
+        )
+        return Memory(segment, longer.visual_embeds)
 
 
 class StreamSession:
-    """Watches one stream, says something when its meaning changes, and remembers.
+    """Session that watches one stream, yields its segments and stores them for questions.
 
-    What it holds does not grow with the stream: at most `max_segments` segments, each with the
-    visual tokens of one window. Beyond that, of the older half those two neighbours become one
-    whose Ward distance is least, so what is long past grows coarse and what was just seen does
-    not.
+    Memory does not grow with the stream: at most `max_segments` segments are stored, each with the
+    visual tokens of one window. When there are more, two neighbours in the older half are merged,
+    those of least Ward distance. The distant past is therefore stored more coarsely than the
+    recent past.
 
     Args:
         model ([`VLJEPAModel`]): in evaluation mode.
         processor ([`VLJEPAProcessor`]): its processor.
-        query (`str`, *optional*): what is asked of every window; a caption by default.
-        segmenter ([`OnlineSegmenter`], *optional*): the thresholds and the budget.
-        decode (`Callable`, *optional*): embeddings `(B, D)` to B texts. Without it, segments
-            have none.
-        batch_size (`int`, *optional*, defaults to 1): windows per pass.
-        max_segments (`int`, *optional*, defaults to 64): that are remembered, at least 4.
+        query (`str`, *optional*): the query of every window; it asks for a caption by default.
+        segmenter ([`OnlineSegmenter`], *optional*): the thresholds and the decode limits.
+        decode (`Callable`, *optional*): turns embeddings `(B, D)` into B texts. Without it,
+            segments have no text.
+        batch_size (`int`, *optional*, defaults to 1): windows per batch.
+        max_segments (`int`, *optional*, defaults to 64): segments to store, at least 4.
     """
 
     def __init__(
@@ -238,89 +243,93 @@ class StreamSession:
         self.max_segments = max_segments
         self.memories: list[Memory] = []
         self.tokens = EvenSample(TOKEN_SAMPLES)
-        # Visual tokens of the last windows, of which one will be the first of the next segment.
+        # Visual tokens of the last windows. A segment is closed up to this many steps late, so
+        # the next segment starts at one of them.
         self.latest: deque[tuple[int, torch.Tensor]] = deque(
             maxlen=self.segmenter.window + self.segmenter.patience
         )
         self.decodes = 0
-        self.end_time = 0.0  # of the newest window
+        self.end_time = 0.0  # end of the newest window
         self.ended = False
 
     @property
     def segments(self) -> list[Segment]:
-        """What is remembered, oldest first; merged ones have the text of their longest part."""
+        """Stored segments, oldest first; a merged one has the text of its longest part."""
         return [memory.segment for memory in self.memories]
 
     def run(self, windows: Iterable[FrameWindow]) -> Iterator[Segment]:
-        """Yield the segments of a stream as they close, the last one when it ends.
+        """Yield the segments of a stream as they close, the last one at the stream's end.
 
-        They tile it from its first frame to its last. A change lies between the middles of two
-        windows.
+        They tile the stream from its first frame to its last. A boundary is the middle of the
+        first window after a change.
         """
         for window in self.encoder.stream(windows, self.batch_size):
             yield from self.push(window)
         yield from self.close()
 
     def push(self, window: EmbeddedWindow) -> list[Segment]:
-        """Take the next window; the segment that it closes, if it closes one.
+        """Take the next window and return the segment that it closes, if any.
 
-        Raises: `ValueError` when the session was closed.
+        Raises: `ValueError` if the session was closed.
         """
         if self.ended:
             raise ValueError("the stream of this session has ended: make another StreamSession.")
-        place = self.segmenter.count
-        tokens = window.visual_embeds.clone()  # a view would hold all windows of its pass
-        self.latest.append((place, tokens))
-        self.tokens.add(place, tokens)
+        index = self.segmenter.count
+        tokens = window.visual_embeds.clone()  # a view would keep its whole batch in memory
+        self.latest.append((index, tokens))
+        self.tokens.add(index, tokens)
         self.end_time = window.end_time
-        moment = window.time if place else window.start_time
+        # The first segment starts with the first frame, not with the first window's middle.
+        moment = window.time if index else window.start_time
         return [self.remember(each) for each in self.segmenter.push(window.embedding, moment)]
 
     def close(self) -> list[Segment]:
-        """The last segment, which ends with the last window's last frame."""
+        """Return the last segment, which ends with the last window's last frame."""
         self.ended = True
         return [self.remember(segment) for segment in self.segmenter.close(self.end_time)]
 
     def remember(self, segment: Segment) -> Segment:
+        """Decode and store a closed segment."""
         if self.decode is not None:
             [text] = self.decode(segment.embedding[None])
             self.decodes += 1
             segment = replace(segment, text=text)
         self.memories.append(Memory(segment, self.seen_during(segment)))
+        # The windows after the boundary belong to the next segment.
         self.tokens = EvenSample(TOKEN_SAMPLES)
-        for place, tokens in self.latest:
-            if place >= segment.end:
-                self.tokens.add(place, tokens)
+        for index, tokens in self.latest:
+            if index >= segment.end:
+                self.tokens.add(index, tokens)
         if len(self.memories) > self.max_segments:
             self.merge_nearest(self.memories)
         return segment
 
     def seen_during(self, segment: Segment) -> torch.Tensor:
-        """Visual tokens of that of its windows, of those kept, which is nearest to its middle."""
+        """Return the visual tokens of the stored window nearest the segment's middle."""
         return self.tokens.nearest((segment.start + segment.end - 1) // 2, before=segment.end)
 
     @staticmethod
     def merge_nearest(memories: list[Memory]) -> None:
-        """Of the older half, make one of the two neighbours that are most alike."""
+        """Merge the two neighbours of least Ward distance in the older half."""
 
-        def cost(place: int) -> float:
-            left, right = memories[place].segment, memories[place + 1].segment
+        def cost(index: int) -> float:
+            left, right = memories[index].segment, memories[index + 1].segment
             n, m = left.end - left.start, right.end - right.start
             return ward_cost(left.mean.numpy(), right.mean.numpy(), n, m)
 
-        place = min(range(len(memories) // 2), key=cost)
-        memories[place : place + 2] = [merge(memories[place], memories[place + 1])]
+        index = min(range(len(memories) // 2), key=cost)
+        memories[index : index + 2] = [memories[index].merge(memories[index + 1])]
 
     def ask(self, candidates: list[str], query: str | None = None) -> list[dict[str, Any]]:
-        """Which of some answers fits what was seen so far, and when: the open segment included.
+        """Rank candidate answers to a question about the stream so far.
 
-        With a query, the Predictor reads the kept visual tokens of every segment again, one
-        window of each; without one, the segments' embeddings are compared, which answer the
-        session's own query.
+        The open segment is included. Without a query, candidates are compared with the segments'
+        embeddings, which answer the session's own query. With a query, the Predictor reads each
+        segment's stored visual tokens again, those of one window.
 
         Returns: for each candidate, best first, `{"text", "score", "start_time", "end_time"}` of
             the segment that it fits best. The score is a cosine.
-        Raises: `ValueError` if nothing was seen, or no candidate given.
+        Raises: `ValueError` if no window was seen or no candidate is given.
         """
         candidates = [] if isinstance(candidates, str | None) else list(candidates)
         if not candidates or not all(isinstance(text, str) for text in candidates):
@@ -332,12 +341,12 @@ class StreamSession:
         if still_open is not None:
             memories.append(Memory(still_open, self.seen_during(still_open)))
         if not memories:
-            raise ValueError("nothing was seen so far: run the session first.")
+            raise ValueError("the session has seen no window: run it first.")
         if query is None:
             embeds = torch.stack([memory.segment.embedding for memory in memories])
         else:
             embeds = self.read_again(memories, query)  # (S, D)
-        scores = self.encoder.embed_texts(candidates) @ embeds.T  # (texts, S)
+        scores = self.encoder.embed_texts(candidates) @ embeds.T  # (candidates, S)
         best = scores.max(dim=1)
         return [
             {
@@ -351,12 +360,12 @@ class StreamSession:
 
     @torch.no_grad()
     def read_again(self, memories: list[Memory], query: str) -> torch.Tensor:
-        """What the model predicts under another query, `(S, D)`."""
+        """Return the predictions `(S, D)` for stored visual tokens under another query."""
         tokens = self.encoder.tokens(query)
         embeds = []
         for start in range(0, len(memories), WINDOWS_PER_PASS):
-            some = memories[start : start + WINDOWS_PER_PASS]
-            visual = torch.stack([memory.visual_embeds for memory in some])
+            batch = memories[start : start + WINDOWS_PER_PASS]
+            visual = torch.stack([memory.visual_embeds for memory in batch])
             visual = visual.to(self.encoder.model.device)
             embeds.append(self.encoder.predict(visual, tokens).float().cpu())
         return torch.cat(embeds)

@@ -276,7 +276,7 @@ def test_addresses_are_fetched_only_where_the_environment_says_so(
 def test_files_are_bounded(folder, tmp_path, monkeypatch):
     ask = {"question": "a", "candidates": ["red"]}
     for limit, value, media, message in (
-        ("max_bytes", 1000, {"video": folder / "clip.mp4"}, "larger than the 1000 bytes"),
+        ("max_bytes", 1000, {"video": folder / "clip.mp4"}, "larger than 1000 bytes"),
         ("max_seconds", 0.3, {"video": folder / "clip.mp4"}, "longer than 0.3 seconds"),
         ("max_pixels", 2000, {"video": folder / "clip.mp4"}, "64 x 48 pixels"),
         ("max_pixels", 2000, {"image": folder / "image.png"}, "60 x 40 pixels"),

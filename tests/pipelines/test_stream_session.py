@@ -170,7 +170,7 @@ def test_a_segment_is_yielded_as_soon_as_it_is_closed():
 def test_an_empty_stream_has_no_segment():
     session = StreamSession(tiny_model(), PROCESSOR)
     assert list(session.run(cut([]))) == []
-    with pytest.raises(ValueError, match="nothing was seen"):
+    with pytest.raises(ValueError, match="has seen no window: run it first"):
         session.ask(["a cat"])
     with pytest.raises(ValueError, match="max_segments is 3"):
         StreamSession(tiny_model(), PROCESSOR, max_segments=3)
