@@ -1,7 +1,7 @@
-"""Everything the model reads, from what people have: files, frames and strings.
+"""The processor: files, frames and strings to a batch of the model's inputs.
 
-The query and the target go through different tokenizers, because the Predictor and the
-Y-Encoder have different vocabularies; a Y-Decoder may have a third one.
+Queries and targets have different tokenizers, because the Predictor and the Y-Encoder have
+different vocabularies; a Y-Decoder can have a third one.
 
 Shapes: B samples, T frames, h and w pixels, Lq query tokens, Ly target tokens, C context tokens.
 """
@@ -24,26 +24,26 @@ ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 
 class VLJEPAProcessor(ProcessorMixin):
-    """One video processor and two or three tokenizers, saved and loaded together.
+    """A video processor and two or three tokenizers, saved and loaded together.
 
-    The query tokenizer lies in the root of the saved folder, the others in `target_tokenizer/`
-    and `decoder_tokenizer/`.
+    The query tokenizer is saved in the root of the folder, the others in `target_tokenizer/` and
+    `decoder_tokenizer/`.
 
     Args:
         video_processor ([`VLJEPAVideoProcessor`]): for videos and images.
         tokenizer ([`PreTrainedTokenizerBase`]): the Predictor's, for queries.
         target_tokenizer ([`PreTrainedTokenizerBase`]): the Y-Encoder's, for targets.
-        max_query_length (`int`, *optional*, defaults to 512): tokens kept of a query, the
-            paper's number; fewer where the tokenizer's own limit is lower.
-        max_target_length (`int`, *optional*, defaults to 512): the same for a target.
-        target_prompts (`dict[str, str]`, *optional*): texts that the Y-Encoder was trained to find
-            before what it reads, by name, as sentence-transformers models bring them.
-        target_prompt_name (`str`, *optional*): the one put before every target; none by default,
-            as the paper mentions none.
-        decoder_tokenizer ([`PreTrainedTokenizerBase`], *optional*): the Y-Decoder's, where it is
-            not the query tokenizer.
+        max_query_length (`int`, *optional*, defaults to 512): longer queries are cut to this
+            number of tokens, the paper's; to fewer if the tokenizer's own limit is lower.
+        max_target_length (`int`, *optional*, defaults to 512): the same for targets.
+        target_prompts (`dict[str, str]`, *optional*): prompts by name, from a sentence-transformers
+            model. In its training such a model reads one of them before each text.
+        target_prompt_name (`str`, *optional*): name of the prompt put before every target. Default:
+            no prompt, because the paper mentions none.
+        decoder_tokenizer ([`PreTrainedTokenizerBase`], *optional*): the Y-Decoder's, if it differs
+            from the query tokenizer.
 
-    Raises: `ValueError` for a tokenizer without a padding token, or a prompt that is not there.
+    Raises: `ValueError` for a tokenizer without a padding token, or an unknown prompt name.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class VLJEPAProcessor(ProcessorMixin):
         self.prompt(target_prompt_name)
 
     def prompt(self, name: str | None) -> str:
-        """The prompt of this name; without a name, the empty one."""
+        """Return the prompt of this name; the empty string for `None`."""
         if name is None:
             return ""
         if name not in self.target_prompts:
@@ -95,77 +95,65 @@ class VLJEPAProcessor(ProcessorMixin):
         target_prompt_name: str | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Make a batch from any of its parts; a single item is a batch of one.
+        """Make a batch from the parts that are given; a single item is a batch of one.
 
         Args:
             images (*optional*): paths, bytes of image files, PIL images, uint8 arrays
                 `(H, W, 3)` or uint8 tensors `(3, H, W)`. An image is a one-frame clip.
-            videos (*optional*): clips as [`VLJEPAVideoProcessor`] takes them. Either images or
-                videos, because one batch has one number of frames.
+            videos (*optional*): clips, see [`VLJEPAVideoProcessor`]. Give either images or videos,
+                because all clips of a batch have the same number of frames.
             text (*optional*): queries; the empty string is a valid one.
             targets (*optional*): target texts.
-            contexts (*optional*): what the Y-Decoder reads before an embedding, as
-                `config.decoder_context` makes it.
+            contexts (*optional*): texts that the Y-Decoder reads before an embedding, as
+                `config.decoder_context` makes them.
             num_frames (`int`, *optional*): frames per video, instead of the video processor's.
             max_query_length, max_target_length (`int`, *optional*): instead of the processor's.
             target_prompt_name (`str`, *optional*): instead of the processor's.
-            return_tensors (`str`, *optional*, defaults to `"pt"`): nothing else is supported.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): no other value is supported.
 
-        Returns: of these, the parts that were asked for:
+        Returns: the tensors of the given parts:
 
             - `pixel_values_videos`, float32 `(B, T, 3, h, w)`
             - `input_ids` and `attention_mask`, int64 `(B, Lq)`
             - `target_input_ids` and `target_attention_mask`, int64 `(B, Ly)`
             - `context_input_ids` and `context_attention_mask`, int64 `(B, C)`
 
-            Texts are padded on the right to the longest of the batch, contexts on the left: what
-            follows them must be near. Lq is 0 when every query is empty and the tokenizer adds no
-            special token, C when every context is empty.
-        Raises: `ValueError` when parts differ in length, or images meet videos; `MediaError`
-            for a file that cannot be read.
+            Texts are padded on the right to the longest of the batch, contexts on the left, because
+            the embedding that follows a context must be next to its last token. Lq is 0 if every
+            query is empty and the tokenizer adds no special token, C if every context is empty.
+        Raises: `ValueError` if parts differ in length, or for images together with videos;
+            `MediaError` for a file that cannot be read.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
         if images is not None and videos is not None:
             raise ValueError("give either images or videos: one batch has one number of frames")
+        images = None if images is None else as_images(images)
+        videos = None if videos is None else as_batch(videos)
+        text, targets, contexts = as_texts(text), as_texts(targets), as_texts(contexts)
+        check_lengths(images=images, videos=videos, text=text, targets=targets, contexts=contexts)
 
-        parts = {
-            "images": None if images is None else as_images(images),
-            "videos": None if videos is None else as_batch(videos),
-            "text": [text] if isinstance(text, str) else text,
-            "targets": [targets] if isinstance(targets, str) else targets,
-            "contexts": [contexts] if isinstance(contexts, str) else contexts,
-        }
-        lengths = {name: len(part) for name, part in parts.items() if part is not None}
-        if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            given = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-            raise ValueError(f"the parts of a batch need one length, got {given or 'no part'}")
-
+        query_length = max_query_length or self.max_query_length
         batch = {}
         if images is not None:
             limit = self.video_processor.max_pixels
-            clips = [image_clip(image, max_pixels=limit) for image in parts["images"]]
+            clips = [image_clip(image, max_pixels=limit) for image in images]
             batch |= self.video_processor(clips, do_sample_frames=False, return_tensors="pt")
         if videos is not None:
-            batch |= self.video_processor(
-                parts["videos"], num_frames=num_frames, return_tensors="pt"
-            )
+            batch |= self.video_processor(videos, num_frames=num_frames, return_tensors="pt")
         if text is not None:
-            limit = max_query_length or self.max_query_length
-            batch["input_ids"], batch["attention_mask"] = tokenize(
-                self.tokenizer, parts["text"], limit
-            )
+            batch |= tokenize(self.tokenizer, text, query_length)
         if targets is not None:
-            limit = max_target_length or self.max_target_length
             prompt = self.prompt(target_prompt_name or self.target_prompt_name)
-            batch["target_input_ids"], batch["target_attention_mask"] = tokenize(
-                self.target_tokenizer, [prompt + target for target in parts["targets"]], limit
-            )
+            texts = [prompt + target for target in targets]
+            limit = max_target_length or self.max_target_length
+            batch |= tokenize(self.target_tokenizer, texts, limit, prefix="target_")
         if contexts is not None:
-            batch["context_input_ids"], batch["context_attention_mask"] = tokenize(
+            batch |= tokenize(
                 self.text_tokenizer,
-                parts["contexts"],
-                max_query_length or self.max_query_length,
+                contexts,
+                query_length,
+                prefix="context_",
                 padding_side="left",
                 add_special_tokens=False,
             )
@@ -181,7 +169,9 @@ class VLJEPAProcessor(ProcessorMixin):
         live: bool | None = None,
         allow_urls: bool = False,
     ) -> WindowStream:
-        """Windows of a source that may have no end, as they come; see [`WindowStream`].
+        """Return an iterator over the windows of a source, which can be endless.
+
+        See [`WindowStream`].
 
         Args:
             source: path or content of a video file, the number of a camera, with `allow_urls` an
@@ -189,8 +179,9 @@ class VLJEPAProcessor(ProcessorMixin):
                 `(H, W, 3)`.
             window, stride (`int`, *optional*): in frames; by default the video processor's
                 `num_frames` and half of a window.
-            fps (`float`, *optional*): frames kept per second; all by default.
-            live (`bool`, *optional*): whether a slow reader loses frames or the source waits.
+            fps (`float`, *optional*): frames taken per second; all by default.
+            live (`bool`, *optional*): if the reader is slow, drop frames (`True`), or let the
+                source wait (`False`). By default cameras and addresses are live.
             allow_urls (`bool`, *optional*, defaults to `False`): open addresses.
         """
         return WindowStream(
@@ -205,15 +196,15 @@ class VLJEPAProcessor(ProcessorMixin):
 
     @property
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one in which the Y-Decoder writes."""
+        """The Y-Decoder's tokenizer."""
         return self.tokenizer if self.decoder_tokenizer is None else self.decoder_tokenizer
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
-        """What the Y-Decoder has generated, as texts; the arguments are the tokenizer's."""
+        """Decode token ids that the Y-Decoder generated; the arguments are the tokenizer's."""
         return self.text_tokenizer.batch_decode(*args, **kwargs)
 
     def decode(self, *args, **kwargs) -> str:
-        """One of `batch_decode`."""
+        """Decode the token ids of one text, as `batch_decode` does for several."""
         return self.text_tokenizer.decode(*args, **kwargs)
 
     @property
@@ -226,14 +217,15 @@ class VLJEPAProcessor(ProcessorMixin):
             "target_attention_mask",
         ]
 
-    # ProcessorMixin knows no optional parts: it would ask for this one, and fail at saving none.
+    # ProcessorMixin has no optional parts: it would require a decoder tokenizer, and fail to save
+    # `None`.
 
     @classmethod
     def get_attributes(cls) -> list[str]:
         return [name for name in super().get_attributes() if name != "decoder_tokenizer"]
 
     def to_dict(self) -> dict:
-        """Of a Y-Decoder's tokenizer, the name of its folder."""
+        """Return the settings as JSON values: the decoder tokenizer is the name of its folder."""
         named = copy.copy(self)
         named.decoder_tokenizer = None if self.decoder_tokenizer is None else "decoder_tokenizer"
         return super(VLJEPAProcessor, named).to_dict()
@@ -245,8 +237,8 @@ class VLJEPAProcessor(ProcessorMixin):
             saved += self.decoder_tokenizer.save_pretrained(folder)
         return saved
 
-    # ProcessorMixin finds video processors through AutoVideoProcessor, which without
-    # torchvision is a placeholder that raises. The next two go to the class itself.
+    # ProcessorMixin finds video processors through AutoVideoProcessor, which raises if torchvision
+    # is not installed. The next two methods use the class itself.
 
     def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
         if argument_name != "video_processor":
@@ -269,7 +261,7 @@ class VLJEPAProcessor(ProcessorMixin):
         plain = {name: value for name, value in kwargs.items() if name not in auto}
 
         def tokenizer(folder: str) -> PreTrainedTokenizerBase:
-            # Upstream's loader would take the query tokenizer if a folder were missing.
+            # Upstream's loader falls back to the query tokenizer if a folder is missing.
             inside = os.path.join(subfolder, folder)
             return AutoTokenizer.from_pretrained(path, subfolder=inside, **kwargs)
 
@@ -283,7 +275,7 @@ class VLJEPAProcessor(ProcessorMixin):
 
 
 def as_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    """One image or several, as a list of images."""
+    """Return one image or several as a list of images."""
     if isinstance(images, np.ndarray | torch.Tensor):
         return list(images) if images.ndim == 4 else [images]
     if isinstance(images, str | os.PathLike | bytes | Image.Image):
@@ -291,8 +283,21 @@ def as_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     return list(images)
 
 
+def as_texts(texts: str | Sequence[str] | None) -> Sequence[str] | None:
+    """Return one text or several as a list of texts."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+def check_lengths(**parts: Sequence | None) -> None:
+    """Raise `ValueError` unless the given parts, at least one, have one length above 0."""
+    lengths = {name: len(part) for name, part in parts.items() if part is not None}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        given = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise ValueError(f"the parts of a batch need one length, got {given or 'no part'}")
+
+
 def image_clip(image: ImageLike, *, max_pixels: int | None = None) -> np.ndarray | torch.Tensor:
-    """An image as a one-frame clip: array `(1, H, W, 3)` or tensor `(1, 3, H, W)`."""
+    """Return an image as a one-frame clip: array `(1, H, W, 3)` or tensor `(1, 3, H, W)`."""
     if isinstance(image, np.ndarray | torch.Tensor):
         return image[None]
     return read_image(image, max_pixels=max_pixels)
@@ -303,12 +308,14 @@ def tokenize(
     texts: Sequence[str],
     max_length: int,
     *,
+    prefix: str = "",
     padding_side: str = "right",
     add_special_tokens: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both int64 `(B, L)`, padded to the longest text.
+) -> dict[str, torch.Tensor]:
+    """Return token ids and mask, both int64 `(B, L)`, padded to the longest text.
 
-    The tensors are made here: the tokenizer's own would be float32 when every text is empty.
+    Args:
+        prefix: put before the names `input_ids` and `attention_mask`.
     """
     tokens = tokenizer(
         list(texts),
@@ -319,8 +326,11 @@ def tokenize(
         max_length=min(max_length, tokenizer.model_max_length),
         return_attention_mask=True,
     )
-    ids = torch.tensor(tokens["input_ids"], dtype=torch.long)
-    return ids, torch.tensor(tokens["attention_mask"], dtype=torch.long)
+    # Not by the tokenizer's return_tensors, which makes float32 tensors if every text is empty.
+    return {
+        prefix + name: torch.tensor(tokens[name], dtype=torch.long)
+        for name in ("input_ids", "attention_mask")
+    }
 
 
 __all__ = ["VLJEPAProcessor"]
