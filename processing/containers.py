@@ -1,11 +1,11 @@
-"""Video files, opened for FFmpeg, and its frames as arrays.
+"""Video files opened with FFmpeg, and their frames as arrays.
 
-One thread in each process, in decoding and in converting: many clips are read at once by as many
-processes as there are cores, and threads inside them would only take turns.
+Each process decodes and converts with one thread: many clips are read at once by one process per
+core, and more threads would only compete for the cores.
 
-Files are opened here and never by FFmpeg, for which a string can be a network address, and the
-content of a file (a playlist, say) a reason to open others. Pipes and devices, which may never
-end, are no files.
+Python opens the files, never FFmpeg. For FFmpeg a path can be a network address, and a file's
+content (a playlist, for example) can make it open other files. Pipes and devices, which may never
+end, are refused.
 
 Shapes: H height, W width.
 """
@@ -24,14 +24,18 @@ if is_av_available():
     from av.video.reformatter import VideoReformatter
 
 
-class Watched:
-    """The file that FFmpeg reads from, which is the one thing it must ask for: an endless search
-    for something readable in it ends here, when the time is up."""
+class WatchedFile:
+    """File object for FFmpeg that stops reading when the time is up.
+
+    FFmpeg can search a damaged file without end and returns no frame meanwhile. It must call
+    `read`, so the clock is checked there.
+    """
 
     def __init__(self, file: io.BufferedIOBase, source: MediaSource, limits: Limits) -> None:
         self.file = file
         self.limits = limits
-        self.name = "" if isinstance(source, bytes) else name_of(source)  # its ending is a hint
+        # FFmpeg takes the extension as a hint about the format.
+        self.name = "" if isinstance(source, bytes) else name_of(source)
 
     def read(self, size: int) -> bytes:
         self.limits.check_clock()
@@ -45,31 +49,43 @@ class Watched:
 
 
 def is_mp4(file: io.BufferedIOBase) -> bool:
-    """Whether its first box is that of MP4 and its relatives."""
+    """Return whether the file begins with the `ftyp` box of MP4 and related formats."""
     start = file.read(8)
     file.seek(0)
     return start[4:] == b"ftyp"
+
+
+def video_stream(container: "av.container.InputContainer") -> "av.VideoStream | None":
+    """Return the first video stream, or `None` if FFmpeg cannot decode it."""
+    found = container.streams.video
+    # FFmpeg reads plain text files as terminal animations, through its tty demuxer.
+    if not found or found[0].codec_context is None or container.format.name == "tty":
+        return None
+    return found[0]
 
 
 @contextmanager
 def open_container(
     source: MediaSource, limits: Limits, *, for_packets: bool = False
 ) -> Iterator["av.container.InputContainer"]:
-    """A container that has a video stream, or the reason why it cannot be used.
+    """Yield a container with a video stream.
 
     Args:
-        for_packets (`bool`, *optional*): leave out what its packets do not need. Of an MP4 file the
-            index tells the streams and the times of all packets; FFmpeg would decode the beginning
-            nevertheless, for what decoding finds again. For a clip of a dozen small frames that
-            takes a quarter as long as to decode it.
+        for_packets (`bool`, *optional*): only packets will be read, so do not decode on opening.
+            The index of an MP4 file describes its streams and the times of all packets, but
+            FFmpeg would decode the first frames nevertheless. For a clip of a dozen small frames,
+            that takes a quarter of the time of decoding all.
+
+    Raises: `MediaError` for a file that is not a video, or whose size exceeds the limits.
     """
     with open_file(source) as file:
         try:
-            # No protocol: what is no more than a list of other files or addresses opens none.
+            # Without any protocol, a playlist cannot open other files or addresses.
             options, kind = {"protocol_whitelist": "none"}, None
             if for_packets and is_mp4(file):
+                # Without any decoder, FFmpeg cannot decode on opening.
                 options, kind = options | {"codec_whitelist": "none"}, "mp4"
-            container = av.open(Watched(file, source, limits), format=kind, options=options)
+            container = av.open(WatchedFile(file, source, limits), format=kind, options=options)
         except MediaError:
             raise
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -78,31 +94,40 @@ def open_container(
                 "video or was truncated; fetch or export it again."
             ) from error
         with container:
-            # FFmpeg "plays" plain text files as terminal art, through its tty demuxer.
-            found = container.streams.video
-            if not found or found[0].codec_context is None or container.format.name == "tty":
+            stream = video_stream(container)
+            if stream is None:
                 raise MediaError(
                     f"{limits.name}: has no video stream that FFmpeg can decode. Give a file with "
                     "pictures in it."
                 )
-            context = found[0].codec_context
+            context = stream.codec_context
             context.thread_count = 1
             limits.check_size(context.width, context.height)
             yield container
 
 
 def picture_of(frame: "av.VideoFrame", reformatter: "VideoReformatter") -> np.ndarray:
-    """A decoded frame, upright, `(H, W, 3)` uint8. One reformatter serves all frames of a video."""
+    """Return a decoded frame as an upright picture, `(H, W, 3)` uint8.
+
+    Give the same reformatter for all frames of a video: it keeps its tables between calls.
+    """
     picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    # Both FFmpeg's rotation and rot90's are counterclockwise.
     return np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
 
 
 def duration_of(seconds: np.ndarray, stream: "av.VideoStream") -> float:
-    """Until the last frame is no longer shown: for as long as most are."""
+    """Return the time at which the last frame disappears.
+
+    Containers rarely store how long the last frame is shown; so it is the median of the others.
+    """
     shown = np.median(np.diff(seconds)) if len(seconds) > 1 else 1 / (stream.guessed_rate or 25)
     return float(seconds[-1] + shown)
 
 
 def reason_of(error: Exception) -> str:
-    """FFmpeg's, or that of the file in which it looked for a place before the beginning."""
+    """Return the reason of an error, without the file name that FFmpeg puts into its text.
+
+    A `ValueError` comes from `WatchedFile`, when FFmpeg seeks to a position before its beginning.
+    """
     return error.strerror if isinstance(error, av.FFmpegError | OSError) else str(error)

@@ -1,14 +1,14 @@
-"""What the frozen X-Encoder makes of clips, read from disk instead of computed.
+"""Visual tokens of the frozen X-Encoder, read from disk instead of computed.
 
     store/
-      index.json          what the features were made with, how many there are, and their error
-      index.safetensors   which clip lies where: sorted keys; shard, place, the file's size and time
+      index.json          facts: the model and settings used, the number of clips, the error
+      index.safetensors   for each clip: its key (sorted), shard, index there, file size and time
       00000.safetensors   a shard: the visual tokens of clips of one length, stacked
       …
 
-`python -m training.cache_features RECIPE --output DIR` writes a store. One that was made with other
-weights, another preprocessing or number of frames, or from files that have changed since, is never
-read: each is an error.
+`python -m training.cache_features RECIPE --output DIR` writes a store. It is an error to read a
+store that was made with other weights, other preprocessing or another number of frames, or from
+files that have changed since.
 
 Shapes: n clips of a shard, N visual tokens, Dx visual width.
 """
@@ -26,30 +26,37 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .rows import clip_key, file_stamp, key_number, media_file
 from .video_processing_vljepa import VLJEPAVideoProcessor
 
-FACTS, PLACES = "index.json", "index.safetensors"
-# Settings of a video processor that say nothing about pixels; the number of frames is kept apart.
+FACTS, CLIP_INDEX = "index.json", "index.safetensors"
+# Settings of a video processor that do not change pixels. The number of frames does; it is a fact
+# of its own, because the caller can override it.
 NO_PIXELS = {"auto_map", "num_frames", "processor_class", "return_metadata", "video_processor_type"}
 
 
 class FeatureError(ValueError):
-    """Features that cannot be used; the message says what differs and how to make them anew."""
+    """Features that cannot be used; the message names the difference and the cure."""
 
 
-# -- what identifies features ----------------------------------------------------------------
+# -- identity of features --------------------------------------------------------------------
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A hash of the X-Encoder's weights as bf16, so that a model has the same one whether it is
-    stored in fp32 or in bf16, before training and after it."""
+    """Return a hash of the X-Encoder's weights.
+
+    The weights are hashed as bf16, so that fp32 and bf16 checkpoints of a model have one hash.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.x_encoder.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        # As int16, because NumPy has no bfloat16.
         digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return digest.hexdigest()
 
 
 def vision_settings(config: PreTrainedConfig) -> dict:
-    """What a kind of encoder declares itself, without V-JEPA 2's own predictor."""
+    """Return the settings that a kind of encoder declares itself, without those of every config.
+
+    V-JEPA 2's own predictor (`pred_…`) is never run, so its settings are left out.
+    """
     own = type(config).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
     settings = {name: value for name, value in config.to_dict().items() if name in own}
     return {
@@ -59,7 +66,7 @@ def vision_settings(config: PreTrainedConfig) -> dict:
 
 
 def made_with(model: PreTrainedModel, processor: VLJEPAVideoProcessor, num_frames: int) -> dict:
-    """All that features depend on beside the media, as JSON would give it back."""
+    """Return the facts, other than the media, that features depend on."""
     pixels = {name: value for name, value in processor.to_dict().items() if name not in NO_PIXELS}
     facts = {
         "weights": weights_digest(model),
@@ -67,22 +74,24 @@ def made_with(model: PreTrainedModel, processor: VLJEPAVideoProcessor, num_frame
         "video_processor": pixels,
         "num_frames": num_frames,
     }
+    # As JSON returns them, to be equal to stored ones: it turns tuples into lists.
     return json.loads(json.dumps(facts))
 
 
 def read_facts(path: Path) -> dict:
-    """
+    """Read a JSON file of facts.
+
     Raises:
-        FeatureError: it is no JSON.
+        FeatureError: it is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FeatureError(f"{path}: damaged ({error}). {cure(path.parent)}") from error
 
 
 def differences(there: dict, here: dict, where: str = "") -> list[str]:
-    """What two dictionaries of facts do not have in common, one sentence each."""
+    """Return the differences between two dictionaries of facts, one sentence each."""
     found = []
     for name in sorted(there.keys() | here.keys()):
         one, other = there.get(name), here.get(name)
@@ -101,13 +110,18 @@ def differences(there: dict, here: dict, where: str = "") -> list[str]:
 
 
 def to_int8(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens `(…, N, Dx)` to int8 and a scale for each, `(…, N)` fp32: its largest value is 127."""
+    """Round tokens `(…, N, Dx)` to int8, with a scale for each, `(…, N)` fp32.
+
+    The largest magnitude of each token becomes 127.
+    """
     tokens = tokens.float()
+    # The clamp avoids 0 / 0 for a token of zeros.
     scales = tokens.abs().amax(dim=-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (tokens / scales[..., None]).round().to(torch.int8), scales
 
 
 def from_int8(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return the fp32 values of int8 tokens `(…, N, Dx)` and their scales `(…, N)`."""
     return tokens.float() * scales[..., None]
 
 
@@ -122,14 +136,14 @@ def shard_path(folder: Path, number: int) -> Path:
 class FeatureStore:
     """Visual tokens by row: `store[row]`.
 
-    It holds names and facts alone. Every read maps a file, copies one clip out of it and lets it
-    go again: so memory stays flat, shards may be any number, and a store goes into worker
-    processes, forked or not.
+    An object has only a path and facts. Every read maps a file, copies one clip and closes the
+    file. So memory use does not grow, any number of shards can be read, and a store can be sent to
+    worker processes, forked or not.
 
     Attributes:
-        folder: of the store.
-        facts: the content of its `index.json`.
-        dtype: of what is read.
+        folder: folder of the store.
+        facts: content of its `index.json`.
+        dtype: dtype of the tokens that `store[row]` returns.
     """
 
     folder: Path
@@ -146,13 +160,13 @@ class FeatureStore:
         num_frames: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> "FeatureStore":
-        """The store in `folder`, if its features are what this model would compute.
+        """Open the store in `folder`, if its features are those that this model would compute.
 
         Args:
-            num_frames: of a video. Default: the video processor's own.
-            dtype: of what is read; that in which the Predictor computes.
+            num_frames: frames per video. Default: the video processor's.
+            dtype: dtype of the returned tokens: the one in which the Predictor computes.
         Raises:
-            FeatureError: there is no complete store, or it was made with something else.
+            FeatureError: there is no complete store, or its features differ.
         """
         folder = Path(folder)
         if not (folder / FACTS).is_file():
@@ -161,7 +175,8 @@ class FeatureStore:
         wanted = made_with(model, video_processor, num_frames or video_processor.num_frames)
         if found := differences(facts["made_with"], wanted):
             raise FeatureError(
-                f"{folder}: made for something else: {'; '.join(found)}. {cure(folder)}"
+                f"{folder}: its features are not those of this model and processor: "
+                f"{'; '.join(found)}. {cure(folder)}"
             )
         return cls(folder, facts, dtype)
 
@@ -169,66 +184,72 @@ class FeatureStore:
         return self.facts["clips"]
 
     def precision(self) -> dict:
-        """How the features are stored, and what error that made."""
+        """Return the dtype in which features are stored, and the relative error that it causes."""
         return {"dtype": self.facts["dtype"], "relative_error": self.facts["relative_error"]}
 
     def __getitem__(self, row: dict) -> torch.Tensor:
-        """The visual tokens `(N, Dx)` of a row's clip.
+        """Return the visual tokens `(N, Dx)` of a row's clip.
 
         Raises:
-            FeatureError: the clip is not in the store, or its file has changed or gone.
+            FeatureError: the clip is not in the store, or its file has changed or is missing.
         """
-        ((shard, place, *then),) = self.look_up([row]).tolist()
+        ((shard, index, *then),) = self.look_up([row]).tolist()
         if shard < 0 or file_stamp(media_file(row)) != then:
-            self.check([row])
+            self.check([row])  # raises, and names the reason
         with safe_open(shard_path(self.folder, shard), "pt") as file:
-            tokens = file.get_slice("features")[place]
+            tokens = file.get_slice("features")[index]
             if self.facts["dtype"] == "int8":
-                tokens = from_int8(tokens, file.get_slice("scales")[place])
-            # A copy: what was read is a view of the whole file, and would travel with all of it.
+                tokens = from_int8(tokens, file.get_slice("scales")[index])
+            # A copy, because the slice is a view of the whole shard: a worker process would send
+            # all of it.
             return tokens.to(self.dtype, copy=True)
 
     def look_up(self, rows: list[dict]) -> torch.Tensor:
-        """Shard, place in it, and the file's size and time, `(rows, 4)`; -1 for what is not in the
-        store."""
+        """Return, for each row, shard, index in it, file size and file time, `(rows, 4)`.
+
+        All are -1 for a clip that is not in the store.
+        """
         numbers = torch.tensor([key_number(clip_key(row)) for row in rows])
-        with safe_open(self.folder / PLACES, "pt") as index:
-            # Both are mapped: a search reads a few pages of them.
+        with safe_open(self.folder / CLIP_INDEX, "pt") as index:
+            # Both are memory-mapped, so a search reads only a few pages.
             keys, clips = index.get_tensor("keys"), index.get_tensor("clips")
+            # A key above all stored ones is inserted after the last: clamp it to a valid index.
             found = torch.searchsorted(keys, numbers).clamp(max=len(keys) - 1)
             return clips[found].where((keys[found] == numbers)[:, None], -1)
 
     def check_frames(self, num_frames: int) -> None:
-        """
+        """Check that the features were computed from this number of frames per video.
+
         Raises:
-            FeatureError: videos are to be seen in another number of frames.
+            FeatureError: they were not.
         """
         if num_frames != self.facts["made_with"]["num_frames"]:
             raise FeatureError(
-                f"{self.folder}: made of {self.facts['made_with']['num_frames']} frames of a video "
-                f"where {num_frames} are asked for. {cure(self.folder)}"
+                f"{self.folder}: made with {self.facts['made_with']['num_frames']} frames per "
+                f"video, but {num_frames} are requested. {cure(self.folder)}"
             )
 
     def missing(self, rows: list[dict]) -> list[dict]:
-        """The rows whose clip is not in the store."""
+        """Return the rows whose clip is not in the store."""
         shards = self.look_up(rows)[:, 0].tolist()
         return [row for row, shard in zip(rows, shards, strict=True) if shard < 0]
 
     def check(self, rows: list[dict]) -> None:
-        """
+        """Check that the clips of these rows are in the store and their files unchanged.
+
         Raises:
-            FeatureError: clips of these rows are not in the store, or their files have changed or
-                gone; it names the first of them and says how many.
+            FeatureError: some are not, or have changed or are missing; it counts them and names
+                the first five.
         """
         clips = {clip_key(row): row for row in rows}
-        problems = {"not in it": [], "changed or gone since": []}
+        problems = {"not in it": [], "changed or missing": []}
         for (key, row), (shard, _, *then) in zip(
             clips.items(), self.look_up([*clips.values()]).tolist(), strict=True
         ):
             if shard < 0:
                 problems["not in it"].append(key)
             elif file_stamp(media_file(row)) != then:
-                problems["changed or gone since"].append(key)
+                problems["changed or missing"].append(key)
         for problem, keys in problems.items():
             if keys:
                 raise FeatureError(
@@ -238,8 +259,9 @@ class FeatureStore:
 
 
 def cure(folder: Path) -> str:
+    """Return the last sentence of an error: how to make a valid store."""
     return (
-        "Delete the folder, or take another one, and make it with: python -m "
+        "Delete the folder or choose another one, and make the store with: python -m "
         f"training.cache_features RECIPE --output {folder}"
     )
 

@@ -1,21 +1,22 @@
-"""Frames of a source that may have no end: a file, a camera, an address, or any iterator.
+"""Frames of a source that can be endless: a file, a camera, an address, or any iterator.
 
     with FrameStream("kitchen.mp4", fps=4) as frames:
         for window in windows(frames, processor.video_processor, size=8, stride=4):
             window.pixel_values  # (8, 3, 256, 256)
         print(frames.report)
 
-`processor.watch("kitchen.mp4", fps=4, window=8, stride=4)` is both in one, a `WindowStream`.
+`processor.watch("kitchen.mp4", fps=4, window=8, stride=4)` does both; it returns a `WindowStream`.
 
-Each frame is decoded, converted and preprocessed once, however many windows it is in; at most a
-window and a queue of them are held. A source that stalls, breaks off, changes its size or sends
-what cannot be decoded is survived; `report` counts and names what happened.
+Each frame is decoded, converted and preprocessed once, even if several windows contain it. Only
+one window and one queue of frames are in memory. The stream goes on if the source stalls, changes
+its size or sends damaged frames, and ends without an error if the source breaks off; `report`
+counts and names these events.
 
-Files are opened here, never by FFmpeg, as in `video_io`. An address is given to FFmpeg if the
-caller allows addresses, and then http(s) or rtsp alone. What it finds there may lead it to further
-addresses of the same protocols (a playlist, a redirect), within the network too, never to a file.
+Python opens files, never FFmpeg, as in `video_io`. FFmpeg opens an address if the caller allows
+addresses, and only by http(s) or rtsp. A playlist or a redirect there can lead FFmpeg to further
+addresses of the same protocols, also within the network, but never to a file.
 
-Shapes: T frames, H and W pixels as they come, h and w as cropped.
+Shapes: T frames, H and W pixels of the source, h and w after the crop.
 """
 
 import io
@@ -35,6 +36,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import is_av_available, logging
 
+from .containers import reason_of, video_stream
 from .video_io import MediaError
 
 if is_av_available():
@@ -45,15 +47,15 @@ logger = logging.get_logger(__name__)
 StreamSource = str | os.PathLike | bytes | int | Iterable[tuple[float, np.ndarray | None]]
 
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-# What FFmpeg may use for each kind of address; `file` is nowhere among them.
+# The protocols that FFmpeg may use for each kind of address; `file` is not among them.
 PROTOCOLS = {
     "http": "http,https,tcp,tls,httpproxy",
     "https": "http,https,tcp,tls,httpproxy",
     "rtsp": "rtsp,rtp,tcp,udp,tls",
 }
-EVENTS = 100  # that a report remembers
-TRIES = 3  # to go on reading after an error of the container, without a frame in between
-LEAP_SECONDS = 0.5
+EVENTS = 100  # the latest events that a report stores
+RETRIES = 3  # after container errors with no frame between them
+LEAP_SECONDS = 0.5  # a larger step in time is a leap, not jitter
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Frame:
     """One picture of a stream.
 
     Attributes:
-        number (`int`): its place among the frames of the stream, dropped ones counted.
-        time (`float`): seconds since the first frame; of an iterator, as it says.
+        number (`int`): its index in the stream; dropped frames have one, too.
+        time (`float`): seconds since the first frame; for an iterator, the seconds that it gave.
         pixels (`np.ndarray` of shape `(H, W, 3)`, uint8): RGB.
     """
 
@@ -73,19 +75,18 @@ class Frame:
 
 @dataclass
 class StreamReport:
-    """What happened to a stream so far.
+    """Counts and events of a stream so far.
 
     Attributes:
-        frames (`int`): handed out.
-        dropped (`int`): thrown away because newer ones had come (live sources).
-        broken (`int`): packets and frames that could not be decoded, and were left out.
+        frames (`int`): frames returned to the reader.
+        dropped (`int`): frames of a live source dropped because newer ones had come.
+        broken (`int`): packets and frames left out because they could not be decoded.
         size_changes (`int`): changes of resolution.
-        leaps (`int`): times that go backwards, or ahead by more than half a second and three
-            frames. Where a container skips what is damaged by itself (Matroska), nothing else
-            tells.
-        stalls (`int`): times that nothing came for `stall_seconds`.
+        leaps (`int`): steps back in time, and steps ahead by more than half a second and three
+            frames. Matroska's reader skips damaged parts silently; a leap is then the only sign.
+        stalls (`int`): how often no frame came for `stall_seconds`.
         ended (`str`, *optional*): why there is no further frame.
-        events (`deque[str]`): the last of these, in words.
+        events (`deque[str]`): the latest events as text.
     """
 
     frames: int = 0
@@ -103,8 +104,11 @@ class StreamReport:
 
 
 class Mailbox:
-    """A queue of bounded length between two threads, which drops the oldest or makes the sender
-    wait."""
+    """Queue of limited length between two threads.
+
+    If it is full, the oldest item is dropped (`drop=True`), or the sender waits. `queue.Queue` can
+    only wait, and a sender waiting there does not see that the receiver has closed the queue.
+    """
 
     def __init__(self, size: int, drop: bool, report: StreamReport):
         self.items: deque[Any] = deque()
@@ -113,7 +117,7 @@ class Mailbox:
         self.changed = threading.Condition()
 
     def put(self, item: Any) -> bool:
-        """Whether anybody still wants it."""
+        """Add an item; return whether the queue is still open."""
         with self.changed:
             if not self.drop:
                 self.changed.wait_for(lambda: self.closed or len(self.items) < self.size)
@@ -125,7 +129,7 @@ class Mailbox:
             return not self.closed
 
     def get(self, seconds: float) -> Any:
-        """The oldest item; `None` if nothing comes in this time."""
+        """Return the oldest item, or `None` if none comes within these seconds."""
         with self.changed:
             if not self.changed.wait_for(lambda: self.items, seconds):
                 return None
@@ -139,28 +143,30 @@ class Mailbox:
 
 
 class FrameStream:
-    """The frames of a source, one after the other, each of them once.
+    """Iterator over the frames of a source, each once.
 
-    Files and iterators wait for whoever reads them. Cameras and addresses are live: they are read
-    by a thread, and where the reader is slower than the source, the oldest of `queue_size` frames
-    are dropped and counted. `live=False` makes an address wait as well, for one that is a file;
-    `live=True` makes an iterator live.
+    Files and iterators wait for the reader. Cameras and addresses are live: a thread reads them,
+    and if the reader is slower than the source, the oldest of `queue_size` frames are dropped and
+    counted. With `live=False` an address waits too, for example the address of a file; with
+    `live=True` an iterator is live.
 
     Args:
         source: path or content of a video file, the number of a camera (Linux), an http(s) or
             rtsp address, or an iterator of pairs: seconds, and a uint8 array `(H, W, 3)`, or
-            `None` for a frame that could not be had.
-        fps (`float`, *optional*): frames kept per second of the stream; all by default. The
-            others are decoded, as the next ones need them, but not converted.
+            `None` for a missing frame.
+        fps (`float`, *optional*): frames taken per second of the stream; all by default. The
+            others are decoded, because later frames depend on them, but not converted.
         live (`bool`, *optional*): see above.
         allow_urls (`bool`, *optional*, defaults to `False`): open addresses.
-        queue_size (`int`, *optional*, defaults to 8): frames that wait, of a live source.
-        stall_seconds (`float`, *optional*, defaults to 5): without a frame for so long, a live
-            source or an address is said to stall.
-        give_up_seconds (`float`, *optional*, defaults to 30): and after so long it has ended.
-        max_pixels (`int`, *optional*): leave out frames of more.
+        queue_size (`int`, *optional*, defaults to 8): frames of a live source that can wait.
+        stall_seconds (`float`, *optional*, defaults to 5): time without a frame after which a live
+            source or an address counts as stalled.
+        give_up_seconds (`float`, *optional*, defaults to 30): time without a frame after which it
+            counts as ended.
+        max_pixels (`int`, *optional*): leave out frames with more pixels.
 
-    Raises: `MediaError` for a source that cannot be opened, when it is iterated.
+    Raises: `MediaError` for an address that is not allowed, and on iteration for a source that
+        cannot be opened.
     """
 
     def __init__(
@@ -205,18 +211,19 @@ class FrameStream:
         self.close()
 
     def close(self) -> None:
-        """Stop reading. A thread that waits for its source ends when that sends or gives up."""
+        """Stop reading. A thread waiting for its source ends with the next frame or time-out."""
         if self.running is not None:
             self.running.close()
 
     def __iter__(self) -> Iterator[Frame]:
         if self.running is not None:
-            raise ValueError("a stream is read once: make another FrameStream.")
+            raise ValueError("a stream can be read only once: make another FrameStream.")
         threaded = self.live or self.scheme is not None
         self.running = self.counted(self.from_thread() if threaded else self.read())
         return self.running
 
     def counted(self, frames: Iterator[Frame]) -> Iterator[Frame]:
+        """Yield the frames and count them in the report."""
         with closing(frames):
             for frame in frames:
                 self.report.frames += 1
@@ -224,6 +231,7 @@ class FrameStream:
         self.report.ended = self.report.ended or "the source has ended"
 
     def end(self, reason: str) -> None:
+        """Report why the stream ends."""
         self.report.ended = reason
         self.report.note(f"{self.name}: {reason}")
 
@@ -232,17 +240,17 @@ class FrameStream:
         if self.is_camera:
             return f"camera {self.source}"
         if isinstance(self.source, str | os.PathLike):
-            # An address may hold a password.
-            return re.sub(r"//[^/]*@", "//", os.fspath(self.source))
+            return without_password(os.fspath(self.source))
         return f"{len(self.source)} bytes" if isinstance(self.source, bytes) else "the iterator"
 
-    # -- a thread of its own ---------------------------------------------------------------
+    # -- reading in a thread ---------------------------------------------------------------
 
     def from_thread(self) -> Iterator[Frame]:
+        """Yield the frames that a thread reads; report stalls and give up after a long one."""
         mailbox = Mailbox(self.queue_size, self.live, self.report)
         thread = threading.Thread(target=self.work, args=(mailbox,), daemon=True)
         thread.start()
-        waited = 0.0
+        waited = 0.0  # seconds since the last frame
         try:
             while True:
                 since = time.monotonic()
@@ -252,49 +260,49 @@ class FrameStream:
                     yield item
                 elif isinstance(item, BaseException):
                     raise item
-                elif item is not None:  # the end
+                elif item is not None:  # `True`: the source has ended
                     return
                 else:
-                    if not waited:
+                    if not waited:  # a stall is counted once, however long it is
                         self.report.stalls += 1
-                        self.report.note(f"{self.name}: nothing for {self.stall_seconds:g} s")
+                        self.report.note(f"{self.name}: no frame for {self.stall_seconds:g} s")
                     waited += time.monotonic() - since
                     if waited >= self.give_up_seconds:
-                        self.end(f"nothing for {self.give_up_seconds:g} s: given up")
+                        self.end(f"no frame for {self.give_up_seconds:g} s: given up")
                         return
         finally:
             mailbox.close()
             thread.join(timeout=1.0)
 
     def work(self, mailbox: Mailbox) -> None:
-        """Read the source into the mailbox; what comes last is an error, or `True`."""
+        """Read the source into the mailbox; the last item is an error or `True`."""
         last: Any = True
         frames = self.read()
         try:
             for frame in frames:
                 if not mailbox.put(frame):
                     break
-        except BaseException as error:  # the reader's thread raises it
+        except BaseException as error:  # raised in the reader's thread, by `from_thread`
             last = error
         finally:
             frames.close()
-        mailbox.drop = False  # neither the end nor a frame before it is dropped for the end's sake
+        mailbox.drop = False  # the last item must not push out a frame, nor be dropped
         mailbox.put(last)
 
-    # -- what is read ----------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------
 
     def read(self) -> Iterator[Frame]:
-        """The frames of the source at the rate asked for."""
+        """Yield the frames of the source at the rate `fps`: the first good one of each slot."""
         number, slot, size = 0, None, None
         for seconds, picture in self.pictures():
-            # A thousandth of a slot of rounding decides nothing.
+            # Times are rounded: a frame may begin its slot a thousandth of a slot early.
             this = None if self.fps is None else int(seconds * self.fps + 1e-3)
             if this is not None and this == slot:
                 continue
             pixels = self.pixels(picture)
             if pixels is None:
                 continue
-            slot = this
+            slot = this  # only now: a broken frame leaves its slot to the next one
             if size is not None and pixels.shape != size:
                 self.report.size_changes += 1
                 sizes = [f"{width} x {height}" for height, width, _ in (size, pixels.shape)]
@@ -304,9 +312,9 @@ class FrameStream:
             number += 1
 
     def pixels(self, picture: Any) -> np.ndarray | None:
-        """Upright RGB; `None`, and a word in the report, for what is none."""
+        """Return an upright RGB frame, or `None`, noted in the report, if it is unusable."""
         if picture is None:
-            self.broken("a frame that could not be had")
+            self.broken("a frame is missing")
             return None
         shape = picture.shape if isinstance(picture, np.ndarray) else None
         if shape is None and not (is_av_available() and isinstance(picture, av.VideoFrame)):
@@ -315,47 +323,53 @@ class FrameStream:
             raise ValueError(f"a frame is {picture.dtype} of {shape}: give uint8 (H, W, 3).")
         height, width = shape[:2] if shape else (picture.height, picture.width)
         if not height * width:
-            self.broken(f"a frame of {width} x {height}")
+            self.broken(f"a frame is {width} x {height} pixels")
             return None
         if self.max_pixels is not None and height * width > self.max_pixels:
-            self.broken(f"a frame of {width} x {height}, more than {self.max_pixels} pixels")
+            self.broken(f"a frame is {width} x {height}, more than {self.max_pixels} pixels")
             return None
         if shape is not None:
             return picture
         return np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90))
 
     def broken(self, what: str) -> None:
+        """Report a packet or frame that is left out."""
         self.report.broken += 1
         self.report.note(f"{self.name}: {what}")
 
     def pictures(self) -> Iterator[tuple[float, Any]]:
-        """Each picture with its time, which never goes backwards."""
+        """Yield each picture with its time; times never go backwards."""
         if not isinstance(self.source, str | os.PathLike | bytes | int):
             yield from self.in_order(pairs(self.source), period=0.0)
             return
         with self.container() as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
+            # 25 frames per second, FFmpeg's own default, if nothing states a rate.
             period = float(1 / stream.guessed_rate) if stream.guessed_rate else 0.04
             last = 0.0
             for last, picture in self.in_order(self.decode(container, stream), period):
                 yield last, picture
-            total = (container.duration or 0) / 1e6  # AV_TIME_BASE
+            total = (container.duration or 0) / 1e6  # in microseconds (AV_TIME_BASE)
+            # Headers can be a frame or two off; more than that is missing.
             if self.report.ended is None and last + 2 * period + LEAP_SECONDS < total:
                 self.end(f"ends early, after {last:g} of {total:g} seconds")
 
     def in_order(
         self, pictures: Iterator[tuple[float, Any]], period: float
     ) -> Iterator[tuple[float, Any]]:
-        """The same, with times that never go backwards: where a clock has begun anew (joined files,
-        a camera that restarts), the time goes on from where it was."""
-        last, shift = None, 0.0
+        """Yield the same pictures, with times that never go backwards.
+
+        If the clock starts again (joined files, a restarted camera), times continue from the last.
+        """
+        last, shift = None, 0.0  # shift: added to all times since the clock started again
         for seconds, picture in pictures:
             seconds += shift
             ahead = 0.0 if last is None else seconds - last
             if ahead < 0 or (period and ahead > max(LEAP_SECONDS, 3 * period)):
                 self.report.leaps += 1
                 self.report.note(f"{self.name}: from {last:g} s to {seconds:g} s")
+            # A smaller step back is jitter: only this frame is late, so only its time is corrected.
             if ahead < -LEAP_SECONDS:
                 shift += last + period - seconds
                 seconds = last + period
@@ -363,7 +377,7 @@ class FrameStream:
             yield last, picture
 
     def decode(self, container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
-        """Every picture that can be decoded, with seconds since the first."""
+        """Yield every picture that can be decoded, with seconds since the first."""
         packets, failures, count, first = container.demux(stream), 0, 0, None
         while True:
             try:
@@ -372,26 +386,26 @@ class FrameStream:
                 return
             except av.error.InvalidDataError as error:
                 failures += 1
-                if failures > TRIES:
-                    self.end(f"cannot be read any further ({reason(error)})")
+                if failures > RETRIES:
+                    self.end(f"cannot be read any further ({reason_of(error)})")
                     return
-                self.broken(f"damaged after {count} frames ({reason(error)})")
-                packets = container.demux(stream)  # an error ends the former
+                self.broken(f"damaged after {count} frames ({reason_of(error)})")
+                packets = container.demux(stream)  # an error ends a generator; take a new one
                 continue
             except (av.error.ExitError, av.error.TimeoutError):
-                self.end(f"nothing for {self.give_up_seconds:g} s: given up")
+                self.end(f"no frame for {self.give_up_seconds:g} s: given up")
                 return
             except (av.FFmpegError, OSError, ValueError) as error:
-                self.end(f"breaks off after {count} frames ({reason(error)})")
+                self.end(f"breaks off after {count} frames ({reason_of(error)})")
                 return
             try:
                 pictures = packet.decode()
             except av.FFmpegError as error:
-                self.broken(f"a packet after {count} frames ({reason(error)})")
+                self.broken(f"a packet is damaged after {count} frames ({reason_of(error)})")
                 continue
             for picture in pictures:
                 seconds = picture.time
-                # Bare streams carry no times, and AVI those of reordered frames out of order.
+                # Raw streams have no times, and AVI's are out of order for reordered frames.
                 if seconds is None or container.format.name == "avi":
                     seconds = count * float(1 / (stream.guessed_rate or 25))
                 first = seconds if first is None else first
@@ -400,9 +414,9 @@ class FrameStream:
 
     @contextmanager
     def container(self) -> Iterator[Any]:
-        """The opened source.
+        """Yield the opened source.
 
-        Raises: `MediaError` naming it and the cure; `ImportError` if PyAV is missing.
+        Raises: `MediaError` for a source that is not a video; `ImportError` if PyAV is missing.
         """
         if not is_av_available():
             raise ImportError("reading video needs PyAV: pip install av")
@@ -411,31 +425,33 @@ class FrameStream:
         except MediaError:
             raise
         except (av.FFmpegError, OSError, ValueError) as error:
-            # FFmpeg's own error holds the address, and with it the password.
+            # Not chained for an address: FFmpeg's own error contains it, with its password.
             raise MediaError(
-                f"{self.name}: cannot be opened as a video ({reason(error)}). Check that it is "
-                "there, that it is a video, and that it is whole."
+                f"{self.name}: cannot be opened as a video ({reason_of(error)}). Check that it "
+                "exists, is a video and is complete."
             ) from (error if self.scheme is None else None)
         with container:
-            found = container.streams.video
-            # FFmpeg "plays" plain text files as terminal art, through its tty demuxer.
-            if not found or found[0].codec_context is None or container.format.name == "tty":
-                raise MediaError(f"{self.name}: has no video stream that FFmpeg can decode.")
+            if video_stream(container) is None:
+                raise MediaError(
+                    f"{self.name}: has no video stream that FFmpeg can decode. Give a source with "
+                    "pictures in it."
+                )
             yield container
 
     def open(self) -> Any:
+        """Open the source with FFmpeg."""
         limits = {"timeout": (self.give_up_seconds, self.give_up_seconds)}
         if self.scheme is not None:
             rest = ADDRESS.sub("", os.fspath(self.source), count=1)
             options = {"protocol_whitelist": PROTOCOLS[self.scheme]}
             if self.scheme == "rtsp":
                 options["rtsp_transport"] = "tcp"  # over UDP, packets get lost
-            # In small letters, which alone FFmpeg knows.
+            # FFmpeg knows schemes in lower case only.
             return av.open(f"{self.scheme}://{rest}", options=options, **limits)
         if self.is_camera:
             if sys.platform != "linux":
                 raise MediaError(
-                    f"{self.name}: cameras are read through Video4Linux alone. Read it with "
+                    f"{self.name}: cameras can be read only on Linux (Video4Linux). Read it with "
                     "another library and give an iterator of (seconds, frame)."
                 )
             return av.open(f"/dev/video{self.source}", format="v4l2", **limits)
@@ -444,50 +460,54 @@ class FrameStream:
                 raise MediaError(f"{self.name}: is a folder. Give one of the videos in it.")
             raise MediaError(f"{self.name}: no such file. Check the path.")
         source = self.source
-        # Closed by the collector, with the container.
+        # The container reads from it and is used after this method; it is closed when collected.
         file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
-        # No protocol: what is no more than a list of other files or addresses opens none.
+        # Without any protocol, a playlist cannot open other files or addresses.
         return av.open(file, options={"protocol_whitelist": "none"})
 
 
 def pairs(source: Iterable[tuple[float, np.ndarray | None]]) -> Iterator[tuple[float, Any]]:
-    """What an iterator gives.
+    """Yield seconds and frame of each pair of an iterator.
 
-    Raises: `ValueError` for what is no pair, and for times that are no numbers.
+    Raises: `ValueError` for an item that is not a pair, or whose time is not a finite number.
     """
     for item in source:
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise ValueError(
-                f"the iterator gave a {type(item).__name__}: it has to give pairs of seconds and a "
-                "frame. Of several videos, watch one after the other."
+                f"the iterator gave a {type(item).__name__}: give pairs (seconds, frame). Watch "
+                "several videos one after the other."
             )
         seconds, picture = item
         if not isinstance(seconds, Real) or not math.isfinite(seconds):
-            raise ValueError(f"the iterator gave a frame at {seconds!r}: times are seconds.")
+            raise ValueError(f"the iterator gave a frame at {seconds!r}: give its time in seconds.")
         yield float(seconds), picture
 
 
-def reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, av.FFmpegError | OSError) else str(error)
+def without_password(address: str) -> str:
+    """Return an address without user name and password, for messages and logs."""
+    return re.sub(r"//[^/]*@", "//", address)
 
 
 def check_address(source: StreamSource, allow_urls: bool) -> str | None:
-    """The protocol of an address that may be opened; `None` for what is no address."""
+    """Return the scheme of an address, or `None` for another source.
+
+    Raises: `MediaError` for an address that must not be opened.
+    """
     found = ADDRESS.match(source) if isinstance(source, str) else None
     if found is None:
         return None
     scheme = found[1].lower()
     if scheme not in PROTOCOLS:
-        raise MediaError(f"{scheme}:// is not opened, only {', '.join(PROTOCOLS)}, and files.")
+        raise MediaError(
+            f"{without_password(source)}: {scheme}:// is not opened. Give a file, or an address of "
+            f"{', '.join(PROTOCOLS)}."
+        )
     if not allow_urls:
         raise MediaError(
-            "an address is opened with allow_urls=True alone (--allow-urls of a command): see what "
-            "it allows."
+            f"{without_password(source)}: is an address. Addresses are opened only with "
+            "allow_urls=True (--allow-urls of a command)."
         )
     return scheme
-
-
-# -- windows -------------------------------------------------------------------------------
 
 
 __all__ = ["Frame", "FrameStream", "StreamReport"]

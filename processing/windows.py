@@ -1,6 +1,6 @@
-"""Windows of consecutive frames of a stream, preprocessed.
+"""Preprocessed windows of consecutive frames of a stream.
 
-Shapes: T frames of a window, H and W pixels as they come, h and w as cropped.
+Shapes: T frames of a window, H and W pixels of the source, h and w after the crop.
 """
 
 from collections import deque
@@ -9,22 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers.utils import is_av_available
 
 from .frame_stream import Frame, FrameStream, StreamReport, StreamSource
 from .video_io import uniform_indices
 from .video_processing_vljepa import VLJEPAVideoProcessor
 
-if is_av_available():
-    pass
-
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive frames of a stream, preprocessed; overlapping windows share their tensors.
+    """Consecutive preprocessed frames of a stream; overlapping windows share their tensors.
 
     Attributes:
-        numbers (`tuple[int, ...]` of length T): of the frames.
+        numbers (`tuple[int, ...]` of length T): indices of the frames in the stream.
         times (`tuple[float, ...]` of length T): seconds.
         frames (`tuple[torch.FloatTensor, ...]` of length T): each `(3, h, w)`.
     """
@@ -43,11 +39,12 @@ class Window:
 
     @property
     def pixel_values(self) -> torch.Tensor:
-        """`(T, 3, h, w)`, a copy."""
+        """The frames as one tensor `(T, 3, h, w)`, a copy."""
         return torch.stack(self.frames)
 
 
 def check_stride(stride: int, size: int) -> None:
+    """Raise `ValueError` for a stride that would leave out frames between windows."""
     if not 1 <= stride <= size:
         raise ValueError(f"stride is {stride} and size {size}: give 1 <= stride <= size.")
 
@@ -55,40 +52,42 @@ def check_stride(stride: int, size: int) -> None:
 def windows(
     frames: Iterable[Frame], video_processor: VLJEPAVideoProcessor, *, size: int, stride: int
 ) -> Iterator[Window]:
-    """Windows of `size` frames, each beginning `stride` frames after the one before.
+    """Yield windows of `size` frames, each beginning `stride` frames after the one before.
 
-    Every frame is in one: at the end of the stream, frames that are in none yet make a last
-    window with those before them. A stream shorter than a window repeats frames, as the
-    video processor does.
+    Every frame is in a window: if frames remain at the end of the stream, a last window contains
+    them and the frames before them. A stream shorter than a window repeats frames, as the video
+    processor does.
     """
     check_stride(stride, size)
     recent: deque[tuple[int, float, torch.Tensor]] = deque(maxlen=size)
-    count = covered = 0
+    count = covered = 0  # frames so far, and those that are in a window
     for frame in frames:
         recent.append((frame.number, frame.time, preprocess(frame.pixels, video_processor)))
         count += 1
         if count >= size and (count - size) % stride == 0:
             covered = count
             yield Window(*zip(*recent, strict=True))
+    # Without this, up to `stride - 1` last frames, or a whole short stream, would be in no window.
+    # `recent` has fewer than `size` frames only in a short stream; otherwise all are chosen once.
     if covered < count:
         chosen = [recent[index] for index in uniform_indices(len(recent), size).tolist()]
         yield Window(*zip(*chosen, strict=True))
 
 
 class WindowStream:
-    """The windows of a source: a `FrameStream` and its `windows` in one.
+    """Iterator over the windows of a source: a `FrameStream` with its `windows`.
 
     Args:
-        source: as of a `FrameStream`.
-        video_processor ([`VLJEPAVideoProcessor`]): its `max_pixels` holds for every frame.
-        window (`int`, *optional*): frames of a window, as many as the video processor's
-            `num_frames` by default.
-        stride (`int`, *optional*): frames from the beginning of one to that of the next, half a
-            window by default.
-        fps, live, allow_urls (*optional*): as of a `FrameStream`.
+        source: see [`FrameStream`].
+        video_processor ([`VLJEPAVideoProcessor`]): its `max_pixels` applies to every frame.
+        window (`int`, *optional*): frames of a window, the video processor's `num_frames` by
+            default.
+        stride (`int`, *optional*): frames from the start of one window to the start of the next,
+            half a window by default.
+        fps, live, allow_urls (*optional*): see [`FrameStream`].
 
-    Raises: `ValueError` for a window or stride that cannot be, `MediaError` for an address that
-        is not allowed; when it is iterated, `MediaError` for a source that cannot be opened.
+    Raises: `ValueError` for an impossible window or stride, `MediaError` for an address that is
+        not allowed, and on iteration for a source that cannot be opened.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class WindowStream:
         self.close()
 
     def close(self) -> None:
-        """Stop reading, as a `FrameStream` does."""
+        """Stop reading the source."""
         self.frames.close()
 
     def __iter__(self) -> Iterator[Window]:
@@ -135,7 +134,11 @@ class WindowStream:
 
 
 def preprocess(pixels: np.ndarray, video_processor: VLJEPAVideoProcessor) -> torch.Tensor:
-    """`(H, W, 3)` to `(3, h, w)`, as in a clip: every frame is worked on by itself."""
+    """Preprocess a frame `(H, W, 3)` to `(3, h, w)`.
+
+    The result is that of a whole clip, whose frames are preprocessed independently.
+    """
+    # Rotated frames have negative strides, which torch does not take.
     clip = np.ascontiguousarray(pixels)[None]
     batch = video_processor([clip], do_sample_frames=False, return_tensors="pt")
     return batch["pixel_values_videos"][0, 0]

@@ -324,13 +324,13 @@ def test_a_changed_or_lost_file_is_stale(store, dataset):
     before = os.stat(row["image"])
     os.utime(row["image"], ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     for read in (lambda: store.check(dataset.rows), lambda: store[row]):
-        with pytest.raises(FeatureError, match=r"clips are changed or gone since: image .*wide"):
+        with pytest.raises(FeatureError, match=r"clips are changed or missing: image .*wide"):
             read()
     os.utime(row["image"], ns=(before.st_atime_ns, before.st_mtime_ns))
     store.check(dataset.rows)
     path = Path(row["image"])
     path.rename(path.with_name("elsewhere"))
-    with pytest.raises(FeatureError, match="1 of 4 clips are changed or gone since"):
+    with pytest.raises(FeatureError, match="1 of 4 clips are changed or missing"):
         store.check(dataset.rows)
     path.with_name("elsewhere").rename(path)
     assert len(store[row]) == 4
@@ -414,7 +414,7 @@ def test_training_refuses_what_the_store_does_not_know(tmp_path):
     recipe = tiny_recipe(rows, max_steps=1)
     cache_features([str(recipe), "--output", str(tmp_path / "store")])
     from_store = f"data.features={tmp_path / 'store'}"
-    with pytest.raises(FeatureError, match="made for something else: num_frames"):
+    with pytest.raises(FeatureError, match="not those of this model and processor: num_frames"):
         run(recipe, from_store, "processor.num_frames=2")
     with pytest.raises(FeatureError, match="The X-Encoder trains"):
         run(recipe, from_store, "model.config.freeze_vision=false")
@@ -424,7 +424,7 @@ def test_training_refuses_what_the_store_does_not_know(tmp_path):
     with pytest.raises(RecipeError, match=r"(?s)1 of 5 rows.*rows.jsonl:5: no features of it"):
         run(recipe, from_store)
     os.utime(tmp_path / "wide.png", (0, 0))
-    with pytest.raises(FeatureError, match="changed or gone since"):
+    with pytest.raises(FeatureError, match="changed or missing"):
         run(recipe, from_store, "data.max_bad_share=0.5")
 
 
@@ -444,7 +444,7 @@ def test_predictions_from_the_store_are_those_from_the_files(store, dataset, mod
 
 
 def test_predictions_ask_for_what_the_store_has(store, dataset, model, processor, tmp_path):
-    with pytest.raises(FeatureError, match="made of 4 frames of a video where 8 are asked for"):
+    with pytest.raises(FeatureError, match="made with 4 frames per video, but 8 are requested"):
         predict_rows(model, processor, dataset.rows, num_frames=8, features=store)
     with pytest.raises(ValueError, match="grey"):
         predict_rows(model, processor, dataset.rows, ablation="grey", features=store)

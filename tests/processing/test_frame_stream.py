@@ -101,7 +101,7 @@ def test_an_iterator_waits_for_its_reader():
     for place in range(30):
         assert next(frames).number == place
         assert len(made) == place + 1  # and none ahead of it
-    with pytest.raises(ValueError, match="read once"):
+    with pytest.raises(ValueError, match="read only once"):
         iter(stream)
 
 
@@ -182,11 +182,11 @@ def test_what_is_no_source_is_refused(source):
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        (["a.mp4", "b.mp4"], "gave a str: .* Of several videos, watch one after the other"),
-        (noise(2, 4, 4, 3), "gave a ndarray: it has to give pairs"),
-        ([(float("nan"), noise(4, 4, 3))], "at nan: times are seconds"),
-        ([("a", noise(4, 4, 3))], "at 'a': times are seconds"),
-        ([(None, noise(4, 4, 3))], "at None: times are seconds"),
+        (["a.mp4", "b.mp4"], "gave a str: .* Watch several videos one after the other"),
+        (noise(2, 4, 4, 3), "gave a ndarray: give pairs"),
+        ([(float("nan"), noise(4, 4, 3))], "at nan: give its time in seconds"),
+        ([("a", noise(4, 4, 3))], "at 'a': give its time in seconds"),
+        ([(None, noise(4, 4, 3))], "at None: give its time in seconds"),
     ],
 )
 def test_an_iterator_gives_pairs_of_seconds_and_frame(items, message):

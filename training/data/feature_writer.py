@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAVideoProcessor
 from processing.feature_store import (
+    CLIP_INDEX,
     FACTS,
-    PLACES,
     FeatureError,
     differences,
     from_int8,
@@ -315,7 +315,7 @@ def write_index(folder: Path, plan: dict, shards: list[Shard]) -> dict:
     keys, order = torch.cat(keys).sort()
     if (keys.diff() == 0).any():
         raise FeatureError(f"{folder}: two clips have the same hash. Rename one of the files.")
-    put(folder / PLACES, {"keys": keys, "clips": torch.cat(clips)[order]})
+    put(folder / CLIP_INDEX, {"keys": keys, "clips": torch.cat(clips)[order]})
     errors = torch.cat(errors)
     facts = {
         **plan,
