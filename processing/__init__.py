@@ -1,4 +1,4 @@
-"""What goes in: files, frames and strings to the tensors of a VL-JEPA model."""
+"""The model's input: files, frames and strings to tensors."""
 
 from .frame_stream import FrameStream as FrameStream
 from .frame_stream import StreamReport as StreamReport

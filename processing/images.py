@@ -12,8 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .media import Clip, Limits, MediaError, MediaSource, name_of, open_file, stack
 from .sampling import uniform_indices
 
-# Of bytes, which may come from a stranger, PIL reads the common formats alone: among the others
-# is PostScript, which is a program.
+# The formats that PIL may try for bytes, which can come from a stranger. Among the others is
+# PostScript, which PIL gives to another program to run.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -24,10 +24,10 @@ def read_image(source: MediaSource | Image.Image, *, max_pixels: int | None = No
     Args:
         source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path of an image file, its
             content, or the image.
-        max_pixels (`int`, *optional*): refuse a larger image, before it is decoded.
+        max_pixels (`int`, *optional*): refuse an image with more pixels before it is decoded.
 
-    Returns: `np.ndarray` of shape `(1, H, W, 3)`, uint8. Of 16 bits, the upper 8; of an animation,
-        its first picture.
+    Returns: `np.ndarray` of shape `(1, H, W, 3)`, uint8: the upper 8 bits of 16, and the first
+        picture of an animation.
     Raises: `MediaError` naming the file.
     """
     if isinstance(source, Image.Image):
@@ -44,43 +44,43 @@ def read_image(source: MediaSource | Image.Image, *, max_pixels: int | None = No
         raise MediaError(f"{name}: not an image that PIL can read. Check the file type.") from error
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name}: too large ({error}). Make it smaller.") from error
-    # PIL's readers raise what they like: OSError, SyntaxError, struct.error, zlib.error, ...
+    # PIL's readers raise many kinds: OSError, SyntaxError, struct.error, zlib.error, ...
     except Exception as error:
         raise MediaError(f"{name}: damaged image ({error}). Fetch or export it again.") from error
 
 
 def pixels_of(image: Image.Image, name: str) -> np.ndarray:
-    """Upright RGB, `(1, H, W, 3)` uint8."""
+    """Return an image upright and in RGB, `(1, H, W, 3)` uint8."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "F":
-        raise MediaError(f"{name}: its pixels are fractions of an unknown range. Save it as PNG.")
+        raise MediaError(f"{name}: its pixels are fractions of unknown range. Save it as PNG.")
     if upright.mode == "I" or upright.mode.startswith("I;"):
-        # PIL would cut all above 255 off, which is nearly everything.
+        # PIL's own conversion would clip 16-bit values at 255, which makes nearly all white.
         upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
     return np.array(upright.convert("RGB"))[None]
 
 
 def natural(name: str) -> list[str | int]:
-    """Sorts `2.png` before `10.png`."""
+    """Return a sort key that puts `2.png` before `10.png`."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def read_folder(folder: str | os.PathLike, num_frames: int | None, limits: Limits) -> Clip:
-    """The images of a folder, which hold nothing else, as a clip without times."""
+    """Read a folder that holds only images, as a clip without times."""
     names = [name for name in os.listdir(folder) if not name.startswith(".")]
     for name in names:
         if not name.lower().endswith(IMAGE_SUFFIXES):
             raise MediaError(
-                f"{limits.name}: holds {name}, which is no image. A folder is a clip if it holds "
-                f"the clip's frames alone ({', '.join(IMAGE_SUFFIXES)})."
+                f"{limits.name}: holds {name}, which is not an image. Keep only the clip's frames "
+                f"in the folder ({', '.join(IMAGE_SUFFIXES)})."
             )
     if not names:
         raise MediaError(f"{limits.name}: the folder holds no image. Put the clip's frames in it.")
     limits.check_time(len(names), 0.0)
     names.sort(key=natural)
     indices = uniform_indices(len(names), len(names) if num_frames is None else num_frames)
-    pictures = {}
+    pictures = {}  # by index: a short clip repeats frames, but each is decoded once
     for index in sorted(set(indices.tolist())):
         limits.check_clock()
         path = os.path.join(folder, names[index])

@@ -1,4 +1,4 @@
-"""A clip by decoding the whole file, from the first frame to the last.
+"""Clips by decoding a whole file, from its first frame to its last.
 
 Shapes: H height, W width.
 """
@@ -19,21 +19,26 @@ if is_av_available():
 
 
 def read_linearly(source: MediaSource, num_frames: int | None, part: Part, limits: Limits) -> Clip:
-    """One pass from the first frame to the last, keeping the frames that the header makes one
-    expect; a second where the header has no count (Matroska, WebM) or a wrong one, or the frame
-    rate varies."""
-    # The length of a part is not that of the video.
+    """Read a clip in one pass over the file, or in two.
+
+    The first pass keeps the frames that the header's frame count suggests. They are the wrong
+    ones if the header has no count (Matroska, WebM) or a wrong one, or if the frame rate varies;
+    then a second pass keeps the right ones.
+    """
+    # `max_seconds` limits the part, not the whole video.
     bounds = limits if part.is_whole else replace(limits, max_seconds=None)
     keep = None
     if not part.is_whole:
-        keep = set()
+        keep = set()  # the times of all frames decide which belong to the part
     elif num_frames is not None:
         keep = set(uniform_indices(max(header_count(source, limits), 1), num_frames).tolist())
     pictures, seconds, duration = decode(source, keep, bounds)
     first, last = 0, len(seconds)
     if not part.is_whole:
         if not np.isfinite(seconds).all():
-            raise MediaError(f"{limits.name}: has no times. Re-encode it, or take the whole.")
+            raise MediaError(
+                f"{limits.name}: its frames have no times. Re-encode it, or take the whole video."
+            )
         part.check(duration)
         first, last = part.window(seconds)
         limits.check_time(last - first, seconds[last - 1] - seconds[first])
@@ -44,6 +49,7 @@ def read_linearly(source: MediaSource, num_frames: int | None, part: Part, limit
 
 
 def header_count(source: MediaSource, limits: Limits) -> int:
+    """Return the number of frames that the header states, 0 if it states none."""
     with open_container(source, limits) as container:
         return container.streams.video[0].frames
 
@@ -51,17 +57,17 @@ def header_count(source: MediaSource, limits: Limits) -> int:
 def decode(
     source: MediaSource, keep: set[int] | None, limits: Limits
 ) -> tuple[dict[int, np.ndarray], np.ndarray, float]:
-    """One pass over the file, keeping the frames whose index is in `keep` (`None`: all).
+    """Decode the whole file; keep the frames whose index is in `keep` (`None`: all).
 
-    Returns: the kept frames by index, each `(H, W, 3)` uint8; the times of all frames in
-    seconds since the first, float64; and how long they last, in seconds.
+    Returns: pictures by index, each `(H, W, 3)` uint8; the times of all frames in seconds since
+    the first, float64; and the duration in seconds.
     """
     pictures: dict[int, np.ndarray] = {}
     times: list[float] = []
     with open_container(source, limits) as container:
         stream = container.streams.video[0]
         reformatter = VideoReformatter()
-        # Bare H.264 streams carry no times; few streams carry neither times nor a rate.
+        # Raw H.264 streams have no times, and a few streams have no frame rate either.
         rate = float(stream.guessed_rate or math.nan)
         try:
             for index, frame in enumerate(container.decode(stream)):
@@ -83,7 +89,7 @@ def decode(
                 f"{limits.name}: no frame could be decoded: truncated or empty. Fetch or export "
                 "it again."
             )
-        # AVI gives the times of reordered frames out of order; as shown, they ascend.
+        # AVI attaches times to reordered frames in decoding order, so they are not ascending.
         seconds = np.sort(np.array(times, dtype=np.float64))
         seconds -= seconds[0]
         return pictures, seconds, duration_of(seconds, stream)

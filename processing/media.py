@@ -1,4 +1,4 @@
-"""What every reader of clips shares: sources, clips, limits and the errors that name a file.
+"""Shared by all readers of clips: sources, clips, limits, and errors that name a file.
 
 Shapes: T frames, H height, W width.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MediaSource = str | os.PathLike | bytes
+MediaSource = str | os.PathLike | bytes  # a path, or the content of a file
 
-MAX_FRAME_RATE = 240  # frames per second of a clip whose length is bounded
+MAX_FRAME_RATE = 240  # frames per second of a clip whose length is limited
 
 
 class MediaError(ValueError):
@@ -28,7 +28,7 @@ class Clip:
     Attributes:
         frames (`np.ndarray` of shape `(T, H, W, 3)`, uint8): RGB.
         timestamps (`np.ndarray` of shape `(T,)`, float64): seconds since the first frame of the
-            video, also where the clip is a part of it; NaN in a folder of images.
+            video, also if the clip is a part of it; NaN for a folder of images.
     """
 
     frames: np.ndarray
@@ -37,28 +37,30 @@ class Clip:
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused of the file `name`; `None` bounds nothing. The clock starts here."""
+    """Limits for reading the file `name`; `None` means unlimited. The clock starts on creation."""
 
     name: str
     max_seconds: float | None = None
     max_pixels: int | None = None
     max_decode_seconds: float | None = None
+    # A lambda looks `time` up on every call, so that tests can replace the clock.
     started: float = field(default_factory=lambda: time.monotonic())
 
     def check_size(self, width: int, height: int) -> None:
         if self.max_pixels is not None and width * height > self.max_pixels:
             raise MediaError(
                 f"{self.name}: {width} x {height} pixels, but at most {self.max_pixels} are "
-                "taken. Make it smaller."
+                "allowed. Make it smaller."
             )
 
     def check_time(self, frames: int, seconds: float) -> None:
         if self.max_seconds is None:
             return
+        # Frames are counted too: times can be wrong, and a folder of images has none.
         if seconds > self.max_seconds or frames > self.max_seconds * MAX_FRAME_RATE:
             raise MediaError(
                 f"{self.name}: longer than {self.max_seconds:g} seconds, or more than "
-                f"{MAX_FRAME_RATE} frames in each. Cut it."
+                f"{MAX_FRAME_RATE} frames per second. Cut it."
             )
 
     def check_clock(self) -> None:
@@ -71,7 +73,7 @@ class Limits:
 
 
 def name_of(source: MediaSource) -> str:
-    """What to call it in a message: a path, or an excerpt of a string too long to be one."""
+    """Return a name for messages: the path, shortened if it is too long to be one, or the size."""
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
     name = os.fspath(source)
@@ -80,11 +82,12 @@ def name_of(source: MediaSource) -> str:
 
 @contextmanager
 def open_file(source: MediaSource) -> Iterator[io.BufferedIOBase]:
-    """The source, open for reading."""
+    """Yield the source as a file open for reading."""
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
-    # Unlike Path.is_file, this takes strings that are too long for a path.
+    # Pipes and devices, which may never end, are not files here either. Path.is_file would raise
+    # an OSError for a string that is too long to be a path.
     if not os.path.isfile(source):
         raise MediaError(
             f"{name_of(source)}: no such file. Check the path; URLs must be downloaded first."
@@ -94,8 +97,9 @@ def open_file(source: MediaSource) -> Iterator[io.BufferedIOBase]:
 
 
 def stack(pictures: list[np.ndarray], seconds: np.ndarray, limits: Limits) -> Clip:
+    """Return pictures `(H, W, 3)` and their times as a clip."""
     if len({picture.shape for picture in pictures}) > 1:
         raise MediaError(
-            f"{limits.name}: the frame size changes within the video. Re-encode it to one."
+            f"{limits.name}: the frame size changes within the video. Re-encode it to one size."
         )
     return Clip(np.stack(pictures), seconds)

@@ -1,8 +1,8 @@
-"""A clip by its packets, which are read without decoding them.
+"""Clips by their packets, which can be read without decoding them.
 
-Their times say which frames are sampled, and their key frames where decoding can begin. What no
-sampled frame needs is left out: all that lies between a sampled frame and the next key frame, and
-frames to which no other refers.
+The times of the packets determine which frames are sampled, and the key frames determine where
+decoding can begin. Packets that no sampled frame needs are not decoded: those between a sampled
+frame and the next key frame, and frames that no other frame refers to.
 
 Shapes: H height, W width.
 """
@@ -23,17 +23,17 @@ if is_av_available():
     import av
     from av.video.reformatter import VideoReformatter
 
-# Where each packet is one frame, shown at the packet's time, and a search by time exact. Not VP8
-# (hidden frames), not AVI (no times), not MPEG-TS (searched by guessing).
+# Formats and codecs where each packet is one frame, shown at the packet's time, and a seek by time
+# is exact. Not VP8 (has hidden frames), AVI (has no times) or MPEG-TS (FFmpeg seeks by guessing).
 TRUSTED_FORMATS = {"mp4", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 TRUSTED_CODECS = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
-HELD = 2**25  # bytes of packets that are held; those of a longer clip are read again
+CACHE_BYTES = 2**25  # packets of a clip up to this size are cached; others are read twice
 
 
 def read_by_packets(
     source: MediaSource, num_frames: int | None, part: Part, limits: Limits
 ) -> Clip | None:
-    """The clip, or `None` where only linear decoding can tell."""
+    """Return the clip, or `None` if it has to be decoded linearly."""
     with open_container(source, limits, for_packets=True) as container:
         stream = container.streams.video[0]
         codec = stream.codec_context.codec.canonical_name
@@ -62,45 +62,57 @@ def read_by_packets(
 
 @dataclass(frozen=True)
 class Packets:
-    """What the packets of a part tell, in the order of decoding; times in the stream's ticks.
+    """Packets of a part in decoding order; times in the stream's ticks.
 
     Attributes:
-        times: when the frame of each is shown; no two are alike.
-        is_key: whether decoding can begin there; the first is.
+        times: when the frame of each packet is shown; all differ.
+        is_key: whether decoding can begin at the packet; true for the first one.
         origin: when the video's first frame is shown.
-        is_complete: whether the last one is the video's last.
-        held: the packets themselves; empty where they are too large to be held.
+        is_complete: whether the last packet is the video's last.
+        cached: the packets themselves; empty if they exceed `CACHE_BYTES`.
     """
 
     times: list[int]
     is_key: list[bool]
     origin: int
     is_complete: bool
-    held: list["av.Packet"]
+    cached: list["av.Packet"]
 
     def shown(self, time_base: "av.AVRational") -> tuple[np.ndarray, np.ndarray]:
-        """Times in the order of showing: in ticks, and in seconds since the video's first frame.
+        """Return times in the order of showing: ticks, and seconds since the video's first frame.
 
-        Frames that are shown before the first key frame cannot be decoded from there.
+        Frames shown before the first key frame are left out: they refer to earlier packets.
         """
         ticks = np.sort(np.array([pts for pts in self.times if pts >= self.times[0]]))
+        # In floating point, in the order of PyAV's `frame.time`: ticks * numerator as int64 could
+        # overflow.
         origin = float(self.origin) * time_base.numerator / time_base.denominator
         return ticks, ticks * float(time_base.numerator) / time_base.denominator - origin
 
     def runs(self, wanted: set[int]) -> list[tuple[int, int]]:
-        """Which packets the wanted frames need: from a key frame to a frame, both included."""
+        """Return the runs of packets to decode for the wanted frames.
+
+        Args:
+            wanted: times at which the frames are shown.
+
+        Returns: index ranges, ends included. Each begins at a key frame, ends at a wanted frame,
+            and has no packet in common with another.
+        """
         runs: list[tuple[int, int]] = []
-        key = previous = 0
-        for position, pts in enumerate(self.times):
-            if self.is_key[position]:
-                previous, key = key, position
+        key = previous = 0  # indices of the latest key frame and of the one before
+        for index, pts in enumerate(self.times):
+            if self.is_key[index]:
+                previous, key = key, index
             if pts not in wanted:
                 continue
-            # Shown before its key frame, it may refer to frames before that ("open GOP").
+            # A frame that is decoded after a key frame but shown before it may refer to frames
+            # before the key frame ("open GOP"), so decoding has to begin one key frame earlier.
             first = key if pts >= self.times[key] else previous
+            # Merge overlapping runs, or their packets would be decoded twice. A loop, because the
+            # earlier key frame can be before several runs.
             while runs and first <= runs[-1][1]:
                 first = min(first, runs.pop()[0])
-            runs.append((first, position))
+            runs.append((first, index))
         return runs
 
 
@@ -110,61 +122,65 @@ def read_packets(
     part: Part,
     limits: Limits,
 ) -> Packets | None:
-    """Read a part's packets without decoding them; `None` where they do not tell the frames."""
+    """Read a part's packets without decoding; return `None` if they do not determine its frames."""
     packets = container.demux(stream)
     head = next(packets)
     if head.pts is None:
         return None
     origin, per_second = head.pts, stream.time_base.denominator / stream.time_base.numerator
     start, end = part.bounds
-    begin = origin + (start + ROUNDING / 2) * per_second
+    begin = origin + (start + ROUNDING / 2) * per_second  # the same tolerance as in `Part.window`
     if start > 0:
-        container.seek(int(min(begin, 2**62)), stream=stream)
+        container.seek(int(min(begin, 2**62)), stream=stream)  # FFmpeg takes 64 bits
         packets = container.demux(stream)
         head = next(packets)
         if head.pts is not None and head.pts > begin and head.dts is not None:
-            # Found by when it is decoded, it is shown too late: the key frame before it.
+            # FFmpeg seeks by decoding time (dts): this key frame is decoded before `begin`, but
+            # shown after it. Go to the key frame before.
             container.seek(head.dts - 1, stream=stream)
             packets = container.demux(stream)
             head = next(packets)
-    times, is_key, is_complete, held, room = [], [], False, [], HELD
+    times, is_key, is_complete, cached, room = [], [], False, [], CACHE_BYTES
     for packet in chain([head], packets):
         limits.check_clock()
-        is_complete = packet.pts is None and packet.size == 0  # what demuxing ends with
-        # No packet is decoded after it is shown, so what follows is shown after the end.
+        is_complete = packet.pts is None and packet.size == 0  # demuxing ends with such a packet
+        # No packet is decoded after it is shown (dts <= pts), so all later ones are shown after
+        # the end, too.
         if is_complete or (packet.dts is not None and packet.dts - origin > end * per_second):
             break
         if packet.pts is None or packet.size == 0 or packet.is_corrupt or packet.is_discard:
-            return None
+            return None  # not one shown frame
         times.append(packet.pts)
         is_key.append(packet.is_keyframe)
         room -= packet.size
         if room >= 0:
-            held.append(packet)
+            cached.append(packet)
         else:
-            held.clear()
+            cached.clear()  # all or none: `packets_of` indexes this list as it does `times`
         if part.is_whole:
             limits.check_time(len(times), (packet.pts - origin) / per_second)
     if not times or not is_key[0] or len(set(times)) < len(times):
         return None
     if times[0] > begin:
-        return None  # the search went too far
+        return None  # the seek went too far
     if start == 0 and min(times) < times[0]:
-        return None  # a recording that begins in the middle: some frames cannot be decoded
+        return None  # a recording that begins within a GOP: some frames cannot be decoded
     if start == 0 and is_complete and stream.frames not in (0, len(times)):
-        return None
-    return Packets(times, is_key, origin, is_complete, held)
+        return None  # the header has another count
+    return Packets(times, is_key, origin, is_complete, cached)
 
 
 def decode_packets(
     container: "av.container.InputContainer", packets: Packets, wanted: set[int], limits: Limits
 ) -> dict[int, np.ndarray] | None:
-    """Decode the frames that are wanted, and of the others no more than they need.
+    """Decode the wanted frames and the frames that they need.
 
-    Returns: pictures by time, each `(H, W, 3)` uint8; `None` where anything was unexpected.
+    Returns: pictures by time, each `(H, W, 3)` uint8; `None` if any frame was unexpected.
     """
     stream = container.streams.video[0]
-    stream.codec_context.open(strict=False)  # AV1's decoder asks once, here, what to leave out
+    # Open the decoder before `decode_run` sets `skip_frame`: AV1's reads it only on opening, and
+    # would skip wanted frames.
+    stream.codec_context.open(strict=False)
     reformatter = VideoReformatter()
     pictures: dict[int, np.ndarray] = {}
     for run in packets.runs(wanted):
@@ -189,14 +205,14 @@ def decode_run(
     run: tuple[int, int],
     wanted: set[int],
 ) -> Iterator["av.VideoFrame"]:
-    """The frames of the packets of `run`, less those that nothing needs."""
+    """Yield the frames of the packets of `run`, without those that no wanted frame needs."""
     decoder = stream.codec_context
     decoder.flush_buffers()
     for packet in packets_of(container, stream, packets, run):
-        # Frames to which no other refers are left out by the decoder, which knows them.
+        # Only the decoder knows which frames no other frame refers to (NONREF); it skips them.
         decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
         yield from decoder.decode(packet)
-    yield from decoder.decode(None)  # those that it held back
+    yield from decoder.decode(None)  # the frames that the decoder still buffers
 
 
 def packets_of(
@@ -205,10 +221,10 @@ def packets_of(
     packets: Packets,
     run: tuple[int, int],
 ) -> Iterator["av.Packet"]:
-    """The packets of `run`, as they were held, or read again."""
+    """Yield the packets of `run`, from the cache or from the file again."""
     first, last = run
-    if packets.held:
-        yield from packets.held[first : last + 1]
+    if packets.cached:
+        yield from packets.cached[first : last + 1]
         return
     container.seek(packets.times[first], stream=stream)
     before = set(packets.times[:first])
@@ -216,7 +232,7 @@ def packets_of(
     for pts in packets.times[first : last + 1]:
         packet = next(found)
         while packet.pts in before:
-            packet = next(found)  # the search ended at an earlier key frame
+            packet = next(found)  # the seek ended at an earlier key frame
         if packet.pts != pts:
-            raise ValueError("the packets are not those of the first reading")
+            raise ValueError("the packets differ from those of the first reading")
         yield packet

@@ -1,4 +1,4 @@
-"""The user's own data: a JSONL file, one sample per line.
+"""The user's own data: a JSONL file with one sample per line.
 
     {"video": "clips/0001.mp4", "query": "What is poured?", "target": "milk"}
     {"image": "photos/7.jpg", "target": "a red bicycle against a wall"}
@@ -7,14 +7,14 @@
 |--------------|--------------------------------------------------------------------------------|
 | `video`      | a file, or a folder of images in the order of their names; relative to the     |
 | or `image`   | JSONL file's folder                                                            |
-| `query`      | what is asked; may be left out                                                 |
-| `target`     | a text, or a list of texts of which any is right: as many samples, of one group |
-| `start`, `end` | seconds of a video, where the sample is a part of it                         |
-| `negatives`  | a list of texts that are wrong here though they come close; may be left out    |
-| `group_id`   | equal for samples whose targets are interchangeable; may be left out           |
-| `previous`   | the text of the segment before, for a decoder that reads it; may be left out   |
+| `query`      | the question; optional                                                         |
+| `target`     | a text, or a list of correct texts: one sample for each, in one group          |
+| `start`, `end` | seconds of the video, if the sample is a part of it                          |
+| `negatives`  | a list of wrong texts that are similar to the target; optional                 |
+| `group_id`   | equal for samples whose targets are interchangeable; optional                  |
+| `previous`   | the text of the segment before, for a decoder that reads it; optional          |
 
-Other columns are handed on as they are. docs/data.md has the other ways to bring data.
+Other columns are passed on unchanged. docs/data.md describes the other ways to bring data.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class BadRow:
-    """A line that is no sample. `str(bad_row)` reads "rows.jsonl:17: target is empty"."""
+    """Unusable line; `str(bad_row)` is, for example, "rows.jsonl:17: target is empty"."""
 
     path: str
     line: int
@@ -55,12 +55,12 @@ class BadRow:
 
 
 def read_rows(path: str | os.PathLike) -> tuple[list[dict], list[BadRow]]:
-    """Read a JSONL file, setting aside every line that could not be trained or evaluated on.
+    """Read a JSONL file; set unusable lines aside.
 
-    Returns: the good rows and the bad ones. A good row holds `line` (its number in the file,
+    Returns: the good rows and the bad ones. A good row has `line` (its line number in the file,
         from 1; it replaces a column of that name), `video` or `image` (absolute path of an
         existing file), `query` (default `""`), `target`, and the file's other columns.
-    Raises: `FileNotFoundError` if there is no such file, `ValueError` if it holds no row.
+    Raises: `FileNotFoundError` if there is no such file, `ValueError` if it has no row.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,7 +68,7 @@ def read_rows(path: str | os.PathLike) -> tuple[list[dict], list[BadRow]]:
     rows, bad = [], []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):  # blank, or only a byte order mark
                 continue
             try:
                 rows += parse_line(line, path.parent, where=(str(path), number))
@@ -80,16 +80,22 @@ def read_rows(path: str | os.PathLike) -> tuple[list[dict], list[BadRow]]:
 
 
 def bad_rows_report(bad: list[BadRow], total: int, max_share: float) -> str:
-    """Say how many of `total` rows were set aside and why, the first 20 of them by name.
+    """Return a text that counts the unusable rows and names the first 20 with their reasons.
 
-    Raises: `ValueError` with the same text when more than `max_share` (0 to 1) are bad.
+    Args:
+        total: all rows, good and bad.
+        max_share: largest share of bad rows that is accepted, from 0 to 1.
+
+    Raises: `ValueError` with the same text if the share is larger.
     """
     report = f"{len(bad)} of {total} rows are unusable"
     report += "".join(f"\n  {row}" for row in bad[:20])
     if len(bad) > 20:
         report += f"\n  ... and {len(bad) - 20} more"
     if len(bad) > max_share * total:
-        raise ValueError(f"{report}\nAt most {max_share:.1%} may be; correct the rows above.")
+        raise ValueError(
+            f"{report}\nAt most {max_share:.1%} may be unusable; correct the rows above."
+        )
     return report
 
 
@@ -113,7 +119,8 @@ def media_file(row: dict) -> str | bytes:
 def media_name(media: str | bytes) -> str:
     """Return the path of a file; for the content of a file, a name made of its hash.
 
-    Where sets bring contents, file names repeat (`000000000.jpg`), so a name would not be unique.
+    Data sets that contain the images themselves repeat file names (`000000000.jpg`), so such a name
+    would not be unique.
     """
     if isinstance(media, str):
         return media
@@ -161,11 +168,11 @@ def file_stamp(media: str | bytes) -> list[int]:
 
 
 class RowError(ValueError):
-    """Why a line or an example is no sample."""
+    """Reason why a line or an example is not a valid sample."""
 
 
 def parse_line(line: bytes, folder: Path, where: tuple[str, int]) -> list[dict]:
-    """The samples of one line of a JSONL file in `folder`.
+    """Return the samples of one line of a JSONL file in `folder`.
 
     Args:
         where: the file's name and the line's number.
@@ -179,25 +186,25 @@ def parse_line(line: bytes, folder: Path, where: tuple[str, int]) -> list[dict]:
         raise RowError(f"not valid JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise RowError("not valid JSON (nested too deep)") from error
-    except ValueError as error:
-        raise RowError(f"not valid JSON ({error})") from error  # a number of too many digits
+    except ValueError as error:  # Python refuses integers of more than 4,300 digits
+        raise RowError(f"not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise RowError(f"not a JSON object but a {type(row).__name__}")
     return samples_of(row, where, folder)
 
 
 def samples_of(row: dict, where: tuple[str, int], folder: Path | None = None) -> list[dict]:
-    """A row with one or several targets to checked samples of one target each.
+    """Check a row with one or several targets; return one sample for each target.
 
     Args:
-        where: what the row comes from and its number there, the samples' `line`.
-        folder: of its media files, which have to be there; `None` where media are no files.
+        where: the row's file or data set, and its number there, the samples' `line`.
+        folder: the folder of the row's media files, which must exist; `None` if media are bytes.
     Raises: `RowError`.
     """
     row = {name: value for name, value in row.items() if name not in _FIELDS or value is not None}
     if ("video" in row) == ("image" in row):
         both = "both video and image are" if "video" in row else "neither video nor image is"
-        raise RowError(f"{both} given, exactly one is needed")
+        raise RowError(f"{both} given: give exactly one")
     row.setdefault("query", "")
     if folder is not None:
         for name in ("video", "image"):
@@ -232,12 +239,14 @@ def _check_text(row: dict, name: str) -> None:
 
 
 def _check_whole(text: str, name: str) -> None:
-    """Refuse half of a character, as JSON has it of a text that was cut within an emoji."""
+    """Refuse half of a surrogate pair, which JSON has if a text was cut within an emoji."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])
-        raise RowError(f"{name} holds half a character, {half}: cut it between two") from error
+        raise RowError(
+            f"{name} holds half a character, {half}: cut texts between characters"
+        ) from error
 
 
 def _check_target(row: dict) -> None:
@@ -251,24 +260,27 @@ def _check_target(row: dict) -> None:
 
 
 def _check_times(row: dict) -> None:
-    """`start` and `end` are seconds, in this order, and of a video."""
+    """Refuse `start` and `end` that are not seconds of a video, in this order."""
     given = [name for name in ("start", "end") if name in row]
     for name in given:
         value = row[name]
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not abs(value) <= sys.float_info.max  # a whole number may be larger; NaN is not less
+            # False for NaN, infinity, and an int too large for a float.
+            or not abs(value) <= sys.float_info.max
         ):
-            raise RowError(f"{name} is no number of seconds but {value!r:.40}")
+            raise RowError(f"{name} is not a number of seconds but {value!r:.40}")
     if given and "image" in row:
         raise RowError(f"{given[0]} is given, but an image has no times")
     if row.get("start", 0) < 0 or row.get("start", 0) >= row.get("end", math.inf):
-        raise RowError(f"start {row.get('start', 0)} and end {row.get('end')} hold no time")
+        raise RowError(
+            f"start is {row.get('start', 0)} and end is {row.get('end')}: give 0 <= start < end"
+        )
 
 
 def _check_negatives(row: dict) -> None:
-    """Refuse what is no list of wrong texts."""
+    """Refuse negatives that are not a list of wrong texts."""
     negatives = row.get("negatives", [])
     if not isinstance(negatives, list) or not all(
         isinstance(text, str) and text.strip() for text in negatives

@@ -1,4 +1,4 @@
-"""Which frames of a video are taken: those of a part of it, all or spread evenly in time."""
+"""Choice of frames: a part of a video or the whole, all of its frames or some, evenly in time."""
 
 import math
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ import numpy as np
 
 from .media import MediaError
 
-ROUNDING = 2e-3  # seconds: what Matroska's times, in whole milliseconds, can be off by
-SLACK = 0.5  # seconds: ends of clips are often annotated in whole ones
+ROUNDING = 2e-3  # seconds; Matroska stores whole milliseconds, so smaller differences mean nothing
+SLACK = 0.5  # seconds by which a part may exceed its video: ends are often annotated as whole ones
 
 
 def uniform_indices(total: int, num_frames: int) -> np.ndarray:
-    """Indices of `num_frames` frames spread evenly over `total`, the first and last included.
+    """Return indices of `num_frames` of `total` frames, evenly spaced, first and last included.
 
-    A clip that is shorter than `num_frames` repeats frames; a single frame is the first one.
+    If there are fewer than `num_frames`, frames repeat; a single frame is the first one.
 
     Returns: `np.ndarray` of shape `(num_frames,)`, int64, never decreasing.
     Raises: `ValueError` if either number is below one.
@@ -26,11 +26,11 @@ def uniform_indices(total: int, num_frames: int) -> np.ndarray:
 
 
 def even_indices(seconds: np.ndarray, num_frames: int) -> np.ndarray:
-    """Indices of `num_frames` frames spread evenly in time, the first and last included.
+    """Return indices of `num_frames` frames, evenly spaced in time, first and last included.
 
-    Each is the frame nearest to its instant; of two that are as near as containers can tell
-    (`ROUNDING`), it is the one of `uniform_indices`, so that at a constant frame rate both rules
-    are one. Where times are missing, NaN, or do not ascend, `uniform_indices` is the rule.
+    Each is the frame nearest to its instant. If the frame of `uniform_indices` is as near, within
+    the rounding of containers (`ROUNDING`), that one is taken: at a constant frame rate both
+    functions agree. Where times are missing, NaN or not ascending, `uniform_indices` decides.
 
     Args:
         seconds (`np.ndarray` of shape `(total,)`): time of each frame.
@@ -42,20 +42,24 @@ def even_indices(seconds: np.ndarray, num_frames: int) -> np.ndarray:
         return by_count
     gaps = np.diff(seconds)
     least, most = gaps.min(), gaps.max()
-    if not least > 0:  # NaN is not either
+    if not least > 0:  # `least <= 0` would be false for NaN
         return by_count
+    # Gaps that differ by at most (most - least) move no frame farther than this product from even
+    # spacing: a constant rate, as most videos have.
     if (most - least) * len(seconds) <= ROUNDING / 2:
-        return by_count  # a constant rate, as most have; no frame is farther from its place
+        return by_count
     step = (seconds[-1] - seconds[0]) / max(num_frames - 1, 1)
     instants = seconds[0] + np.arange(num_frames) * step
     after = np.searchsorted(seconds, instants).clip(1, len(seconds) - 1)
     nearest = after - (instants - seconds[after - 1] <= seconds[after] - instants)
     farther = np.abs(seconds[by_count] - instants) - np.abs(seconds[nearest] - instants)
-    return np.maximum.accumulate(np.where(farther <= ROUNDING, by_count, nearest))
+    chosen = np.where(farther <= ROUNDING, by_count, nearest)
+    # Where the two functions alternate, an index can be one less than the one before.
+    return np.maximum.accumulate(chosen)
 
 
 def sample(seconds: np.ndarray, num_frames: int | None) -> np.ndarray:
-    """Indices into `seconds` of `num_frames` frames, or of all."""
+    """Return indices into `seconds` of `num_frames` frames, or of all."""
     if num_frames is None:
         return np.arange(len(seconds))
     return even_indices(seconds, num_frames)
@@ -63,7 +67,10 @@ def sample(seconds: np.ndarray, num_frames: int | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """From `start` to `end`, in seconds since the first frame; `None` is the video's own."""
+    """Part of the video `name`, in seconds since its first frame.
+
+    `None` is the video's own start or end.
+    """
 
     name: str
     start: float | None
@@ -75,13 +82,13 @@ class Part:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Start and end in seconds; of impossible ones, which `check` refuses, the whole video."""
+        """Start and end; the whole video's if they are impossible, which `check` reports."""
         start = 0.0 if self.start is None else self.start
         end = math.inf if self.end is None else self.end
-        return (start, end) if 0 <= start < end else (0.0, math.inf)  # NaN is not either
+        return (start, end) if 0 <= start < end else (0.0, math.inf)  # false for NaN, too
 
     def check(self, duration: float) -> None:
-        """Refuse times that are not those of a video of so many seconds."""
+        """Raise `MediaError` if a video of this duration, in seconds, has no such part."""
         start = 0.0 if self.start is None else self.start
         end = duration if self.end is None else self.end
         if not (0 <= start < end and start < duration and end <= duration + SLACK):
@@ -91,8 +98,16 @@ class Part:
             )
 
     def window(self, seconds: np.ndarray) -> tuple[int, int]:
-        """The frames `first:last` of this part, at least one, of all that appear at `seconds`."""
+        """Return the range `first:last` of this part's frames, at least one.
+
+        Args:
+            seconds: when each frame of the video appears.
+        """
         start, end = self.bounds
+        # The frame on screen at `start` appeared at or before it, hence the step back. Search half
+        # of ROUNDING later: if `start` is a frame's exact time, the container may have rounded the
+        # stored time up.
         first = max(np.searchsorted(seconds, start + ROUNDING / 2, side="right") - 1, 0)
+        # The same shift at the end: of two adjoining parts, only one has the frame at the border.
         last = np.searchsorted(seconds, end - ROUNDING / 2)
         return int(first), int(max(last, first + 1))

@@ -1,13 +1,13 @@
-"""Reading clips and images from files or bytes: PyAV and PIL in, uint8 RGB arrays out.
+"""Read clips and images from files or bytes, with PyAV and PIL, as uint8 RGB arrays.
 
-Two ways lead to the same frames, bit for bit:
+Two readers return the same frames:
 
-- *Packets first* (`packets.py`). What no sampled frame needs is not decoded. Taken where packets
-  can be trusted to tell the frames.
-- *Linear* (`linear.py`), from the first frame to the last: for every other format, and where
-  anything at all was odd on the first way: times missing, a decoding error, a frame that did not
-  come. A damaged file is therefore reported as linear decoding finds it, unless the damage lies in
-  what was left out.
+- *By packets* (`packets.py`), for formats whose packets determine the frames. Packets that no
+  sampled frame needs are not decoded.
+- *Linear* (`linear.py`), from the first frame to the last: for all other formats, and whenever
+  the first reader meets anything unexpected, such as missing times, a decoding error or a missing
+  frame. So the linear reader reports a damaged file, unless the damage is in packets that were not
+  decoded.
 """
 
 import os
@@ -24,7 +24,7 @@ from .sampling import Part, even_indices, uniform_indices
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A part of a video, wherever a video is taken: what `read_clip` reads from `start` to `end`.
+    """A part of a video, accepted wherever a video is: `read_clip` reads it from `start` to `end`.
 
     Attributes:
         video (`str`, `os.PathLike` or `bytes`): path of a video file, or its content.
@@ -50,28 +50,26 @@ def read_clip(
     max_pixels: int | None = None,
     max_decode_seconds: float | None = None,
 ) -> Clip:
-    """Decode a video or a part of it, whole or sampled evenly in time with its first and last
-    frame.
+    """Decode a video or a part of it: all frames, or a sample with the first and the last.
 
-    A part begins with the frame that is on screen at `start` and holds those that appear before
-    `end`. The sample is drawn from the frames that are truly there, not from the header's count.
-    Only sampled frames are held in memory. Rotation stored by phones is applied. A file that
-    breaks off is refused when its container can tell; Matroska cannot, and is read as far as it
-    goes.
+    A part begins with the frame on screen at `start` and contains the frames that appear before
+    `end`. A sample is taken from the frames that the file really has, not from the header's count,
+    and only sampled frames are in memory. Rotation stored by phones is applied. A truncated file
+    raises an error if its container reveals it; Matroska does not, and is read to its end.
 
-    A folder of images is a clip as well: its frames in natural order (`2.png` before `10.png`),
-    without times.
+    A folder of images is a clip too: its frames in natural order (`2.png` before `10.png`), without
+    times.
 
     Args:
         source (`str`, `os.PathLike` or `bytes`): path of a video file or of a folder of images,
             or a video file's content.
-        num_frames (`int`, *optional*): T, by the rule of `even_indices`; all frames when left out.
+        num_frames (`int`, *optional*): T, sampled by `even_indices`; all frames by default.
         start, end (`float`, *optional*): seconds since the video's first frame.
         max_seconds (`float`, *optional*): refuse a longer clip.
-        max_pixels (`int`, *optional*): refuse frames of more.
-        max_decode_seconds (`float`, *optional*): give up after so many, by the clock. Asked
-            whenever FFmpeg reads from the file or hands out a frame; a file system that does not
-            answer is beyond it.
+        max_pixels (`int`, *optional*): refuse frames with more pixels.
+        max_decode_seconds (`float`, *optional*): give up after this time. It is checked whenever
+            FFmpeg reads from the file or returns a frame, so it does not interrupt a file system
+            that does not answer.
 
     Raises: `MediaError` naming the file; `ImportError` if PyAV is missing.
     """
@@ -83,8 +81,8 @@ def read_clip(
     if not isinstance(source, bytes) and os.path.isdir(source):
         if not part.is_whole:
             raise MediaError(
-                f"{name}: a folder of images has no times. Leave start and end out, or put the "
-                "images of the part into a folder of their own."
+                f"{name}: a folder of images has no times. Leave out start and end, or put the "
+                "images of the part into another folder."
             )
         return read_folder(source, num_frames, limits)
     clip = None

@@ -1,10 +1,10 @@
 """Clips to pixels: sample frames, resize, crop and normalise, in plain torch.
 
-The arithmetic is that of V-JEPA 2's stock processor, bit for bit, without torchvision: shortest
-edge by antialiased bilinear on uint8, centre crop, rescale and normalise in one step. Squashing
-frames to a square would run as well, but the X-Encoder never saw such frames.
+The arithmetic is that of V-JEPA 2's stock processor, without torchvision: resize the shortest edge
+with an antialiased bilinear filter on uint8, crop the centre, rescale and normalise in one step.
+Squashing frames to a square would run too, but the X-Encoder was not trained on such frames.
 
-Shapes: B clips, T frames, H and W as given, h and w as cropped.
+Shapes: B clips, T frames, H and W of the source, h and w after the crop.
 """
 
 import os
@@ -46,31 +46,31 @@ _UNSUPPORTED = {
 
 
 def shortest_edge(crop: int) -> int:
-    """Length of the shortest edge before a centre crop of `crop` pixels: 292 for 256."""
+    """Return the length of the shortest edge before a centre crop of `crop` pixels: 292 for 256."""
     return int(crop * 256 / 224)
 
 
 class VLJEPAVideoProcessor(BaseVideoProcessor):
-    """Turns videos into the `pixel_values_videos` of the X-Encoder.
+    """Video processor: clips to the `pixel_values_videos` of the X-Encoder.
 
     A *clip* is the path of a video file or of a folder of images, the bytes of a video file, an
     `Excerpt` of either file, a list of PIL images, a uint8 array `(T, H, W, 3)` or a uint8 tensor
-    `(T, 3, H, W)`; the layouts are fixed and checked, never guessed. A call takes one clip, a list
-    of clips, or an array or tensor with a leading batch axis. An image is a one-frame clip; give
-    it with `do_sample_frames=False`, or it is repeated `num_frames` times.
+    `(T, 3, H, W)`. The layouts are checked, never guessed. A call takes one clip, a list of clips,
+    or an array or tensor with a leading batch axis. An image is a one-frame clip; give it with
+    `do_sample_frames=False`, or it is repeated `num_frames` times.
 
-    Defaults are the paper's 256 x 256 pixels and uniform sampling; its frame count differs by
-    stage (1, 8, 32), and 8 is the default here. A `crop_size` given without `size` brings its
-    own `size`, as in V-JEPA 2: shortest edge = `int(crop_size * 256 / 224)`.
+    Defaults are the paper's 256 x 256 pixels and uniform sampling. The paper's frame count differs
+    by stage (1, 8, 32); the default here is 8. A `crop_size` without a `size` sets the `size` too,
+    as in V-JEPA 2: shortest edge = `int(crop_size * 256 / 224)`.
 
-    A server that decodes strangers' files sets `max_seconds` and `max_pixels` (of one frame); what
-    has more is refused with a `MediaError`, as is what takes longer to decode than
-    `max_decode_seconds`, five minutes if nothing else is set. They belong to the process and are
-    not saved.
+    A server that decodes strangers' files should set the attributes `max_seconds` and `max_pixels`
+    (of one frame). Files that exceed them raise a `MediaError`, as do files that take longer to
+    decode than `max_decode_seconds`, by default five minutes. These limits belong to the process
+    and are not saved.
 
     Args:
-        num_frames (`int`, *optional*, defaults to 8): T, evenly spread over the clip in time, its
-            first and last frame included; a shorter clip repeats frames.
+        num_frames (`int`, *optional*, defaults to 8): T, evenly spaced over the clip in time, first
+            and last frame included; a shorter clip repeats frames.
         crop_size (`int` or `dict`, *optional*, defaults to 256): side of the centre crop.
         size (`dict`, *optional*, defaults to `{"shortest_edge": 292}`): frame size before the
             crop; `{"height": ..., "width": ...}` squashes, for towers trained that way.
@@ -102,7 +102,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         self.max_decode_seconds: float | None = 300
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: all settings but the limits."""
+        """Return the settings that are saved: all but the limits."""
         limits = {"max_seconds", "max_pixels", "max_decode_seconds"}
         return {name: value for name, value in super().to_dict().items() if name not in limits}
 
@@ -117,30 +117,30 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
     ) -> BatchFeature:
         """Sample, resize, crop, rescale and normalise; every step can be overridden per call.
 
-        Two calls can share the work: one that stops at uint8 (`do_rescale=False,
-        do_normalize=False`), for a cache, and one that finishes its clips
-        (`do_sample_frames=False, do_resize=False, do_center_crop=False`). The result is the
-        same to the last bit.
+        Two calls can share the work, with the same result: one that stops at uint8
+        (`do_rescale=False, do_normalize=False`), for a cache, and one that finishes the cached
+        clips (`do_sample_frames=False, do_resize=False, do_center_crop=False`).
 
         Returns: `pixel_values_videos`, a list of `(T, 3, h, w)` tensors, or with
             `return_tensors="pt"` one tensor of shape `(B, T, 3, h, w)`; float32, or uint8 if
             neither rescaled nor normalised.
         Raises: `MediaError` for a file that cannot be read, `ValueError` for clips of unequal
-            length or not in one of the layouts above, `TypeError` for an option of the base
-            class that has no meaning here.
+            length or in another layout, `TypeError` for an option of the base class that is not
+            supported here.
         """
         settings = self.settings(kwargs)
         if num_frames is None:
             num_frames = self.num_frames
         if do_sample_frames is None:
             do_sample_frames = self.do_sample_frames
-        # Clip by clip: at most one clip of the batch is in memory at its full size.
+        # Clip by clip, so that only one clip of the batch is in memory at its full size.
         clips = []
         for video in as_batch(videos):
             frames = self.load_frames(video, num_frames if do_sample_frames else None)
             clips.append(self.transform(frames, **settings))
         if return_tensors == "pt" and len(clips) == 1:
-            return BatchFeature({"pixel_values_videos": clips[0][None]})  # needs no copy
+            # The path below would copy the clip to stack it.
+            return BatchFeature({"pixel_values_videos": clips[0][None]})
         lengths = [len(clip) for clip in clips]
         if return_tensors is not None and len(set(lengths)) > 1:
             raise ValueError(
@@ -149,16 +149,19 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             )
         return BatchFeature({"pixel_values_videos": clips}, tensor_type=return_tensors)
 
-    # The base class does the following two for a batch, with a copy of every clip for each step and
-    # more checks than a small clip takes to decode.
+    # The base class does the next two for a batch. It copies every clip at each step, and its
+    # checks take longer than the decoding of a small clip.
 
     def settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of `transform`: the processor's own, where a call does not override them.
+        """Return the arguments of `transform`: a call's, and the processor's for the others.
 
-        Raises: `TypeError` for an option that has no meaning here.
+        Raises: `TypeError` for an option that is not supported here.
         """
         if unsupported := sorted(_UNSUPPORTED & kwargs.keys()):
-            raise TypeError(f"VLJEPAVideoProcessor takes no {', '.join(unsupported)}")
+            raise TypeError(
+                f"VLJEPAVideoProcessor does not support {', '.join(unsupported)}: leave it out"
+            )
+        # Upstream's type check is slow, and most calls only switch steps on or off.
         if not all(isinstance(value, bool) for value in kwargs.values()):
             validate_typed_dict(self.valid_kwargs, kwargs)
         settings = {
@@ -194,7 +197,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
     ) -> torch.Tensor:
-        """(T, 3, H, W) uint8 -> (T, 3, h, w), uint8 or float32: the steps that are on."""
+        """Apply the steps that are on: (T, 3, H, W) uint8 -> (T, 3, h, w), uint8 or float32."""
         if do_resize:
             frames = self.resize(frames, size, resample)
         if do_center_crop:
@@ -206,10 +209,10 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         return frames.contiguous()
 
     def load_frames(self, video: Video, num_frames: int | None) -> torch.Tensor:
-        """Read one clip and sample it, `num_frames=None` keeping every frame.
+        """Read one clip and sample it; `num_frames=None` keeps every frame.
 
-        Returns: `torch.Tensor` of shape `(T, 3, H, W)`, uint8; channels last in memory where it
-            was read from a file, for which resizing is faster.
+        Returns: `torch.Tensor` of shape `(T, 3, H, W)`, uint8. If read from a file, it is channels
+            last in memory, which is faster to resize.
         """
         if isinstance(video, str | os.PathLike | bytes):
             video = Excerpt(video)
@@ -241,12 +244,12 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"a clip holds uint8 pixels from 0 to 255, got {frames.dtype}")
         return frames
 
-    # BaseVideoProcessor does the following three through torchvision.
+    # BaseVideoProcessor needs torchvision for the next three.
 
     def resize(
         self, image: torch.Tensor, size: SizeDict, resample: PILImageResampling, **kwargs: object
     ) -> torch.Tensor:
-        """(..., 3, H, W) -> (..., 3, h, w), antialiased; the long edge is rounded down."""
+        """Resize (..., 3, H, W) -> (..., 3, h, w), antialiased; round the long edge down."""
         height, width = image.shape[-2:]
         short = size.shortest_edge
         if not short:
@@ -263,9 +266,9 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         return resized.unflatten(0, image.shape[:-3])
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: object) -> torch.Tensor:
-        """(..., H, W) -> (..., h, w); an odd margin leaves its extra pixel right and below.
+        """Crop (..., H, W) -> (..., h, w); an odd margin leaves its extra pixel right and below.
 
-        The result is channels first in memory: what follows goes channel by channel.
+        The result is channels first in memory, because normalising goes channel by channel.
         """
         top, left = (image.shape[-2] - size.height) // 2, (image.shape[-1] - size.width) // 2
         if top < 0 or left < 0:
@@ -283,14 +286,14 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         inplace: bool = False,
         **kwargs: object,
     ) -> torch.Tensor:
-        """(..., 3, h, w) float32 -> the same, per channel; `inplace` for an image of our own."""
+        """Normalise (..., 3, h, w) float32 per channel; `inplace` overwrites the image."""
         mean = torch.as_tensor(mean, device=image.device).view(-1, 1, 1)
         std = torch.as_tensor(std, device=image.device).view(-1, 1, 1)
         return (image.sub_(mean) if inplace else image - mean).div_(std)
 
 
 def as_batch(videos: Video | list[Video]) -> list[Video]:
-    """One clip or several, as a list of clips. A list of PIL images is one clip."""
+    """Return one clip or several as a list of clips. A list of PIL images is one clip."""
     if isinstance(videos, np.ndarray | torch.Tensor):
         return list(videos) if videos.ndim == 5 else [videos]
     if isinstance(videos, str | os.PathLike | bytes | Excerpt):

@@ -173,7 +173,7 @@ def test_refusals_of_the_video_processor(small, tmp_path):
         small(noise(4, 20, 60, 3), do_resize=False)
     with pytest.raises(ValueError, match="list is empty"):
         small([])
-    with pytest.raises(TypeError, match="takes no fps"):
+    with pytest.raises(TypeError, match="does not support fps"):
         small(noise(4, 40, 50, 3), fps=2)
     with pytest.raises(MediaError, match="gone.mp4: no such file"):
         small(str(tmp_path / "gone.mp4"))

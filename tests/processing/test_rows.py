@@ -67,14 +67,20 @@ def test_good_rows(folder):
         ({"image": "gone.png", "target": "x"}, "image file is missing: "),
         ({"image": "clips", "target": "x"}, "image file is missing: "),
         ({"video": "a.mp4", "target": "x"}, "video file is missing: "),
-        ({"video": "clips/a.mp4", "target": "x", "end": "2"}, "end is no number of seconds but"),
-        ({"video": "clips/a.mp4", "target": "x", "start": True}, "start is no number of seconds"),
-        (b'{"video": "clips/a.mp4", "target": "x", "start": NaN}', "start is no number of seconds"),
+        ({"video": "clips/a.mp4", "target": "x", "end": "2"}, "end is not a number of seconds but"),
+        (
+            {"video": "clips/a.mp4", "target": "x", "start": True},
+            "start is not a number of seconds",
+        ),
+        (
+            b'{"video": "clips/a.mp4", "target": "x", "start": NaN}',
+            "start is not a number of seconds",
+        ),
         (
             {"video": "clips/a.mp4", "target": "x", "start": 3, "end": 3},
-            "start 3 and end 3 hold no",
+            "start is 3 and end is 3: give 0 <=",
         ),
-        ({"video": "clips/a.mp4", "target": "x", "start": -1}, "start -1 and end None hold no"),
+        ({"video": "clips/a.mp4", "target": "x", "start": -1}, "start is -1 and end is None: give"),
         ({"image": "b.png", "target": "x", "end": 2}, "end is given, but an image has no times"),
         ({"image": "b.png", "target": []}, "target is empty"),
         ({"image": "b.png", "target": ["x", 3]}, "target is not a string but a int"),
@@ -82,7 +88,7 @@ def test_good_rows(folder):
         (b'{"image": "b.png", "target": "x", "n": %s}' % (b"1" * 5000), "not valid JSON (Exceeds"),
         (
             b'{"video": "clips/a.mp4", "target": "x", "start": %s}' % (b"1" * 400),
-            "start is no number of seconds but 111",
+            "start is not a number of seconds but 111",
         ),
         # json.dumps writes the half of a character that a careless cut leaves as an escape.
         ({"image": "b.png", "target": "cut \ud83d"}, "target holds half a character, '\\ud83d': "),

@@ -203,7 +203,7 @@ def test_frames_are_those_of_linear_decoding(kinds, ways, name):
 @pytest.mark.parametrize("name", [*KINDS, "mpeg4.avi"])
 def test_packets_too_large_to_be_held_are_read_again(kinds, ways, monkeypatch, name):
     clips = [read_clip(kinds / name, 8), read_clip(kinds / name, 3, start=2.5, end=4.5)]
-    monkeypatch.setattr(packets, "HELD", 0)
+    monkeypatch.setattr(packets, "CACHE_BYTES", 0)
     again = [read_clip(kinds / name, 8), read_clip(kinds / name, 3, start=2.5, end=4.5)]
     for clip, other in zip(clips, again, strict=True):
         np.testing.assert_array_equal(clip.frames, other.frames)
@@ -279,7 +279,7 @@ def test_without_a_decoder_an_index_tells_as_much(kinds, tmp_path, ways):
         assert set(ways) == {"packets"}
         ways.clear()
         # Of MPEG-4, only the decoder knows the size.
-        with pytest.raises(MediaError, match="64 x 48 pixels, but at most 3071 are taken"):
+        with pytest.raises(MediaError, match="64 x 48 pixels, but at most 3071 are allowed"):
             read_clip(kinds / name, 1, start=3.3, max_pixels=3071)
         assert ways == []  # it was refused on the way
 
@@ -572,7 +572,7 @@ def unreadable(folder: Path, case: str) -> Path:
     [
         ("absent", "no such file"),
         ("folder", "the folder holds no image"),
-        ("mixed folder", "holds notes.txt, which is no image"),
+        ("mixed folder", "holds notes.txt, which is not an image"),
         ("text", "cannot be opened as a video"),
         ("empty", "cannot be opened as a video"),
         ("no index", "cannot be opened as a video"),
