@@ -1,1 +1,1 @@
-"""Speed and memory, measured as ratios in one run: `python -m benchmarks.loss` and its siblings."""
+"""Benchmarks of speed and memory, as ratios within one run: `python -m benchmarks.loss` etc."""

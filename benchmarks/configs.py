@@ -1,4 +1,4 @@
-"""The size at which training is measured on a machine without accelerators."""
+"""The model size at which benchmarks run on a machine without accelerators."""
 
 from modeling_vljepa import VLJEPAConfig
 
@@ -39,5 +39,5 @@ MID = {
 
 
 def mid_config() -> VLJEPAConfig:
-    """V-JEPA 2 of 12 layers of 384, Llama of 8 of 512, Gemma of 12 of 256; a 1,536-d space."""
+    """Return V-JEPA 2 (12 layers of 384), Llama (8 of 512), Gemma (12 of 256), 1,536 dimensions."""
     return VLJEPAConfig(**MID)

@@ -1,13 +1,12 @@
-"""From files to the tensors of a model against decoding alone: `python -m benchmarks.decode`.
+"""Compare the training loader with plain decoding: `python -m benchmarks.decode`.
 
-Plain decoding is PyAV's loop over all frames on one thread, `for frame in container.decode(...)`,
-which converts and keeps nothing; "arrays" is the same loop with the `to_ndarray(format="rgb24")`
-without which there are no pixels. Against both stands all that the training's loader does: four,
-eight or sixteen frames are decoded and converted, resized and cropped to `(T, 3, 256, 256)`, uint8;
-they are normalised on the device. Clips are made here: a moving scene with noise, at 30 frames per
-second, as x264 stores it by default (a key frame at most every 250 frames) and as streaming sites
-do (every 60), and short ones like BabyAI's, which are read at their own size. `--steps` tells
-where the loader's time goes.
+"plain" is PyAV's loop over all frames on one thread, `for frame in container.decode(...)`; it
+converts and stores nothing. "arrays" is the same loop with `to_ndarray(format="rgb24")`, which
+makes the pixels. The loader decodes four, eight or sixteen frames, converts them, and resizes and
+crops them to `(T, 3, 256, 256)`, uint8; they are normalised on the device. The clips are made here:
+a moving scene with noise at 30 frames per second, with x264's default key frames (at most every 250
+frames), with those of streaming sites (every 60), and short clips like BabyAI's, which are read at
+their own size. `--steps` prints the time of each step of the loader.
 """
 
 import argparse
@@ -46,7 +45,7 @@ WANTED = (4, 8, 16)  # frames
 
 
 def write(path: Path, frames: int, height: int, width: int, rate: int, options: dict) -> None:
-    """A background that passes by, an object that wanders over it, and the noise of a camera."""
+    """Write a moving background, an object that moves across it, and noise like a camera's."""
     generator = np.random.default_rng(0)
 
     def texture(rows: int, columns: int) -> np.ndarray:
@@ -73,6 +72,7 @@ def write(path: Path, frames: int, height: int, width: int, rate: int, options: 
 
 
 def plain(path: Path, *, to_arrays: bool = False) -> None:
+    """Decode all frames with PyAV's loop."""
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -82,7 +82,7 @@ def plain(path: Path, *, to_arrays: bool = False) -> None:
 
 
 def least(calls: list[Callable[[], object]], repeats: int) -> list[float]:
-    """CPU-seconds of each, the least of several turns."""
+    """Return the least CPU-seconds of each call; the calls alternate."""
     found = [float("inf")] * len(calls)
     for _ in range(repeats):
         for index, call in enumerate(calls):
@@ -93,7 +93,7 @@ def least(calls: list[Callable[[], object]], repeats: int) -> list[float]:
 
 
 class Files(Dataset):
-    """`count` times the same clip, as pixels."""
+    """The pixels of one clip, `count` times."""
 
     def __init__(self, path: Path, count: int) -> None:
         self.path = path
@@ -108,7 +108,7 @@ class Files(Dataset):
 
 
 def clips_per_second(path: Path, workers: int, count: int) -> float:
-    """By the clock, from the first batch on: the start of the workers does not count."""
+    """Return clips per second of wall-clock time, without the start of the workers."""
     loader = DataLoader(Files(path, count + 4 * workers), batch_size=4, num_workers=workers)
     batches = iter(loader)
     next(batches)
@@ -118,7 +118,7 @@ def clips_per_second(path: Path, workers: int, count: int) -> float:
 
 
 def processor_of(name: str, num_frames: int) -> VLJEPAVideoProcessor:
-    """The usual one, or one that leaves a small clip at its own size."""
+    """Return the default processor, or one that reads a small clip at its own size."""
     if name != SMALL:
         return VLJEPAVideoProcessor(num_frames=num_frames)
     crop = {"height": 64, "width": 64}
@@ -126,8 +126,10 @@ def processor_of(name: str, num_frames: int) -> VLJEPAVideoProcessor:
 
 
 def steps(path: Path, processor: VLJEPAVideoProcessor, repeats: int) -> dict[str, float]:
-    """CPU-seconds of the loader's steps: opening, reading packets, decoding and converting, and
-    resizing and cropping; of plain decoding, opening."""
+    """Return the CPU-seconds of the loader's steps, and of opening the file in plain decoding.
+
+    A step is the difference between two calls of which the second does one step more.
+    """
     source, num_frames = str(path), processor.num_frames
     limits, whole = Limits(source), Part(source, None, None)
     frames = torch.from_numpy(read_clip(source, num_frames).frames).permute(0, 3, 1, 2)
@@ -159,14 +161,16 @@ def steps(path: Path, processor: VLJEPAVideoProcessor, repeats: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7, help="ten times as many of short clips")
-    parser.add_argument("--clips", type=int, default=80, help="for each number of workers")
-    parser.add_argument("--steps", action="store_true", help="where the time goes, too")
+    parser.add_argument("--repeats", type=int, default=7, help="ten times more for short clips")
+    parser.add_argument(
+        "--clips", type=int, default=80, help="clips to read per number of workers; 0: skip"
+    )
+    parser.add_argument("--steps", action="store_true", help="also print the time of each step")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        print(f"CPU-seconds x 1000 of a clip, least of {args.repeats}, at {WANTED} frames;")
-        print("ratios of clips per CPU-second: loader / plain, loader / to arrays")
+        print(f"CPU-seconds x 1000 per clip, least of {args.repeats}, at {WANTED} frames;")
+        print("ratios of clips per CPU-second: loader / plain, loader / arrays")
         print(f"{'':40}{'plain':>8}{'arrays':>8}{'loader':>24}{'/ plain':>21}{'/ arrays':>21}")
         for number, (name, clip) in enumerate(CLIPS.items()):
             path = Path(folder) / f"{number}.mp4"
@@ -187,7 +191,7 @@ def main() -> None:
             path = Path(folder) / "2.mp4"
             runs = [[clips_per_second(path, each, args.clips) for each in (1, 2)] for _ in "123"]
             one, two = (max(column) for column in zip(*runs, strict=True))
-            print(f"workers, by the clock: 1: {one:.1f} clips/s, 2: {two:.1f}, {two / one:.2f}")
+            print(f"workers, wall-clock time: 1: {one:.1f} clips/s, 2: {two:.1f}, {two / one:.2f}")
 
 
 if __name__ == "__main__":

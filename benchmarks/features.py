@@ -1,10 +1,10 @@
-"""A step from the feature store against a live one: `python -m benchmarks.features --config mid`.
+"""Compare a step from the feature store with a live step: `python -m benchmarks.features`.
 
-Random weights, clips of eight frames at 256 pixels, queries and targets of 32 tokens. A live step
-begins with uint8 frames in memory, so decoding is in neither; a step from the store begins with the
-reading of its features from disk. Both are taken in turn, and the least CPU-seconds of each count.
-Operations are counted as `training/loop/speed.py` does: their ratio is the gain of a machine that
-is equally fast in all of them and reads for nothing.
+Random weights, clips of eight frames of 256 pixels, queries and targets of 32 tokens. A live step
+begins with uint8 frames in memory, so neither step decodes video; a step from the store begins with
+reading its features from disk. The two alternate, and the minimum of CPU-seconds counts.
+Operations are counted as in `training/loop/speed.py`. Their ratio is the gain on a machine on which
+every operation is equally fast and reading is free.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from training.model.recipe_model import new_processor, train_tokenizer
 
 CONFIGS = {"mid": mid_config, "paper": VLJEPAConfig}
 SETTINGS = {"LoRA": Setting("LoRA", ADAPTED, {"r": 16}), "full": Setting("full", FULL)}
-KINDS = ("predict", "step", "GradCache")  # forward alone; a training step; one in two parts
+KINDS = ("predict", "step", "GradCache")  # forward only; a training step; a step in two parts
 DTYPES = ("bfloat16", "int8")
 LENGTH = 32
 
 
 class Clips(torch.utils.data.Dataset):
-    """Frames of noise, and rows about files that are there."""
+    """Frames of noise, and rows that name files which exist."""
 
     def __init__(self, folder: Path, number: int, frames: int):
         self.rows = []
@@ -91,7 +91,7 @@ def texts(size: int) -> dict[str, torch.Tensor]:
 
 
 def loss_of(embeds: Embeds) -> torch.Tensor:
-    rows = torch.arange(len(embeds.predicted))
+    rows = torch.arange(len(embeds.predicted_embeds))
     return Objective()(embeds, Ids(target_index=rows, target_ids=rows, group_ids=rows))[0]
 
 
@@ -102,7 +102,7 @@ def run(
     batch: dict[str, torch.Tensor],
     bf16: bool,
 ) -> None:
-    """Forward, or forward, backward and AdamW."""
+    """Run one step of a kind: forward, or forward, backward and AdamW."""
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     if kind == "predict":
         batch = {name: value for name, value in batch.items() if name != "target_input_ids"}
@@ -121,7 +121,7 @@ def run(
 def gain_in_operations(
     kind: str, model: VLJEPAModel, live: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]
 ) -> float:
-    """Operations of the live one over those of the other."""
+    """Return the ratio of operations, live / from the store."""
     rest = training_flops(model, stored)
     vision = training_flops(model, live) - rest
     rows, tokens = stored["visual_embeds"].shape[:2]
@@ -133,11 +133,11 @@ def gain_in_operations(
     if kind == "step":
         return 1 + vision / rest
     first_pass = predictor + forward_flops(model.y_encoder, rows, LENGTH, text.hidden_size)
-    return 1 + vision / (rest + first_pass)  # a frozen X-Encoder runs in the first pass alone
+    return 1 + vision / (rest + first_pass)  # a frozen X-Encoder runs in the first pass only
 
 
 def count(config: str, trains: str, frames: int) -> str:
-    """Size of a clip and the gain in operations of every kind of step; nothing is run."""
+    """Return a line: size of a clip, and the ratio of operations per kind of step. Runs nothing."""
     with torch.device("meta"):
         model = model_to_train(CONFIGS[config](), SETTINGS[trains], bf16=False)
         shape = (-(-frames // 2) * 256, model.config.vision_config.hidden_size)
@@ -154,8 +154,12 @@ def count(config: str, trains: str, frames: int) -> str:
 def compare(
     config: str, trains: str, kinds: list[str], rows: int, frames: int, rounds: int, bf16: bool
 ) -> dict[str, tuple[float, ...]]:
-    """Of each kind: CPU-seconds live and from the store, and the gain in operations; and of
-    reading a clip, its milliseconds, megabytes and relative error in int8."""
+    """Measure every kind of step, and the reading of a clip.
+
+    Returns: for each kind, CPU-seconds live, CPU-seconds from the store, and the ratio of
+        operations; for `"read"`, CPU-milliseconds and megabytes per clip, and the relative error
+        of int8.
+    """
     torch.manual_seed(0)
     model = model_to_train(CONFIGS[config](), SETTINGS[trains], bf16)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -206,15 +210,19 @@ def main() -> None:
     parser.add_argument("--trains", choices=SETTINGS, nargs="+", default=["LoRA", "full"])
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=list(KINDS))
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--frames", type=int, nargs="+", default=[8], help="one but for --count")
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[8], help="several only with --count"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--count", action="store_true", help="operations alone; runs nothing")
+    parser.add_argument("--count", action="store_true", help="count operations only; runs nothing")
     args = parser.parse_args()
     if args.count:
         for trains in args.trains:
-            print(f"{args.config} config, {trains}: a clip, and operations live / from the store")
+            print(
+                f"{args.config} config, {trains}: size of a clip; operations live / from the store"
+            )
             print("\n".join(count(args.config, trains, frames) for frames in args.frames))
         return
     (frames,) = args.frames

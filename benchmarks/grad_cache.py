@@ -1,11 +1,12 @@
-"""GradCache's memory and time: `python -m benchmarks.grad_cache --size 4096`.
+"""Memory and time of GradCache: `python -m benchmarks.grad_cache --size 4096`.
 
-Three steps of the model of `benchmarks/configs.py`, each in a process of its own: a small batch as
-it is, the large batch with GradCache, and the samples of the large batch in small batches as they
-are (another loss; the same samples, and what time they take at least).
+Three runs of the model of `benchmarks/configs.py`, each in its own process: one small batch, the
+large batch with GradCache, and the rows of the large batch as consecutive small batches. The last
+has another loss; its time is the least for these rows.
 
-The peak is of resident memory. By itself glibc keeps much of what a step has freed, the more the
-longer it runs; here it hands all larger blocks back, so that what is resident is what is held.
+The peak is of resident memory. By default glibc retains freed blocks, more of them the longer a
+process runs. A fixed threshold makes it return large blocks to the system, so that resident memory
+is memory in use.
 """
 
 import argparse
@@ -25,8 +26,8 @@ FRAMES, LENGTH = 2, 32
 
 
 def make_batch(size: int) -> dict[str, torch.Tensor]:
-    """Clips of two frames at 256 pixels in uint8, as the collator makes them, queries and targets
-    of 32 tokens, without padding."""
+    """Return uint8 clips of two frames of 256 pixels, as the collator makes them, and queries and
+    targets of 32 tokens without padding."""
     generator = torch.Generator().manual_seed(0)
     shape = (size, FRAMES, 3, 256, 256)
     return {
@@ -37,7 +38,7 @@ def make_batch(size: int) -> dict[str, torch.Tensor]:
 
 
 def make_ready(part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the Trainer does on the device."""
+    """Normalise the frames of a part, as the Trainer does on the device."""
     if "frames" not in part:
         return part
     part = dict(part)
@@ -60,7 +61,7 @@ def plain_step(model: VLJEPAModel, batch: dict[str, torch.Tensor]) -> torch.Tens
 def measure(name: str, size: int, rows: int) -> Cost:
     torch.manual_seed(0)
     model = VLJEPAModel(mid_config()).train()
-    plain_step(model, make_batch(1))  # gradients and workspaces are there before
+    plain_step(model, make_batch(1))  # allocates gradients and workspaces before the measurement
     model.zero_grad(set_to_none=False)
     batch = make_batch(size)
 
@@ -79,7 +80,12 @@ def measure(name: str, size: int, rows: int) -> Cost:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grad_cache", description=__doc__)
     parser.add_argument("--size", type=int, default=4096, help="rows of the large batch")
-    parser.add_argument("--rows", type=int, default=64, help="rows of the small one, and of a part")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=64,
+        help="rows of the small batch, and of a part of the large one",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # read by each process when it starts
@@ -87,14 +93,14 @@ def main() -> None:
         f"{name} {size}": in_own_process(measure, name, size, args.rows, threads=args.threads)
         for name, size in (("plain", args.rows), ("cached", args.size), ("plain", args.size))
     }
-    print(f"mid config, fp32, {FRAMES} frames, {args.rows} rows at a time, {args.threads} threads")
+    print(f"mid config, fp32, {FRAMES} frames, {args.rows} rows per pass, {args.threads} threads")
     print(f"{'':<14}{'CPU-seconds':>12}{'peak GiB':>10}")
     for name, one in found.items():
         print(f"{name:<14}{one.cpu_seconds:>12.1f}{one.peak_bytes / 2**30:>10.2f}")
     small, cached, plain = found.values()
-    print(f"memory of cached / plain of {args.rows}: {cached.peak_bytes / small.peak_bytes:.2f}")
+    print(f"memory of cached / plain {args.rows}: {cached.peak_bytes / small.peak_bytes:.2f}")
     print(f"CPU-seconds of cached / plain: {cached.cpu_seconds / plain.cpu_seconds:.2f}")
-    print("memory: beyond the model, its gradients and the batch's own tensors")
+    print("memory: in addition to the model, its gradients and the batch's tensors")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Kill training runs at random moments, resume them, and compare with a run that nobody killed.
+"""Kill training runs at random moments, resume them, and compare with an uninterrupted run.
 
     python -m benchmarks.kills --kills 20
 
-A run is killed with SIGKILL: all of its processes or one of them, at any time from its start (so
-before its first checkpoint, too) or while a checkpoint is being written. It is then resumed as
-`training.resume_from_checkpoint=true` does it, and must end with the same weights, bit for bit,
-and the same losses.
+SIGKILL ends all processes of a run or one of them, at any time after its start (so also before its
+first checkpoint) or during the writing of a checkpoint. The run is then resumed with
+`training.resume_from_checkpoint=true`. It must end with the same weights, bit for bit, and the same
+losses.
 """
 
 import argparse
@@ -34,21 +34,23 @@ STEPS, SAVE_STEPS = 12, 3
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained: by how many processes, and with GradCache or without."""
+    """The number of processes, and the rows per part of GradCache (`None`: no GradCache)."""
 
     processes: int
     gradient_cache_rows: int | None
 
 
 SETTINGS = [Setting(1, None), Setting(2, None), Setting(1, 1), Setting(2, 1)]
-# How, in turn: in the writing of a checkpoint or between two; one process alone or all. The moment
-# itself is left to chance.
+# Each kill takes the next pair: during the writing of a checkpoint, or between two; one process, or
+# all. The moment is random.
 MANNERS = [(False, False), (True, True), (False, True), (True, False)]
 
 
 def write_recipe(folder: Path) -> Path:
-    """Twelve small images, held and streamed, and a model whose dropout needs its random state
-    back."""
+    """Write a recipe for twelve small images, once in memory and once streamed.
+
+    The model has dropout, so a resumed run must also restore the random state.
+    """
     generator = random.Random(0)
     rows = []
     for number in range(12):
@@ -116,7 +118,7 @@ def free_port() -> int:
 
 
 def work(rank: int, setting: Setting, port: int, arguments: list[str], log: Path) -> None:
-    """One process of a run, as torchrun would start it, with one thread."""
+    """Run one process of a training, with torchrun's environment and one thread."""
     number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(number, 1), os.dup2(number, 2)
     if setting.processes > 1:
@@ -146,18 +148,18 @@ def start(setting: Setting, recipe: Path, output: Path) -> list[BaseProcess]:
     return processes
 
 
-def finish(processes: list[BaseProcess], seconds: float = 120) -> None:
-    """Wait for a run to end well.
+def finish(processes: list[BaseProcess], seconds: float = 900) -> None:
+    """Wait until all processes of a run have ended.
 
     Raises:
-        RuntimeError: it ended otherwise, or not at all.
+        RuntimeError: a process failed, or was still running after `seconds`.
     """
     for process in processes:
         process.join(seconds)
     codes = [process.exitcode for process in processes]
     kill(processes)
     if codes != [0] * len(processes):
-        raise RuntimeError(f"a run ended with {codes}")
+        raise RuntimeError(f"a run ended with exit codes {codes}: see its .log file")
 
 
 def kill(processes: list[BaseProcess]) -> None:
@@ -168,14 +170,14 @@ def kill(processes: list[BaseProcess]) -> None:
 
 
 def result(output: Path) -> tuple[bytes, list[float]]:
-    """The weights, and the loss of every step."""
+    """Return the weights, and the loss of every step."""
     state = json.loads((output / "trainer_state.json").read_text())
     losses = [line["loss"] for line in state["log_history"] if "loss" in line]
     return (output / "model.safetensors").read_bytes(), losses
 
 
 def last_checkpoint(output: Path) -> int:
-    """The step of the last whole checkpoint; 0 where there is none."""
+    """Return the step of the last complete checkpoint, or 0."""
     return max([int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")], default=0)
 
 
@@ -187,10 +189,10 @@ def kill_once(
     turn: int,
     chance: random.Random,
 ) -> str:
-    """Start a run and kill it; say when and how."""
+    """Start a run and kill it; return a line on the moment and the manner."""
     while_writing, alone = MANNERS[turn % len(MANNERS)]
     alone = alone and setting.processes > 1
-    # Checkpoints to wait for: the first turn kills before there is one.
+    # Checkpoints to wait for; in the first turn none, so the run is killed before its first.
     saved = chance.randrange(STEPS // SAVE_STEPS) if turn else 0
     delay = chance.uniform(0, duration if saved == 0 else duration / 10)
     processes = start(setting, recipe, output)
@@ -206,17 +208,17 @@ def kill_once(
     seconds = time.monotonic() - begun
     writing = (output / INCOMPLETE).exists()
     kill([chance.choice(processes)] if alone else processes)
-    time.sleep(0.2 * alone)  # the others see that they are alone, before the launcher ends them
+    time.sleep(0.2 * alone)  # the other processes notice the loss before they are killed
     kill(processes)
     return (
-        f"{setting} killed {'one process' if alone else 'whole'} after {seconds:.2f} s"
-        f"{', in the writing of a checkpoint' if writing else ''}, with the checkpoint of step "
+        f"{setting}: {'one process' if alone else 'all processes'} killed after {seconds:.2f} s"
+        f"{', during the writing of a checkpoint' if writing else ''}, last checkpoint at step "
         f"{last_checkpoint(output)}"
     )
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> list[str]:
-    """Kill so many runs of each setting in turn; one line for each.
+    """Kill and resume `kills` runs, over all settings in turn; return a line for each.
 
     Raises:
         AssertionError: a resumed run ended with other weights or losses.
@@ -225,11 +227,11 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> list[str]:
     chance, lines, expected = random.Random(seed), [], {}
     recipe = write_recipe(folder)
     for number in range(kills):
-        turn, place = divmod(number, len(SETTINGS))
-        setting = SETTINGS[place]
+        turn, index = divmod(number, len(SETTINGS))
+        setting = SETTINGS[index]
         if setting not in expected:
             output = folder / f"whole-{setting.processes}-{setting.gradient_cache_rows}"
-            finish(start(setting, recipe, output))  # warms the cache of clips up
+            finish(start(setting, recipe, output))  # fills the caches before the timed run
             begun = time.monotonic()
             shutil.rmtree(output)
             finish(start(setting, recipe, output))
@@ -251,13 +253,13 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         lines = kill_and_resume(Path(folder), args.kills, args.seed)
-    writing = sum("in the writing" in line for line in lines)
+    writing = sum("during the writing" in line for line in lines)
     early = sum(line.endswith("step 0") for line in lines)
     alone = sum("one process" in line for line in lines)
     print(
-        f"{len(lines)} kills, {alone} of one process alone, {writing} in the writing of a "
-        f"checkpoint, {early} before the first: every run ended with the weights of the "
-        "uninterrupted one, bit for bit"
+        f"{len(lines)} kills, {alone} of one process, {writing} during the writing of a "
+        f"checkpoint, {early} before the first checkpoint: every run ended with the weights of "
+        "the uninterrupted run, bit for bit"
     )
 
 

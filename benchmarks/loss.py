@@ -1,7 +1,8 @@
-"""The tiled loss against the plain one: `python -m benchmarks.loss`.
+"""Compare the tiled loss with the plain one: `python -m benchmarks.loss`.
 
-Both compute bi-directional InfoNCE with the same interchangeable rows left out, forward and
-backward, in fp32. The plain one is ½ (cross_entropy(S) + cross_entropy(Sᵀ)) under autograd.
+Both compute bi-directional InfoNCE, forward and backward, in fp32, and mask the same false
+negatives (rows with equal texts). The plain one is ½ (cross_entropy(S) + cross_entropy(Sᵀ)) under
+autograd.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from modeling_vljepa.losses import info_nce
 
 
 def inputs(size: int, width: int) -> tuple[torch.Tensor, ...]:
-    """Unit vectors, a scale, and texts of which some stand twice."""
+    """Return unit vectors, a scale, and text ids of which some occur twice."""
     generator = torch.Generator().manual_seed(0)
     sides = [
         F.normalize(torch.randn(size, width, generator=generator), dim=1).requires_grad_()
@@ -27,8 +28,8 @@ def inputs(size: int, width: int) -> tuple[torch.Tensor, ...]:
 
 def plain(predicted: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor):
     logits = scale * (predicted @ target.T)  # (B, B)
-    alike = (ids[:, None] == ids).fill_diagonal_(False)
-    logits = logits.masked_fill(alike, -torch.inf)
+    equal = (ids[:, None] == ids).fill_diagonal_(False)
+    logits = logits.masked_fill(equal, -torch.inf)
     labels = torch.arange(len(ids))
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
@@ -38,8 +39,10 @@ def tiled(predicted: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, id
 
 
 def measure(name: str, size: int, width: int) -> Cost:
-    """Forward and backward, without the gradients' own memory; `value` is the loss and the norm
-    of each gradient."""
+    """Run forward and backward; `value` is the loss and the norm of each gradient.
+
+    The memory of the gradients is subtracted: it is the same for both losses.
+    """
     predicted, target, scale, ids = inputs(size, width)
     function = {"plain": plain, "tiled": tiled}[name]
 
@@ -74,7 +77,7 @@ def main() -> None:
     ratio = found["tiled"].cpu_seconds / found["plain"].cpu_seconds
     less = found["plain"].peak_bytes / found["tiled"].peak_bytes
     print(f"tiled / plain: {ratio:.2f} of the CPU-seconds, 1/{less:.0f} of the memory")
-    print("memory: beyond the inputs and their gradients")
+    print("memory: in addition to the inputs and their gradients")
 
 
 if __name__ == "__main__":

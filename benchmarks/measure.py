@@ -1,4 +1,4 @@
-"""Peak memory and CPU time of one thing in a process of its own."""
+"""Peak memory and CPU time of a call, in its own process."""
 
 import resource
 from collections.abc import Callable
@@ -12,12 +12,12 @@ import torch
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call took.
+    """Cost and value of a call.
 
     Attributes:
-        cpu_seconds: of user and system, over all threads.
-        peak_bytes: the most memory held during the call, beyond what was held before it.
-        value: what it returned.
+        cpu_seconds: user and system time, over all threads.
+        peak_bytes: peak of resident memory during the call, minus the memory before it.
+        value: the return value.
     """
 
     cpu_seconds: float
@@ -31,19 +31,19 @@ def cpu_seconds() -> float:
 
 
 def status(field: str) -> int:
-    """A line of /proc/self/status in bytes, such as VmRSS and VmHWM (its peak)."""
+    """Return a field of /proc/self/status in bytes, such as VmRSS or VmHWM (its peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"no {field} here: this benchmark needs Linux")
+    raise ValueError(f"/proc/self/status has no {field}: run this benchmark on Linux")
 
 
 def cost(call: Callable[[], Any]) -> Cost:
-    """Run `call` here. The peak begins anew, so what was freed before does not count."""
-    Path("/proc/self/clear_refs").write_text("5")
-    held, since = status("VmRSS"), cpu_seconds()
+    """Run `call` in this process and measure it."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak so far
+    before, since = status("VmRSS"), cpu_seconds()
     value = call()
-    return Cost(cpu_seconds() - since, status("VmHWM") - held, value)
+    return Cost(cpu_seconds() - since, status("VmHWM") - before, value)
 
 
 def work(function: Callable[..., Cost], arguments: tuple, threads: int, queue: Any) -> None:
@@ -52,15 +52,18 @@ def work(function: Callable[..., Cost], arguments: tuple, threads: int, queue: A
 
 
 def in_own_process(function: Callable[..., Cost], *arguments: Any, threads: int) -> Cost:
-    """`function(*arguments)` in a fresh process, whose allocator has no past."""
+    """Return `function(*arguments)` of a new process: its allocator has retained no memory."""
     context = get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=work, args=(function, arguments, threads, queue))
     process.start()
+    # A process with an unread result does not end, so joining it alone would wait forever.
     while process.is_alive() and queue.empty():
         process.join(0.2)
     if queue.empty():
-        raise RuntimeError(f"{function.__name__}{arguments} ended with {process.exitcode}")
+        raise RuntimeError(
+            f"{function.__name__}{arguments} ended with exit code {process.exitcode}"
+        )
     found = queue.get()
     process.join()
     return found

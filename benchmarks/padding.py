@@ -1,8 +1,8 @@
-"""What padding costs: an image step with short queries, padded to their own length and to 512:
+"""Cost of padding: a step on images with short queries, unpadded and padded to 512 tokens:
 `python -m benchmarks.padding`.
 
-One optimizer step each, in turn; the minimum of each is compared. The model is the mid-size one of
-`benchmarks/configs.py`; its X-Encoder is frozen, and an image is 256 visual tokens.
+The two steps alternate; the minimum of each counts. The model is the mid-size one of
+`benchmarks/configs.py`. Its X-Encoder is frozen, and an image is 256 visual tokens.
 """
 
 import argparse
@@ -18,7 +18,7 @@ TOKENS = 20
 
 
 def batch(model: VLJEPAModel, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Images, queries of twenty tokens and targets; a mask only where there is padding."""
+    """Return images, queries of twenty tokens and targets; a mask only if there is padding."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     size = config.vision_config.crop_size
@@ -56,7 +56,7 @@ def main() -> None:
             seconds[name] = min(seconds[name], cpu_seconds() - since)
             losses.setdefault(name, loss.item())
     for name, found in seconds.items():
-        print(f"{name:<15}{found:8.2f} CPU-seconds a step of {args.rows} images")
+        print(f"{name:<15}{found:8.2f} CPU-seconds per step of {args.rows} images")
     short, long = seconds.values()
     print(f"{long / short:.1f} times as long with padding; {torch.get_num_threads()} thread(s)")
 

@@ -1,9 +1,9 @@
 """Segmentation of 10,000 embeddings: `python -m benchmarks.segmentation`.
 
-Offline: Ward's distance on a chain, ours and scikit-learn's, into a number of segments and under a
-threshold (`segments` makes them, the other two find boundaries).
-Online: milliseconds a step, and what the detector holds after each tenth of 100,000 steps. The
-streams have a new meaning every fifty steps, and noise.
+Offline: Ward's distance on a chain, ours and scikit-learn's, with a number of segments and with a
+threshold. `ours` and `scikit-learn` find boundaries only; `segments` also makes the segments.
+Online: milliseconds per step, and the memory of the process after each tenth of 100,000 steps. The
+streams change their mean every fifty steps and have noise.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from sklearn.cluster import AgglomerativeClustering
 from benchmarks.measure import Cost, cost, cpu_seconds, in_own_process, status
 from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, WardSegmenter, as_unit
 
-EVERY = 50  # steps of one meaning
+EVERY = 50  # steps with the same mean
 
 
 def stream(count: int, width: int) -> np.ndarray:
-    """Unit vectors `(count, width)`, float32."""
+    """Return unit vectors `(count, width)`, float32."""
     random = np.random.default_rng(0)
-    meanings = random.standard_normal((-(-count // EVERY), width), np.float32)
-    embeds = np.repeat(meanings, EVERY, axis=0)[:count]
+    means = random.standard_normal((-(-count // EVERY), width), np.float32)
+    embeds = np.repeat(means, EVERY, axis=0)[:count]
     embeds += 0.5 * random.standard_normal((count, width), np.float32)
     return embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
 
@@ -34,7 +34,7 @@ def ours(embeds: np.ndarray, settings: dict) -> list[int]:
 
 
 def segments(embeds: np.ndarray, settings: dict) -> list[int]:
-    """What a user calls: the boundaries, and what to decode in between."""
+    """Return boundaries through the public call, which also makes the segments."""
     return [each.start for each in WardSegmenter(**settings).segment(embeds)[1:]]
 
 
@@ -54,24 +54,27 @@ FUNCTIONS = {"ours": ours, "scikit-learn": scikit_learn, "segments": segments}
 
 
 def offline(name: str, count: int, width: int, settings: dict) -> Cost:
-    """The least CPU time of three; `value` is where segments begin."""
+    """Return the least CPU time of three runs; `value` is the starts of segments."""
     embeds = stream(count, width)
     function = FUNCTIONS[name]
-    function(embeds[:100], {"num_segments": 2})  # imports and first calls
+    function(embeds[:100], {"num_segments": 2})  # imports are not part of the measurement
     found = [cost(lambda: function(embeds, settings)) for _ in range(3)]
     return replace(found[0], cpu_seconds=min(each.cpu_seconds for each in found))
 
 
 def online(steps: int, width: int) -> Cost:
-    """`value`: segments, and the bytes held after each tenth of the steps."""
-    embeds = torch.from_numpy(stream(2000, width))  # again and again
+    """Run the online segmenter; `value` is the number of segments and the memory over time.
+
+    The memory is in bytes, after each tenth of the steps.
+    """
+    embeds = torch.from_numpy(stream(2000, width))  # repeated, so that they take constant memory
     detector = OnlineSegmenter(decodes_per_second=1.0)
-    closed, held, since = 0, [], cpu_seconds()
+    closed, memory, since = 0, [], cpu_seconds()
     for step in range(steps):
         closed += len(detector.push(embeds[step % len(embeds)], step / 10))
         if (step + 1) % (steps // 10) == 0:
-            held.append(status("VmRSS"))
-    return Cost(cpu_seconds() - since, 0, (closed + len(detector.close()), held))
+            memory.append(status("VmRSS"))
+    return Cost(cpu_seconds() - since, 0, (closed + len(detector.close()), memory))
 
 
 def main() -> None:
@@ -96,10 +99,10 @@ def main() -> None:
         common = set(found["ours"].value) & set(found["scikit-learn"].value)
         print(f"  {len(common)} boundaries in common")
     one = in_own_process(online, args.steps, args.width, threads=1)
-    closed, held = one.value
-    growth = (held[-1] - held[0]) / 2**20
+    closed, memory = one.value
+    growth = (memory[-1] - memory[0]) / 2**20
     print(
-        f"online: {1000 * one.cpu_seconds / args.steps:.3f} ms a step over {args.steps} steps, "
+        f"online: {1000 * one.cpu_seconds / args.steps:.3f} ms per step over {args.steps} steps, "
         f"{closed} segments; from the first tenth to the last, the process grew by "
         f"{growth:.2f} MiB"
     )

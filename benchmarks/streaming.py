@@ -1,11 +1,11 @@
-"""What watching a stream costs, and what selective decoding saves of it:
+"""Cost of watching a stream, and the saving by selective decoding:
 `python -m benchmarks.streaming --model DIR --rows data/streams/test_streams.jsonl`.
 
-CPU-seconds per minute of stream, of each part by itself: frames (decoding and preprocessing), the
-X-Encoder and the Predictor, segmentation, and the Y-Decoder. The decoder's are those of the texts
-that are decoded: of every window, uniformly at 2.5 texts per annotation, and of 2.85 times fewer
-segments (`eval/tasks/selective_decoding.py`). Texts are decoded one by one, as a live stream asks
-for them, and together, as evaluation does. Each part's minimum over the rounds, which run in turn.
+It prints CPU-seconds per minute of stream for each part: frames (decoding and preprocessing),
+X-Encoder, Predictor, segmentation, and Y-Decoder. The Y-Decoder's cost is given for three numbers
+of texts: one per window, 2.5 per annotation (uniform), and 2.85 times fewer than uniform
+(`eval/tasks/selective_decoding.py`). Texts are decoded one by one, as for a live stream, and in
+batches, as in evaluation. Every figure is the minimum over the rounds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, WardSegmente
 from modeling_vljepa.pipelines.stream_session import StreamEncoder
 from processing import VLJEPAProcessor, Window
 
-BATCH = 32  # windows per pass, and texts that are decoded together
+BATCH = 32  # windows per pass, and texts per batch of the Y-Decoder
 ENCODING = ("frames", "X-Encoder", "Predictor")
 WAYS = ("one by one", "together")
 
@@ -31,7 +31,7 @@ WAYS = ("one by one", "together")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__)
     parser.add_argument("--model", required=True, help="a checkpoint with a Y-Decoder")
-    parser.add_argument("--rows", type=Path, required=True, help="annotated streams")
+    parser.add_argument("--rows", type=Path, required=True, help="JSONL file of annotated streams")
     parser.add_argument("--query", default="Tell what the agent did.")
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -39,10 +39,11 @@ def parse_args() -> argparse.Namespace:
 
 
 class Watched:
-    """A model on some streams.
+    """A model and the streams that it watches.
 
     Attributes:
         found (`torch.FloatTensor` of shape `(S, D)`): the embeddings of the last round.
+        minutes (`float`): length of the streams, known after the first round.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -54,6 +55,7 @@ class Watched:
         self.minutes = 0.0
 
     def frames(self) -> list[list[Window]]:
+        """Read all windows of every stream."""
         seen = []
         for stream in self.streams:
             with self.processor.watch(stream.video, stride=1) as windows:
@@ -63,7 +65,7 @@ class Watched:
 
     @torch.no_grad()
     def round(self) -> dict[str, float]:
-        """CPU-seconds of each part, on all streams; of decoding, for each text."""
+        """Return the CPU-seconds of each part on all streams; those of decoding are per text."""
         seconds = {}
 
         def timed(name: str, call: Callable[[], Any]) -> Any:
@@ -80,11 +82,12 @@ class Watched:
         self.found = torch.cat(predicted)
         timed("Ward", lambda: WardSegmenter(self.annotations).segment(self.found))
         timed("online segmenter", lambda: OnlineSegmenter().segment(self.found))
-        some = self.found[:: max(len(self.found) // BATCH, 1)][:BATCH]
-        timed("one by one", lambda: [self.decode(each[None]) for each in some])
-        timed("together", lambda: self.decode(some))
+        # Evenly spaced, because the first windows of a stream look alike.
+        sample = self.found[:: max(len(self.found) // BATCH, 1)][:BATCH]
+        timed("one by one", lambda: [self.decode(each[None]) for each in sample])
+        timed("together", lambda: self.decode(sample))
         for way in WAYS:
-            seconds[way] /= len(some)
+            seconds[way] /= len(sample)
         return seconds
 
     def decode(self, embeds: torch.Tensor) -> list[str]:
@@ -113,19 +116,20 @@ def main() -> None:
         print(f"  {name:<18}{seconds[name] / minutes:9.3f}")
     encoding = sum(seconds[name] for name in ENCODING) / minutes
     for way in WAYS:
-        print(f"texts decoded {way}: {1000 * seconds[way]:.2f} CPU-milliseconds each")
+        print(f"texts decoded {way}: {1000 * seconds[way]:.2f} CPU-milliseconds per text")
         totals = {}
         for name, count in counts.items():
             decoding = seconds[way] * count / minutes
             segmenting = seconds["online segmenter"] / minutes if name == "selective" else 0.0
             totals[name] = encoding + decoding + segmenting
             print(
-                f"  {name:<14}{count / minutes / 60:6.2f} texts a second{decoding:9.3f} for "
-                f"decoding{totals[name]:9.3f} in all, {decoding / totals[name]:.0%} of it decoding"
+                f"  {name:<14}{count / minutes / 60:6.2f} texts per second"
+                f"{decoding:9.3f} for decoding{totals[name]:9.3f} in total, "
+                f"{decoding / totals[name]:.0%} of it decoding"
             )
         print(
             f"  selective: {counts['uniform'] / counts['selective']:.2f} times less decoding than "
-            f"uniform, {totals['uniform'] / totals['selective']:.2f} times less in all"
+            f"uniform, {totals['uniform'] / totals['selective']:.2f} times less in total"
         )
 
 

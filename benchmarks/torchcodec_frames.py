@@ -1,8 +1,8 @@
-"""torchcodec against this package's reading of clips: `python -m benchmarks.torchcodec_frames`.
+"""Compare torchcodec with `read_clip`: `python -m benchmarks.torchcodec_frames`.
 
-Needs `pip install torchcodec`, in the version that fits torch, and FFmpeg's shared libraries
-(Debian: `apt-get install ffmpeg`). Of every kind of file, torchcodec is asked for the eight frames
-that `read_clip` samples, by their indices; then both read clips of `benchmarks.decode`.
+It needs `pip install torchcodec`, in the version for the installed torch, and FFmpeg's shared
+libraries (Debian: `apt-get install ffmpeg`). For every kind of file, torchcodec decodes the eight
+frames that `read_clip` samples, by their indices. Then both read the clips of `benchmarks.decode`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ KINDS = {
 
 
 def encode(path: Path, codec: str, height: int, width: int, options: dict) -> None:
-    """Twenty frames of noise in blocks."""
+    """Write twenty frames of blocks in random colors."""
     generator = np.random.default_rng(0)
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=10)
@@ -52,12 +52,13 @@ def encode(path: Path, codec: str, height: int, width: int, options: dict) -> No
 
 
 def frames_at(path: Path, indices: list[int]) -> np.ndarray:
-    """(T, H, W, 3) uint8 by torchcodec, with one thread."""
+    """Decode frames `(T, H, W, 3)`, uint8, with torchcodec and one thread."""
     decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
     return decoder.get_frames_at(indices).data.numpy()
 
 
 def compared(path: Path) -> str:
+    """Return a line on the difference between the frames of torchcodec and of `read_clip`."""
     whole, sampled = read_clip(path), read_clip(path, 8)
     indices = even_indices(whole.timestamps, 8).tolist()
     try:
@@ -82,7 +83,7 @@ def main() -> None:
             print(f"{name:<24}{compared(path)}", flush=True)
         print("CPU-seconds x 1000 of eight frames: plain decoding of all, read_clip, torchcodec")
         for number, (name, clip) in enumerate(CLIPS.items()):
-            if clip[0] > 300:
+            if clip[0] > 300:  # frames: the longest clip takes minutes
                 continue
             path = Path(folder) / f"clip{number}.mp4"
             write(path, *clip)
