@@ -3,7 +3,7 @@
     python -m training.cache_features RECIPE.yaml --output DIR [--dtype int8] [training.seed=1 …]
     torchrun --nproc_per_node 2 -m training.cache_features RECIPE.yaml --output DIR
 
-The same command goes on with what a killed run has left; docs/features.md says when this pays.
+The same command continues after a killed run. docs/features.md explains when a store saves time.
 """
 
 import argparse
@@ -40,42 +40,71 @@ from training.model.adapters import store_frozen_in_bf16
 from training.model.recipe_model import start_model
 
 
+def print_once(text: str) -> None:
+    """Print a text in the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def readable(size: int) -> str:
-    """Bytes as 5.24GB."""
+    """Return a number of bytes as 5.24GB."""
     return tqdm.format_sizeof(size, "B")
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What the first batch of a kind of clip said: the shape `(N, Dx)` of a clip, and the seconds
-    that one takes, reading included."""
-
-    shape: tuple[int, int]
-    seconds: float
+# -- reading as training does ------------------------------------------------------------------
 
 
-def read_model(
-    recipe: Recipe, sources: list[Source | StreamedSource]
-) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """The model and processor with which training would start, on its device."""
-    model, processor = start_model(recipe, sources)
-    if recipe.training.bf16:
-        store_frozen_in_bf16(model)
-    model.x_encoder.to(recipe.training.device)
-    return model, processor
+def check_in_memory(sources: list[Source | StreamedSource]) -> None:
+    """Check that all clips are known from the start.
 
-
-def check_held(sources: list[Source | StreamedSource]) -> None:
-    """
     Raises:
         FeatureError: a source is streamed.
     """
     for source in sources:
         if isinstance(source, StreamedSource):
             raise FeatureError(
-                f"data.sources: {source.arguments.name} is streamed, so its clips are not known "
-                "before they are met. Cache sources whose rows fit into memory."
+                f"data.sources: {source.arguments.name} is streamed, so its clips are unknown "
+                "until they are read. Cache sources whose rows fit into memory."
             )
+
+
+def read_as_training(recipe: Recipe) -> tuple[VLJEPAModel, VLJEPAProcessor, ContrastiveDataset]:
+    """Return the model, the processor and the dataset with which training would start.
+
+    Raises:
+        FeatureError: the recipe's features cannot be cached.
+    """
+    args = recipe.training
+    sources = [read_source(source) for source in recipe.data.sources]
+    model, processor = start_model(recipe, sources)
+    check_recipe(model, sources)
+    check_in_memory(sources)
+    if args.bf16:
+        store_frozen_in_bf16(model)
+    model.x_encoder.to(args.device)  # the other modules are not used
+    # The first process decodes the clips into an Arrow file, which the others find.
+    with args.main_process_first(desc="reading clips"):
+        dataset = build_dataset(sources, processor.video_processor, recipe.data)
+    for source in sources:
+        if source.bad:
+            print_once(f"{source.arguments.name}: {source.report}")
+    return model, processor, dataset
+
+
+# -- size and time -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Result of the first batch of a kind of clip.
+
+    Attributes:
+        shape: shape `(N, Dx)` of a clip's tokens.
+        seconds: time to read and encode one clip.
+    """
+
+    shape: tuple[int, int]
+    seconds: float
 
 
 def try_out(
@@ -84,7 +113,7 @@ def try_out(
     """Encode one batch of each kind of clip."""
     trials = {}
     for kind, indices in clips.items():
-        encoder([dataset[indices[0]]])  # takes memory and chooses kernels
+        encoder([dataset[indices[0]]])  # the first call allocates memory and selects kernels
         since = time.perf_counter()
         tokens = encoder([dataset[index] for index in indices[:batch_size]])  # (B, N, Dx)
         seconds = (time.perf_counter() - since) / len(tokens)
@@ -99,10 +128,10 @@ def estimate(
     trials: dict[str, Trial],
     dtype: str,
 ) -> str:
-    """What is to be done, how large it will be and how long it takes.
+    """Return a report of the missing clips, their size and the time that they take.
 
     Raises:
-        FeatureError: it does not fit on the disk.
+        FeatureError: they do not fit on the disk.
     """
     left = {index for shard in missing for index in shard.indices}
     lines, size, seconds = [], 0, 0.0
@@ -122,14 +151,18 @@ def estimate(
     )
     if size > free:
         raise FeatureError(
-            f"{folder}: {readable(size)} are to be written and {readable(free)} are free. Make "
-            "room, give a folder on another disk"
-            + (", or take half as much with --dtype int8." if dtype == "bfloat16" else ".")
+            f"{folder}: {readable(size)} are to be written and {readable(free)} are free. Free "
+            "space, give a folder on another disk"
+            + (", or halve the size with --dtype int8." if dtype == "bfloat16" else ".")
         )
     return "\n".join(lines)
 
 
+# -- the store ---------------------------------------------------------------------------------
+
+
 def report(folder: Path, facts: dict) -> str:
+    """Return a summary of a complete store."""
     error = facts["relative_error"]
     return (
         f"{folder}: {facts['clips']} clips in {facts['shards']} shards, "
@@ -138,73 +171,83 @@ def report(folder: Path, facts: dict) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def write_missing(
+    folder: Path,
+    missing: list[Shard],
+    dataset: ContrastiveDataset,
+    encoder: Encoder,
+    recipe: Recipe,
+    options: argparse.Namespace,
+) -> None:
+    """Write this process's shards, with a progress bar in the first process."""
+    own = missing[rank() :: world_size()]
+    clips = sum(len(shard.indices) for shard in own)
+    with tqdm(total=clips, unit="clip", disable=rank() > 0) as progress:
+        for count in write_shards(
+            folder,
+            own,
+            dataset,
+            encoder,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            num_workers=recipe.training.dataloader_num_workers,
+        ):
+            progress.update(count)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="training.cache_features", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("recipe", help="of the training that will read the features")
-    parser.add_argument("overrides", nargs="*", help="changes to it, such as training.seed=1")
+    parser.add_argument("recipe", help="recipe of the training that will read the features")
+    parser.add_argument("overrides", nargs="*", help="changed keys, such as training.seed=1")
     parser.add_argument("--output", required=True, type=Path, help="folder of the store")
-    parser.add_argument("--dtype", choices=("bfloat16", "int8"), default="bfloat16")
-    parser.add_argument("--batch-size", type=int, default=32, help="clips encoded at a time")
-    arguments = parser.parse_intermixed_args(argv)
-    folder, dtype, batch_size = arguments.output, arguments.dtype, arguments.batch_size
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "int8"),
+        default="bfloat16",
+        help="dtype of the stored features; int8 halves the size",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="clips per batch")
+    return parser.parse_intermixed_args(argv)
 
-    # 1. Recipe, rows, model and clips, as training reads them
-    recipe = read_recipe(arguments.recipe, arguments.overrides)
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    folder = options.output
+
+    # 1. Model, processor and rows, as training reads them
+    recipe = read_recipe(options.recipe, options.overrides)
     args = recipe.training
-    is_first = rank() == 0
-    sources = [read_source(source) for source in recipe.data.sources]
-    model, processor = read_model(recipe, sources)
-    check_recipe(model, sources)
-    check_held(sources)
+    model, processor, dataset = read_as_training(recipe)
     video = processor.video_processor
-    with args.main_process_first(desc="reading clips"):
-        dataset = build_dataset(sources, video, recipe.data)
-    for source in sources:
-        if is_first and source.bad:
-            print(f"{source.arguments.name}: {source.report}")
 
-    # 2. A new store, or one to go on with
+    # 2. A new store, or one to continue
     clips = distinct_clips(dataset.rows)
     facts = made_with(model, video, video.num_frames)
-    plan = make_plan(dataset.rows, clips, facts, dtype, batch_size, args.bf16)
+    plan = make_plan(dataset.rows, clips, facts, options.dtype, options.batch_size, args.bf16)
     with args.main_process_first(local=False, desc="finding the folder"):
         begin(folder, plan)
     if (folder / FACTS).is_file():
-        if is_first:
-            print(f"complete already. {report(folder, read_facts(folder / FACTS))}")
+        print_once(f"complete already. {report(folder, read_facts(folder / FACTS))}")
         return
 
-    # 3. How large, and how long
+    # 3. Size and time
     encoder = Encoder(model, video, args.bf16)
-    trials = try_out(dataset, encoder, clips, batch_size)
-    shards = cut_into_shards(clips, {kind: trial.shape for kind, trial in trials.items()}, dtype)
+    trials = try_out(dataset, encoder, clips, options.batch_size)
+    shapes = {kind: trial.shape for kind, trial in trials.items()}
+    shards = cut_into_shards(clips, shapes, options.dtype)
     missing = missing_shards(folder, shards)
-    text = estimate(folder, clips, missing, trials, dtype)
-    if is_first:
-        print(text, flush=True)
+    print_once(estimate(folder, clips, missing, trials, options.dtype))
 
-    # 4. The shards; each process has its own
-    args.distributed_state.wait_for_everyone()  # all have seen the same shards missing
-    mine = missing[rank() :: world_size()]
-    with tqdm(
-        total=sum(len(shard.indices) for shard in mine), unit="clip", disable=not is_first
-    ) as progress:
-        for count in write_shards(
-            folder,
-            mine,
-            dataset,
-            encoder,
-            dtype=dtype,
-            batch_size=batch_size,
-            num_workers=args.dataloader_num_workers,
-        ):
-            progress.update(count)
+    # 4. The shards, each by one process
+    # All processes list the missing shards before the first of them writes one.
+    args.distributed_state.wait_for_everyone()
+    write_missing(folder, missing, dataset, encoder, recipe, options)
     args.distributed_state.wait_for_everyone()
 
-    # 5. What makes it a store
-    if is_first:
+    # 5. The index, which completes the store
+    if rank() == 0:
         print(report(folder, write_index(folder, plan, shards)))
 
 

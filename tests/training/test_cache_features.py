@@ -1,7 +1,8 @@
-"""The command that writes a feature store: what it says before, and what a kill leaves of it."""
+"""Tests of `training.cache_features`: the store, the estimate before it, and killed runs."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,8 +21,8 @@ from tests.tiny import noise, tiny_recipe, tiny_rows, write_rows
 from training import cache_features
 from training.arguments import RecipeError
 from training.cache_features import main
-from training.data import feature_writer as feature_store
-from training.data.feature_writer import clip_bytes, cut_into_shards
+from training.data import feature_writer
+from training.data.feature_writer import clip_bytes, cut_into_shards, put
 
 ROOT = Path(__file__).parents[2]
 IMAGE, VIDEO = (4, 48), (8, 48)  # tokens and width of a tiny clip
@@ -29,9 +31,9 @@ SHARD_BYTES = 3 * clip_bytes(IMAGE, "bfloat16")  # three images, or one video
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two videos, and seven images of which the first stands in two rows."""
+    """Two videos, and seven images, the first of them in two rows."""
     folder = tmp_path_factory.mktemp("recipe")
-    rows = [json.loads(line) for line in tiny_rows(folder).read_text().splitlines()]
+    rows = [json.loads(line) for line in read(tiny_rows(folder)).splitlines()]
     for number, pixels in enumerate(noise(5, 40, 40, 3)):
         Image.fromarray(pixels).save(folder / f"{number}.png")
         rows.append({"image": f"{number}.png", "query": "what ?", "target": f"number {number}"})
@@ -47,6 +49,10 @@ def small_shards() -> Iterator[None]:
         yield
 
 
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def cache(recipe: Path, folder: Path, *options: str) -> None:
     main([str(recipe), "--output", str(folder), *options])
 
@@ -57,26 +63,23 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory) -> Path:
-    """A store that nobody interrupted."""
+    """A store whose writing was not interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        size = 3 * clip_bytes(IMAGE, "bfloat16")
-        patch.setattr(cache_features, "cut_into_shards", partial(cut_into_shards, shard_bytes=size))
-        cache(recipe, folder)
+    cache(recipe, folder)
     return folder
 
 
-# -- what is written -------------------------------------------------------------------------
+# -- the store -------------------------------------------------------------------------------
 
 
-def test_a_store_has_every_clip_once(whole):
+def test_cache_features_writes_every_distinct_clip_once(whole):
     assert sorted(content(whole)) == [
         *(f"{number:05d}.safetensors" for number in range(5)),
         "index.json",
         "index.safetensors",
         "plan.json",
     ]
-    index = json.loads((whole / "index.json").read_text())
+    index = json.loads(read(whole / "index.json"))
     assert (index["clips"], index["shards"], index["dtype"]) == (9, 5, "bfloat16")
     assert index["bytes"] == sum(path.stat().st_size for path in whole.glob("0*"))
     shapes = [load_file(path)["features"].shape for path in sorted(whole.glob("0*"))]
@@ -89,17 +92,29 @@ def test_a_store_has_every_clip_once(whole):
     ]
 
 
-def test_others_may_read_what_they_may_list(whole):
-    """`safetensors` makes files for their owner alone."""
+def test_cache_features_gives_all_files_the_same_permissions(whole):
     modes = {path.stat().st_mode & 0o777 for path in whole.iterdir()}
     assert modes == {(whole / "plan.json").stat().st_mode & 0o777}
-    assert modes != {0o600}
 
 
-def test_int8_takes_half_the_space(recipe, whole, tmp_path, capsys):
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def test_put_writes_tensors_that_other_users_can_read(tmp_path, usual_umask):
+    """`safetensors` alone would give the owner alone the right to read them."""
+    put(tmp_path / "plan.json", "{}")
+    put(tmp_path / "0.safetensors", {"features": torch.zeros(2)})
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+
+
+def test_cache_features_int8_halves_the_size(recipe, whole, tmp_path, capsys):
     cache(recipe, tmp_path / "int8", "--dtype", "int8", "training.seed=0")
-    index = json.loads((tmp_path / "int8" / "index.json").read_text())
-    assert index["shards"] == 3  # six images, one image, two videos … in as many bytes
+    index = json.loads(read(tmp_path / "int8" / "index.json"))
+    assert index["shards"] == 3  # six images; one image; two videos: twice the clips per shard
     sizes = [
         load_file(path)[name].nbytes
         for path in sorted((tmp_path / "int8").glob("0*"))
@@ -108,28 +123,32 @@ def test_int8_takes_half_the_space(recipe, whole, tmp_path, capsys):
     assert sum(sizes) == 7 * clip_bytes(IMAGE, "int8") + 2 * clip_bytes(VIDEO, "int8")
     error = index["relative_error"]
     assert f"relative error {error['mean']:.2e} on average" in capsys.readouterr().out
-    half = json.loads((whole / "index.json").read_text())["relative_error"]
-    assert half["mean"] < error["mean"] / 2
+    bfloat16 = json.loads(read(whole / "index.json"))["relative_error"]
+    assert bfloat16["mean"] < error["mean"] / 2
 
 
-# -- what it says before it starts -----------------------------------------------------------
+# -- before anything is written ----------------------------------------------------------------
 
 
-def test_size_and_time_are_said_before(recipe, tmp_path, capsys, monkeypatch):
-    written = []
-    monkeypatch.setattr(
-        cache_features, "write_shards", lambda *_, **__: written.append(capsys.readouterr().out)
-    )
-    with pytest.raises(TypeError):  # nothing was written to go through
+class WritingStarts(Exception):
+    """Raised in place of the first write."""
+
+
+def test_cache_features_prints_size_and_time_before_writing(recipe, tmp_path, capsys, monkeypatch):
+    def write_shards(*_, **__):
+        raise WritingStarts
+
+    monkeypatch.setattr(cache_features, "write_shards", write_shards)
+    with pytest.raises(WritingStarts):
         cache(recipe, tmp_path / "store")
-    (said,) = written
-    assert "7 images of 4 tokens of 48: 384B and " in said
-    assert "2 videos of 8 tokens of 48: 768B and " in said
-    assert "4.22kB in bfloat16, with " in said
-    assert "; about 0:00:0" in said
+    printed = capsys.readouterr().out
+    assert "7 images of 4 tokens of 48: 384B and " in printed
+    assert "2 videos of 8 tokens of 48: 768B and " in printed
+    assert "4.22kB in bfloat16, with " in printed
+    assert re.search(r"; about \d+:\d\d:\d\d by 1 process", printed)
 
 
-def test_what_does_not_fit_is_refused_with_numbers(recipe, tmp_path, monkeypatch):
+def test_cache_features_rejects_a_store_larger_than_the_free_space(recipe, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     needed = 7 * clip_bytes(IMAGE, "bfloat16") + 2 * clip_bytes(VIDEO, "bfloat16")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
@@ -140,7 +159,7 @@ def test_what_does_not_fit_is_refused_with_numbers(recipe, tmp_path, monkeypatch
     cache(recipe, tmp_path / "store")
 
 
-def test_what_changes_or_is_not_known_is_refused(recipe, tmp_path):
+def test_cache_features_rejects_trained_encoders_augmentation_and_streaming(recipe, tmp_path):
     with pytest.raises(FeatureError, match="X-Encoder trains"):
         cache(recipe, tmp_path / "store", "model.config.freeze_vision=false")
     rows = recipe.parent / "rows.jsonl"
@@ -151,7 +170,7 @@ def test_what_changes_or_is_not_known_is_refused(recipe, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_too_many_broken_files_are_refused_and_few_are_named(tmp_path, capsys):
+def test_cache_features_rejects_or_prints_broken_files(tmp_path, capsys):
     rows = tiny_rows(tmp_path)
     (tmp_path / "wide.png").write_bytes(b"no picture")
     recipe = tiny_recipe(rows)
@@ -160,11 +179,11 @@ def test_too_many_broken_files_are_refused_and_few_are_named(tmp_path, capsys):
     cache(recipe, tmp_path / "store", "data.max_bad_share=0.25")
     out = capsys.readouterr().out
     assert "1 of 4 rows are unusable" in out and "wide.png" in out
-    assert json.loads((tmp_path / "store" / "index.json").read_text())["clips"] == 3
+    assert json.loads(read(tmp_path / "store" / "index.json"))["clips"] == 3
 
 
-def test_features_that_are_no_numbers_are_refused(recipe, tmp_path, monkeypatch):
-    encode = feature_store.Encoder.__call__
+def test_cache_features_rejects_features_that_are_not_finite(recipe, tmp_path, monkeypatch):
+    encode = feature_writer.Encoder.__call__
 
     def broken(self, samples):
         tokens = encode(self, samples).clone()
@@ -172,20 +191,20 @@ def test_features_that_are_no_numbers_are_refused(recipe, tmp_path, monkeypatch)
             tokens[0, 3, 5] = float("nan")
         return tokens
 
-    monkeypatch.setattr(feature_store.Encoder, "__call__", broken)
+    monkeypatch.setattr(feature_writer.Encoder, "__call__", broken)
     with pytest.raises(FeatureError, match=r"video .*wide\.mp4: .*NaN or infinite.*precision=fp32"):
         cache(recipe, tmp_path / "store")
 
 
-# -- kills -----------------------------------------------------------------------------------
+# -- killed runs -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", ["00000.safetensors", "00003.safetensors", "index.safetensors"])
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
+def test_cache_features_killed_within_a_file_continues_to_the_same_store(
     recipe, whole, tmp_path, monkeypatch, file
 ):
-    """In the middle of a file; nothing that is there already is computed again."""
-    save, encode, encoded = feature_store.save_file, feature_store.Encoder.__call__, []
+    """Shards that are complete are not computed again."""
+    save, encode, encoded = feature_writer.save_file, feature_writer.Encoder.__call__, []
 
     def count(self, samples):
         encoded.append(len(samples))
@@ -199,22 +218,23 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
         assert not (path.parent / file).exists()
 
     folder = tmp_path / "store"
-    monkeypatch.setattr(feature_store.Encoder, "__call__", count)
-    monkeypatch.setattr(feature_store, "save_file", killed)
+    monkeypatch.setattr(feature_writer.Encoder, "__call__", count)
+    monkeypatch.setattr(feature_writer, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         cache(recipe, folder)
     assert f"incomplete-{file}" in content(folder)
     assert "index.json" not in content(folder)
-    monkeypatch.setattr(feature_store, "save_file", save)
+    monkeypatch.setattr(feature_writer, "save_file", save)
     encoded.clear()
     cache(recipe, folder)
+    # Bit for bit: the same process computes the same batches again.
     assert content(folder) == content(whole)
     trial = [1, 7, 1, 2]
     left = {"00000.safetensors": [3, 3, 1, 1, 1], "00003.safetensors": [1, 1]}
     assert encoded == trial + left.get(file, [])
 
 
-def test_a_complete_store_is_left_as_it_is(recipe, whole, capsys, monkeypatch):
+def test_cache_features_leaves_a_complete_store_unchanged(recipe, whole, capsys, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
     monkeypatch.setattr(cache_features, "try_out", None)
     cache(recipe, whole)
@@ -222,34 +242,62 @@ def test_a_complete_store_is_left_as_it_is(recipe, whole, capsys, monkeypatch):
     assert "complete already" in capsys.readouterr().out
 
 
-def test_another_plan_is_not_mixed_in(recipe, whole, tmp_path):
-    for options, name in (
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
         (["--dtype", "int8"], "dtype is bfloat16 there and int8 here"),
         (["--batch-size", "2"], "batch_size is 32 there and 2 here"),
         (["training.precision=bf16"], "precision is fp32 there and bf16 here"),
         (["training.seed=5"], "the X-Encoder has other weights"),
         (["processor.num_frames=8"], "num_frames is 4 there and 8 here"),
-    ):
-        with pytest.raises(FeatureError, match=f"begun with other settings: .*{name}"):
-            cache(recipe, whole, *options)
-    rows = write_rows(
-        recipe.parent / "fewer.jsonl", [{"image": "0.png", "target": "x", "query": "y"}]
-    )
+    ],
+)
+def test_cache_features_rejects_a_store_of_other_settings(recipe, whole, options, difference):
+    with pytest.raises(FeatureError, match=f"begun with other settings: .*{difference}"):
+        cache(recipe, whole, *options)
+
+
+def test_cache_features_rejects_a_store_of_other_clips(recipe, whole, tmp_path):
+    row = {"image": str(recipe.parent / "0.png"), "target": "x", "query": "y"}
+    sources = json.dumps([{"rows": str(write_rows(tmp_path / "fewer.jsonl", [row]))}])
     with pytest.raises(FeatureError, match=r"media is 9 clips .* there and 1 clips .* here"):
-        cache(recipe, whole, f"data.sources=[{{rows: {rows}}}]", "model.vocab_size=300")
-    (tmp_path / "notes.txt").write_text("mine")
+        cache(recipe, whole, f"data.sources={sources}", "model.vocab_size=300")
+
+
+def test_cache_features_rejects_a_folder_with_other_files(recipe, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(FeatureError, match="other files"):
         cache(recipe, tmp_path)
     assert content(tmp_path) == {"notes.txt": b"mine"}
 
 
-def test_clips_that_were_not_decoded_before_are_decoded_by_workers(recipe, whole, tmp_path):
+def assert_same_features(folder: Path, other: Path) -> None:
+    """Compare two stores whose frames were resized by different processes."""
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        path.name for path in sorted(other.iterdir())
+    ]
+    assert read(folder / "plan.json") == read(other / "plan.json")
+    for path in sorted(folder.glob("*.safetensors")):
+        found, expected = load_file(path), load_file(other / path.name)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if name in ("features", "errors"):
+                # One grey level of a pixel, and one unit of bfloat16's eight bits.
+                atol = 2**-7 * tensor.float().abs().max().item()
+                torch.testing.assert_close(
+                    found[name].float(), tensor.float(), rtol=2**-7, atol=atol
+                )
+            else:
+                assert torch.equal(found[name], tensor), name
+
+
+def test_cache_features_decodes_in_workers_without_decode_once(recipe, whole, tmp_path):
     cache(recipe, tmp_path / "store", "data.decode_once=false", "training.dataloader_num_workers=2")
-    assert content(tmp_path / "store") == content(whole)
+    assert_same_features(tmp_path / "store", whole)
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does(recipe, whole, tmp_path):
+def test_cache_features_on_two_processes_writes_the_store_of_one(recipe, whole, tmp_path):
     script = f"""
 from functools import partial
 from training import cache_features
@@ -257,18 +305,20 @@ cut = cache_features.cut_into_shards
 cache_features.cut_into_shards = partial(cut, shard_bytes={SHARD_BYTES})
 cache_features.main([{str(recipe)!r}, "--output", {str(tmp_path / "store")!r}])
 """
-    (tmp_path / "two.py").write_text(script)
+    (tmp_path / "two.py").write_text(script, encoding="utf-8")
+    # As many threads as here: matrix products may round otherwise with another number.
+    threads = str(torch.get_num_threads())
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc_per_node", "2", str(tmp_path / "two.py")),
         ],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads},
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=1200,  # only against a hang
     )
     assert done.returncode == 0, done.stderr
     assert "by 2 process(es)" in done.stdout
