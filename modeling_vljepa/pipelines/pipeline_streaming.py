@@ -65,7 +65,7 @@ class CaptionStream:
     Attributes:
         session ([`StreamSession`]): its `ask` answers questions about the stream so far, at any
             time.
-        report (`StreamReport`): counts of frames read, dropped and broken so far.
+        report (`StreamReport`): counts and events of the source so far.
     """
 
     def __init__(self, captions: Iterator[dict], session: StreamSession, windows: Any):

@@ -1,5 +1,5 @@
-"""Pipelines: answer a question about a video, find texts for it or it by a text, name it, and
-caption it while it runs.
+"""Pipelines: answer a question about a video, rank texts for a video or videos for a text,
+classify a video, and caption one while it runs.
 
 | task                             | call                                              |
 |----------------------------------|---------------------------------------------------|
@@ -11,20 +11,20 @@ caption it while it runs.
 | `zero-shot-video-classification` | `pipe(video=..., candidate_labels=[...])`         |
 | `streaming-caption`              | `pipe(source)`: see `pipeline_streaming`          |
 
-Of a published model, `pipe` is `pipeline(task, model="user/name", trust_remote_code=True)`. Of any
-other, it is made from the class: `VLJEPARetrievalPipeline(model=model, processor=processor)`.
+For a published model, `pipe` is `pipeline(task, model="user/name", trust_remote_code=True)`. For
+any other, make it from the class: `VLJEPARetrievalPipeline(model=model, processor=processor)`.
 
-A *sample* is a dictionary with `"video"` or `"image"` (and a `"question"`, where one is asked),
-or the bare medium. One sample gives one result, a list of them a list of results, and any other
-iterable, such as a generator or a dataset, an iterator that reads it as it goes.
+A *sample* is a dictionary with `"video"` or `"image"` (and, if the task needs it, a `"question"`),
+or the medium alone. One sample gives one result. A list of samples gives a list of results. Any
+other iterable, such as a generator or a dataset, gives an iterator that reads it lazily.
 
 A *medium* is a path, the bytes of a file, a PIL image, a uint8 array `(T, H, W, 3)` or
 `(H, W, 3)`, a uint8 tensor `(T, 3, H, W)` or `(3, H, W)`, or, with `allow_urls=True`, an http(s)
 address.
 
-A *score* is the cosine of the predicted embedding and the text's, from -1 to 1; it does not
-depend on the other candidates. With `calibrated=True` it is the probability of the text among the
-candidates: a softmax at the temperature that the model was trained with.
+A *score* is the cosine of the predicted embedding and the text's embedding, from -1 to 1. It does
+not depend on the other candidates. With `calibrated=True` it is the probability of the text among
+the candidates: a softmax at the temperature that the model was trained with.
 
 Shapes: B samples, N texts, T frames, h and w pixels, D embedding size.
 """
@@ -63,7 +63,10 @@ FILE = str | os.PathLike | bytes
 
 
 def as_sample(sample: Any) -> Mapping[str, Any]:
-    """A sample as a dictionary; a bare medium becomes one if it is plain what it is."""
+    """Return a sample as a dictionary; find the kind of a medium that is given alone.
+
+    Raises: `ValueError` for a medium that could be a video or an image, such as bytes.
+    """
     if isinstance(sample, Mapping):
         return sample
     if isinstance(sample, Image.Image):
@@ -74,19 +77,20 @@ def as_sample(sample: Any) -> Mapping[str, Any]:
         kind = mimetypes.guess_type(os.fspath(sample))[0] or ""
         return {"image" if kind.startswith("image/") else "video": sample}
     raise ValueError(
-        f"a {type(sample).__name__} may be a video, an image or neither: name it, as in "
+        f"a {type(sample).__name__} may be a video, an image or neither: give it as "
         '{"video": ...} or {"image": ...}.'
     )
 
 
 def medium_of(sample: Mapping[str, Any]) -> tuple[str, Any]:
-    """`"video"` or `"image"`, and the medium."""
+    """Return `"video"` or `"image"`, and the medium."""
     found = [kind for kind in ("video", "image") if sample.get(kind) is not None]
     if len(found) != 1:
-        what = "both video and image" if found else "neither video nor image"
-        raise ValueError(f"{what} given: exactly one is needed.")
+        kinds = "both video and image" if found else "neither video nor image"
+        raise ValueError(f"{kinds} given: give exactly one.")
     kind, medium = found[0], sample[found[0]]
-    if isinstance(medium, Mapping) and {"bytes", "path"} <= medium.keys():  # undecoded, by datasets
+    # `datasets` gives a medium in this form if decoding is off.
+    if isinstance(medium, Mapping) and {"bytes", "path"} <= medium.keys():
         medium = medium["path"] if medium["bytes"] is None else medium["bytes"]
     allowed = FILE | np.ndarray | torch.Tensor | (Image.Image if kind == "image" else list)
     if not isinstance(medium, allowed):
@@ -102,12 +106,13 @@ def is_url(medium: Any) -> bool:
 
 
 def fetch(url: str, max_bytes: int | None = None) -> bytes:
-    """Download at most `max_bytes` (default: `MAX_URL_BYTES`) in about `MAX_URL_SECONDS`, over
-    http(s) alone.
+    """Download at most `max_bytes` (default: `MAX_URL_BYTES`) in about `MAX_URL_SECONDS` over
+    http(s).
 
-    The address may be of a machine that only this one can reach: it is for the caller to allow.
+    The address may be of a machine that only this one can reach, so the caller must allow it.
     """
-    opener = request.OpenerDirector()  # the usual one would follow ftp: and read file: and data:
+    # `urlopen` also opens ftp:, file: and data:, and follows redirects to ftp:.
+    opener = request.OpenerDirector()
     opener.addheaders = [("User-Agent", "vljepa")]
     for handler in (
         request.ProxyHandler,
@@ -122,25 +127,28 @@ def fetch(url: str, max_bytes: int | None = None) -> bytes:
     max_bytes = max_bytes or MAX_URL_BYTES
     content, deadline = bytearray(), time.monotonic() + MAX_URL_SECONDS
     try:
+        # The timeout limits each read, not the download: hence the deadline.
         with opener.open(url, timeout=MAX_URL_SECONDS) as response:
             while part := response.read1(2**16):
                 content += part
                 if len(content) > max_bytes:
                     raise ValueError(f"{url}: larger than {max_bytes} bytes. Make it smaller.")
                 if time.monotonic() > deadline:
-                    raise ValueError(f"{url}: took longer than {MAX_URL_SECONDS} seconds.")
+                    raise ValueError(
+                        f"{url}: took longer than {MAX_URL_SECONDS} seconds. Download it first."
+                    )
     except (OSError, HTTPException) as error:
         raise ValueError(f"{url}: cannot be fetched ({error}). Check the address.") from error
     return bytes(content)
 
 
-# -- what the pipelines share --------------------------------------------------------------
+# -- base class ----------------------------------------------------------------------------
 
 
 class VLJEPAPipeline(PipelineBase):
-    """Samples in, ranked texts out. The texts are embedded once per call, not once per sample."""
+    """Pipeline that ranks texts for samples. Texts are embedded once per call, not per sample."""
 
-    label: str  # what a result calls its text
+    label: str  # key of the text in a result
     fetch = staticmethod(fetch)
 
     def __call__(self, inputs: Any = None, *, video: Any = None, image: Any = None, **kwargs: Any):
@@ -149,12 +157,12 @@ class VLJEPAPipeline(PipelineBase):
         Args:
             inputs (*optional*): a sample, a list or another iterable of samples.
             video, image (*optional*): the medium of one sample.
-            batch_size (`int`, *optional*, defaults to 1): samples per pass of the model.
-            num_workers (`int`, *optional*, defaults to 0): processes that decode.
+            batch_size (`int`, *optional*, defaults to 1): samples per batch.
+            num_workers (`int`, *optional*, defaults to 0): processes that decode media.
             kwargs: the parameters of the task.
 
-        Raises: `ValueError` that names the argument, and in a list or iterable also the input,
-            counted from 0.
+        Raises: `ValueError` that names the argument and, for a list or iterable, the index of the
+            input.
         """
         sources = given(inputs=inputs, video=video, image=image)
         if len(sources) != 1:
@@ -169,9 +177,11 @@ class VLJEPAPipeline(PipelineBase):
             raise ValueError(f"inputs is a {type(inputs).__name__}: give a sample or a list.")
         if isinstance(inputs, list | tuple):
             return super().__call__(list(inputs), **kwargs) if inputs else []
+        # transformers iterates lazily over a generator, but not over every iterable.
         return super().__call__((sample for sample in inputs), **kwargs)
 
-    # Upstream pads and concatenates what `preprocess` returns; clips and images do not fit.
+    # transformers' own versions of the next two methods pad and concatenate the results of
+    # `preprocess`, but clips and images have different shapes.
 
     def get_iterator(
         self,
@@ -184,11 +194,12 @@ class VLJEPAPipeline(PipelineBase):
     ) -> Iterator[list[dict]]:
         ranking = self.prepare(**postprocess_params)
         if isinstance(inputs, list):
-            numbered = list(enumerate(inputs))
-            dataset = PipelineDataset(numbered, self.preprocess_nth, preprocess_params)
+            indexed = list(enumerate(inputs))
+            dataset = PipelineDataset(indexed, self.preprocess_indexed, preprocess_params)
         else:
-            dataset = PipelineIterator(enumerate(inputs), self.preprocess_nth, preprocess_params)
-            num_workers = min(num_workers, 1)  # each would go through all of it
+            indexed = enumerate(inputs)
+            dataset = PipelineIterator(indexed, self.preprocess_indexed, preprocess_params)
+            num_workers = min(num_workers, 1)  # each worker would iterate over all samples
         loader = DataLoader(
             dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list
         )
@@ -205,25 +216,25 @@ class VLJEPAPipeline(PipelineBase):
         [result] = self.results([self.preprocess(inputs, **preprocess_params)], **ranking)
         return result
 
-    def preprocess_nth(self, numbered: tuple[int, Any], **parameters: Any) -> dict[str, Any]:
-        place, sample = numbered
+    def preprocess_indexed(self, indexed: tuple[int, Any], **parameters: Any) -> dict[str, Any]:
+        index, sample = indexed
         try:
             return self.preprocess(sample, **parameters)
         except (ValueError, TypeError, OSError) as error:
-            raise ValueError(f"input {place}: {error}") from error
+            raise ValueError(f"input {index}: {error}") from error
 
     def preprocess(
         self, sample: Any, query: str = DESCRIBE, allow_urls: bool = False
     ) -> dict[str, Any]:
-        """Returns: `pixels` `(T, 3, h, w)` and `query`, the text that goes with them."""
+        """Return `pixels` `(T, 3, h, w)` and the `query`."""
         kind, medium = medium_of(as_sample(sample))
         if not isinstance(query, str):
             raise ValueError(f"query is a {type(query).__name__}: give a string.")
         if is_url(medium):
             if not allow_urls:
                 raise ValueError(
-                    f"{kind} is a URL, and none is fetched: pass allow_urls=True if this machine "
-                    "may, or download it first."
+                    f"{kind} is a URL: pass allow_urls=True to let this machine fetch it, or "
+                    "download it first."
                 )
             medium = fetch(medium)
         try:
@@ -233,20 +244,22 @@ class VLJEPAPipeline(PipelineBase):
         return {"pixels": batch["pixel_values_videos"][0], "query": query}
 
     def _forward(self, items: list[dict[str, Any]]) -> list[torch.Tensor]:
-        """One predicted embedding `(D,)` each; one pass for each number of frames, as images and
-        clips may come mixed."""
+        """Return one predicted embedding `(D,)` per item.
+
+        Images and clips may be mixed: items with the same number of frames make one batch.
+        """
         embeds = {}
         for length in {len(item["pixels"]) for item in items}:
-            places = [i for i, item in enumerate(items) if len(item["pixels"]) == length]
-            pixels = torch.stack([items[i]["pixels"] for i in places]).to(self.dtype)
-            tokens = self.processor(text=[items[i]["query"] for i in places]).to(self.device)
-            predicted = self.model.base_model.predict(pixels, **tokens)  # (B', D)
-            embeds |= dict(zip(places, predicted, strict=True))
-        return [embeds[place] for place in range(len(items))]
+            indices = [i for i, item in enumerate(items) if len(item["pixels"]) == length]
+            pixels = torch.stack([items[i]["pixels"] for i in indices]).to(self.dtype)
+            tokens = self.processor(text=[items[i]["query"] for i in indices]).to(self.device)
+            predicted = self.model.base_model.predict(pixels, **tokens)  # (len(indices), D)
+            embeds |= dict(zip(indices, predicted, strict=True))
+        return [embeds[i] for i in range(len(items))]
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """Target embeddings, unit vectors `(N, D)` on the CPU."""
+        """Return target embeddings, unit vectors `(N, D)` on the CPU."""
         embeds = []
         for start in range(0, len(texts), TEXTS_PER_PASS):
             batch = self.processor(targets=texts[start : start + TEXTS_PER_PASS])
@@ -254,11 +267,11 @@ class VLJEPAPipeline(PipelineBase):
         return torch.cat(embeds)
 
     def prepare(self, **parameters: Any) -> dict[str, Any]:
-        """What `postprocess` takes beside the prediction, made once per call."""
+        """Return the arguments of `postprocess` that are computed once per call."""
         raise NotImplementedError
 
     def results(self, items: list[dict[str, Any]], **ranking: Any) -> list[list[dict]]:
-        """The result of each item; the items go through the model together."""
+        """Return the result of each item; the items are one batch."""
         return [self.postprocess(predicted, **ranking) for predicted in self.forward(items)]
 
     def postprocess(
@@ -270,31 +283,34 @@ class VLJEPAPipeline(PipelineBase):
         calibrated: bool,
     ) -> list[dict]:
         ranked = self.best(text_embeds @ predicted, top_k, calibrated)
-        return [{self.label: texts[place], "score": score} for place, score in ranked]
+        return [{self.label: texts[index], "score": score} for index, score in ranked]
 
     def best(
         self, cosines: torch.Tensor, top_k: int | None, calibrated: bool
     ) -> list[tuple[int, float]]:
-        """Places and scores of the `top_k` (`None`: all) of `(N,)`; equals keep their order."""
+        """Return indices and scores of the `top_k` (`None`: all) of `(N,)`, best first.
+
+        Equal cosines stay in their order.
+        """
         if top_k is not None and (type(top_k) is not int or top_k < 1):
             raise ValueError(f"top_k is {top_k!r}: give a whole number of at least 1.")
         scores = cosines
         if calibrated:
             scores = (cosines * self.model.base_model.logit_scale().detach().cpu()).softmax(dim=0)
         order = cosines.argsort(descending=True, stable=True)[:top_k].tolist()
-        return [(place, scores[place].item()) for place in order]
+        return [(index, scores[index].item()) for index in order]
 
 
 # -- the tasks -----------------------------------------------------------------------------
 
 
 class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
-    """Answer a question about a video or an image.
+    """Pipeline that answers a question about a video or an image.
 
-    The answers to choose from are `candidates`, or those that the model brings along
-    (`config.answers`); the latter are embedded once for all calls. With neither, a model that has
-    a Y-Decoder writes the answer itself: its score is then the cosine of the predicted embedding
-    and that of what was written, and of several (`num_return_sequences`) the nearest comes first.
+    The answers to choose from are `candidates` or the model's own (`config.answers`), which are
+    embedded once for all calls. With neither, a model with a Y-Decoder writes the answer. Its
+    score is then the cosine of the predicted embedding and the written text's embedding. Several
+    written answers (`num_return_sequences`) are ranked by this score.
     """
 
     label = "answer"
@@ -309,14 +325,15 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
         allow_urls: bool | None = None,
         generate_kwargs: dict[str, Any] | None = None,
     ) -> tuple[dict, dict, dict]:
-        """
+        """Sort the parameters of a call by the step that reads them.
+
         Args:
-            question (`str`, *optional*): for samples that have none of their own.
+            question (`str`, *optional*): the question for samples without one.
             candidates (`list[str]`, *optional*): answers to choose from.
-            top_k (`int`, *optional*, defaults to 5): how many are returned, best first.
+            top_k (`int`, *optional*, defaults to 5): number of answers returned, best first.
             calibrated (`bool`, *optional*, defaults to `False`): probabilities, not cosines.
             allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
-            generate_kwargs (`dict`, *optional*): how the answer is written, as `generate` takes it.
+            generate_kwargs (`dict`, *optional*): arguments of `generate`, for written answers.
         """
         before = given(question=question, allow_urls=allow_urls)
         after = given(
@@ -334,9 +351,9 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
         if sample.get("question") is not None:
             question = sample["question"]
         if question is None:
-            raise ValueError("question is missing: say what is asked.")
+            raise ValueError("question is missing: give a string.")
         if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"question is {repr(question)[:50]}: say what is asked, in a string.")
+            raise ValueError(f"question is {repr(question)[:50]}: give a string that is not empty.")
         return super().preprocess(sample, question, allow_urls)
 
     def prepare(
@@ -350,13 +367,13 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
         if candidates is None and not self.model.config.answers:
             if not self.has_decoder:
                 raise ValueError(
-                    "candidates is missing, this model brings no answers along (config.answers is "
-                    "empty), and it has no Y-Decoder to write one: give candidates=[...]."
+                    "candidates is missing, and this model has neither answers of its own "
+                    "(config.answers) nor a Y-Decoder to write one: give candidates=[...]."
                 )
             return ranking | {"generate_kwargs": generate_kwargs or {}}
         if generate_kwargs is not None:
             raise ValueError(
-                "generate_kwargs is for answers that are written, and these are chosen from "
+                "generate_kwargs is for a decoder, but answers are chosen from "
                 f"{'config.answers' if candidates is None else 'candidates'}: leave it out."
             )
         if candidates is None:
@@ -379,14 +396,15 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
         written = decode_texts(
             self.model, self.processor, torch.stack(predicted), queries=queries, **generate_kwargs
         )
-        each, results = len(written) // len(items), []
-        for place, embeds in enumerate(predicted):
-            texts = list(dict.fromkeys(written[place * each : (place + 1) * each]))
+        each, results = len(written) // len(items), []  # `num_return_sequences` texts per item
+        for index, embeds in enumerate(predicted):
+            # Beams can differ in tokens and be equal as texts.
+            texts = list(dict.fromkeys(written[index * each : (index + 1) * each]))
             results.append(self.postprocess(embeds, texts, self.embed_texts(texts), **ranking))
         return results
 
     def stored_answers(self) -> tuple[list[str], torch.Tensor]:
-        """The model's own answers and their embeddings `(N, D)`."""
+        """Return the model's own answers and their embeddings `(N, D)`."""
         answers = self.model.config.answers
         if self.vocabulary is None or self.vocabulary[0] != answers:
             self.vocabulary = (list(answers), self.embed_texts(answers))
@@ -394,7 +412,7 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
 
 
 class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
-    """Say which of the given labels a video or an image shows."""
+    """Pipeline that classifies a video or an image by given labels."""
 
     label = "label"
 
@@ -407,13 +425,14 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
         calibrated: bool | None = None,
         allow_urls: bool | None = None,
     ) -> tuple[dict, dict, dict]:
-        """
+        """Sort the parameters of a call by the step that reads them.
+
         Args:
-            candidate_labels (`list[str]`): what to choose from.
-            hypothesis_template (`str`, *optional*, defaults to `"{}"`): the text in which a
-                label stands at `{}`.
-            query (`str`, *optional*, defaults to `"What is the action shown?"`): what is asked.
-            top_k (`int`, *optional*): how many labels are returned, best first; all by default.
+            candidate_labels (`list[str]`): labels to choose from.
+            hypothesis_template (`str`, *optional*, defaults to `"{}"`): the text that is embedded
+                for a label, with `{}` in the label's position.
+            query (`str`, *optional*, defaults to `"What is the action shown?"`): the query.
+            top_k (`int`, *optional*): number of labels returned, best first; all by default.
             calibrated (`bool`, *optional*, defaults to `False`): probabilities, not cosines.
             allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
         """
@@ -442,9 +461,9 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
         labels = check_texts("candidate_labels", candidate_labels)
         if not isinstance(hypothesis_template, str) or "{}" not in hypothesis_template:
             raise ValueError(
-                f"hypothesis_template is {hypothesis_template!r}: the label's place, {{}}, is "
-                "missing."
+                f"hypothesis_template is {hypothesis_template!r}: put {{}} where the label goes."
             )
+        # Not `format`: a template or a label may contain other braces.
         hypotheses = [hypothesis_template.replace("{}", label) for label in labels]
         return {
             "texts": labels,
@@ -455,9 +474,9 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
 
 
 class VLJEPARetrievalPipeline(VLJEPAPipeline):
-    """Rank texts for a video, or videos for a text.
+    """Pipeline that ranks texts for a video, or videos for a text.
 
-    A library holds the embeddings of many clips, computed once:
+    A library stores the embeddings of many clips, computed once:
 
     ```python
     pipe.build_library(glob("clips/*.mp4"), "library")
@@ -466,7 +485,7 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
     """
 
     label = "text"
-    checked: ClipLibrary | None = None  # a library is checked at its first search
+    checked: ClipLibrary | None = None  # the library last found to be this model's
 
     def __call__(
         self,
@@ -476,15 +495,17 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         videos: Iterable[Any] | None = None,
         **kwargs: Any,
     ):
-        """`texts` are ranked for the samples given, or `videos` for the one `text`.
+        """Rank `texts` for the given samples, or `videos` for one `text`.
 
-        Returns: for texts what every pipeline does; for videos `[{"index", "video", "score"}]`,
-            best first, with each video's place in the list and the video as it was given.
+        Returns: for texts, the results of every pipeline; for videos,
+            `[{"index", "video", "score"}]`, best first, with each video's index in the list and
+            the video as given.
         """
         if text is None and videos is None:
             return super().__call__(inputs, **kwargs)
         if text is None or videos is None:
-            raise ValueError("text and videos go together: one is given, the other is missing.")
+            missing = "text" if text is None else "videos"
+            raise ValueError(f"{missing} is missing: give text and videos together.")
         if inputs is not None or given(**kwargs).keys() & {"video", "image", "texts"}:
             raise ValueError("give texts for a video, or videos for a text, and not both.")
         check_texts("text", [text])
@@ -494,12 +515,13 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         if not samples:
             raise ValueError("videos is empty: give at least one video.")
         after = {"top_k": None, "calibrated": False} | self._postprocess_params | given(**kwargs)
+        # Not calibrated per video, where one text has probability 1: `best` calibrates over videos.
         scored = super().__call__(samples, **kwargs | {"texts": [text], "calibrated": False})
         cosines = torch.tensor([best["score"] for [best] in scored])
         ranked = self.best(cosines, after["top_k"], after["calibrated"])
         return [
-            {"index": place, "video": samples[place]["video"], "score": score}
-            for place, score in ranked
+            {"index": index, "video": samples[index]["video"], "score": score}
+            for index, score in ranked
         ]
 
     def _sanitize_parameters(
@@ -510,13 +532,14 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         calibrated: bool | None = None,
         allow_urls: bool | None = None,
     ) -> tuple[dict, dict, dict]:
-        """
+        """Sort the parameters of a call by the step that reads them.
+
         Args:
-            texts (`list[str]`): what to rank.
-            query (`str`, *optional*, defaults to the captioning prompt): what is asked.
-            top_k (`int`, *optional*): how many are returned, best first; all by default.
-            calibrated (`bool`, *optional*, defaults to `False`): probabilities among what is
-                ranked, not cosines.
+            texts (`list[str]`): texts to rank.
+            query (`str`, *optional*, defaults to the captioning prompt): the query.
+            top_k (`int`, *optional*): number of results returned, best first; all by default.
+            calibrated (`bool`, *optional*, defaults to `False`): probabilities among the ranked
+                texts or videos, not cosines.
             allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
         """
         before = given(query=query, allow_urls=allow_urls)
@@ -547,18 +570,21 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         batch_size: int = 1,
         allow_urls: bool = False,
     ) -> ClipLibrary:
-        """Embed every clip once and save the result; clips that cannot be read are named.
+        """Embed every clip once and save the library. Clips that cannot be read are reported.
 
         Args:
-            videos (`Iterable[str | os.PathLike]`): paths, as they shall stand in results.
+            videos (`Iterable[str | os.PathLike]`): paths; results name clips by these.
             output_dir (`str` or `os.PathLike`): a new folder, which `datasets` can load.
-            query (`str`, *optional*, defaults to the captioning prompt): what is asked of each.
-            batch_size (`int`, *optional*, defaults to 1): clips per pass of the model.
+            query (`str`, *optional*, defaults to the captioning prompt): the query of every clip.
+            batch_size (`int`, *optional*, defaults to 1): clips per batch.
             allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
+
+        Raises: `ValueError` for a folder that exists, for an argument of another type, and if no
+            clip can be read.
         """
         check_datasets()
         if os.path.exists(output_dir):
-            raise ValueError(f"output_dir: {output_dir} already exists. Name a new folder.")
+            raise ValueError(f"output_dir: {output_dir} already exists. Give a new folder.")
         if isinstance(videos, FILE) or not isinstance(videos, Iterable):
             raise ValueError(f"videos is a {type(videos).__name__}: give a list of paths.")
         names, embeds, unreadable = self.embed_clips(videos, query, batch_size, allow_urls)
@@ -580,10 +606,10 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         allow_urls: bool,
     ) -> tuple[list[str], list[torch.Tensor], list[dict]]:
         """Return the readable clips' paths, their embeddings `(D,)`, and the unreadable clips."""
-        names, embeds, items, unreadable = [], [], [], []
-        for place, video in enumerate(logging.tqdm(videos, desc="clips")):
+        names, embeds, items, unreadable = [], [], [], []  # items: the batch being filled
+        for index, video in enumerate(logging.tqdm(videos, desc="clips")):
             if not isinstance(video, str | os.PathLike):
-                raise ValueError(f"videos[{place}] is a {type(video).__name__}: give a path.")
+                raise ValueError(f"videos[{index}] is a {type(video).__name__}: give a path.")
             try:
                 items.append(self.preprocess({"video": video}, query, allow_urls))
             except ValueError as error:
@@ -598,7 +624,7 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         return names, embeds, unreadable
 
     def load_library(self, folder: str | os.PathLike) -> ClipLibrary:
-        """A saved library, for more than one search."""
+        """Load a saved library, for several searches."""
         return ClipLibrary.load(folder)
 
     def search(
@@ -607,12 +633,12 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         library: str | os.PathLike | ClipLibrary,
         top_k: int = 10,
     ) -> list[dict] | list[list[dict]]:
-        """The clips whose embeddings are nearest to a text's, best first.
+        """Find the clips whose embeddings are nearest to a text's embedding, best first.
 
         Args:
             text (`str` or `list[str]`): one search, or several at once.
             library (`str`, `os.PathLike` or `ClipLibrary`): a saved library, or a loaded one.
-            top_k (`int`, *optional*, defaults to 10): how many clips are returned.
+            top_k (`int`, *optional*, defaults to 10): number of clips returned.
 
         Returns: `[{"video", "score"}]` with cosines as scores, or a list of such lists.
         Raises: `ValueError` if the library was made with another model.
@@ -629,10 +655,10 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         return found[0] if isinstance(text, str) else found
 
     def probe(self) -> torch.Tensor:
-        """What this model makes of a fixed clip and of a fixed text, `(2, D)`.
+        """Return this model's embeddings of a fixed clip and a fixed text, `(2, D)`.
 
-        It says whether two models share a space, wherever they are stored and in whatever
-        precision they run; a checksum of weights or of these numbers would not.
+        Models with the same embedding space have nearly the same probe, in any precision. A
+        checksum of the weights or of the probe would change with the precision.
         """
         pixels = np.arange(4 * 64 * 64 * 3) * 2654435761 % 2**32 // 2**24  # Knuth's hash
         clip = pixels.astype(np.uint8).reshape(4, 64, 64, 3)

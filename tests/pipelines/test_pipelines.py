@@ -201,7 +201,7 @@ def test_answers_that_the_model_brings_along(processor, media, tmp_path):
     model.config.answers = ["red", "another"]
     assert scores(vqa(video=media.wide, question=QUESTION)).keys() == {"red", "another"}
     model.config.answers = []
-    with pytest.raises(ValueError, match="candidates is missing.*has no Y-Decoder to write one"):
+    with pytest.raises(ValueError, match="candidates is missing.*nor a Y-Decoder to write one"):
         vqa(video=media.wide, question=QUESTION)
 
 
