@@ -194,9 +194,12 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"embeding_dim": 8}, "model.config.embeding_dim: there is no such setting"),
-        ({"vision_config": {"hiden_size": 8}}, "model.config.vision_config.hiden_size: there is"),
-        ({"text_config": {"model_type": "brt"}}, "text_config.model_type: there is no 'brt'"),
+        ({"embeding_dim": 8}, "model.config.embeding_dim: no such setting"),
+        ({"vision_config": {"hiden_size": 8}}, "model.config.vision_config.hiden_size: no such"),
+        (
+            {"text_config": {"model_type": "brt"}},
+            "text_config.model_type: transformers has no 'brt'",
+        ),
         ({"predictor_config": None}, "predictor_config: expected keys and values, found None"),
     ],
 )

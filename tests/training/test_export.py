@@ -55,5 +55,5 @@ def test_both_towers_give_the_same_outside(text_config, kind, tmp_path):
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(RecipeError, match="--model: .*nowhere is no folder or Hub id that loads"):
+    with pytest.raises(RecipeError, match="--model: cannot load .*nowhere as a folder or Hub id"):
         main(["--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])

@@ -303,10 +303,10 @@ def test_a_tokenizer_that_pads_with_the_end_of_text_needs_another_token(parts, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--layers", "11"), "--layers: 11 asks for layers that a model of 10 has not"),
-        (("--layers", "4-11"), "--layers: 4-11 asks for layers that a model of 10"),
-        (("--layers", "3-3"), "--layers: 3-3 asks"),
-        (("--layers", "all"), "--layers: 'all' is neither a number of layers nor a range"),
+        (("--layers", "11"), "--layers: 11 is not within the model's 10 layers"),
+        (("--layers", "4-11"), "--layers: 4-11 is not within the model's 10"),
+        (("--layers", "3-3"), "--layers: 3-3 is not within"),
+        (("--layers", "all"), "--layers: 'all' is neither a number nor a range of layers"),
         (("--embedding-dim", "8", "--no-target-projection"), "space is the Y-Encoder's own of 24"),
         (("--pooling", "max"), r"text_pooling is 'max': expected one of \('mean', 'cls'"),
         (("--target-prompt", "nope"), "--text: there is no target prompt 'nope'"),
@@ -324,9 +324,12 @@ def test_wrong_checkpoints_are_met_with_a_sentence(parts, tmp_path):
             build(parts, tmp_path / "out", **changes)
         assert not (tmp_path / "out").exists()
 
-    refused("--vision: .*nowhere is no folder or Hub id that loads", vision=tmp_path / "nowhere")
+    refused("--vision: cannot load .*nowhere as a folder or Hub id", vision=tmp_path / "nowhere")
     refused("--vision: .* is a 'llama', which has no", vision=parts["predictor"])
-    refused("--predictor: .* is a 'vjepa2'; the Predictor is made of", predictor=parts["vision"])
+    refused(
+        "--predictor: .* is a 'vjepa2'; give a decoder-only language model",
+        predictor=parts["vision"],
+    )
     refused("--predictor: .* is a 'gemma3_text'", predictor=parts["text"])
     refused("--text: ", text=parts["vision"])  # it has no tokenizer
     plain = sources.vision(tmp_path / "plain", "dinov2")
@@ -373,9 +376,12 @@ def test_modules_that_this_box_has_not_are_named(parts, tmp_path):
     shutil.copy(parts["text"] / "modules.json", folder)
     pooling = folder / "1_Pooling" / "config.json"
     for settings, message in (
-        ({"pooling_mode": "max"}, "a pooling of kind 'max'"),
+        ({"pooling_mode": "max"}, "the pooling 'max' is not one of mean, cls"),
         ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "mean_tokens"),
-        ({"pooling_mode": "mean", "include_prompt": False}, "leaves the prompt out"),
+        (
+            {"pooling_mode": "mean", "include_prompt": False},
+            "leaves the prompt out is not supported",
+        ),
     ):
         pooling.write_text(json.dumps(settings))
         with pytest.raises(RecipeError, match=message):

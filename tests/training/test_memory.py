@@ -264,7 +264,7 @@ def test_the_command_prints_a_line_for_each_setting_and_number_of_frames(
 
 
 def test_a_folder_that_is_no_vljepa_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="--config: .*nowhere is no folder or Hub id that loads"):
+    with pytest.raises(RecipeError, match="--config: cannot load .*nowhere as a folder or Hub id"):
         main(["--config", str(tmp_path / "nowhere")])
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(RecipeError, match="'bert' model, not of a VL-JEPA"):

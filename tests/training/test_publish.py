@@ -278,7 +278,7 @@ def test_a_changed_weight_is_noticed(trained, tmp_path):
         (("--repo", "me/with space"), "--repo: .*with space"),
         (("--repo", "a/b/c"), "--repo: "),
         (("--space", "a/b/c"), "--space: "),
-        (("--model", "nowhere"), "--model: nowhere is no folder or Hub id that loads"),
+        (("--model", "nowhere"), "--model: cannot load nowhere as a folder or Hub id"),
     ],
 )
 def test_wrong_names_are_met_with_a_sentence(options, message, trained):

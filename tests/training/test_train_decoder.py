@@ -129,7 +129,7 @@ def test_a_pretrained_decoder_keeps_its_weights_and_tokenizer(checkpoint, tmp_pa
     language_model.save_pretrained(tmp_path / "language_model")
     own.save_pretrained(tmp_path / "language_model")
     source = str(tmp_path / "language_model")
-    with pytest.raises(RecipeError, match="model.decoder: gone is no folder or Hub id"):
+    with pytest.raises(RecipeError, match="model.decoder: cannot load gone as a folder or Hub id"):
         with_decoder(DecoderModelArguments(checkpoint=str(checkpoint), decoder="gone"), seed=0)
     model, processor = with_decoder(
         DecoderModelArguments(checkpoint=str(checkpoint), decoder=source), seed=0
@@ -320,14 +320,14 @@ def test_the_recipe_parses(tmp_path, monkeypatch):
         ("training.eval_strategy=steps", "data.validation: training.eval_strategy needs sources"),
         ("processor.num_frames=1", "processor: no such section"),
         ("model.config={freeze_text: true}", "model.config.freeze_text: only what begins with"),
-        ("model.config={decoder_prefix: 1}", "model.config.decoder_prefix: there is no such"),
-        ("model.config={decoder_config: {width: 1}}", "decoder_config.width: there is no such"),
+        ("model.config={decoder_prefix: 1}", "model.config.decoder_prefix: no such setting"),
+        ("model.config={decoder_config: {width: 1}}", "decoder_config.width: no such setting"),
         ("model.config={}", "model.checkpoint: .*has no Y-Decoder"),
         ("model.decoder=gone", "model.config.decoder_config: it is of a new decoder"),
         ("model.config.decoder_prefix_tokens=0", "decoder_prefix_tokens: it is 0; give 1"),
         ("model.config.decoder_prefix_tokens=true", "prefix_tokens: .* expected int, got bool"),
         ("model.config.decoder_reads_query=maybe", "reads_query: .* expected bool, got str"),
-        ("model.checkpoint=gone", "model.checkpoint: gone is no folder or Hub id"),
+        ("model.checkpoint=gone", "model.checkpoint: cannot load gone as a folder or Hub id"),
     ],
 )
 def test_a_wrong_recipe_is_named(checkpoint, override, message):
@@ -336,7 +336,9 @@ def test_a_wrong_recipe_is_named(checkpoint, override, message):
 
 
 def test_the_checkpoint_is_not_overwritten(checkpoint):
-    with pytest.raises(RecipeError, match="training.output_dir: it is the folder of model.checkpoint"):
+    with pytest.raises(
+        RecipeError, match="training.output_dir: it is the folder of model.checkpoint"
+    ):
         main([str(recipe(checkpoint)), f"training.output_dir={checkpoint}"])
 
 

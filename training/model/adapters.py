@@ -1,20 +1,12 @@
-"""What of a model trains: low-rank adapters, and bf16 for what is frozen."""
+"""Preparation of a model for training: low-rank adapters, and bf16 for frozen weights."""
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from modeling_vljepa import (
-    LORA_MODULES_TO_SAVE,
-    LORA_TARGET_MODULES,
-    VLJEPAModel,
-)
-from training.arguments import (
-    RecipeError,
-    VLJEPATrainingArguments,
-    check_keys,
-)
+from modeling_vljepa import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES, VLJEPAModel
+from training.arguments import RecipeError, VLJEPATrainingArguments, check_keys
 
 
 def any_trains(module: torch.nn.Module) -> bool:
@@ -22,11 +14,13 @@ def any_trains(module: torch.nn.Module) -> bool:
 
 
 class AdaptedModel(PeftModel):
-    """A model with low-rank adapters. What else of it trains is there once: peft would keep a
-    second copy, as it was, for the day on which the adapters are switched off.
+    """Model with low-rank adapters.
 
-    The layers under the adapters can be stored in bf16. Their fp32 weights then wait in the
-    machine's memory, because a small change that is merged into a rounded weight is lost.
+    Other modules that train are in memory once. peft alone would also keep their old weights, to
+    restore them when adapters are switched off.
+
+    The layers under the adapters can be stored in bf16. Their fp32 weights then wait in main
+    memory: merged into a rounded weight, an adapter's small change would be lost.
     """
 
     def __init__(self, model: VLJEPAModel, config: LoraConfig):
@@ -38,7 +32,7 @@ class AdaptedModel(PeftModel):
                 module.original_module = module.modules_to_save[self.active_adapter]
 
     def store_base_in_bf16(self) -> None:
-        """Autocast reads these weights in bf16 anyhow: the same step, in half the memory."""
+        """Store the layers under adapters in bf16, to which autocast rounds them in any case."""
         for module in self.modules():
             if isinstance(module, LoraLayer):
                 layer = module.get_base_layer()
@@ -46,7 +40,7 @@ class AdaptedModel(PeftModel):
                 layer.to(torch.bfloat16)
 
     def merge_and_unload(self) -> VLJEPAModel:
-        """The model with the adapters in its weights, which no bf16 has rounded."""
+        """Return the model with the adapters merged into its fp32 weights."""
         for layer, weights in self.in_fp32.items():
             for name, parameter in layer.named_parameters():
                 parameter.data = weights[name].to(parameter.device)
@@ -54,8 +48,10 @@ class AdaptedModel(PeftModel):
 
 
 def store_frozen_in_bf16(model: VLJEPAModel) -> None:
-    """Half the memory for encoders and tables that no optimizer will touch; those that train stay
-    in fp32, because bf16 would round most of their small steps away."""
+    """Store encoders and the token table in bf16 if they are frozen.
+
+    Trained ones stay in fp32, because bf16 would round most of their small steps away.
+    """
     table = model.get_input_embeddings()
     for part in (model.x_encoder, model.y_encoder, table):
         if not any_trains(part):
@@ -63,9 +59,18 @@ def store_frozen_in_bf16(model: VLJEPAModel) -> None:
 
 
 def add_adapters(model: VLJEPAModel, lora: dict) -> AdaptedModel:
-    """Freeze the Predictor's layers and put low-rank adapters beside them; what else trains does
-    so as before, and is saved with them."""
+    """Freeze the Predictor's layers and add low-rank adapters to them.
+
+    Other modules that train still do, and are saved with the adapters.
+
+    Args:
+        lora: settings of `peft.LoraConfig`.
+
+    Raises:
+        RecipeError: a setting that peft does not have, or a value that it does not accept.
+    """
     others = (*LORA_MODULES_TO_SAVE, "logit_bias", "x_encoder", "y_encoder")
+    # peft freezes everything but the adapters and `modules_to_save`, so this lists what trains.
     modules = {path.split(".")[-1]: module for path, module in model.named_modules()}
     whole = [name for name in others if name in modules and any_trains(modules[name])]
     settings = check_keys(lora, LoraConfig, "model.lora")
@@ -79,7 +84,7 @@ def add_adapters(model: VLJEPAModel, lora: dict) -> AdaptedModel:
 def prepare_for_training(
     model: VLJEPAModel, lora: dict | None, args: VLJEPATrainingArguments
 ) -> VLJEPAModel | AdaptedModel:
-    """Add adapters, and store in bf16 the weights that stay as they are."""
+    """Add adapters, and store frozen weights in bf16 if training computes in bf16."""
     if args.bf16:
         store_frozen_in_bf16(model)
     if lora is None:

@@ -1,8 +1,8 @@
 """Pretrained parts for a new VL-JEPA, from Hub ids or folders.
 
-Weights are safetensors (nothing is unpickled), or GGUF for a language model. Each reader returns
-the part's configuration, its weights under the names they have in their box, and what belongs to
-them: a video processor or a tokenizer, a pooling, prompts.
+Weights are read from safetensors (nothing is unpickled), or from GGUF for a language model. Each
+reader returns a part's configuration, its weights under the names that our module uses, and its
+video processor or tokenizer, pooling and prompts.
 """
 
 import re
@@ -34,9 +34,9 @@ from training.model.checkpoint_files import (
     split_gguf,
 )
 
-# Decoder-only language models whose mask builder honours `is_causal = False`; each is tested.
+# Decoder-only language models whose masks follow `is_causal = False`; each is tested.
 PREDICTORS = ("llama", "mistral", "qwen2", "qwen3")
-LLAMA_3_PAD = "<|finetune_right_pad_id|>"  # reserved by Llama 3; its end-of-text token is text
+LLAMA_3_PAD = "<|finetune_right_pad_id|>"  # reserved by Llama 3 and in no text
 ACTIVATIONS = {"Identity": "linear", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu"}
 
 
@@ -52,7 +52,7 @@ class VisionBackbone:
 
 @dataclass
 class PredictorBackbone:
-    """Some layers of a language model, its token table and final norm, named as in `Predictor`."""
+    """Layers of a language model, its token table and final norm, named as in `Predictor`."""
 
     name: str
     config: PreTrainedConfig
@@ -62,7 +62,7 @@ class PredictorBackbone:
 
 @dataclass
 class TextBackbone:
-    """A Y-Encoder; `weights` are named as in `YEncoder`, the Dense layers among them."""
+    """A Y-Encoder with its Dense layers; `weights` are named as in `YEncoder`."""
 
     name: str
     config: PreTrainedConfig
@@ -76,7 +76,7 @@ class TextBackbone:
 
 @dataclass
 class DecoderBackbone:
-    """A whole language model for the Y-Decoder, named as in `YDecoder`."""
+    """A whole language model; `weights` are named as in `YDecoder`."""
 
     name: str
     config: PreTrainedConfig
@@ -84,14 +84,11 @@ class DecoderBackbone:
     tokenizer: PreTrainedTokenizerBase
 
 
-# -- files ---------------------------------------------------------------------------------
-
-
 # -- the X-Encoder -------------------------------------------------------------------------
 
 
 def read_vision(key: str, source: str) -> VisionBackbone:
-    """An X-Encoder and its preprocessing; of a two-tower model (CLIP, SigLIP), the image tower."""
+    """Read an X-Encoder and its preprocessing; from CLIP or SigLIP, the image tower."""
     config = load(AutoConfig, key, source)
     if "vision_config" in config.sub_configs:
         config = config.vision_config
@@ -106,7 +103,11 @@ def read_vision(key: str, source: str) -> VisionBackbone:
 
 
 def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJEPAVideoProcessor:
-    """The encoder's own resize, crop and normalisation."""
+    """Read the encoder's own resize, crop and normalisation.
+
+    Raises:
+        RecipeError: they are missing, or the crop does not fit the encoder.
+    """
     settings = read_json(source, "video_preprocessor_config.json") or read_json(
         source, "preprocessor_config.json"
     )
@@ -115,8 +116,8 @@ def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJ
         if is_video:
             return VLJEPAVideoProcessor(crop_size=config.crop_size)
         raise RecipeError(
-            f"{key}: {source} has no preprocessor_config.json, so how its pixels are normalised is "
-            "unknown: save its image processor into the folder."
+            f"{key}: {source} has no preprocessor_config.json, so its normalisation of pixels is "
+            "unknown. Save its image processor into the folder."
         )
     kept = {
         name: settings[name]
@@ -124,14 +125,14 @@ def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJ
         if settings.get(name) is not None
     }
     size = get_size_dict(settings.get("size") or config.image_size, default_to_square=False)
-    # A tower trained on squashed squares has a size and no crop: then the crop keeps everything.
+    # A tower trained on frames resized to squares has a size but no crop; then crop to that size.
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
     crop = get_size_dict(crop or size.get("shortest_edge") or dict(size), param_name="crop_size")
     processor = VLJEPAVideoProcessor(size=dict(size), crop_size=dict(crop), **kept)
     if is_video and processor.crop_size["height"] != config.crop_size:
         raise RecipeError(
-            f"{key}: {source} crops {processor.crop_size['height']} pixels, but its encoder's "
-            f"positions are those of {config.crop_size}."
+            f"{key}: {source} crops to {processor.crop_size['height']} pixels, but its encoder has "
+            f"positions for {config.crop_size}. Correct its video_preprocessor_config.json."
         )
     return processor
 
@@ -140,20 +141,31 @@ def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJ
 
 
 def parse_layers(key: str, layers: str, total: int) -> range:
-    """`"8"`, the last eight, or `"0-8"`, from the first up to but not including the ninth: the
-    paper's way of naming them (Table 7d)."""
+    """Parse `"8"`, the last eight layers, or `"0-8"`, the first eight, as in the paper's table 7d.
+
+    Args:
+        total: number of layers of the language model.
+
+    Raises:
+        RecipeError: neither form, or layers that the model does not have.
+    """
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", layers)
     if match is None:
-        raise RecipeError(f"{key}: {layers!r} is neither a number of layers nor a range like 8-16.")
+        raise RecipeError(
+            f"{key}: {layers!r} is neither a number nor a range of layers such as 8-16."
+        )
     first, last = int(match[1]), match[2]
     kept = range(total - first, total) if last is None else range(first, int(last))
     if not kept or kept.start < 0 or kept.stop > total:
-        raise RecipeError(f"{key}: {layers} asks for layers that a model of {total} has not.")
+        raise RecipeError(f"{key}: {layers} is not within the model's {total} layers.")
     return kept
 
 
 def layer_name(kept: range) -> Callable[[str], str | None]:
-    """How a tensor of the whole language model is called among the layers `kept`, if it is."""
+    """Return a function that renames tensors of the language model for the Predictor.
+
+    It returns `None` for layers that are not `kept`, and renumbers the others from 0.
+    """
 
     def rename(name: str) -> str | None:
         name = name.removeprefix("model.")
@@ -168,17 +180,20 @@ def layer_name(kept: range) -> Callable[[str], str | None]:
 
 
 def read_predictor(source: str, layers: str, pad_token: str | None = None) -> PredictorBackbone:
-    """Some layers of a language model; of the others not a byte is read, unless it is a GGUF
-    file, which transformers reads as a whole.
+    """Read layers of a language model, its final norm and its token table.
 
-    The final norm and the token table come with any range of layers.
+    Shards that contain only other layers are not read. transformers reads a GGUF file as a whole.
+
+    Args:
+        layers: see `parse_layers`.
+        pad_token: padding token of the queries; default: see `choose_pad_token`.
     """
     key, (folder, options) = "--predictor", split_gguf(source)
     config = load(AutoConfig, key, folder, **options)
     if config.model_type not in PREDICTORS:
         raise RecipeError(
-            f"{key}: {source} is a {config.model_type!r}; the Predictor is made of the layers of "
-            f"a decoder-only language model: {', '.join(PREDICTORS)}."
+            f"{key}: {source} is a {config.model_type!r}; give a decoder-only language model: "
+            f"{', '.join(PREDICTORS)}."
         )
     total = config.num_hidden_layers
     kept = parse_layers("--layers", layers, total)
@@ -199,7 +214,16 @@ def read_predictor(source: str, layers: str, pad_token: str | None = None) -> Pr
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, wished: str | None) -> str:
-    """A padding token that no text holds: the tokenizer's own unless it also ends texts."""
+    """Return a padding token that occurs in no text.
+
+    A token that also ends texts would be masked there, so such a padding token is not used.
+
+    Args:
+        wished: token to use instead of the default: Llama 3's reserved one or the tokenizer's own.
+
+    Raises:
+        RecipeError: the tokenizer lacks `wished`, or has no suitable token.
+    """
     vocabulary = tokenizer.get_vocab()
     if wished is not None:
         if wished not in vocabulary:
@@ -211,8 +235,8 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, wished: str | None) -> 
         return tokenizer.pad_token
     special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     raise RecipeError(
-        "--pad-token: the query tokenizer has no padding token of its own (one that also ends "
-        f"texts would be masked there). Choose one that no query holds, among {special[:20]}."
+        "--pad-token: the query tokenizer has no padding token, or one that also begins or ends "
+        f"texts. Choose one that occurs in no query, among {special[:20]}."
     )
 
 
@@ -222,14 +246,16 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, wished: str | None) -> 
 def read_text(
     key: str, source: str, *, with_dense: bool = True, pooling: str | None = None
 ) -> TextBackbone:
-    """A text encoder; from a sentence-transformers folder with its pooling, Dense layers, length
-    limit and prompts, of CLIP with its projection, and of an encoder-decoder the encoder.
+    """Read a text encoder.
+
+    A sentence-transformers model comes with its pooling, Dense layers, length limit and prompts,
+    CLIP's text tower with its projection; from an encoder-decoder, only the encoder is read.
 
     Args:
         key: the setting that names the source, for errors.
         source: folder or Hub id.
         with_dense: keep the Dense layers or projection.
-        pooling: instead of the source's own; the mean where it has none.
+        pooling: replaces the source's own pooling, which defaults to the mean.
     """
     modules = read_json(source, "modules.json")
     own = load(AutoConfig, key, source)
@@ -247,7 +273,7 @@ def read_text(
             part.dense = [{"out_features": width, "bias": False, "activation": "linear"}]
     if pooling is not None:
         part.pooling = pooling
-    # Where padding is also text, as in CLIP, its id says nothing.
+    # CLIP pads with the token that also ends texts, so there its id does not mark padding.
     pad = part.tokenizer.pad_token_id
     if pad in part.tokenizer("a text")["input_ids"]:
         pad = None
@@ -257,7 +283,7 @@ def read_text(
 
 
 def read_text_weights(key: str, source: str, config: PreTrainedConfig) -> Weights:
-    """The weights of the encoder alone, whether it was saved alone or with a decoder."""
+    """Read the weights of the encoder, which may have been saved alone or with a decoder."""
     if not config.is_encoder_decoder:
         return load_weights(key, source, config, AutoModel)
     with torch.device("meta"):
@@ -269,7 +295,11 @@ def read_text_weights(key: str, source: str, config: PreTrainedConfig) -> Weight
 def read_sentence_transformer(
     key: str, source: str, modules: list[dict], part: TextBackbone, with_dense: bool
 ) -> None:
-    """Fill in what the modules after the transformer say."""
+    """Fill in `part` from the modules of a sentence-transformers model.
+
+    Raises:
+        RecipeError: a module that the Y-Encoder does not have.
+    """
     for module in modules:
         kind, path = module["type"].rsplit(".", 1)[-1], module["path"]
         if kind == "Transformer" and path == "":
@@ -283,7 +313,7 @@ def read_sentence_transformer(
                 read_dense(key, source, path, part)
         elif kind != "Normalize":
             raise RecipeError(
-                f"{key}: {source} has a module {module['type']} at {path!r}; this box has a "
+                f"{key}: {source} has a module {module['type']} at {path!r}. Supported are a "
                 "transformer in the root folder, a pooling, Dense layers and a normalisation."
             )
     prompts = read_json(source, "config_sentence_transformers.json") or {}
@@ -292,7 +322,10 @@ def read_sentence_transformer(
 
 
 def read_pooling(key: str, settings: dict) -> str:
-    """The pooling's name, in the layout of sentence-transformers 6 or of those before."""
+    """Return the name of the pooling, from settings of any version of sentence-transformers.
+
+    Version 6 stores a name, older ones a boolean for each kind.
+    """
     name = settings.get("pooling_mode")
     if name is None:
         prefix = "pooling_mode_"
@@ -300,18 +333,20 @@ def read_pooling(key: str, settings: dict) -> str:
         chosen = [k.removeprefix(prefix) for k, on in settings.items() if k[:13] == prefix and on]
         name = old.get(chosen[0], chosen[0]) if len(chosen) == 1 else " + ".join(chosen)
     if name not in POOLINGS:
-        raise RecipeError(f"{key}: a pooling of kind {name!r} is not one of {POOLINGS}.")
+        raise RecipeError(f"{key}: the pooling {name!r} is not one of {', '.join(POOLINGS)}.")
     if not settings.get("include_prompt", True):
-        raise RecipeError(f"{key}: its pooling leaves the prompt out, which this box does not.")
+        raise RecipeError(f"{key}: a pooling that leaves the prompt out is not supported.")
     return name
 
 
 def read_dense(key: str, source: str, path: str, part: TextBackbone) -> None:
-    """Append the Dense layer in the sub-folder `path`."""
+    """Append to `part` the Dense layer in the sub-folder `path`."""
     settings = read_json(source, f"{path}/config.json")
     activation = settings["activation_function"].rsplit(".", 1)[-1]
     if activation not in ACTIVATIONS:
-        raise RecipeError(f"{key}: the activation {activation} of {path} is not supported.")
+        raise RecipeError(
+            f"{key}: the activation {activation} of {path} is not one of {', '.join(ACTIVATIONS)}."
+        )
     prefix = f"dense.{len(part.dense)}."
     part.weights |= read_tensors(key, source, prefix.__add__, folder=path)
     part.dense.append(
@@ -327,14 +362,14 @@ def read_dense(key: str, source: str, path: str, part: TextBackbone) -> None:
 
 
 def read_decoder(key: str, source: str) -> DecoderBackbone:
-    """A language model with its tokenizer, from a folder, a Hub id or a GGUF file."""
+    """Read a language model and its tokenizer, from a folder, a Hub id or a GGUF file."""
     folder, options = split_gguf(source)
     config = load(AutoConfig, key, folder, **options)
     tokenizer = load(AutoTokenizer, key, folder, **options)
     if tokenizer.eos_token is None:
-        raise RecipeError(f"{key}: the tokenizer of {source} has no token that ends a text.")
+        raise RecipeError(f"{key}: the tokenizer of {source} has no eos_token; set one.")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # what is padded here comes with its mask
+        tokenizer.pad_token = tokenizer.eos_token  # harmless here: a mask marks the padding
     if options:
         model = load(AutoModelForCausalLM, key, folder, dtype=torch.float32, **options)
         weights = {f"backbone.{k}": v for k, v in model.state_dict().items()}

@@ -1,4 +1,7 @@
-"""Files of a checkpoint, from a folder or Hub id; each error names the setting."""
+"""Loading models and files of a checkpoint from a folder or Hub id.
+
+Every error names the setting, `key`, that named the checkpoint.
+"""
 
 import json
 import os
@@ -21,52 +24,51 @@ from training.arguments import RecipeError
 
 MODELS = (PreTrainedModel, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
 
-
 Weights = dict[str, torch.Tensor]
 
 
 def load(auto: type, key: str, path: str, *, new: tuple[str, ...] = (), **options: Any) -> Any:
-    """`auto.from_pretrained(path)`, with an error that names the setting `key`.
+    """Return `auto.from_pretrained(path)`.
 
     Args:
-        new: how the names of weights begin that need not be there; others would be random.
+        new: prefixes of the weights that the checkpoint may lack and that are then initialised.
 
     Raises:
-        RecipeError: it does not load, or a model lacks weights, or they are of other shapes.
+        RecipeError: it does not load, or a model lacks other weights or has other shapes.
     """
     is_model = issubclass(auto, MODELS) and "output_loading_info" not in options
-    if is_model:  # upstream warns of what is missing, and its error on shapes is a table
+    if is_model:  # upstream only warns of missing weights and prints a table of wrong shapes
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         loaded = auto.from_pretrained(path, **options)
     except (OSError, SafetensorError) as error:
-        raise RecipeError(f"{key}: {path} is no folder or Hub id that loads. {error}") from error
+        raise RecipeError(f"{key}: cannot load {path} as a folder or Hub id: {error}") from error
     except (ValueError, KeyError) as error:
-        raise RecipeError(f"{key}: {path} does not load: {error}") from error
+        raise RecipeError(f"{key}: cannot load {path}: {error}") from error
     if not is_model:
         return loaded
     model, info = loaded
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise RecipeError(
-            f"{key}: {path} has {name} of shape {tuple(found)}, and the configuration asks for "
-            f"{tuple(wanted)}. Leave a change of sizes away."
+            f"{key}: {path} has {name} of shape {tuple(found)}, but the configuration needs "
+            f"{tuple(wanted)}. Remove the size changes from model.config."
         )
     for name in sorted(info["missing_keys"]):
         if not name.startswith(new):
             raise RecipeError(
-                f"{key}: {path} lacks {name}, which would begin at random. Give a checkpoint that "
-                "has all that the configuration asks for."
+                f"{key}: {path} lacks {name}, which would be random. Give a checkpoint with all "
+                "weights of the configuration."
             )
     return model
 
 
 def public_name(source: str) -> str:
-    """A Hub id as it is; of a folder only its own name, because paths are nobody's business."""
+    """Return a Hub id unchanged, and only the last name of a folder's path, which is private."""
     return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
 
 
 def find_file(source: str, name: str) -> str | None:
-    """The local path of a file of a folder or Hub id, or `None` where there is none."""
+    """Return the local path of a file of a folder or Hub id; `None` if it is missing."""
     return cached_file(
         source,
         name,
@@ -76,7 +78,7 @@ def find_file(source: str, name: str) -> str | None:
 
 
 def read_json(source: str, name: str) -> Any:
-    """A JSON file of a folder or Hub id, or `None` where there is none."""
+    """Return the content of a JSON file of a folder or Hub id; `None` if it is missing."""
     path = find_file(source, name)
     if path is None:
         return None
@@ -87,9 +89,16 @@ def read_json(source: str, name: str) -> Any:
 def read_tensors(
     key: str, source: str, rename: Callable[[str], str | None], folder: str = ""
 ) -> Weights:
-    """The tensors for which `rename` has a name; a shard without one is not even fetched.
+    """Return the tensors for which `rename` returns a name, under that name.
 
-    `folder` is the one inside the source in which the weights lie.
+    Shards without such a tensor are not downloaded.
+
+    Args:
+        rename: returns the new name of a tensor, or `None` to leave it out.
+        folder: folder inside the source that contains the weights.
+
+    Raises:
+        RecipeError: a weight file is missing or broken.
     """
     index = read_json(source, os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME))
     try:
@@ -102,7 +111,7 @@ def read_tensors(
         for file, names in wanted.items():
             path = find_file(source, os.path.join(folder, file))
             if path is None:
-                raise RecipeError(f"{key}: {source} lacks {file}, which its index names.")
+                raise RecipeError(f"{key}: {source} lacks {file}, which its index lists.")
             with safe_open(path, "pt") as shard:
                 tensors |= {new: shard.get_tensor(name) for new, name in names.items()}
     except SafetensorError as error:
@@ -111,19 +120,26 @@ def read_tensors(
 
 
 def shard_names(key: str, source: str, folder: str) -> dict[str, str]:
-    """The tensors of a checkpoint of one file, each with that file's name."""
+    """Return an index of a checkpoint that is one file: that file's name for each tensor.
+
+    Raises:
+        RecipeError: the file is missing.
+    """
     path = find_file(source, os.path.join(folder, SAFE_WEIGHTS_NAME))
     if path is None:
         raise RecipeError(
             f"{key}: {os.path.join(source, folder)} has no {SAFE_WEIGHTS_NAME} and no "
-            f"{SAFE_WEIGHTS_INDEX_NAME}; weights in other formats are not read."
+            f"{SAFE_WEIGHTS_INDEX_NAME}; other formats are not read, save it as safetensors."
         )
     with safe_open(path, "pt") as shard:
         return dict.fromkeys(shard.keys(), SAFE_WEIGHTS_NAME)
 
 
 def load_weights(key: str, source: str, config: PreTrainedConfig, cls: type, **options) -> Weights:
-    """What a stock model of this configuration reads from the checkpoint, and nothing random."""
+    """Return the weights that a model of class `cls` loads from the checkpoint.
+
+    Weights that the checkpoint lacks are left out, because the model has random ones for them.
+    """
     model, info = load(
         cls,
         key,
@@ -139,7 +155,10 @@ def load_weights(key: str, source: str, config: PreTrainedConfig, cls: type, **o
 
 
 def split_gguf(source: str) -> tuple[str, dict[str, str]]:
-    """The folder or Hub id, and the option that names a GGUF file in it where `source` is one."""
+    """Split the path of a GGUF file into its folder or Hub id and the option `gguf_file`.
+
+    Any other source is returned with no options.
+    """
     if not source.endswith(".gguf"):
         return source, {}
     folder, file = os.path.split(source)

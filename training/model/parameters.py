@@ -1,4 +1,4 @@
-"""How many parameters a model has, box by box."""
+"""Parameter counts of a model and its modules."""
 
 from torch import nn
 
@@ -8,22 +8,23 @@ from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 def count_parameters(
     model: VLJEPAModel | VLJEPAForConditionalGeneration,
 ) -> dict[str, dict[str, int]]:
-    """All and trainable parameters of each box, and of the whole model as `all`."""
+    """Count all and trainable parameters of each module, and of the whole model as `all`."""
     base = model.base_model
-    boxes = {**dict(base.named_children()), **dict(model.named_children()), "all": model}
-    boxes = {name: box for name, box in boxes.items() if box is not base or name == "all"}
+    modules = {**dict(base.named_children()), **dict(model.named_children()), "all": model}
+    # A model with a decoder has `base` as a child; its own children are listed instead.
+    modules = {name: m for name, m in modules.items() if m is not base or name == "all"}
     return {
         name: {
-            "parameters": sum(p.numel() for p in box.parameters()),
-            "trainable": sum(p.numel() for p in box.parameters() if p.requires_grad),
+            "parameters": sum(p.numel() for p in module.parameters()),
+            "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
         }
-        for name, box in boxes.items()
+        for name, module in modules.items()
     }
 
 
 def parameter_table(model: VLJEPAModel | VLJEPAForConditionalGeneration) -> str:
-    """Parameters in all and trainable, box by box, in millions."""
-    lines = [f"{'box':<16}{'parameters':>14}{'trainable':>14}"]
+    """Return a table of all and trainable parameters of each module, in millions."""
+    lines = [f"{'module':<16}{'parameters':>14}{'trainable':>14}"]
     for name, count in count_parameters(model).items():
         total, trainable = count["parameters"], count["trainable"]
         lines.append(f"{name:<16}{total / 1e6:>13.3f}M{trainable / 1e6:>13.3f}M")
@@ -31,12 +32,12 @@ def parameter_table(model: VLJEPAModel | VLJEPAForConditionalGeneration) -> str:
 
 
 def size(*modules: nn.Module) -> float:
-    """Parameters of these modules, in millions."""
+    """Count the parameters of these modules, in millions."""
     return sum(p.numel() for module in modules for p in module.parameters()) / 1e6
 
 
 def paper_table(model: VLJEPAModel) -> str:
-    """The counts beside the paper's (section 3.1), and what each of them includes."""
+    """Return a table of the counts and the paper's (section 3.1), and what each includes."""
     backbone = model.predictor.backbone
     projections = size(model.predictor.visual_projection, model.predictor_head)
     layers = size(backbone.layers, backbone.norm)
@@ -46,12 +47,22 @@ def paper_table(model: VLJEPAModel) -> str:
         ("Predictor", layers + projections, "490M", "layers, final norm and two projections:"),
         ("  layers", layers, "", "transformer layers and final norm"),
         ("  projections", projections, "", "visual tokens in, embedding out"),
-        ("token table", table, "", "of the Predictor, frozen: 490M only adds up without it"),
+        (
+            "token table",
+            table,
+            "",
+            "of the Predictor, frozen; 490M matches only without it",
+        ),
         ("Y-Encoder", size(model.y_encoder), "300M", "token table and Dense layers included"),
         ("  Dense", size(model.y_encoder.dense), "", "between its pooling and the projection"),
         ("Y projection", size(model.y_head), "", "into the shared space"),
-        ("all", size(model), "1.6B", "the paper's parts add up to 1.36B; it explains no more"),
+        (
+            "all",
+            size(model),
+            "1.6B",
+            "the paper's parts add up to 1.36B; it does not explain the rest",
+        ),
     ]
-    lines = [f"{'box':<16}{'parameters':>12}{'paper':>8}   includes"]
+    lines = [f"{'module':<16}{'parameters':>12}{'paper':>8}   includes"]
     lines += [f"{name:<16}{count:>11.1f}M{paper:>8}   {note}" for name, count, paper, note in rows]
     return "\n".join(lines)

@@ -1,5 +1,4 @@
-"""A model and its processor at the start of training: from a checkpoint, or new; and what of it
-trains."""
+"""A recipe's model and processor at the start of training: new, or from a checkpoint."""
 
 import copy
 
@@ -15,10 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modeling_vljepa import (
-    VLJEPAConfig,
-    VLJEPAModel,
-)
+from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from processing import VLJEPAProcessor, VLJEPAVideoProcessor
 from training.arguments import (
     ModelArguments,
@@ -31,16 +27,16 @@ from training.data.sources import Source, StreamedSource, texts_of
 from training.model.backbones import TextBackbone, read_text
 from training.model.checkpoint_files import load
 
-# Llama 3's own names, so that a trained-from-scratch predictor has the tokenizer of a real one.
+# Llama 3's names: a new predictor gets a tokenizer in the form of a pretrained one's.
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
-# What a setting that is changed beside a checkpoint adds to its weights, new.
+# Settings that, changed with a checkpoint, add weights that it does not have; their prefixes.
 ADDED = {"logit_bias_init_value": "logit_bias", "project_target": "y_head."}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE in the form of Llama 3's, learnt from the recipe's own texts.
+    """Train a byte-level BPE tokenizer in the form of Llama 3's on the recipe's own texts.
 
-    Byte-level: a word that the texts do not hold is spelt, never unknown.
+    Byte-level: a word that the texts do not contain is split into bytes, never unknown.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -70,8 +66,13 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
 def new_processor(
     tokenizer: PreTrainedTokenizerBase, arguments: ProcessorArguments, text: TextBackbone | None
 ) -> VLJEPAProcessor:
-    """A processor for a new model; without a pretrained Y-Encoder, both texts go through copies
-    of one tokenizer."""
+    """Build the processor of a new model.
+
+    Args:
+        tokenizer: the query tokenizer.
+        text: pretrained Y-Encoder, whose tokenizer is used for targets; without one, targets use a
+            copy of the query tokenizer.
+    """
     size = {} if arguments.image_size is None else {"crop_size": arguments.image_size}
     if arguments.shortest_edge is not None:
         size["size"] = {"shortest_edge": arguments.shortest_edge}
@@ -88,20 +89,27 @@ def new_processor(
 
 
 def check_config(config: dict) -> dict:
-    """The settings, if every key is one of the configuration and every value of its type:
-    transformers would keep others and go on."""
+    """Return `model.config` if all keys are known and all values have the right type.
+
+    transformers itself accepts an unknown key and ignores it.
+
+    Raises:
+        RecipeError: an unknown key or model type, or a value of another type.
+    """
     unknown = [key for key in config if key not in VLJEPAConfig.__dataclass_fields__]
-    for box, spec in VLJEPAConfig.sub_configs_defaults.items():
-        section = config.get(box, {})
+    for name, spec in VLJEPAConfig.sub_configs_defaults.items():
+        section = config.get(name, {})
         if not isinstance(section, dict):
-            raise RecipeError(f"model.config.{box}: expected keys and values, found {section!r}.")
+            raise RecipeError(f"model.config.{name}: expected keys and values, found {section!r}.")
         model_type = section.get("model_type", spec.model_type)
         if model_type not in CONFIG_MAPPING:
-            raise RecipeError(f"model.config.{box}.model_type: there is no {model_type!r}.")
+            raise RecipeError(
+                f"model.config.{name}.model_type: transformers has no {model_type!r}; correct it."
+            )
         fields = CONFIG_MAPPING[model_type].__dataclass_fields__
-        unknown += [f"{box}.{key}" for key in section if key not in {"model_type", *fields}]
+        unknown += [f"{name}.{key}" for key in section if key not in {"model_type", *fields}]
     if unknown:
-        raise RecipeError(f"model.config.{unknown[0]}: there is no such setting.")
+        raise RecipeError(f"model.config.{unknown[0]}: no such setting; correct or remove it.")
     hints = VLJEPAConfig.__annotations__
     return config | {
         key: check_value(f"model.config.{key}", config[key], hints[key])
@@ -112,10 +120,10 @@ def check_config(config: dict) -> dict:
 def new_config(
     arguments: ModelArguments, processor: VLJEPAProcessor, text: TextBackbone | None
 ) -> VLJEPAConfig:
-    """The recipe's configuration, with what follows from the processor and the Y-Encoder."""
+    """Return the recipe's configuration, completed from the processor and the Y-Encoder."""
     settings = check_config(arguments.config)
     if text is not None:
-        text.config.dtype = torch.float32
+        text.config.dtype = torch.float32  # its weights may be bf16; training needs fp32
         pretrained = {
             "text_config": text.config,
             "text_pooling": text.pooling,
@@ -139,7 +147,7 @@ def new_config(
 def start_model(
     recipe: Recipe, sources: list[Source | StreamedSource]
 ) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """The model and processor with which a training starts: new, or those of a checkpoint."""
+    """Return the model and processor that training starts with: new, or from a checkpoint."""
     if recipe.model.checkpoint is not None:
         return load_checkpoint(recipe.model, recipe.processor)
     texts = texts_of(sources, recipe.model.tokenizer_rows)
@@ -149,9 +157,13 @@ def start_model(
 def new_model(
     arguments: ModelArguments, processing: ProcessorArguments, texts: list[str], seed: int
 ) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """A new model: random, but for a pretrained Y-Encoder where the recipe names one.
+    """Build a random model, with a pretrained Y-Encoder if the recipe names one.
 
-    `texts` are what the query tokenizer learns from.
+    Args:
+        texts: training data of the query tokenizer.
+
+    Raises:
+        RecipeError: the configuration is invalid, or the Y-Encoder lacks a weight.
     """
     source = arguments.text_encoder
     text = None if source is None else read_text("model.text_encoder", source)
@@ -160,30 +172,36 @@ def new_model(
     torch.manual_seed(seed)
     try:
         model = VLJEPAModel(config)
-    except (RuntimeError, ValueError) as error:  # sizes that are none, or do not fit together
+    except (RuntimeError, ValueError) as error:  # negative sizes, or sizes that do not match
         raise RecipeError(f"model.config: {error}") from error
     if text is not None:
         missing, _ = model.y_encoder.load_state_dict(text.weights, strict=False)
-        if missing:  # what is left over, such as a pooler, is not read here
-            raise RecipeError(f"model.text_encoder: {source} lacks {missing[0]}.")
+        if missing:  # unused weights, such as a pooler's, are ignored
+            raise RecipeError(
+                f"model.text_encoder: {source} lacks {missing[0]}; give a complete checkpoint."
+            )
     return model, processor
 
 
 def load_checkpoint(
     arguments: ModelArguments, processing: ProcessorArguments
 ) -> tuple[VLJEPAModel, VLJEPAProcessor]:
-    """The model and processor of `checkpoint`, changed as the recipe says."""
+    """Load the model and processor of `checkpoint`, with the recipe's changes.
+
+    Raises:
+        RecipeError: they do not load, or the checkpoint's weights do not fit the changes.
+    """
     changes = check_config(arguments.config)
     config = load(AutoConfig, "model.checkpoint", arguments.checkpoint)
     new = []
     for name, value in changes.items():
         if name in VLJEPAConfig.sub_configs_defaults:
-            change_box(config, name, value)
+            change_sub_config(config, name, value)
         else:
             if name in ADDED and vars(config)[name] != value:
                 new.append(ADDED[name])
             setattr(config, name, value)
-    changed = f" with another {', '.join(changes)}" if changes else ""
+    changed = f" with changed {', '.join(changes)}" if changes else ""
     model = load(
         AutoModel,
         f"model.checkpoint{changed}",
@@ -195,8 +213,12 @@ def load_checkpoint(
     return model, load_processor(arguments, processing)
 
 
-def change_box(config: VLJEPAConfig, name: str, changes: dict) -> None:
-    """Change settings of a sub-network of a checkpoint."""
+def change_sub_config(config: VLJEPAConfig, name: str, changes: dict) -> None:
+    """Change settings of an encoder or the predictor of a checkpoint.
+
+    Raises:
+        RecipeError: a value of another type.
+    """
     try:
         getattr(config, name).update(changes)
     except (StrictDataclassError, TypeError, ValueError) as error:
@@ -204,7 +226,7 @@ def change_box(config: VLJEPAConfig, name: str, changes: dict) -> None:
 
 
 def load_processor(arguments: ModelArguments, processing: ProcessorArguments) -> VLJEPAProcessor:
-    """The processor of `checkpoint`, changed as the recipe says."""
+    """Load the processor of `checkpoint`, with the recipe's changes."""
     processor = load(AutoProcessor, "model.checkpoint", arguments.checkpoint)
     video = processor.video_processor
     video.num_frames = processing.num_frames
