@@ -1,4 +1,4 @@
-"""Rows and files to batches: nothing is decoded twice, skipped in silence or mixed by chance."""
+"""Tests of the mixture of sources, the dataset with its cache and bad rows, and the collator."""
 
 import json
 import re
@@ -54,11 +54,16 @@ def build(
     )
 
 
+def assert_same_frames(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare uint8 frames that two processes resized: they may round to neighbouring levels."""
+    torch.testing.assert_close(found.int(), expected.int(), rtol=0, atol=1)
+
+
 # -- the mixture ---------------------------------------------------------------------------
 
 
 def numbers_of(sampler: MixtureSampler) -> list[list[int]]:
-    """Of every batch, lane after lane."""
+    """Return the numbers of every batch, lane after lane: `row + epoch * EPOCH_STRIDE`."""
     return [[number for lane in step.rows for number in lane] for step in sampler]
 
 
@@ -71,7 +76,7 @@ def bucket_of(index: int) -> int:
     return index // 100
 
 
-def test_the_sequence_depends_on_the_seed_alone():
+def test_mixture_sequence_depends_on_the_seed_alone():
     sampler = MixtureSampler(BUCKETS, 8, 20, seed=1)
     first = numbers_of(sampler)
     assert first == numbers_of(sampler) == numbers_of(MixtureSampler(BUCKETS, 8, 20, seed=1))
@@ -79,7 +84,7 @@ def test_the_sequence_depends_on_the_seed_alone():
     assert first != numbers_of(MixtureSampler(BUCKETS, 8, 20, seed=2))
 
 
-def test_a_batch_comes_from_one_bucket_and_buckets_follow_their_weights():
+def test_mixture_draws_each_batch_from_one_bucket_by_weight():
     counts = Counter()
     for batch in batches():
         assert len({bucket_of(index) for index in batch}) == 1
@@ -89,19 +94,19 @@ def test_a_batch_comes_from_one_bucket_and_buckets_follow_their_weights():
         assert counts[number] / 600 == pytest.approx(bucket.weight / 6, abs=0.06)
 
 
-def test_small_buckets_are_repeated_and_no_row_is_skipped():
+def test_mixture_repeats_small_buckets_and_skips_no_row():
     for number, bucket in enumerate(BUCKETS):
         rows = bucket.rows
         drawn = [i for batch in batches() for i in batch if bucket_of(i) == number]
         times, rest = divmod(len(drawn), len(rows))
         assert times >= 10
-        for walk in range(times):  # each walk through the bucket has every row once
-            assert sorted(drawn[walk * len(rows) : (walk + 1) * len(rows)]) == rows.tolist()
+        for epoch in range(times):
+            assert sorted(drawn[epoch * len(rows) : (epoch + 1) * len(rows)]) == rows.tolist()
         assert len(set(drawn[times * len(rows) :])) == rest
-        assert drawn[: len(rows)] != drawn[len(rows) : 2 * len(rows)]  # in a new order
+        assert drawn[: len(rows)] != drawn[len(rows) : 2 * len(rows)]  # another order
 
 
-def test_numbers_tell_the_visits_of_a_row_apart():
+def test_mixture_numbers_differ_between_epochs():
     numbers = sum(numbers_of(MixtureSampler(BUCKETS, 8, 600, seed=0)), [])
     assert len(set(numbers)) == len(numbers) == 4800
     seen = Counter(number % EPOCH_STRIDE for number in numbers)
@@ -111,18 +116,18 @@ def test_numbers_tell_the_visits_of_a_row_apart():
         )
 
 
-def test_batches_of_like_lengths_lose_no_row():
-    """Padding goes, and the walk through the rows is as whole as without."""
+def test_mixture_groups_rows_by_length_and_skips_no_row():
     lengths = np.random.default_rng(0).integers(1, 100, size=1000)
     rows = np.arange(1000)
 
-    def spread(bucket: Bucket) -> tuple[list[int], float]:
+    def rows_and_range(bucket: Bucket) -> tuple[list[int], float]:
+        """Return the drawn rows, and the mean range of the lengths within a batch."""
         drawn = numbers_of(MixtureSampler([bucket], 10, 100, seed=0))
-        spreads = [np.ptp(lengths[np.array(batch) % EPOCH_STRIDE]) for batch in drawn]
-        return sorted(number for batch in drawn for number in batch), float(np.mean(spreads))
+        ranges = [np.ptp(lengths[np.array(batch) % EPOCH_STRIDE]) for batch in drawn]
+        return sorted(number for batch in drawn for number in batch), float(np.mean(ranges))
 
-    plain, wide = spread(Bucket(1.0, rows=rows))
-    grouped, narrow = spread(Bucket(1.0, rows=rows, lengths=lengths))
+    plain, wide = rows_and_range(Bucket(1.0, rows=rows))
+    grouped, narrow = rows_and_range(Bucket(1.0, rows=rows, lengths=lengths))
     assert plain == grouped == rows.tolist()
     assert narrow < 5 < 70 < wide
     order = numbers_of(MixtureSampler([Bucket(1.0, rows=rows, lengths=lengths)], 10, 100, seed=0))
@@ -130,16 +135,17 @@ def test_batches_of_like_lengths_lose_no_row():
     assert abs(np.corrcoef(means, range(100))[0, 1]) < 0.2  # not from short to long
 
 
-# More of the mixture, and of streams in it, is in test_mixture.py.
+# test_mixture.py has the tests of streamed sources in a mixture.
 
 
 # -- samples -------------------------------------------------------------------------------
 
 
-def test_samples_hold_their_own_frames(folder, processor):
-    """Images and clips of any size side by side, each as the processor alone would make it."""
+def test_dataset_samples_have_the_frames_of_the_processor(folder, processor):
+    """Images and clips of different sizes are in one dataset."""
     dataset = build(processor, folder / "rows.jsonl")
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     raw = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
     for sample, row in zip(dataset, rows, strict=True):
         assert (sample["query"], sample["target"]) == (row["query"], row["target"])
@@ -148,34 +154,32 @@ def test_samples_hold_their_own_frames(folder, processor):
             expected = processor.video_processor(clip, do_sample_frames=False, **raw)
         else:
             expected = processor.video_processor(folder / row["video"], **raw)
-        assert torch.equal(sample["frames"], expected["pixel_values_videos"][0])
+        assert_same_frames(sample["frames"], expected["pixel_values_videos"][0])
     assert [len(sample["frames"]) for sample in dataset] == [1, 1, 4, 4]
     assert [bucket.rows.tolist() for bucket in dataset.buckets] == [[2, 3], [0, 1]]
 
 
-def test_an_augmented_source_looks_different_at_every_visit(folder, processor):
+def test_dataset_augments_a_row_differently_in_every_epoch(folder, processor):
     rows = folder / "rows.jsonl"
     plain = build(processor, rows)
     augmented = build(processor, SourceArguments(rows=str(rows), augment=True))
     for row in range(len(plain)):
-        looks = [augmented[row + visit * EPOCH_STRIDE]["frames"] for visit in range(6)]
-        assert all(look.shape == plain[row]["frames"].shape for look in looks)
-        assert len({look.numpy().tobytes() for look in looks}) >= 5
-        assert torch.equal(
-            looks[3], augmented[row + 3 * EPOCH_STRIDE]["frames"]
-        )  # and the same again
+        clips = [augmented[row + epoch * EPOCH_STRIDE]["frames"] for epoch in range(6)]
+        assert all(clip.shape == plain[row]["frames"].shape for clip in clips)
+        assert len({clip.numpy().tobytes() for clip in clips}) >= 5
+        again = augmented[row + 3 * EPOCH_STRIDE]["frames"]
+        assert torch.equal(clips[3], again)
         assert torch.equal(plain[row]["frames"], plain[row + EPOCH_STRIDE]["frames"])
 
 
-def test_frames_are_mirrored_and_shifted_together():
-    """All frames of a clip alike; what comes into view repeats the edge."""
+def test_augment_mirrors_and_shifts_all_frames_alike_and_repeats_the_edge():
     frame = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     clip = torch.cat([frame, 255 - frame]).expand(2, 3, 16, 16)
     columns, rows, mirrored = set(), set(), set()
-    for visit in range(200):
-        first, second = varied = augment(clip, (0, visit))
+    for epoch in range(200):
+        first, second = augmented = augment(clip, (0, epoch))
         assert torch.equal(first, 255 - second) and torch.equal(first[0], first[1])
-        middle = varied[0, 0, 8]  # whole rows of the pattern rise by one from left to right
+        middle = augmented[0, 0, 8]  # each row of the pattern rises by one from left to right
         is_mirrored = bool(middle[8] > middle[9])
         centre = int(first[0, 8, 7 if is_mirrored else 8])
         mirrored.add(is_mirrored)
@@ -183,13 +187,13 @@ def test_frames_are_mirrored_and_shifted_together():
         columns.add(centre % 16 - 8)
     assert mirrored == {False, True}
     assert rows == columns == {-2, -1, 0, 1, 2}
-    tops = [augment(clip, (0, visit))[0, 0] for visit in range(200)]
+    tops = [augment(clip, (0, epoch))[0, 0] for epoch in range(200)]
     repeated = [bool(top[0].eq(top[1]).all() and top[1].eq(top[2]).all()) for top in tops]
-    assert 20 < sum(repeated) < 70  # shifted down by two: one time in five
+    assert 20 < sum(repeated) < 70  # one clip in five is shifted down by two
 
 
-def test_buckets_share_their_sources_weight(folder, processor):
-    """A source counts as much as its recipe says, however many rows it has and of what kind."""
+def test_dataset_buckets_divide_the_weight_of_their_source(folder, processor):
+    """A source keeps its weight, whatever its number of rows and their kinds."""
     one = write_rows(folder / "one.jsonl", [{"image": "wide.png", "target": "x"}] * 3)
     three = [{"image": "wide.png", "target": "x"}] * 3 + [{"video": "wide.mp4", "target": "y"}]
     both = write_rows(folder / "both.jsonl", three)
@@ -203,9 +207,9 @@ def test_buckets_share_their_sources_weight(folder, processor):
     assert [sample["query"] for sample in dataset] == ["what ?"] * 3 + [""] * 4
 
 
-def test_which_rows_are_interchangeable(folder, processor):
-    """Two captions of one clip are; two questions about one clip are not: their answers differ,
-    and to tell them apart is what there is to learn."""
+def test_dataset_groups_captions_of_a_clip_and_not_questions_about_it(folder, processor):
+    """Two captions of a clip are interchangeable. Two questions have different answers, which the
+    model has to learn."""
     clip = {"video": "wide.mp4"}
     rows = write_rows(
         folder / "groups.jsonl",
@@ -228,14 +232,16 @@ def test_which_rows_are_interchangeable(folder, processor):
     targets = [sample["target_id"] for sample in samples]
     assert targets[6] == targets[7] and len(set(targets)) == 7
     assert min(targets) >= 0 and max(targets) < 2**63
-    # On every machine, in every run: processes compare these numbers.
+    # A fixed value: processes and machines exchange these numbers.
     assert data.text_id("yes") == 7554999679630196041
 
 
 # -- the cache -----------------------------------------------------------------------------
 
 
-def test_files_are_decoded_once(folder, processor, monkeypatch):
+def test_dataset_decodes_a_file_again_only_if_it_or_a_setting_changes(
+    folder, processor, monkeypatch
+):
     rows = folder / "rows.jsonl"
     first = build(processor, rows)
 
@@ -245,12 +251,12 @@ def test_files_are_decoded_once(folder, processor, monkeypatch):
     files = names()
     assert len(files) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(data, "decode", None)  # would not survive a call
+        patch.setattr(data, "decode", None)  # a call would raise a TypeError
         again = build(processor, rows)
         assert names() == files
         for sample, other in zip(first, again, strict=True):
             assert torch.equal(sample["frames"], other["frames"])
-        with pytest.raises(TypeError):  # positive control: another setting decodes anew
+        with pytest.raises(TypeError):  # positive control: another setting decodes again
             build(tiny_processor(num_frames=2), rows)
 
     write_clip(folder / "wide.mp4", 255 - noise(6, 48, 64, 3))
@@ -261,7 +267,7 @@ def test_files_are_decoded_once(folder, processor, monkeypatch):
         assert torch.equal(changed[index]["frames"], first[index]["frames"])
 
 
-def test_a_file_in_many_rows_is_decoded_once(folder, processor):
+def test_dataset_decodes_a_file_of_many_rows_once(folder, processor):
     rows = [{"image": "wide.png", "query": q, "target": t} for q in "abc" for t in ("red", "big")]
     first = write_rows(folder / "first.jsonl", rows)
     second = write_rows(folder / "second.jsonl", rows)
@@ -270,8 +276,7 @@ def test_a_file_in_many_rows_is_decoded_once(folder, processor):
     assert len(dataset.clips) == 1
 
 
-def test_a_file_may_be_an_image_here_and_a_video_there(folder, processor):
-    """And is decoded anew where it becomes the other."""
+def test_dataset_decodes_a_file_as_an_image_and_as_a_video(folder, processor):
     pictures = [Image.fromarray(noise(40, 60, 3) + step) for step in range(5)]
     pictures[0].save(folder / "wide.gif", save_all=True, append_images=pictures[1:])
     image, video = ({kind: "wide.gif", "target": kind} for kind in ("image", "video"))
@@ -287,10 +292,10 @@ def test_a_file_may_be_an_image_here_and_a_video_there(folder, processor):
 
 @pytest.fixture
 def spoilt(folder: Path) -> Path:
-    """Four good rows and one of each kind that cannot be trained on."""
+    """Four good rows, and a bad row of each kind."""
     (folder / "torn.mp4").write_bytes((folder / "wide.mp4").read_bytes()[:700])
     (folder / "torn.png").write_bytes(b"no picture")
-    with open(folder / "rows.jsonl", "a") as file:
+    with open(folder / "rows.jsonl", "a", encoding="utf-8") as file:
         for row in (
             {"video": "torn.mp4", "query": "what ?", "target": "a"},
             {"video": "gone.mp4", "query": "what ?", "target": "a"},
@@ -302,9 +307,9 @@ def spoilt(folder: Path) -> Path:
     return folder / "rows.jsonl"
 
 
-def test_bad_rows_are_named_and_refused(spoilt, processor):
-    """To skip them in silence would train on another set than the recipe says; a target that is
-    also the query would leak the answer."""
+def test_dataset_rejects_and_names_bad_rows(spoilt, processor):
+    """If they were skipped silently, training would use another set than the recipe's. A target
+    that equals its query would leak the answer."""
     with pytest.raises(RecipeError) as error:
         build(processor, spoilt, max_bad_share=0.5)
     lines = str(error.value).splitlines()
@@ -314,7 +319,7 @@ def test_bad_rows_are_named_and_refused(spoilt, processor):
         assert f"rows.jsonl:{number}: " in line and reason in line
 
 
-def test_bad_rows_are_set_aside_where_the_recipe_allows_it(spoilt, processor):
+def test_dataset_drops_bad_rows_up_to_max_bad_share(spoilt, processor):
     dataset = build(processor, spoilt, max_bad_share=0.6)
     assert [sample["target"] for sample in dataset] == [
         "a cat",
@@ -324,8 +329,8 @@ def test_bad_rows_are_set_aside_where_the_recipe_allows_it(spoilt, processor):
     ]
 
 
-def test_files_that_are_not_there_are_bad_rows(folder, processor):
-    """Of a dataset, whose files nobody asked for before; and in a folder of frames."""
+def test_dataset_reports_missing_files_of_a_parquet_source(folder, processor):
+    """Its paths are not checked when its rows are read. One missing file is a frame of a folder."""
     (folder / "frames").mkdir()
     Image.fromarray(noise(40, 40, 3)).save(folder / "frames" / "0.png")
     (folder / "frames" / "1.png").symlink_to(folder / "gone.png")
@@ -349,19 +354,19 @@ def test_files_that_are_not_there_are_bad_rows(folder, processor):
         built(0.5)
     for row in ("2: .*absent.mp4: no such file", "4: .*1.png: no such file", "5: .*byte.mp4: no"):
         assert re.search(row, str(error.value))
-    write_clip(folder / "absent.mp4", noise(6, 48, 64, 3))  # what was missing is read when it comes
+    write_clip(folder / "absent.mp4", noise(6, 48, 64, 3))  # now it exists
     assert [sample["target"] for sample in built(0.6)] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("media", ["gone.png", "torn.png"])
-def test_a_source_of_bad_rows_only_is_refused(spoilt, processor, media):
+def test_dataset_rejects_a_source_of_bad_rows_only(spoilt, processor, media):
     rows = write_rows(spoilt.parent / "bad.jsonl", [{"image": media, "target": "a"}])
     with pytest.raises(RecipeError, match="bad.jsonl: no row is usable. 1 of 1 rows are") as error:
         build(processor, spoilt, rows, max_bad_share=1.0)
     assert "bad.jsonl:1: " in str(error.value) and media in str(error.value)
 
 
-def test_a_missing_rows_file_is_named(tmp_path):
+def test_read_source_names_a_missing_jsonl_file(tmp_path):
     with pytest.raises(RecipeError, match="gone.jsonl: no such JSONL file"):
         read_source(SourceArguments(rows=str(tmp_path / "gone.jsonl")))
 
@@ -379,8 +384,8 @@ def sample(
     return {"frames": frames, **texts, **ids}
 
 
-def test_hard_negatives_are_texts_of_the_batch(processor):
-    """Each distinct text is encoded once, be it a target, a negative or both."""
+def test_collator_adds_hard_negatives_to_the_distinct_texts(processor):
+    """A text that is a target and a negative is encoded once."""
     samples = [
         sample("a", "red", negatives=("blue", "green", "grey")),
         sample("b", "blue"),
@@ -402,9 +407,10 @@ def test_hard_negatives_are_texts_of_the_batch(processor):
     assert "negative_ids" not in ContrastiveCollator(processor)(samples)
 
 
-def test_pixels_equal_the_processors_own(folder, processor):
-    """To the last bit, though they stay uint8 until they are read, and are finished in parts."""
+def test_to_pixel_values_equals_the_processor_on_a_batch_and_on_a_part_of_it(folder, processor):
     dataset = build(processor, folder / "rows.jsonl")
+    video = processor.video_processor
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (video.image_mean, video.image_std))
     collate = ContrastiveCollator(processor)
     clips = collate([dataset[2], dataset[3]])["frames"]
     videos = [folder / "wide.mp4", folder / "tall.mkv"]
@@ -413,12 +419,15 @@ def test_pixels_equal_the_processors_own(folder, processor):
     for frames, given in ((clips, {"videos": videos}), (images, {"images": paths})):
         expected = processor(**given)["pixel_values_videos"]
         assert frames.dtype == torch.uint8
-        assert torch.equal(to_pixel_values(frames, processor.video_processor), expected)
-        part = to_pixel_values(frames[1:], processor.video_processor)
-        assert torch.equal(part, expected[1:])
+        pixels = to_pixel_values(frames, video)
+        # One grey level, 1/255, divided by a standard deviation above 0.22.
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=0.02)
+        torch.testing.assert_close(pixels, (frames / 255 - mean) / std, rtol=0, atol=1e-6)
+        part = to_pixel_values(frames[1:], video)
+        torch.testing.assert_close(part, pixels[1:], rtol=0, atol=1e-6)
 
 
-def test_each_distinct_target_is_tokenized_once(processor):
+def test_collator_tokenizes_each_distinct_target_once(processor):
     batch = ContrastiveCollator(processor)(
         [sample("a", "red"), sample("b", "red green"), sample("c", "red"), sample("d", "red")]
     )
@@ -431,7 +440,7 @@ def test_each_distinct_target_is_tokenized_once(processor):
     assert batch["group_ids"].tolist() == [-1] * 4
 
 
-def test_masks_of_ones_only_are_left_out(processor):
+def test_collator_leaves_out_masks_of_ones_only(processor):
     collate = ContrastiveCollator(processor)
     masks = {"attention_mask", "target_attention_mask"}
     assert masks & set(collate([sample("cat", "red"), sample("cat", "blue")])) == set()
@@ -441,7 +450,7 @@ def test_masks_of_ones_only_are_left_out(processor):
     assert torch.equal(mixed["attention_mask"], expected)
 
 
-def test_queries_without_any_token_need_no_mask(processor):
+def test_collator_accepts_queries_without_tokens(processor):
     bare = VLJEPAProcessor(processor.video_processor, tiny_tokenizer(bos=False), tiny_tokenizer())
     batch = ContrastiveCollator(bare)([sample("", "red"), sample("", "blue")])
     assert batch["input_ids"].shape == (2, 0)
