@@ -4,6 +4,7 @@
 # make streams  teach the trained model to watch streams, and measure selective decoding
 # make small  stage 2 and SFT of the one-card recipes with small pretrained backbones, two processes
 # make app    ask the trained model, search clips, watch videos in a browser; make app-test tests it
+# make test-docs  type every command of README and docs, after make demo
 # make smoke  the demonstration's path in two minutes, too short to learn; remakes its data small
 #
 # The constraints pin every version that the numbers in this repository were made with, torch
@@ -41,7 +42,7 @@ smoke: PRETRAIN_STEPS = 20
 smoke: SFT_STEPS = 20
 smoke: LIMIT = --limit 200
 
-.PHONY: env data train demo full smoke streams small test test-slow app app-test lint clean
+.PHONY: env data train demo full smoke streams small test test-slow test-portable test-docs app app-test lint clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -131,6 +132,15 @@ test: env
 
 test-slow: env
 	$(PYTEST) -m slow
+
+# Results that differ between processors, as a processor without vector instructions computes them,
+# and with the unaligned weights of loaded models moved by one unit in the last place.
+test-portable: env
+	ATEN_CPU_CAPABILITY=default $(PYTEST) --move-unaligned tests/model tests/pipelines tests/eval
+
+# Every command of README and docs, in order; needs the model of make demo.
+test-docs: env
+	PATH=$(abspath $(VENV)/bin):$$PATH $(RUN) -m tests.docs
 
 # gradio wants an older pillow than the numbers were made with: its packages lie over the
 # environment's, in one of their own.
