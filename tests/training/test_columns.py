@@ -1,4 +1,4 @@
-"""Every public set's columns become the right rows, and a column that is not there is named."""
+"""Tests of column mappings and public sets: rows, errors, groups, converted annotation files."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from training.data.public_sets import (
 )
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
-STORED = {"bytes": b"jpeg", "path": "1.jpg"}  # a column of `datasets` that is not decoded
+STORED = {"bytes": b"jpeg", "path": "1.jpg"}  # an undecoded column of `datasets`
 SAY = "What is the action shown?"
 TALK = [
     {"from": "human", "value": "<image>\nWhat is it?"},
@@ -77,8 +77,8 @@ NODES = [
 SHARD = {"__key__": "000000000", "__url__": "0.tar", "txt": "a cat", "json": {"url": "x"}}
 TIMED = {"v_1": {"duration": 9.0, "timestamps": [[0, 2.5], [2, 9]], "sentences": [" He", " She"]}}
 
-# What a set holds, as an example or an annotation file, and its rows: media, query, target, and
-# start and end where they are known.
+# For each set, an example or an annotation file, and its rows: media, query, target, and start and
+# end if they are known.
 CASES = {
     "datacomp": (SHARD | {"jpg": b"jpeg"}, [(b"jpeg", "", "a cat")]),
     "cc3m": (SHARD | {"jpg": STORED, "txt": b"a cat"}, [(b"jpeg", "", "a cat")]),
@@ -254,41 +254,41 @@ CASES = {
 
 
 def short(row: dict) -> tuple:
-    """A row as it is written above."""
+    """Return a row in the form of `CASES`."""
     media = row["video"] if "video" in row else row["image"]
     return (media, row["query"], row["target"], *(row[at] for at in ("start", "end") if at in row))
 
 
-def examples_of(name: str, held: object, folder: Path) -> list:
-    """The one example, or those of the annotation file, read from a disk."""
+def examples_of(name: str, content: object, folder: Path) -> list:
+    """Return the one example, or those of an annotation file, which is written and read."""
     public = public_set(name)
     if not public.is_annotation_file:
-        return [held]
+        return [content]
     path = folder / "annotations"
-    path.write_text(held if isinstance(held, str) else json.dumps(held))
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return list(read_examples(path, public))
 
 
 @pytest.mark.parametrize("name", public_sets())
-def test_a_public_set_gives_its_rows(name, tmp_path):
-    held, expected = CASES[name]
+def test_public_set_gives_its_rows(name, tmp_path):
+    content, expected = CASES[name]
     columns = load_columns(name)
-    rows = [row for one in examples_of(name, held, tmp_path) for row in columns.rows(one)]
+    rows = [row for one in examples_of(name, content, tmp_path) for row in columns.rows(one)]
     assert [short(row) for row in rows] == expected
     kind = "image" if columns.video is None else "video"
     assert all(kind in row and len({"image", "video"} & row.keys()) == 1 for row in rows)
 
 
 def without(value: object, column: str) -> object:
-    """A copy without the columns of that name, wherever they stand."""
+    """Return a copy without the columns of that name, at any depth."""
     if isinstance(value, dict):
         return {key: without(one, column) for key, one in value.items() if key != column}
     return [without(one, column) for one in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize("name", public_sets())
-def test_a_column_that_is_missing_is_named(name, tmp_path):
-    """Every target's own column, in every set: renamed, as a new version of it might be."""
+def test_public_set_without_a_target_column_names_it(name, tmp_path):
+    """A new version of the set may have renamed it."""
     columns = load_columns(name)
     for target in columns.target:
         column = target.split(".")[-1].split("[")[0]
@@ -299,7 +299,7 @@ def test_a_column_that_is_missing_is_named(name, tmp_path):
             assert f"no column {column!r}, but " in str(error.value)
 
 
-def test_the_message_has_the_columns_found_and_the_nearest():
+def test_columns_error_lists_the_found_columns_and_the_nearest():
     columns = Columns.from_mapping("mine", {"image": "image", "target": "texts[].captions"})
     with pytest.raises(ColumnError) as error:
         columns.rows({"image": "1.jpg", "texts": [{"caption": "a cat", "lang": "en"}]})
@@ -354,12 +354,12 @@ def test_the_message_has_the_columns_found_and_the_nearest():
         (["image"], r"\['image'\] is not a mapping"),
     ],
 )
-def test_a_mapping_that_makes_no_sense_is_refused(mapping, complaint):
+def test_columns_rejects_an_invalid_mapping(mapping, complaint):
     with pytest.raises(ColumnError, match=f"(?s)^mine: .*{complaint}"):
         Columns.from_mapping("mine", mapping)
 
 
-def test_an_unknown_set_is_named_with_the_nearest():
+def test_load_columns_names_an_unknown_set_and_the_nearest():
     with pytest.raises(ColumnError, match="no public set 'flickr30'. Did you mean 'flickr30k'?"):
         load_columns("flickr30")
 
@@ -371,7 +371,7 @@ def groups(columns: Columns, *examples: dict) -> list[str]:
     return [row["group_id"] for example in examples for row in columns.rows(example)]
 
 
-def test_captions_of_one_image_share_a_group_and_questions_about_it_do_not():
+def test_group_id_is_shared_by_captions_of_an_image_and_not_by_questions_about_it():
     captions = groups(load_columns("flickr30k"), CASES["flickr30k"][0])
     assert len(captions) == 2
     assert len(set(captions)) == 1
@@ -383,7 +383,7 @@ def test_captions_of_one_image_share_a_group_and_questions_about_it_do_not():
     assert len(set(groups(load_columns("the_cauldron"), CASES["the_cauldron"][0]))) == 2
 
 
-def test_groups_hold_across_examples_and_part_clips_times_and_sets(tmp_path):
+def test_group_id_spans_examples_and_separates_clips_times_and_sets(tmp_path):
     coco = load_columns("coco_captions")
     same = groups(coco, *examples_of("coco_captions", CASES["coco_captions"][0], tmp_path))
     assert len(same) == 2
@@ -392,7 +392,7 @@ def test_groups_hold_across_examples_and_part_clips_times_and_sets(tmp_path):
     times = groups(load_columns("howto100m"), {"key": "v", "value": CASES["howto100m"][0]["iYK"]})
     assert len(set(times)) == 2
     assert len(set(groups(load_columns("action100m"), CASES["action100m"][0]))) == 1
-    # One key in two shards, which hold other images; and equal bytes in two sets.
+    # The same key in two shards with different images, and the same bytes in two sets.
     datacomp = load_columns("datacomp")
     first, second = SHARD | {"jpg": b"one"}, SHARD | {"jpg": b"two"}
     assert len(set(groups(datacomp, first, second))) == 2
@@ -402,7 +402,7 @@ def test_groups_hold_across_examples_and_part_clips_times_and_sets(tmp_path):
 # -- odd examples ----------------------------------------------------------------------------
 
 
-def test_only_the_rows_asked_for():
+def test_columns_where_selects_examples():
     flickr, example = load_columns("flickr30k"), CASES["flickr30k"][0]
     assert len(flickr.rows(example)) == 2
     assert flickr.rows(example | {"split": "test"}) == []
@@ -411,7 +411,7 @@ def test_only_the_rows_asked_for():
     assert [len(mine.rows(example | {"split": s})) for s in ("train", "val", "test")] == [2, 2, 0]
 
 
-def test_answers_of_several_questions_stay_with_their_own():
+def test_columns_nested_lists_keep_answers_with_their_question():
     mapping = {"image": "image", "query": "{qa[].q}", "target": "qa[].answers[]"}
     example = {
         "image": "1.jpg",
@@ -422,7 +422,7 @@ def test_answers_of_several_questions_stay_with_their_own():
     assert [short(row)[1:] for row in rows] == [("a?", "1"), ("a?", "2"), ("c?", "3")]
 
 
-def test_negatives_and_columns_that_are_json_texts():
+def test_columns_reads_negatives_and_columns_that_are_json_texts():
     mapping = {"video": "v", "target": "meta.answer", "negatives": "meta.wrong"}
     example = {"v": "1.mp4", "meta": json.dumps({"answer": "left", "wrong": ["right", "up"]})}
     (row,) = Columns.from_mapping("mine", mapping).rows(example)
@@ -443,7 +443,7 @@ def test_negatives_and_columns_that_are_json_texts():
         ({"texts": [{"user": None, "assistant": "!"}]}, "query .* is null"),
     ],
 )
-def test_a_broken_example_is_no_wrong_column(change, complaint):
+def test_columns_broken_example_raises_example_error(change, complaint):
     mapping = {"image": "image", "query": "{texts[].user}", "target": "texts[].assistant"}
     good = {"image": STORED, "texts": QA}
     columns = Columns.from_mapping("mine", mapping)
@@ -452,7 +452,7 @@ def test_a_broken_example_is_no_wrong_column(change, complaint):
         columns.rows(good | change)
 
 
-def test_lists_that_cannot_go_side_by_side_are_an_error():
+def test_columns_rejects_lists_of_unequal_lengths():
     example = {"key": "v", "value": {"start": [1, 2, 3], "end": [2, 3, 4], "text": ["a", "b"]}}
     with pytest.raises(ExampleError, match="value.start.* has 3 values and value.text.* has 2"):
         load_columns("howto100m").rows(example)
@@ -463,7 +463,7 @@ def test_lists_that_cannot_go_side_by_side_are_an_error():
 @pytest.mark.parametrize(
     ("given", "seconds"), [(2, 2.0), ("2.5", 2.5), ("01:02", 62.0), ("1:00:00.25", 3600.25)]
 )
-def test_times(given, seconds):
+def test_columns_reads_times_as_seconds(given, seconds):
     columns = Columns.from_mapping("mine", {"video": "v", "target": "t", "start": "s"})
     (row,) = columns.rows({"v": "1.mp4", "t": "x", "s": given})
     assert row["start"] == seconds
@@ -472,7 +472,7 @@ def test_times(given, seconds):
         columns.rows({"v": "1.mp4", "t": "x", "s": "soon"})
 
 
-# -- as sources will hand them on ---------------------------------------------------------------
+# -- examples read by `datasets` ----------------------------------------------------------------
 
 
 def stored(images: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
@@ -480,8 +480,8 @@ def stored(images: datasets.IterableDataset, column: str) -> datasets.IterableDa
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_parquet_files_as_datasets_reads_them(streaming, tmp_path):
-    """Nested lists, null structs and undecoded images, as Arrow gives them back."""
+def test_columns_reads_parquet_examples(streaming, tmp_path):
+    """Arrow returns nested lists, null structs and undecoded images."""
     picture = Image.fromarray(noise(8, 8, 3))
     flickr = datasets.Dataset.from_list(
         [CASES["flickr30k"][0] | {"image": picture}], features=None
@@ -504,7 +504,7 @@ def test_parquet_files_as_datasets_reads_them(streaming, tmp_path):
     ]
 
 
-def test_a_shard_as_datasets_reads_it(tmp_path):
+def test_columns_reads_webdataset_examples(tmp_path):
     picture = io.BytesIO()
     Image.fromarray(noise(8, 8, 3)).save(picture, "JPEG")
     members = {"jpg": picture.getvalue(), "txt": b"a cat", "json": b'{"url": "x"}'}
@@ -523,13 +523,13 @@ def test_a_shard_as_datasets_reads_it(tmp_path):
 # -- annotation files to JSONL ------------------------------------------------------------------
 
 
-def test_annotations_become_rows_that_are_read_again(tmp_path, capsys):
-    held, _ = CASES["coco_captions"]
+def test_public_sets_command_converts_annotations_to_readable_rows(tmp_path, capsys):
+    content, _ = CASES["coco_captions"]
     broken = {"image_id": "x", "id": 1, "caption": "A dog."}
     empty = {"image_id": 139, "id": 2, "caption": None}
-    held = held | {"annotations": [*held["annotations"], broken, empty]}
+    content = content | {"annotations": [*content["annotations"], broken, empty]}
     annotations = tmp_path / "captions.json"
-    annotations.write_text(json.dumps(held))
+    annotations.write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "train2017").mkdir()
     Image.fromarray(noise(8, 8, 3)).save(tmp_path / "train2017" / "000000000139.jpg")
     output = tmp_path / "rows" / "train.jsonl"
@@ -544,35 +544,46 @@ def test_annotations_become_rows_that_are_read_again(tmp_path, capsys):
     assert bad == []
 
 
-def test_records_that_are_not_there_are_named(tmp_path):
-    annotations = tmp_path / "captions.json"
-    annotations.write_text(json.dumps({"info": {}, "annotation": []}))
-    public = public_set("coco_captions")
-    with pytest.raises(ColumnError, match="no 'annotations', but info, annotation"):
-        convert(public, annotations, tmp_path, tmp_path / "rows.jsonl")
-    annotations.write_text(f'label,youtube_id,time_start,time_end\na,b,1,2\n"{"x" * 200_000}')
-    with pytest.raises(ColumnError, match="kinetics: .*: after line 2: field larger .*quote that"):
-        convert(public_set("kinetics"), annotations, tmp_path, tmp_path / "rows.jsonl")
-    annotations.write_text("{")
-    with pytest.raises(ColumnError, match="is not a JSON file"):
-        convert(public, annotations, tmp_path, tmp_path / "rows.jsonl")
-    with pytest.raises(ColumnError, match="flickr30k has no annotation file"):
-        convert(public_set("flickr30k"), annotations, tmp_path, tmp_path / "rows.jsonl")
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        (
+            "coco_captions",
+            '{"info": {}, "annotation": []}',
+            "no 'annotations', but info, annotation",
+        ),
+        ("coco_captions", "{", "is not a JSON file"),
+        (
+            "kinetics",
+            f'label,youtube_id,time_start,time_end\na,b,1,2\n"{"x" * 200_000}',
+            "kinetics: .*: after line 2: field larger .*quote that",
+        ),
+        ("flickr30k", "{}", "flickr30k has no annotation file"),
+    ],
+    ids=["records", "json", "csv", "none"],
+)
+def test_convert_rejects_an_unreadable_annotation_file(name, content, complaint, tmp_path):
+    annotations = tmp_path / "annotations"
+    annotations.write_text(content, encoding="utf-8")
+    with pytest.raises(ColumnError, match=complaint):
+        convert(public_set(name), annotations, tmp_path, tmp_path / "rows.jsonl")
 
 
-def test_the_document_has_the_table():
-    assert table() in DOCUMENT.read_text()
+def test_docs_data_has_the_table_of_public_sets():
+    assert table() in DOCUMENT.read_text(encoding="utf-8")
 
 
-def test_every_set_says_where_its_columns_were_seen():
-    for public in public_sets().values():
-        assert public.seen.startswith("https://")
-        assert public.about
+@pytest.mark.parametrize("public", public_sets().values(), ids=public_sets())
+def test_public_set_states_its_content_and_a_page_with_its_columns(public):
+    assert public.seen.startswith("https://")
+    assert public.about
 
 
-def test_the_sources_in_the_document_have_columns():
-    blocks = re.findall(r"```yaml\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
-    sources = [source for block in blocks for source in yaml.safe_load(block)["data"]["sources"]]
+def test_docs_data_sources_have_columns():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    recipes = [recipe for recipe in map(yaml.safe_load, blocks) if "data" in recipe]
+    sources = [source for recipe in recipes for source in recipe["data"]["sources"]]
     hubs = {public.hub for public in public_sets().values()}
     named = [source for source in sources if "dataset" in source]
     assert len(named) == 5
