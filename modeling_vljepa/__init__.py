@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from processing import VLJEPAProcessor
+from processing import __version__ as __version__
 
 from .configuration_vljepa import VLJEPAConfig as VLJEPAConfig
 from .modeling_vljepa import LORA_MODULES_TO_SAVE as LORA_MODULES_TO_SAVE

@@ -14,6 +14,10 @@ from .video_io import read_clip as read_clip
 from .video_io import read_image as read_image
 from .video_io import uniform_indices as uniform_indices
 from .video_processing_vljepa import VLJEPAVideoProcessor as VLJEPAVideoProcessor
+
+# The one place of the version: modeling_vljepa imports it, pyproject.toml reads this line. The
+# metadata of an installation is missing in a clone, or is that of an older clone.
+__version__ = "0.1.0"
 from .windows import Window as Window
 from .windows import WindowStream as WindowStream
 from .windows import windows as windows
