@@ -373,7 +373,7 @@ def test_the_card_is_whole_and_its_numbers_are_the_results(card, published):
     known = {f"{100 * share:.1f}" for share in known} | {str(score["n"]), "95"}
     known |= {str(value) for value in PROTOCOL.values()}
     assert set(re.findall(r"\d+(?:\.\d+)?", table)) <= known
-    parts = text[text.index("## What it is made of") : text.index("Videos are sampled")]
+    parts = text[text.index("## Architecture") : text.index("Videos are sampled")]
     counts = {str(n) for box in results["parameters"].values() for n in box.values()}
     cells = {cell.strip() for cell in parts.split("|")}
     assert {cell for cell in cells if cell.isdigit()} <= counts
@@ -424,11 +424,11 @@ def test_restricted_licences_reach_the_card_and_the_output(tmp_path, capsys):
     tiny_processor().save_pretrained(tmp_path / "run")
     main(["--model", str(tmp_path / "run"), "--repo", "me/mine", "--dry-run"])
     output = capsys.readouterr().out
-    assert "asks for a name that begins with 'Llama'" in output
+    assert "requires a name that begins with 'Llama'" in output
     assert "yes, with conditions" in output and "ai.google.dev/gemma/terms" in output
-    assert "No licence text beside predictor (meta-llama/Llama-3.2-1B)" in output
+    assert "No licence file found for predictor (meta-llama/Llama-3.2-1B)" in output
     main(["--model", str(tmp_path / "run"), "--repo", "me/Llama-mine", "--dry-run"])
-    assert "asks for a name" not in capsys.readouterr().out
+    assert "requires a name" not in capsys.readouterr().out
 
 
 def test_licences_are_found_by_the_longest_beginning():
@@ -478,10 +478,10 @@ def test_a_decoder_is_published_too(tmp_path):
     assert verify(str(folder), tmp_path / "probe.safetensors") <= 1e-6
 
     card = (folder / "README.md").read_text()
-    assert "a decoder writes them" in card and "# in its own words" in card
+    assert "A decoder turns" in card and "# a generated answer" in card
     [row] = [line for line in card.splitlines() if line.startswith("| Y-Decoder |")]
     assert "llama, 2 layers, reads the embedding as 4 tokens" in row
-    table = card[card.index("| part |") :].split("\n\n")[0]
+    table = card[card.index("| module |") :].split("\n\n")[0]
     assert table.splitlines()[-2] == row  # no gap in the table
 
     printed = run_elsewhere(

@@ -1,6 +1,6 @@
-"""Under which terms the weights of known backbones may be passed on.
+"""Licences of known backbones and their conditions for publishing weights.
 
-Not legal advice: what is said here of a licence is a reading of it, with the place to check.
+Not legal advice: these are summaries, each with the address of the full text.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Licence:
-    """
+    """A licence of model weights.
+
     Attributes:
         name: the Hub's identifier of the licence.
-        url: its text.
-        may_redistribute: whether trained or untrained weights may be published.
-        conditions: what has to go with them.
+        url: address of its text.
+        may_redistribute: permission to publish the weights, trained further or not.
+        conditions: conditions of publishing them.
     """
 
     name: str
@@ -35,14 +36,14 @@ LLAMA_3_2 = Licence(
     "llama3.2",
     "https://www.llama.com/llama3_2/license",
     "yes, with conditions",
-    "pass on a copy of the agreement and its Notice file; say 'Built with Llama' on the model's "
-    "page; begin the model's name with 'Llama'; the acceptable use policy goes with it",
+    "include a copy of the agreement and its Notice file; write 'Built with Llama' on the model's "
+    "page; begin the model's name with 'Llama'; include the acceptable use policy",
 )
 GEMMA = Licence(
     "gemma",
     "https://ai.google.dev/gemma/terms",
     "yes, with conditions",
-    "pass on a copy of the terms and the use restrictions as an enforceable provision; say in a "
+    "include a copy of the terms, and the use restrictions as an enforceable provision; state in a "
     "Notice file that Gemma is provided under and subject to the Gemma Terms of Use; mark changed "
     "files",
 )
@@ -50,11 +51,11 @@ DINOV3 = Licence(
     "dinov3-license",
     "https://ai.meta.com/resources/models-and-libraries/dinov3-license",
     "yes, with conditions",
-    "pass on a copy of the agreement, under its terms",
+    "include a copy of the agreement and publish under its terms",
 )
-UNKNOWN = Licence("unknown", "", "not known here", "ask whoever gave you the weights")
+UNKNOWN = Licence("unknown", "", "unknown", "ask the author of the weights")
 
-# The beginning of a Hub id; the longest that fits counts.
+# By prefix of the Hub id; the longest matching prefix counts.
 KNOWN = {
     "facebook/vjepa2": MIT,
     "facebook/dinov2": APACHE,
@@ -71,15 +72,15 @@ KNOWN = {
 
 
 def licence_of(source: str) -> Licence:
-    """The licence of a backbone, by its Hub id."""
-    fitting = [start for start in KNOWN if source.startswith(start)]
-    return KNOWN[max(fitting, key=len)] if fitting else UNKNOWN
+    """Return the licence of a backbone by its Hub id."""
+    prefixes = [prefix for prefix in KNOWN if source.startswith(prefix)]
+    return KNOWN[max(prefixes, key=len)] if prefixes else UNKNOWN
 
 
 def licence_table(backbones: dict[str, str]) -> str:
-    """A Markdown table: each part, where its weights began, and what may be done with them."""
+    """Return a Markdown table of each part, the source of its weights and their licence."""
     rows = [
-        "| part | began as | licence | may be redistributed | conditions |",
+        "| part | initialised from | licence | may be redistributed | conditions |",
         "|---|---|---|---|---|",
     ]
     for part in ("vision", "predictor", "text"):

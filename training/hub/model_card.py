@@ -1,6 +1,6 @@
-"""The model card: what a person who finds the model on the Hub has to know, from facts alone.
+"""The model card of a published model.
 
-Every number comes from the published `results.json`, which holds the evaluation and the counts.
+Every number in it comes from the published `results.json`: the evaluation and parameter counts.
 """
 
 import json
@@ -21,12 +21,12 @@ TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 
 
 def protocol_line(benchmark: dict[str, Any]) -> str:
-    """How the benchmark's numbers came about, in one line."""
+    """Return a benchmark's protocol in one line."""
     return "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in benchmark["protocol"].items())
 
 
 def eval_results(results: dict[str, Any]) -> list[EvalResult]:
-    """Each score for the `model-index`, with its protocol."""
+    """Return each score with its protocol, for the card's `model-index`."""
     return [
         EvalResult(
             task_type=TASKS[benchmark["task"]].hub_task,
@@ -43,7 +43,7 @@ def eval_results(results: dict[str, Any]) -> list[EvalResult]:
 
 
 def write_eval_results(folder: Path, results: dict[str, Any]) -> None:
-    """`.eval_results/*.yaml`, the Hub's newer format: one file for each benchmark."""
+    """Write `.eval_results/*.yaml`, the Hub's newer format: one file for each benchmark."""
     target = folder / ".eval_results"
     target.mkdir()
     for name, benchmark in results["benchmarks"].items():
@@ -62,7 +62,7 @@ def write_eval_results(folder: Path, results: dict[str, Any]) -> None:
 def card_data(
     model: VLJEPAModel, repo: str, results: dict[str, Any], *, base_model: list[str]
 ) -> ModelCardData:
-    """The card's metadata."""
+    """Return the card's metadata."""
     licences = {licence_of(source).name for source in model.config.backbones.values()}
     restricted = sorted(licences - {"apache-2.0", "mit"})
     measured = eval_results(results)
@@ -74,7 +74,7 @@ def card_data(
         pipeline_tag="visual-question-answering",
         tags=["vl-jepa", "custom_code", "sentence-transformers", "video-text-retrieval"],
         base_model=base_model or None,
-        model_name=repo.split("/")[-1] if measured else None,
+        model_name=repo.split("/")[-1] if measured else None,  # `eval_results` require it
         eval_results=measured or None,
     )
 
@@ -90,7 +90,7 @@ def write_card(
     trainer_state: Path,
     base_model: list[str],
 ) -> ModelCard:
-    """Write `README.md` with its plots, and the results in both of the Hub's formats."""
+    """Write `README.md` with the loss curve, and the results in both of the Hub's formats."""
     if trainer_state.is_file():
         figure = loss_figure(json.loads(trainer_state.read_text(encoding="utf-8"))["log_history"])
         if figure is not None:

@@ -1,4 +1,4 @@
-"""A trained VL-JEPA as a Hub repository: its folder, the proof that it loads, the upload."""
+"""Publication of a trained VL-JEPA: the repository's folder, a loading check, the upload."""
 
 import json
 import os
@@ -28,12 +28,12 @@ from training.model.checkpoint_files import find_file, load
 from training.model.parameters import count_parameters
 
 ROOT = Path(__file__).parents[2]
-# The modules of `modeling_vljepa/pipelines/` that `space/` imports.
+# Modules of `modeling_vljepa/pipelines/` that `space/` imports.
 SPACE_IMPORTS = ("decoding.py", "stream_session.py")
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt")
-TOLERANCE = 1e-6  # largest difference of an embedding after the way to the Hub and back
+TOLERANCE = 1e-6  # of the embeddings' elements: weights at other addresses change the last bits
 
-# Run in a process of its own that cannot see this package.
+# Run in a fresh process that cannot import this package.
 VERIFY = """
 import sys
 sys.modules.update(dict.fromkeys(("modeling_vljepa", "processing", "training", "eval")))
@@ -54,14 +54,16 @@ print(worst.item())
 """
 
 
-# -- what goes -----------------------------------------------------------------------------
+# -- the folder ----------------------------------------------------------------------------
 
 
 def load_trained(
     path: str,
 ) -> tuple[VLJEPAModel | VLJEPAForConditionalGeneration, VLJEPAProcessor]:
-    """The model, with its Y-Decoder if it has one, and processor of a folder; of an adapter's
-    folder, the model with the adapter."""
+    """Load the model, with its Y-Decoder if it has one, and the processor of a folder.
+
+    An adapter's folder gives the base model with the adapter, without a Y-Decoder.
+    """
     model = load(AutoModel, "--model", path)
     is_adapter = (Path(path) / "adapter_config.json").is_file()
     if model.config.decoder_config is not None and not is_adapter:
@@ -70,25 +72,28 @@ def load_trained(
 
 
 def read_results(source: Path, model: VLJEPAModel) -> dict[str, Any]:
-    """The evaluation beside the weights, if there is one, and the numbers of parameters."""
+    """Return the parameter counts, and the evaluation in `eval/results.json` if it exists."""
     path = source / "eval" / "results.json"
     measured = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {"benchmarks": {}, **measured, "parameters": count_parameters(model)}
 
 
 def read_answers(path: str) -> list[str]:
-    """The distinct targets of a JSONL file of questions, in alphabetical order."""
+    """Return the distinct targets of a JSONL file of questions, in alphabetical order."""
     try:
         rows, _ = read_rows(path)
     except OSError as error:
-        raise RecipeError(f"--answers: {path} cannot be read: {error}") from error
+        raise RecipeError(f"--answers: cannot read {path}: {error}") from error
     return sorted({row["target"] for row in rows if row["query"]})
 
 
 def write_weights(
     source: Path, folder: Path, model: VLJEPAModel, processor: VLJEPAProcessor, base: str | None
 ) -> list[str]:
-    """Weights, configuration, code and processor; returns the models that this one builds on."""
+    """Write weights, configuration, code and processor.
+
+    Returns: the Hub ids of the models that this one is made from, for the card.
+    """
     model.config.custom_pipelines = CUSTOM_PIPELINES
     processor.save_pretrained(folder)
     if base is None:
@@ -96,14 +101,15 @@ def write_weights(
         return sorted({name for name in model.config.backbones.values() if "/" in name})
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(source / name, folder)
-    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    # peft wrote a local path here, and `auto_mapping` names our package, which users do not have.
     settings |= {"base_model_name_or_path": base, "auto_mapping": None}
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
     return [base]
 
 
 def write_code(folder: Path) -> None:
-    """The files that pipelines, endpoints and sentence-transformers look for."""
+    """Write the code and settings that pipelines, endpoints and sentence-transformers need."""
     for path in Path(pipelines.__file__).parent.glob("[!_]*.py"):
         shutil.copy(path, folder)
     modules = [{"idx": 0, "name": "0", "path": "", "type": "st_vljepa.VLJEPAModule"}]
@@ -114,13 +120,16 @@ def write_code(folder: Path) -> None:
 
 
 def write_licences(folder: Path, backbones: dict[str, str]) -> list[str]:
-    """Our licence, and those that lie beside the backbones; returns what was not found."""
+    """Copy our licence and those in the backbones' repositories.
+
+    Returns: a line for each backbone without a licence file.
+    """
     shutil.copy(ROOT / "LICENSE", folder)
     absent = []
     for part, source in sorted(backbones.items()):
         try:
             found = [path for name in LICENCE_FILES if (path := find_file(source, name))]
-        except OSError:  # no such repository, or no way to it: what is absent is reported
+        except OSError:  # no such repository, or no network: the licence is reported as missing
             found = []
         target = folder / "licences" / part
         for path in found:
@@ -134,8 +143,10 @@ def write_licences(folder: Path, backbones: dict[str, str]) -> list[str]:
 def write_folder(
     source: Path, folder: Path, repo: str, *, base: str | None = None, answers: str | None = None
 ) -> tuple[dict[str, str], list[str]]:
-    """Everything that goes to the Hub, in a new folder; returns where the weights of each part
-    began, and the licences whose text is missing."""
+    """Write the contents of the Hub repository into a new folder.
+
+    Returns: the source of the weights of each part, and the backbones without a licence file.
+    """
     model, processor = load_trained(str(source))
     if answers is not None:
         model.config.answers = read_answers(answers)
@@ -152,19 +163,19 @@ def write_folder(
         model=model,
         processor=processor,
         results=results,
-        recipes=yaml.safe_load(recipes.read_text()) if recipes.is_file() else [],
+        recipes=yaml.safe_load(recipes.read_text(encoding="utf-8")) if recipes.is_file() else [],
         trainer_state=source / "trainer_state.json",
         base_model=builds_on,
     )
     return model.config.backbones, absent
 
 
-# -- proof ---------------------------------------------------------------------------------
+# -- the check -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def write_probe(source: str, path: Path) -> None:
-    """Inputs, and the embeddings that the trained model gives for them."""
+    """Write example inputs and the trained model's embeddings of them."""
     model, processor = load_trained(source)
     model.float()
     side = processor.video_processor.crop_size["height"]
@@ -181,13 +192,15 @@ def write_probe(source: str, path: Path) -> None:
 
 
 def verify(source: str, probe: Path) -> float:
-    """Load a folder or repository in a fresh process, without this package; the largest
-    difference of an embedding.
+    """Load a folder or repository in a fresh process without this package, and compare embeddings.
+
+    Returns: the largest difference from the embeddings in `probe`.
 
     Raises:
         RecipeError: it does not load, or gives other embeddings.
     """
     with tempfile.TemporaryDirectory() as elsewhere:
+        # An empty code cache: an older copy of the same module would be loaded from a full one.
         environment = {**os.environ, "HF_MODULES_CACHE": elsewhere}
         environment.pop("PYTHONPATH", None)
         run = subprocess.run(
@@ -201,21 +214,20 @@ def verify(source: str, probe: Path) -> float:
     if run.returncode:
         raise RecipeError(f"{source} does not load in a fresh process:\n{run.stderr[-2000:]}")
     worst = float(run.stdout.split()[-1])
-    if not worst <= TOLERANCE:
+    if not worst <= TOLERANCE:  # not `>`: comparisons with NaN are false
         raise RecipeError(
             f"{source} gives other embeddings than the trained model: off by {worst}."
         )
     return worst
 
 
-# -- the way there -------------------------------------------------------------------------
+# -- the upload ----------------------------------------------------------------------------
 
 
 def upload(folder: Path, repo: str, *, private: bool | None, token: str | None = None) -> str:
-    """Make the repository hold exactly this folder, in one commit; returns its address.
+    """Replace the contents of the repository by this folder in one commit; return its address.
 
-    Large files that an interrupted upload sent before are not sent again, and nothing is visible
-    before the commit.
+    Nothing is visible before the commit. Large files from an interrupted upload are not sent again.
     """
     api = HfApi(token=token)
     url = api.create_repo(repo, private=private, exist_ok=True)
@@ -226,13 +238,12 @@ def upload(folder: Path, repo: str, *, private: bool | None, token: str | None =
 
 
 def write_space(folder: Path) -> None:
-    """What a Space runs: `space/` as the package that it is here, those modules of ours that it
-    imports, and a file that starts it.
+    """Write the files of a Space: the package `space`, our modules that it imports, `app.py`.
 
-    Model and processor come with the published model, whose code they bring along: of our packages
-    nothing else is there, and nothing of them is registered.
+    The Space loads model and processor with the code of the published model, so it needs no other
+    module of ours, and our classes must not be registered in it.
     """
-    settings = ("README.md", "requirements.txt")  # looked for at the top
+    settings = ("README.md", "requirements.txt")  # the Hub reads them in the top folder only
     left_out = shutil.ignore_patterns(*settings, "make_examples.py", "__pycache__")
     shutil.copytree(ROOT / "space", folder / "space", ignore=left_out)
     for name in settings:
@@ -249,7 +260,7 @@ def write_space(folder: Path) -> None:
 
 
 def publish_space(repo: str, space: str, *, private: bool | None, token: str | None = None) -> str:
-    """Make a Space that shows the published model; returns its address."""
+    """Create a Space that shows the published model; return its address."""
     api = HfApi(token=token)
     url = api.create_repo(
         space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True
@@ -278,11 +289,20 @@ def publish(
     space: str | None = None,
     token: str | None = None,
 ) -> None:
-    """All of it; see the module.
+    """Write the repository's folder, check it, upload it and check the upload.
+
+    Args:
+        source: folder of a trained VL-JEPA or an adapter.
+        repo: the repository's name on the Hub.
+        private: create the repository as private; `None` is the Hub account's default.
+        dry_run: stop before the upload.
+        base_repo: for an adapter, the published model that it adapts.
+        answers: JSONL of questions; their answers are the choices of the VQA pipeline.
+        space: name of a Space that shows the model.
 
     Raises:
-        RecipeError: no such model, no such name, an adapter without a published base, or a
-            published model that gives other embeddings.
+        RecipeError: the model does not load, a name is invalid, an adapter has no published base,
+            or the published model gives other embeddings.
     """
     for option, name in (("--repo", repo), ("--space", space)):
         try:
@@ -292,7 +312,7 @@ def publish(
     is_adapter = (Path(source) / "adapter_config.json").is_file()
     if is_adapter and base_repo is None:
         raise RecipeError(
-            f"--base-repo: {source} is an adapter; name the published model below it."
+            f"--base-repo: {source} is an adapter; name the published model that it adapts."
         )
     with tempfile.TemporaryDirectory() as scratch:
         folder, probe = Path(scratch) / "repo", Path(scratch) / "probe.safetensors"
@@ -300,11 +320,11 @@ def publish(
         base = base_repo if is_adapter else None
         backbones, absent = write_folder(Path(source), folder, repo, base=base, answers=answers)
         print(licence_table(backbones))
-        print("\n".join(f"No licence text beside {line}" for line in absent))
-        warn_of_name(repo, backbones)
+        print("\n".join(f"No licence file found for {line}" for line in absent))
+        warn_of_licences(repo, backbones)
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             print(f"{path.stat().st_size:>14,}  {path.relative_to(folder)}")
-        if not is_adapter:
+        if not is_adapter:  # an adapter loads its base from the Hub, so it is checked there
             print(f"Loaded in a fresh process: off by {verify(str(folder), probe):.1e}", flush=True)
         if dry_run:
             print(f"Dry run: nothing was sent to {repo}.")
@@ -315,14 +335,14 @@ def publish(
             if space is not None:
                 print(publish_space(repo, space, private=private, token=token))
         except HfHubHTTPError as error:
-            raise RecipeError(f"the Hub did not take it: {error}") from error
+            raise RecipeError(f"the Hub refused the upload: {error}") from error
 
 
-def warn_of_name(repo: str, backbones: dict[str, str]) -> None:
-    """Say what a licence asks of the repository's name, and what is not known."""
+def warn_of_licences(repo: str, backbones: dict[str, str]) -> None:
+    """Print notes on a licence's condition for the repository's name, and on unknown licences."""
     for part, source in backbones.items():
         licence = licence_of(source)
         if licence.name.startswith("llama") and not repo.split("/")[-1].startswith("Llama"):
-            print(f"Note: the {licence.name} licence asks for a name that begins with 'Llama'.")
+            print(f"Note: the {licence.name} licence requires a name that begins with 'Llama'.")
         if licence is UNKNOWN:
-            print(f"Note: the licence of {source} ({part}) is not known to this command.")
+            print(f"Note: the licence of {source} ({part}) is unknown; check it before publishing.")
