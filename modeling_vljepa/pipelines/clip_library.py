@@ -16,7 +16,7 @@ if is_datasets_available():
 
 
 INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT; faiss is optional and imported by datasets only
-MAX_DRIFT = 1e-3  # of the probe, in cosine: below for a model rounded to bf16, far above for others
+MAX_DRIFT = 1e-3  # in cosine: a model rounded to bf16 stays below, another model is far above
 
 
 def check_datasets() -> None:

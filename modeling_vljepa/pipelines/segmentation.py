@@ -328,7 +328,7 @@ class OnlineSegmenter:
         self.time: float | None = None  # time of the newest embedding
         self.recent: deque[tuple[float, np.ndarray]] = deque(maxlen=self.window + self.patience)
         self.total: np.ndarray | None = None  # sum of the open segment's embeddings
-        self.start, self.start_time = 0, 0.0  # of the open segment
+        self.start, self.start_time = 0, 0.0  # the open segment's first embedding
         self.sample = EvenSample(SAMPLES)
         self.begin_smoothing()
 

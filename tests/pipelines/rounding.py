@@ -13,7 +13,7 @@ from modeling_vljepa import VLJEPAForConditionalGeneration
 
 
 def approximately(expected: list[dict], tolerance: float = 1e-6) -> list[dict]:
-    """Return results that equal others with the same texts and almost the same numbers."""
+    """Return results for `==`: equal to others with the same texts and numbers this close."""
     return [
         {
             name: pytest.approx(value, abs=tolerance) if isinstance(value, float) else value
@@ -25,9 +25,9 @@ def approximately(expected: list[dict], tolerance: float = 1e-6) -> list[dict]:
 
 @contextmanager
 def clear_choices(model: VLJEPAForConditionalGeneration) -> Iterator[None]:
-    """Assert that every token decoded greedily inside leads the next best by far.
+    """Assert that the best token leads the second by far at every step decoded inside.
 
-    Only then must two computations of a random decoder write the same text.
+    If it did not, two computations with a random decoder could write different texts.
     """
     leads = []
 

@@ -1,4 +1,4 @@
-"""The endpoint: what it answers is what the pipelines say, and it reads what it is sent alone."""
+"""The endpoint answers like the pipelines and reads nothing but the request."""
 
 import base64
 import json
@@ -38,7 +38,7 @@ def encoded(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as it is published, and a clip and an image beside it."""
+    """Folder with a published model, a clip and an image."""
     path = tmp_path_factory.mktemp("endpoint")
     pipe = VLJEPARetrievalPipeline(model=tiny_model(answers=ANSWERS), processor=tiny_processor())
     pipe.save_pretrained(path / "model")
@@ -56,7 +56,7 @@ def handler(folder: Path) -> EndpointHandler:
 
 @pytest.fixture(scope="module")
 def post(handler: EndpointHandler) -> Iterator[Callable[[Any], Any]]:
-    """Send JSON to the handler over HTTP, as an endpoint's server would hand it on."""
+    """Function that sends JSON to the handler over HTTP, like an endpoint's server."""
 
     class Server(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -94,7 +94,7 @@ def assert_same(found: list[dict], expected: list[dict], tolerance: float = 1e-6
     assert found == approximately(expected, tolerance)
 
 
-def test_answers_are_the_pipelines(post, folder, parts):
+def test_handler_answers_like_the_pipelines(post, folder, parts):
     clip, image = folder / "clip.mp4", folder / "image.png"
     vqa = VLJEPAVisualQuestionAnsweringPipeline(**parts)
     ask = {"question": QUESTION, "candidates": ["red", "green"]}
@@ -129,7 +129,7 @@ def test_answers_are_the_pipelines(post, folder, parts):
 
 
 @torch.no_grad()
-def test_embeddings_are_the_models(post, folder, parts):
+def test_handler_embeds_like_the_model(post, folder, parts):
     model, processor = parts["model"], parts["processor"]
     clip = folder / "clip.mp4"
     for inputs, query, expected in (
@@ -150,7 +150,7 @@ def test_embeddings_are_the_models(post, folder, parts):
 
 
 def changed(request: dict, changes: dict) -> Any:
-    """The request with other inputs or parameters; `None` takes a field away."""
+    """Return the request with other inputs or parameters, without fields that are "absent"."""
     if "whole" in changes:
         return changes["whole"]
     inputs = request["inputs"] | changes.get("inputs", {})
@@ -195,7 +195,7 @@ def changed(request: dict, changes: dict) -> Any:
         ({"parameters": {"task": "embed"}}, "inputs of embed has no field 'candidates'"),
     ],
 )
-def test_a_malformed_request_leaves_the_next_one_alone(post, folder, changes, message):
+def test_handler_rejects_a_malformed_request_and_serves_the_next(post, folder, changes, message):
     good = {
         "inputs": {
             "video": encoded(folder / "clip.mp4"),
@@ -211,20 +211,24 @@ def test_a_malformed_request_leaves_the_next_one_alone(post, folder, changes, me
     assert len(expected) == 2
 
 
-def test_other_tasks_name_their_fields(post, folder):
-    clip = encoded(folder / "clip.mp4")
-    for task, inputs, message in (
-        ("video-text-retrieval", {"video": clip}, "texts is missing"),
-        ("zero-shot-video-classification", {"video": clip}, "candidate_labels is missing"),
+@pytest.mark.parametrize(
+    ("task", "inputs", "message"),
+    [
+        ("video-text-retrieval", {"video": True}, "texts is missing"),
+        ("zero-shot-video-classification", {"video": True}, "candidate_labels is missing"),
         ("embed", {}, "embed needs one of video, image and text"),
-        ("embed", {"text": "a", "video": clip}, "embed needs one of video, image and text"),
-    ):
-        answer = post({"inputs": inputs, "parameters": {"task": task}})
-        assert message in answer["error"]
+        ("embed", {"text": "a", "video": True}, "embed needs one of video, image and text"),
+    ],
+)
+def test_handler_names_the_missing_field_of_a_task(post, folder, task, inputs, message):
+    if "video" in inputs:
+        inputs = inputs | {"video": encoded(folder / "clip.mp4")}
+    answer = post({"inputs": inputs, "parameters": {"task": task}})
+    assert message in answer["error"]
 
 
-def test_no_file_of_the_machine_is_read(handler, folder, monkeypatch):
-    """Whatever stands where a file's content should, only this process's memory is opened."""
+def test_handler_reads_no_file_of_the_machine(handler, folder, monkeypatch):
+    """Paths, addresses and playlists in the field of a file's content open no file."""
     monkeypatch.chdir(folder)
     script = base64.b64encode(f"ffconcat version 1.0\nfile {folder}/clip.mp4\n".encode()).decode()
     for video in (
@@ -244,7 +248,7 @@ def test_no_file_of_the_machine_is_read(handler, folder, monkeypatch):
     assert len(handler(ok)) == 3  # positive control
 
 
-def test_addresses_are_fetched_only_where_the_environment_says_so(
+def test_handler_fetches_addresses_only_if_the_environment_allows_it(
     handler, post, folder, monkeypatch
 ):
     class Server(BaseHTTPRequestHandler):
@@ -273,27 +277,28 @@ def test_addresses_are_fetched_only_where_the_environment_says_so(
     assert "cannot be fetched" in handler(request)["error"]
 
 
-def test_files_are_bounded(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "value", "name", "message"),
+    [
+        ("max_bytes", 1000, "clip.mp4", "larger than 1000 bytes"),
+        ("max_seconds", 0.3, "clip.mp4", "longer than 0.3 seconds"),
+        ("max_pixels", 2000, "clip.mp4", "64 x 48 pixels"),
+        ("max_pixels", 2000, "image.png", "60 x 40 pixels"),
+    ],
+)
+def test_handler_limits_files(folder, tmp_path, monkeypatch, limit, value, name, message):
     ask = {"question": "a", "candidates": ["red"]}
-    for limit, value, media, message in (
-        ("max_bytes", 1000, {"video": folder / "clip.mp4"}, "larger than 1000 bytes"),
-        ("max_seconds", 0.3, {"video": folder / "clip.mp4"}, "longer than 0.3 seconds"),
-        ("max_pixels", 2000, {"video": folder / "clip.mp4"}, "64 x 48 pixels"),
-        ("max_pixels", 2000, {"image": folder / "image.png"}, "60 x 40 pixels"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(EndpointHandler, limit, value)
-            bounded = EndpointHandler(str(folder / "model"))
-            media = {kind: encoded(path) for kind, path in media.items()}
-            answer = bounded({"inputs": media | ask})
-            assert message in answer["error"]
-            small = np.zeros((2, 16, 16, 3), np.uint8)
-            path = write_clip(tmp_path / "small.mp4", small)
-            if limit != "max_bytes":
-                assert len(bounded({"inputs": {"video": encoded(path)} | ask})) == 1
+    monkeypatch.setattr(EndpointHandler, limit, value)
+    handler = EndpointHandler(str(folder / "model"))
+    kind = "video" if name == "clip.mp4" else "image"
+    answer = handler({"inputs": {kind: encoded(folder / name)} | ask})
+    assert message in answer["error"]
+    if limit != "max_bytes":
+        small = write_clip(tmp_path / "small.mp4", np.zeros((2, 16, 16, 3), np.uint8))
+        assert len(handler({"inputs": {"video": encoded(small)} | ask})) == 1
 
 
-def test_requests_at_the_same_time(handler, post, folder, monkeypatch):
+def test_handler_serves_simultaneous_requests_one_at_a_time(handler, post, folder, monkeypatch):
     predict, running, most = handler.model.predict, [], []
 
     def watched(*args, **kwargs):
@@ -314,11 +319,11 @@ def test_requests_at_the_same_time(handler, post, folder, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(post, requests * 3))
     assert found == [approximately(answers) for answers in alone * 3]
-    assert len(most) == 36 and max(most) == 1  # one after the other
+    assert len(most) == 36 and max(most) == 1
 
 
-def test_a_published_folder_serves_without_this_package(folder, post, tmp_path):
-    """As the endpoint's server does: the file is imported by its path, as a module of its own."""
+def test_handler_of_a_published_folder_serves_without_this_package(folder, post, tmp_path):
+    """Import the file by its path as a module of its own, like the endpoint's server."""
     request = {"inputs": {"video": encoded(folder / "clip.mp4"), "question": QUESTION}}
     (tmp_path / "request.json").write_text(json.dumps(request))
     script = f"""

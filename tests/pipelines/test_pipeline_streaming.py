@@ -1,4 +1,4 @@
-"""One call watches a stream: it is its parts, put together, and it ships with the model."""
+"""The streaming caption pipeline equals its parts put together, and it ships with the model."""
 
 import json
 import tracemalloc
@@ -35,20 +35,20 @@ PROCESSOR = tiny_processor()
 QUERY = "what is the dog doing ?"
 TEXTS = ["a cat", "red", "the door opens", "blue green"]
 SHORT = {"max_new_tokens": 6}
-# For short scenes; a random model finds pictures of noise 0.1 and more apart.
+# For short scenes: a random model embeds pictures of noise at least 0.1 apart.
 QUICK = {"variance_threshold": 0.03, "drift_threshold": 0.05, "window": 4}
 
 
 @pytest.fixture(scope="module")
 def writer() -> VLJEPAStreamingCaptionPipeline:
-    """Of a model with a Y-Decoder."""
+    """Pipeline of a model with a Y-Decoder."""
     model = tiny_writer()
     return VLJEPAStreamingCaptionPipeline(model=model, processor=PROCESSOR, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def chooser() -> VLJEPAStreamingCaptionPipeline:
-    """Of a model without one."""
+    """Pipeline of a model without a Y-Decoder."""
     model = tiny_model()
     return VLJEPAStreamingCaptionPipeline(model=model, processor=PROCESSOR, device="cpu")
 
@@ -60,7 +60,7 @@ def spans(captions: list[dict]) -> list[tuple[float, float]]:
 # -- embeddings ----------------------------------------------------------------------------
 
 
-def test_a_stream_is_its_parts(tmp_path):
+def test_stream_equals_windows_and_encoder_put_together(tmp_path):
     model = tiny_writer()
     path = write_clip(tmp_path / "clip.mp4", noise(23, 40, 48, 3))
     for source in (path, path.read_bytes()):
@@ -72,20 +72,20 @@ def test_a_stream_is_its_parts(tmp_path):
         for one, two in zip(found, parts, strict=True):
             assert (one.start_time, one.end_time) == (two.start_time, two.end_time)
     assert [each.start_time for each in found] == pytest.approx([0.0, 1.0, 1.2])
-    # The defaults: frames of a clip, half of them, all of the source's, and no query.
+    # The defaults: windows of `num_frames` frames, half of it as stride, all frames, no query.
     default = list(stream(model, PROCESSOR, path))
-    said = list(stream(model, PROCESSOR, path, None, 4, 2, fps=None))
+    explicit = list(stream(model, PROCESSOR, path, None, 4, 2, fps=None))
     assert [each.times for each in PROCESSOR.watch(path)] == [
         each.times for each in PROCESSOR.watch(path, window=4, stride=2)
     ]
-    assert_same_embeddings(default, said)
-    assert len(default) == len(said) == 11
+    assert_same_embeddings(default, explicit)
+    assert len(default) == len(explicit) == 11
     asked = list(stream(model, PROCESSOR, path, QUERY))  # positive control
     assert not torch.allclose(asked[0].embedding, default[0].embedding, atol=1e-4)
 
 
-def test_a_long_stream_passes_in_bounded_memory(chooser):
-    """Of many frames, and of what they became, a few are there at once."""
+def test_stream_and_captions_use_bounded_memory(chooser):
+    """Only a few of many frames and visual tokens are in memory at once."""
     frames_alive, embeds_alive, most = weakref.WeakSet(), weakref.WeakSet(), [0, 0]
 
     class Watched(np.ndarray):
@@ -121,23 +121,38 @@ def test_a_long_stream_passes_in_bounded_memory(chooser):
     assert held[-1] - held[0] < 200_000
 
 
-def test_a_source_is_checked_before_it_is_opened(tmp_path):
-    for options, message in (
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"window": 0}, "window is 0: give at least 1 frame"),
         ({"window": 4, "stride": 5}, "stride is 5 and size 4"),
         ({"stride": 0}, "stride is 0 and size 4"),
         ({"fps": 0}, "fps is 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            PROCESSOR.watch("gone.mp4", **options)
+    ],
+)
+def test_watch_rejects_bad_options_before_the_source_is_opened(options, message):
+    with pytest.raises(ValueError, match=message):
+        PROCESSOR.watch("gone.mp4", **options)
+
+
+def test_watch_opens_addresses_only_if_the_caller_allows_it():
     with pytest.raises(MediaError, match="allow_urls=True"):
         PROCESSOR.watch("http://127.0.0.1/a.mp4")
     assert PROCESSOR.watch("http://127.0.0.1/a.mp4", allow_urls=True).frames.live
+
+
+def test_watch_names_a_missing_file_when_it_is_read():
     assert PROCESSOR.watch("a.mp4", window=1).stride == 1
     with pytest.raises(MediaError, match="gone.mp4: no such file"):
         list(PROCESSOR.watch("gone.mp4"))
+
+
+def test_stream_rejects_batches_of_no_windows():
     with pytest.raises(ValueError, match="batch_size is 0"):
         list(stream(tiny_model(), PROCESSOR, scenes([3]), batch_size=0))
+
+
+def test_watch_reports_frames_above_the_pixel_limit_as_broken():
     processor = tiny_processor()
     processor.video_processor.max_pixels = 40 * 48 - 1
     with processor.watch(scenes([9])) as watched:
@@ -149,7 +164,7 @@ def test_a_source_is_checked_before_it_is_opened(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_captions_are_the_segments_of_the_embeddings(writer, batch_size):
+def test_captions_are_the_decoded_segments_of_the_embeddings(writer, batch_size):
     source = scenes([40, 30, 50])
     settings = {"query": QUERY, "segmenter_kwargs": QUICK, "generate_kwargs": SHORT}
     captions = writer(source, batch_size=batch_size, **settings)
@@ -173,7 +188,7 @@ def test_captions_are_the_segments_of_the_embeddings(writer, batch_size):
     assert all(each.keys() == {"start", "end", "text", "confidence"} for each in found)
 
 
-def test_of_candidates_the_nearest_is_the_text(chooser, writer):
+def test_captions_with_candidates_are_the_nearest_ones(chooser, writer):
     source = scenes([40, 30, 50])
     settings = {"candidates": TEXTS, "segmenter_kwargs": QUICK}
     captions = chooser(source, **settings)
@@ -185,14 +200,15 @@ def test_of_candidates_the_nearest_is_the_text(chooser, writer):
     assert (scores[:, 0] - scores[:, 1]).min() > 1e-3  # rounding cannot change the nearest
     expected = [TEXTS[index] for index in nearest[:, 0]]
     assert [each["text"] for each in found] == expected and len(found) == 3
-    # Where there is a decoder too, it is not asked; and what is asked is seen.
+    # A decoder is not used, even if there is one.
     assert {each["text"] for each in writer(source, **settings)} <= set(TEXTS)
+    # The query changes the embeddings.
     other = [list(chooser(source, query=query, **settings)) for query in (None, QUERY)]
     assert other[0] == approximately(found)
     assert abs(other[1][0]["confidence"] - found[0]["confidence"]) > 1e-4
 
 
-def test_a_decoder_is_told_what_was_said_before():
+def test_captions_pass_the_previous_text_to_the_decoder():
     model = tiny_writer(decoder_reads_query=True, decoder_reads_previous=True)
     pipe = VLJEPAStreamingCaptionPipeline(model=model, processor=PROCESSOR, device="cpu")
     source = scenes([40, 30, 50])
@@ -201,18 +217,18 @@ def test_a_decoder_is_told_what_was_said_before():
         captions = pipe(source, query=query, **settings)
         with clear_choices(model):
             found = [each["text"] for each in captions]
-        said, alone = [""], []
+        previous, alone = [""], []
         for segment in captions.session.segments:
             asked = {"queries": [query or ""], **SHORT}
             embeds = segment.embedding[None]
             alone += decode_texts(model, PROCESSOR, embeds, **asked)
-            said += decode_texts(model, PROCESSOR, embeds, previous=said[-1:], **asked)
-        assert found == said[1:] and len(found) == 3
+            previous += decode_texts(model, PROCESSOR, embeds, previous=previous[-1:], **asked)
+        assert found == previous[1:] and len(found) == 3
         assert found != alone  # positive control
         assert found == [each["text"] for each in pipe(source, query=query, **settings)]
 
 
-def test_captions_come_while_the_stream_runs_and_questions_are_answered(chooser):
+def test_captions_arrive_and_questions_are_answered_while_the_stream_runs(chooser):
     taken = []
 
     def source():
@@ -231,7 +247,7 @@ def test_captions_come_while_the_stream_runs_and_questions_are_answered(chooser)
     assert captions.session.ask(["a cat"])[0]["text"] == "a cat"
 
 
-def test_settings_may_be_given_once_for_all(chooser):
+def test_caption_pipeline_takes_default_parameters_when_it_is_made(chooser):
     once = VLJEPAStreamingCaptionPipeline(
         model=chooser.model,
         processor=PROCESSOR,
@@ -265,12 +281,14 @@ def test_settings_may_be_given_once_for_all(chooser):
         ("writer", {"generate_kwargs": {}, "candidates": ["a"]}, ValueError, "leave it out"),
     ],
 )
-def test_what_cannot_be_is_said_at_once(request, pipe, options, error, message):
+def test_caption_pipeline_rejects_bad_options_before_reading(
+    request, pipe, options, error, message
+):
     with pytest.raises(error, match=message):
         request.getfixturevalue(pipe)(scenes([3]), **options)
 
 
-def test_a_source_that_cannot_be_opened_is_named(writer, tmp_path):
+def test_caption_pipeline_names_a_source_that_cannot_be_opened(writer, tmp_path):
     with pytest.raises(MediaError, match="allow_urls=True"):
         writer("rtsp://127.0.0.1/a")
     captions = writer(tmp_path / "gone.mp4")
@@ -279,12 +297,12 @@ def test_a_source_that_cannot_be_opened_is_named(writer, tmp_path):
     assert list(writer([])) == []
 
 
-def test_a_batch_of_no_windows_is_refused(chooser):
+def test_caption_pipeline_rejects_batches_of_no_windows(chooser):
     with pytest.raises(ValueError, match="batch_size is 0: give at least 1"):
         list(chooser(scenes([3]), candidates=TEXTS, batch_size=0))
 
 
-def test_candidates_of_a_question_may_come_from_a_generator(chooser):
+def test_session_ask_takes_a_generator_of_candidates(chooser):
     captions = chooser(scenes([3]), candidates=TEXTS)
     list(captions)
     expected = captions.session.ask(TEXTS)
@@ -299,8 +317,8 @@ def test_candidates_of_a_question_may_come_from_a_generator(chooser):
 # -- without this package ------------------------------------------------------------------
 
 
-def test_a_published_folder_watches_without_this_package(tmp_path):
-    """As published, and as saved again by another pipeline that was loaded from there."""
+def test_caption_pipeline_of_a_published_folder_runs_without_this_package(tmp_path):
+    """The folder is published, then saved again by another pipeline that was loaded from it."""
     write_clip(tmp_path / "clip.mp4", np.stack([frame for _, frame in scenes([40, 30])]))
     trained = VLJEPAStreamingCaptionPipeline(model=tiny_writer(), processor=PROCESSOR)
     trained.save_pretrained(tmp_path / "trained")

@@ -1,4 +1,4 @@
-"""Pipelines: their scores are those of the model, however samples are given and grouped."""
+"""The scores of pipelines are those of the model, for every form and batch of samples."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def zero_shot(model, processor) -> VLJEPAZeroShotClassificationPipeline:
 
 @torch.no_grad()
 def cosines(model, processor, query: str, texts: list[str], **medium) -> dict[str, float]:
-    """By hand: what the model says of one medium and each text."""
+    """Compute the cosine of one medium and each text with the model alone."""
     predicted = model.predict(**processor(text=query, **medium))
     rows = [predicted @ model.encode_target(**processor(targets=text)).T for text in texts]
     return {text: row.item() for text, row in zip(texts, rows, strict=True)}
@@ -98,7 +98,7 @@ def close(expected: dict, tolerance: float = 1e-6) -> object:
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
-def test_scores_are_the_models_own(vqa, model, processor, media, kind):
+def test_vqa_scores_are_the_cosines_of_the_model(vqa, model, processor, media, kind):
     medium = media.wide if kind == "video" else media.image
     expected = cosines(model, processor, QUESTION, ANSWERS, **{f"{kind}s": medium})
     found = vqa(**{kind: medium}, question=QUESTION, candidates=ANSWERS)
@@ -122,7 +122,7 @@ def test_scores_are_the_models_own(vqa, model, processor, media, kind):
     assert alone == [{"answer": "red", "score": pytest.approx(expected["red"], abs=1e-6)}]
 
 
-def test_every_kind_of_medium_is_the_same_medium(vqa, media):
+def test_vqa_gives_one_result_for_every_form_of_a_medium(vqa, media):
     frames = read_clip(media.wide).frames
     tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
     pictures = [Image.fromarray(frame) for frame in frames]
@@ -140,7 +140,7 @@ def test_every_kind_of_medium_is_the_same_medium(vqa, media):
         assert vqa(bare, question=QUESTION, candidates=ANSWERS) == expected
 
 
-def test_grouping_and_order_change_nothing(vqa, media):
+def test_vqa_results_do_not_depend_on_batches_or_order(vqa, media):
     samples = [
         {"video": str(media.wide), "question": QUESTION},
         {"image": str(media.image), "question": "open the door and close the window"},
@@ -168,11 +168,11 @@ def test_grouping_and_order_change_nothing(vqa, media):
     read = []
     results = vqa((read.append(0) or sample for sample in samples), candidates=ANSWERS)
     next(results)
-    assert len(read) < 4  # it does not wait for the end
+    assert len(read) < 4  # samples are read lazily
     assert_same(results, alone[1:])
 
 
-def test_texts_are_encoded_once_per_call(model, processor, media, monkeypatch):
+def test_vqa_embeds_candidates_once_per_call(model, processor, media, monkeypatch):
     counts = []
     encode = model.encode_target
 
@@ -190,7 +190,7 @@ def test_texts_are_encoded_once_per_call(model, processor, media, monkeypatch):
     assert counts[1:] == [64, 64, 22]
 
 
-def test_answers_that_the_model_brings_along(processor, media, tmp_path):
+def test_vqa_without_candidates_uses_the_answers_of_the_model(processor, media, tmp_path):
     tiny_model(answers=ANSWERS).save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path)
     assert model.config.answers == ANSWERS
@@ -205,7 +205,7 @@ def test_answers_that_the_model_brings_along(processor, media, tmp_path):
         vqa(video=media.wide, question=QUESTION)
 
 
-# -- free answers --------------------------------------------------------------------------
+# -- decoded answers -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def writer() -> VLJEPAForConditionalGeneration:
     return model
 
 
-def test_without_candidates_the_decoder_answers(writer, processor, media):
+def test_vqa_without_candidates_decodes_the_answer(writer, processor, media):
     vqa = VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor)
     with clear_choices(writer):
         found = vqa(video=media.wide, question=QUESTION, generate_kwargs={"max_new_tokens": 6})
@@ -228,7 +228,7 @@ def test_without_candidates_the_decoder_answers(writer, processor, media):
     [text] = processor.batch_decode(tokens, skip_special_tokens=True)
     expected = cosines(writer.vljepa, processor, QUESTION, [text.strip()], videos=media.wide)
     assert scores(found) == close(expected)
-    # The question reaches the words by way of the embedding and of the decoder's context.
+    # The question changes the answer, through the embedding and through the decoder's context.
     other = vqa(video=media.wide, question="what ?", generate_kwargs={"max_new_tokens": 6})
     assert other[0]["answer"] != found[0]["answer"]
     chosen = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
@@ -236,7 +236,7 @@ def test_without_candidates_the_decoder_answers(writer, processor, media):
     assert scores(chosen) == close(by_hand)
 
 
-def test_several_free_answers_are_ranked_as_candidates_are(writer, processor, media):
+def test_vqa_ranks_decoded_answers_like_candidates(writer, processor, media):
     vqa = VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor)
     samples = [{"video": media.wide, "question": QUESTION}, {"image": media.image, "question": "a"}]
     how = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 5}
@@ -249,7 +249,7 @@ def test_several_free_answers_are_ranked_as_candidates_are(writer, processor, me
     assert vqa(samples[0], generate_kwargs=how, top_k=1) == approximately(alone[0][:1])
 
 
-def test_a_decoder_that_is_not_asked(writer, processor, media):
+def test_vqa_rejects_generate_kwargs_with_candidates(writer, processor, media):
     vqa = VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor)
     with pytest.raises(ValueError, match="generate_kwargs.*chosen from candidates: leave it out"):
         vqa(video=media.wide, question="a", candidates=ANSWERS, generate_kwargs={"num_beams": 2})
@@ -278,7 +278,7 @@ def test_pipeline_loads_the_decoder_if_the_folder_has_one(
     assert loaded(**asked) == approximately(same(**asked))
 
 
-def test_parameters_may_be_given_once_for_all(model, processor, media, vqa):
+def test_vqa_takes_default_parameters_when_it_is_made(model, processor, media, vqa):
     once = VLJEPAVisualQuestionAnsweringPipeline(
         model=model, processor=processor, candidates=ANSWERS, top_k=1, question=QUESTION
     )
@@ -290,7 +290,7 @@ def test_parameters_may_be_given_once_for_all(model, processor, media, vqa):
 # -- classification ------------------------------------------------------------------------
 
 
-def test_labels_stand_in_their_template(zero_shot, model, processor, media):
+def test_zero_shot_puts_labels_into_the_template(zero_shot, model, processor, media):
     labels = ["riding", "sitting", "{odd}"]
     query = "What is the action shown?"
     found = zero_shot(media.wide, candidate_labels=labels)
@@ -314,8 +314,8 @@ def test_labels_stand_in_their_template(zero_shot, model, processor, media):
     )
 
 
-def test_the_librarys_own_pipeline(model, processor, media, tmp_path):
-    """`zero-shot-image-classification` of transformers, on a checkpoint of a `VLJEPAModel`."""
+def test_zero_shot_pipeline_of_transformers_loads_a_vljepa_model(model, processor, media, tmp_path):
+    """Run `zero-shot-image-classification` on a checkpoint of a `VLJEPAModel`."""
     model.save_pretrained(tmp_path / "model")
     classifier = AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / "model")
     assert type(classifier) is VLJEPAForZeroShotImageClassification
@@ -359,7 +359,9 @@ def test_the_librarys_own_pipeline(model, processor, media, tmp_path):
 # -- retrieval -----------------------------------------------------------------------------
 
 
-def test_texts_for_a_video_and_videos_for_a_text(retrieval, model, processor, media):
+def test_retrieval_ranks_texts_for_a_video_and_videos_for_a_text(
+    retrieval, model, processor, media
+):
     found = retrieval(video=media.wide, texts=ANSWERS)
     expected = cosines(model, processor, DESCRIBE, ANSWERS, videos=media.wide)
     assert scores(found, "text") == close(expected)
@@ -379,7 +381,7 @@ def test_texts_for_a_video_and_videos_for_a_text(retrieval, model, processor, me
 
 @pytest.fixture(scope="module")
 def library(retrieval, media) -> Path:
-    """Twelve clips and two that cannot be read."""
+    """Library of twelve clips, made from these and two that cannot be read."""
     clips = []
     for seed in range(12):
         frames = np.random.default_rng(seed).integers(0, 256, (4, 3, 3, 3), np.uint8)
@@ -391,7 +393,7 @@ def library(retrieval, media) -> Path:
     return media.folder / "library"
 
 
-def test_search_equals_brute_force(retrieval, model, processor, media, library):
+def test_library_search_equals_brute_force(retrieval, model, processor, media, library):
     loaded = retrieval.load_library(library)
     assert [Path(each["video"]).name for each in loaded.unreadable] == ["text.mp4", "gone.mp4"]
     assert "no such file" in loaded.unreadable[1]["reason"]
@@ -413,7 +415,7 @@ def test_search_equals_brute_force(retrieval, model, processor, media, library):
         assert [each["video"] for each in alone] == best[:top_k]
 
 
-def test_unreadable_clips_are_named_and_counted(retrieval, media, tmp_path, monkeypatch):
+def test_build_library_names_and_counts_unreadable_clips(retrieval, media, tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(pipeline_vljepa.logger, "warning", warnings.append)
     gone = tmp_path / "gone.mp4"
@@ -427,14 +429,16 @@ def test_unreadable_clips_are_named_and_counted(retrieval, media, tmp_path, monk
         retrieval.build_library([media.wide], tmp_path / "library")
 
 
-def test_a_library_of_another_model_is_refused(retrieval, model, processor, library, tmp_path):
+def test_library_search_rejects_a_library_of_another_model(
+    retrieval, model, processor, library, tmp_path
+):
     good = retrieval.search("red", library)
     half = tiny_model().to(torch.bfloat16)
     rounded = VLJEPARetrievalPipeline(model=half, processor=processor).search("red", library)
     assert [each["score"] for each in rounded] == pytest.approx(
         [each["score"] for each in good], abs=2e-2
     )
-    for head in ("predictor_head", "y_head"):  # each side of the space counts
+    for head in ("predictor_head", "y_head"):  # the probe covers both sides of the space
         other = tiny_model()
         torch.nn.init.normal_(other.get_submodule(head).projection.weight)
         pipe = VLJEPARetrievalPipeline(model=other, processor=processor)
@@ -448,13 +452,13 @@ def test_a_library_of_another_model_is_refused(retrieval, model, processor, libr
     assert retrieval.search("red", library) == approximately(good)
 
 
-def test_without_faiss_the_error_names_the_package(retrieval, library, monkeypatch):
+def test_library_search_without_faiss_names_the_package(retrieval, library, monkeypatch):
     monkeypatch.setattr(clip_library, "is_faiss_available", lambda: False)
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
         retrieval.search("red", library)
 
 
-# -- requests that cannot be served --------------------------------------------------------
+# -- invalid requests ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -497,7 +501,9 @@ def test_without_faiss_the_error_names_the_package(retrieval, library, monkeypat
         ),
     ],
 )
-def test_a_malformed_request_leaves_the_next_one_alone(request, media, task, changes, message):
+def test_pipeline_rejects_a_malformed_request_and_serves_the_next(
+    request, media, task, changes, message
+):
     pipe = request.getfixturevalue(task)
     good = {
         "vqa": {"question": QUESTION, "candidates": ANSWERS},
@@ -510,12 +516,12 @@ def test_a_malformed_request_leaves_the_next_one_alone(request, media, task, cha
     assert pipe(**good) == approximately(expected)
 
 
-def test_an_unknown_parameter_is_an_error(vqa, media):
+def test_vqa_rejects_an_unknown_parameter(vqa, media):
     with pytest.raises(TypeError, match="'answers'"):
         vqa(video=media.wide, question=QUESTION, answers=ANSWERS)
 
 
-def test_a_broken_input_among_others_is_named(vqa, media):
+def test_vqa_names_the_index_of_a_broken_input(vqa, media):
     good = {"video": media.wide, "question": QUESTION}
     samples = [good, good, {"video": media.folder / "gone.mp4", "question": "a"}, good]
     for broken, message in (
@@ -537,7 +543,7 @@ def test_a_broken_input_among_others_is_named(vqa, media):
 
 @contextmanager
 def serve(folder: Path):
-    """A web server on loopback: files of a folder; `/file` and `/ftp` redirect to what they say."""
+    """Serve a folder's files on loopback; `/file` and `/ftp` redirect to `file:` and `ftp:`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -563,7 +569,7 @@ def serve(folder: Path):
         server.server_close()
 
 
-def test_addresses_are_fetched_when_the_caller_allows_it(vqa, media, monkeypatch):
+def test_vqa_fetches_addresses_if_the_caller_allows_it(vqa, media, monkeypatch):
     expected = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
     ask = {"question": QUESTION, "candidates": ANSWERS, "allow_urls": True}
     monkeypatch.setenv("no_proxy", "127.0.0.1")  # some machines have a proxy
@@ -585,16 +591,16 @@ def test_addresses_are_fetched_when_the_caller_allows_it(vqa, media, monkeypatch
         with pytest.raises(ValueError, match="cannot be fetched|took longer"):
             vqa(video=f"{address}/wide.mp4", **ask)
     with pytest.raises(ValueError, match="cannot be fetched"):
-        vqa(video=f"{address}/wide.mp4", **ask)  # nobody listens any more
+        vqa(video=f"{address}/wide.mp4", **ask)  # the server has stopped
 
 
-def test_ffmpeg_opens_nothing_by_itself(media, tmp_path, monkeypatch):
-    """A list of other files is a video to FFmpeg, and a string may be an address."""
+def test_readers_let_ffmpeg_open_no_other_file_or_address(media, tmp_path, monkeypatch):
+    """FFmpeg opens the files that a playlist names, and takes some strings for addresses."""
     shutil.copy(media.wide, tmp_path)
     script = f"ffconcat version 1.0\nfile {media.wide.name}\n".encode()
     path = tmp_path / "list.mp4"
     path.write_bytes(script)
-    with av.open(str(path)) as container:  # positive control: it would read the other file
+    with av.open(str(path)) as container:  # positive control: it reads the other file
         assert container.format.name == "concat"
         assert len(list(container.decode(video=0))) == 6
     with monkeypatch.context() as patch:
@@ -614,7 +620,7 @@ def test_ffmpeg_opens_nothing_by_itself(media, tmp_path, monkeypatch):
     assert opened and not any(isinstance(file, str | Path) for file in opened)
 
 
-def test_bytes_are_files(media):
+def test_readers_read_bytes_like_files(media):
     for path in (media.wide, media.tall):
         for frames in (None, 4):
             expected, found = read_clip(path, frames), read_clip(path.read_bytes(), frames)
@@ -626,7 +632,7 @@ def test_bytes_are_files(media):
         read_image(postscript)
 
 
-def test_what_a_server_refuses(media):
+def test_processor_rejects_long_videos_and_large_frames(media):
     processor = tiny_processor()
     limits = processor.video_processor
     processor(videos=media.tall, targets="a")
@@ -643,9 +649,9 @@ def test_what_a_server_refuses(media):
     assert not {"max_seconds", "max_pixels"} & limits.to_dict().keys()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of what is odd in a file
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL warns of oddities in a file
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "png", "jpg", "webp", "gif", "tiff", "bmp"])
-def test_damaged_bytes_are_media_errors_or_media(suffix, media, tmp_path):
+def test_readers_raise_only_media_errors_for_damaged_bytes(suffix, media, tmp_path):
     path = tmp_path / f"a.{suffix}"
     if suffix in ("mp4", "mkv"):
         content, reader = write_clip(path, noise(6, 48, 64, 3)).read_bytes(), read_clip
@@ -655,8 +661,8 @@ def test_damaged_bytes_are_media_errors_or_media(suffix, media, tmp_path):
     draw, refused = np.random.default_rng(0), 0
     for _ in range(40):
         damaged = np.frombuffer(content, np.uint8).copy()
-        places = draw.integers(0, min(len(content), 400), 8)
-        damaged[places] = draw.integers(0, 256, 8)
+        indices = draw.integers(0, min(len(content), 400), 8)
+        damaged[indices] = draw.integers(0, 256, 8)
         try:
             reader(damaged[: draw.integers(1, len(content))].tobytes())
         except MediaError as error:
@@ -668,7 +674,7 @@ def test_damaged_bytes_are_media_errors_or_media(suffix, media, tmp_path):
 # -- without this package ------------------------------------------------------------------
 
 
-def test_a_saved_folder_answers_without_this_package(model, processor, media, vqa, tmp_path):
+def test_saved_pipelines_answer_without_this_package(model, processor, media, vqa, tmp_path):
     retrieval = VLJEPARetrievalPipeline(model=tiny_model(), processor=processor)
     retrieval.save_pretrained(tmp_path / "model")
     expected = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)

@@ -1,4 +1,4 @@
-"""A VL-JEPA is a SentenceTransformer: the same embeddings, its evaluators, its trainer."""
+"""A VL-JEPA as a SentenceTransformer: the same embeddings, the evaluators, the trainer."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def model() -> SentenceTransformer:
     return SentenceTransformer(modules=[VLJEPAModule(tiny_model(), tiny_processor())], device="cpu")
 
 
-def test_every_kind_of_input_has_the_models_own_embedding(model, image, clip):
+def test_sentence_transformer_embeds_every_kind_of_input_like_the_model(model, image, clip):
     tiny, processor = model[0].model, model[0].processor
     with torch.no_grad():
         texts = tiny.encode_target(**processor(targets=TEXTS))
@@ -46,11 +46,11 @@ def test_every_kind_of_input_has_the_models_own_embedding(model, image, clip):
     np.testing.assert_allclose(model.encode([clip]), video, atol=1e-6)
     question = [{"image": image, "text": "what is it ?"}]
     np.testing.assert_allclose(model.encode(question), asked, atol=1e-6)
-    assert (asked - bare).abs().max() > 1e-4  # a query matters
+    assert (asked - bare).abs().max() > 1e-4  # the query changes the embedding
     assert model.get_embedding_dimension() == 24
 
 
-def test_a_mixed_batch_keeps_its_order(model, image, clip):
+def test_sentence_transformer_keeps_the_order_of_a_mixed_batch(model, image, clip):
     mixed = model.encode([TEXTS[0], clip, TEXTS[1], {"video": clip, "text": "what ?"}])
     texts, bare = model.encode(TEXTS[:2]), model.encode([clip])
     np.testing.assert_allclose(mixed[[0, 2]], texts, atol=1e-5)
@@ -59,7 +59,7 @@ def test_a_mixed_batch_keeps_its_order(model, image, clip):
     np.testing.assert_allclose(np.linalg.norm(mixed, axis=1), 1, atol=1e-6)
 
 
-def test_similarity_and_its_evaluator(model, image, clip):
+def test_sentence_transformer_similarity_and_evaluator(model, image, clip):
     similarity = model.similarity(model.encode([image, clip]), model.encode(TEXTS))
     expected = model.encode([image, clip]) @ model.encode(TEXTS).T
     np.testing.assert_allclose(similarity, expected, atol=1e-6)
@@ -78,7 +78,7 @@ def test_similarity_and_its_evaluator(model, image, clip):
     assert evaluator(model)["t2v_cosine_accuracy@1"] == 1.0
 
 
-def test_its_trainer_learns_text_and_image_pairs(tmp_path):
+def test_sentence_transformer_trainer_learns_text_and_image_pairs(tmp_path):
     torch.manual_seed(0)
     module = VLJEPAModule(tiny_model(freeze_vision=False), tiny_processor(num_frames=2))
     model = SentenceTransformer(modules=[module], device="cpu")

@@ -1,4 +1,4 @@
-"""A tiny model that watches streams: the same as one that sees clips, within bounded memory."""
+"""A session embeds windows like clips, within bounded memory."""
 
 import math
 import tracemalloc
@@ -20,11 +20,11 @@ TOWERS = {"vision_config": {"model_type": "dinov2", **TOWER}}
 
 
 def scenes(lengths: list[int], height: int = 40, width: int = 48) -> list[tuple[float, np.ndarray]]:
-    """Pictures of noise that stand still for so many frames each, two a second."""
+    """Return still pictures of noise, each for a number of frames, at two frames a second."""
     random = np.random.default_rng(0)
     stills = [random.integers(0, 256, (height, width, 3), np.uint8) for _ in lengths]
     frames = [still for still, length in zip(stills, lengths, strict=True) for _ in range(length)]
-    return [(place / 2, frame) for place, frame in enumerate(frames)]
+    return [(index / 2, frame) for index, frame in enumerate(frames)]
 
 
 def cut(source, size: int = 4, stride: int = 2):
@@ -32,18 +32,18 @@ def cut(source, size: int = 4, stride: int = 2):
 
 
 def moving(count: int = 13) -> list[tuple[float, np.ndarray]]:
-    return [(place / 2, noise(40, 48, 3) // (place + 1)) for place in range(count)]
+    return [(index / 2, noise(40, 48, 3) // (index + 1)) for index in range(count)]
 
 
 def assert_same_embeddings(found, expected) -> None:
     """Compare windows or segments by their embeddings."""
-    found, expected = (torch.stack([each.embedding for each in some]) for some in (found, expected))
+    found, expected = (torch.stack([e.embedding for e in each]) for each in (found, expected))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """A tiny model, and how many frames its X-Encoder was given per call."""
+    """Maker of a tiny model and a list of the frames that its X-Encoder is given per call."""
 
     def make(**changes):
         model, calls = tiny_model(**changes), []
@@ -64,7 +64,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, TOWERS], ids=["vjepa2", "dinov2"])
 @pytest.mark.parametrize("query", [None, QUERY])
-def test_a_window_is_embedded_as_a_clip(changes, query):
+def test_encoder_embeds_a_window_like_a_clip(changes, query):
     model = tiny_model(**changes)
     found = list(StreamEncoder(model, PROCESSOR, query).stream(cut(moving()), batch_size=3))
     assert [(each.start_time, each.end_time, each.time) for each in found] == [
@@ -79,7 +79,7 @@ def test_a_window_is_embedded_as_a_clip(changes, query):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6, 100])
-def test_an_image_tower_sees_every_frame_once(counted, batch_size):
+def test_encoder_with_image_tower_encodes_every_frame_once(counted, batch_size):
     model, calls = counted(**TOWERS)
     encoder = StreamEncoder(model, PROCESSOR)
     list(encoder.stream(cut(moving(30)), batch_size))
@@ -87,7 +87,7 @@ def test_an_image_tower_sees_every_frame_once(counted, batch_size):
     assert len(encoder.seen) <= 4 + 2 * (batch_size - 1)
 
 
-def test_an_encoder_tells_one_stream_from_the_next():
+def test_encoder_shares_no_frames_between_streams():
     encoder = StreamEncoder(tiny_model(**TOWERS), PROCESSOR)
     other = [(time, 255 - frame) for time, frame in moving()]
     found = [list(encoder.stream(cut(source))) for source in (moving(), other)]
@@ -96,8 +96,8 @@ def test_an_encoder_tells_one_stream_from_the_next():
     assert not torch.allclose(found[0][0].embedding, fresh[0].embedding, atol=1e-4)
 
 
-def test_v_jepa_2_sees_a_frame_as_often_as_it_has_windows(counted):
-    """It must: the tokens of a frame depend on the other frames of the window."""
+def test_encoder_with_v_jepa_2_encodes_a_frame_once_per_window(counted):
+    """The tokens of a frame depend on the other frames of the window."""
     model, calls = counted()
     found = list(StreamEncoder(model, PROCESSOR).stream(cut(moving(12)), batch_size=2))
     assert sum(calls) == len(found) * 4 == 20
@@ -114,12 +114,12 @@ def test_v_jepa_2_sees_a_frame_as_often_as_it_has_windows(counted):
 
 
 def quick(**changes) -> OnlineSegmenter:
-    """For short scenes; a random model finds pictures of noise 0.1 and more apart."""
+    """Return a segmenter for short scenes: a random model embeds noise at least 0.1 apart."""
     settings = {"variance_threshold": 0.03, "drift_threshold": 0.05, "window": 4}
     return OnlineSegmenter(**settings | changes)
 
 
-def test_scenes_become_segments():
+def test_session_turns_scenes_into_segments():
     model = tiny_model()
     session = StreamSession(model, PROCESSOR, query=QUERY, segmenter=quick())
     segments = list(session.run(cut(scenes([40, 30, 50]))))
@@ -127,7 +127,7 @@ def test_scenes_become_segments():
     assert segments[0].start_time == 0 and segments[-1].end_time == 59.5
     for one, two in zip(segments, segments[1:], strict=False):
         assert (one.end, one.end_time) == (two.start, two.start_time)
-    # Within a window of the truth.
+    # Within one window of the true boundary.
     assert segments[0].end_time == pytest.approx(20, abs=1.5)
     assert segments[1].end_time == pytest.approx(35, abs=1.5)
     assert all(0.98 < each.confidence <= 1 for each in segments)
@@ -136,7 +136,7 @@ def test_scenes_become_segments():
     assert (still.start_time, still.end_time) == (0, 29.5)
 
 
-def test_text_is_decoded_once_for_each_segment():
+def test_session_decodes_one_text_per_segment():
     given = []
 
     def decode(embeds: torch.Tensor) -> list[str]:
@@ -151,7 +151,7 @@ def test_text_is_decoded_once_for_each_segment():
         assert torch.equal(embeds, segment.embedding[None])
 
 
-def test_a_segment_is_yielded_as_soon_as_it_is_closed():
+def test_session_yields_a_segment_as_soon_as_it_is_closed():
     frames = scenes([40, 60])
     taken = []
 
@@ -167,7 +167,7 @@ def test_a_segment_is_yielded_as_soon_as_it_is_closed():
     assert first.end_time == pytest.approx(20, abs=1.5)
 
 
-def test_an_empty_stream_has_no_segment():
+def test_session_of_an_empty_stream_has_no_segment():
     session = StreamSession(tiny_model(), PROCESSOR)
     assert list(session.run(cut([]))) == []
     with pytest.raises(ValueError, match="has seen no window: run it first"):
@@ -176,8 +176,8 @@ def test_an_empty_stream_has_no_segment():
         StreamSession(tiny_model(), PROCESSOR, max_segments=3)
 
 
-def test_an_hour_passes_in_bounded_memory():
-    """1,800 frames, of which no more than a few are ever there at once."""
+def test_session_uses_bounded_memory_for_an_hour():
+    """Only a few of 1,800 frames are in memory at once."""
     alive, most = weakref.WeakSet(), 0
 
     def hour():
@@ -212,7 +212,7 @@ def test_an_hour_passes_in_bounded_memory():
     assert held[-1] - held[5] < 200_000
 
 
-# -- what was seen -------------------------------------------------------------------------
+# -- memory and questions ------------------------------------------------------------------
 
 
 def watched(**settings) -> StreamSession:
@@ -222,7 +222,7 @@ def watched(**settings) -> StreamSession:
 
 
 @torch.no_grad()
-def test_questions_about_what_was_seen():
+def test_session_ask_ranks_candidates_by_cosine():
     session, candidates = watched(query=QUERY), ["a cat", "a dog that barks", "red"]
     found = session.ask(candidates)
     targets = session.encoder.model.encode_target(**PROCESSOR(targets=candidates))
@@ -240,7 +240,7 @@ def test_questions_about_what_was_seen():
 
 
 @torch.no_grad()
-def test_another_question_is_read_from_the_kept_tokens():
+def test_session_ask_with_a_query_reads_the_stored_tokens():
     session, candidates, other = watched(query=QUERY), ["a cat", "red"], "what color is it ?"
     found = session.ask(candidates, query=other)
     model = session.encoder.model
@@ -248,17 +248,17 @@ def test_another_question_is_read_from_the_kept_tokens():
     middles = torch.stack([memory.visual_embeds for memory in session.memories])
     tokens = PROCESSOR(text=[other] * 3)
     cosines = targets @ model.predict(visual_embeds=middles, **tokens).T
-    best = {text: cosines[place].max().item() for place, text in enumerate(candidates)}
+    best = {text: cosines[index].max().item() for index, text in enumerate(candidates)}
     assert {each["text"]: each["score"] for each in found} == pytest.approx(best, abs=1e-5)
     same = {each["text"]: each["score"] for each in session.ask(candidates)}
     assert any(abs(best[text] - same[text]) > 1e-4 for text in candidates)  # positive control
-    # The tokens are of a window within the segment: these scenes stand still.
+    # The scenes are still, so every window of a segment has the same tokens.
     asked = session.ask(candidates, query=QUERY)
     assert {each["text"]: each["score"] for each in asked} == pytest.approx(same, abs=1e-4)
 
 
-def test_the_kept_tokens_are_of_a_window_near_the_middle():
-    """A new picture at every step, and a decode for every twelfth: short segments, far in."""
+def test_session_stores_tokens_of_a_window_near_the_middle():
+    """A new picture at every step and a decode at every twelfth give many short segments."""
     random = np.random.default_rng(0)
     frames = [(i, random.integers(0, 256, (36, 36, 3), np.uint8)) for i in range(150)]
     model = tiny_model()
@@ -278,8 +278,8 @@ def test_the_kept_tokens_are_of_a_window_near_the_middle():
 
 
 @pytest.mark.parametrize("lengths", [[60, 8, 40], [20, 6, 6, 50]])
-def test_the_kept_tokens_are_of_the_segment_itself(lengths):
-    """Also of one that is closed soon after it was opened."""
+def test_session_stores_tokens_of_the_segment_itself(lengths):
+    """Also for a segment that is closed soon after it was opened."""
     segmenter = quick(window=8, patience=4)
     session = StreamSession(tiny_model(**TOWERS), PROCESSOR, segmenter=segmenter, batch_size=5)
     embedded = list(session.encoder.stream(cut(scenes(lengths)), 5))
@@ -290,18 +290,18 @@ def test_the_kept_tokens_are_of_the_segment_itself(lengths):
     for memory in session.memories:
         own = embedded[memory.segment.start : memory.segment.end]
         assert any(torch.equal(memory.visual_embeds, window.visual_embeds) for window in own)
-        # No more is held than this one window's.
+        # The tokens of one window are in memory, not those of its batch.
         tokens = memory.visual_embeds
         assert tokens.untyped_storage().nbytes() == tokens.numel() * tokens.element_size()
 
 
-def test_a_session_is_of_one_stream():
+def test_session_rejects_a_second_stream():
     session = watched()
     with pytest.raises(ValueError, match="has ended: make another StreamSession"):
         list(session.run(cut(scenes([8]))))
 
 
-def test_the_open_segment_is_asked_about_as_well():
+def test_session_ask_includes_the_open_segment():
     session = StreamSession(tiny_model(), PROCESSOR, segmenter=quick())
     running = session.run(cut(scenes([40, 30, 50])))
     next(running)
@@ -314,8 +314,8 @@ def test_the_open_segment_is_asked_about_as_well():
     assert ends <= {session.segments[0].end_time, session.segmenter.time}
 
 
-def test_the_oldest_neighbours_that_are_most_alike_become_one():
-    """Six segments where there is room for four."""
+def test_session_merges_old_neighbours_beyond_max_segments():
+    """Six segments are closed and four are stored."""
     kept = StreamSession(tiny_model(), PROCESSOR, segmenter=quick(), max_segments=4)
     lengths = [30, 30, 40, 30, 30, 30]
     closed = list(kept.run(cut(scenes(lengths))))
@@ -331,8 +331,8 @@ def test_the_oldest_neighbours_that_are_most_alike_become_one():
     torch.testing.assert_close(total, merged)
 
 
-def test_which_neighbours_become_one():
-    """Of the older half, those whose Ward distance is least, though newer ones are nearer."""
+def test_session_merges_the_nearest_neighbours_of_the_older_half():
+    """Newer neighbours are nearer to each other, but are not merged."""
 
     def memory(start: int, end: int, angle: float) -> Memory:
         unit = torch.tensor([math.cos(angle), math.sin(angle)])
