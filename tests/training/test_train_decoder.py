@@ -167,7 +167,9 @@ def test_a_decoder_that_is_there_trains_on(tmp_path):
     same = {"decoder_prefix_tokens": model.config.decoder_prefix_tokens}
     with_decoder(DecoderModelArguments(checkpoint=str(tmp_path), config=same), seed=0)
     other = same | {"decoder_reads_previous": True}
-    with pytest.raises(RecipeError, match="decoder_reads_previous: .*decoder has False and trains"):
+    with pytest.raises(
+        RecipeError, match="decoder_reads_previous: .*decoder has False, which cannot"
+    ):
         with_decoder(DecoderModelArguments(checkpoint=str(tmp_path), config=other), seed=0)
 
 
@@ -319,11 +321,14 @@ def test_the_recipe_parses(tmp_path, monkeypatch):
         ("training.steps=1", "training.steps: no such key"),
         ("training.eval_strategy=steps", "data.validation: training.eval_strategy needs sources"),
         ("processor.num_frames=1", "processor: no such section"),
-        ("model.config={freeze_text: true}", "model.config.freeze_text: only what begins with"),
+        (
+            "model.config={freeze_text: true}",
+            "model.config.freeze_text: only settings that begin with",
+        ),
         ("model.config={decoder_prefix: 1}", "model.config.decoder_prefix: no such setting"),
         ("model.config={decoder_config: {width: 1}}", "decoder_config.width: no such setting"),
         ("model.config={}", "model.checkpoint: .*has no Y-Decoder"),
-        ("model.decoder=gone", "model.config.decoder_config: it is of a new decoder"),
+        ("model.decoder=gone", "model.config.decoder_config: it defines a new decoder"),
         ("model.config.decoder_prefix_tokens=0", "decoder_prefix_tokens: it is 0; give 1"),
         ("model.config.decoder_prefix_tokens=true", "prefix_tokens: .* expected int, got bool"),
         ("model.config.decoder_reads_query=maybe", "reads_query: .* expected bool, got str"),

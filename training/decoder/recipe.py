@@ -1,11 +1,9 @@
-"""The recipe of a Y-Decoder."""
+"""Recipes of Y-Decoders: their keys, defaults and checks."""
 
 from dataclasses import dataclass, field
 
 import torch
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
 from training.arguments import (
     RecipeError,
@@ -21,13 +19,14 @@ EMBEDDINGS = ("text", "predicted", "both")
 
 @dataclass(kw_only=True)
 class DecoderModelArguments:
-    """
+    """The section `model`.
+
     Attributes:
         checkpoint: folder or Hub id of a trained VL-JEPA. If it has a decoder and the keys below
-            are empty, that one trains on.
-        decoder: folder, Hub id or GGUF file of a pretrained language model to make it of.
-        config: fields of `VLJEPAConfig` that begin with `decoder_`; without a pretrained `decoder`,
-            `decoder_config` is that of a new one, which shares the query tokenizer.
+            are empty, training continues with that decoder.
+        decoder: folder, Hub id or GGUF file of a pretrained language model for the decoder.
+        config: fields of `VLJEPAConfig` that begin with `decoder_`. Without `decoder`,
+            `decoder_config` defines a new decoder, which shares the query tokenizer.
     """
 
     checkpoint: str
@@ -37,12 +36,13 @@ class DecoderModelArguments:
 
 @dataclass(kw_only=True)
 class DecoderSource:
-    """
+    """An item of `data.sources` or `data.validation`.
+
     Attributes:
-        rows: a JSONL file; `processing/rows.py` says what a row holds. A column `previous` is
-            the text of the segment before, for a decoder that reads it.
-        query: asked of every row in place of its own query.
-        repeat: how often each of its embeddings comes in a pass over all sources.
+        rows: a JSONL file; `processing/rows.py` defines the keys of a row. The key `previous` is
+            the text of the previous segment, for a decoder that reads it.
+        query: replaces the query of every row.
+        repeat: number of times that each embedding of the source occurs in an epoch.
     """
 
     rows: str
@@ -55,17 +55,18 @@ class DecoderSource:
 
 @dataclass(kw_only=True)
 class DecoderDataArguments:
-    """
+    """The section `data`.
+
     Attributes:
-        sources: what to learn from; at least one.
-        validation: sources with clips, held out: the loss on their predicted embeddings is what
-            `noise` is chosen by.
-        embeddings: of the "text", each distinct one of a source once; "predicted" of every row's
-            clip; or "both" together.
-        noise: expected length of the gaussian noise that moves each embedding, a unit vector,
-            before it is put back on the sphere: the cosine between both is about
+        sources: training data, at least one source.
+        validation: held-out sources with clips; `noise` is chosen by the loss on their predicted
+            embeddings.
+        embeddings: "text", one embedding of each distinct text of a source; "predicted", one
+            predicted from the clip of every row; or "both" together.
+        noise: expected length of the Gaussian noise that is added to each embedding, a unit
+            vector, before it is normalised again. The cosine between both embeddings is about
             1 / sqrt(1 + noise^2).
-        max_bad_share: refuse to start when more than this share of a source cannot be used.
+        max_bad_share: largest share of a source's rows that may be unusable.
     """
 
     sources: list
@@ -90,10 +91,10 @@ class DecoderDataArguments:
 
 @dataclass(kw_only=True)
 class DecoderTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments`, counted in steps.
+    """The section `training`: `transformers.TrainingArguments`, counted in steps.
 
     Attributes:
-        precision: compute in "fp32" or "bf16", or "auto", as of the model itself.
+        precision: see `VLJEPATrainingArguments`.
     """
 
     output_dir: str = field()  # `field()`: or the parent's default would make it optional
@@ -117,7 +118,7 @@ class DecoderTrainingArguments(TrainingArguments):
 
 @dataclass(kw_only=True)
 class DecoderRecipe:
-    """A whole recipe, checked, and as it was given."""
+    """A checked recipe; `given` is its YAML with the overrides."""
 
     model: DecoderModelArguments
     data: DecoderDataArguments

@@ -1,4 +1,7 @@
-"""Texts and their embeddings: what a Y-Decoder learns from."""
+"""Training data of a Y-Decoder: texts and their embeddings.
+
+Shapes: B batch, N texts of a source, D embedding size, L tokens.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -7,33 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, Dataset, Subset
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from eval.embed import embed_texts, predict_rows
 from modeling_vljepa import VLJEPAForConditionalGeneration
 from modeling_vljepa.y_decoder import IGNORED
 from processing import VLJEPAProcessor, bad_rows_report, read_rows
-from training.arguments import (
-    RecipeError,
-)
+from training.arguments import RecipeError
 from training.decoder.recipe import DecoderDataArguments, DecoderSource
 
 
 def on_the_sphere(embeds: torch.Tensor, noise: float) -> torch.Tensor:
-    """Unit vectors `(…, D)`, moved by gaussian noise of expected length `noise`, back on it."""
+    """Add Gaussian noise of expected length `noise` to unit vectors `(…, D)`; normalise again."""
+    # Divided by sqrt(D): the length of D standard normal numbers is about sqrt(D).
     moved = embeds + torch.randn_like(embeds) * noise / embeds.shape[-1] ** 0.5
     return F.normalize(moved, dim=-1)
 
 
 class EmbeddedTexts(Dataset):
-    """Texts with their embeddings and contexts; every look at an embedding moves it anew.
+    """Texts with their embeddings and contexts.
 
     Args:
         embeds (`torch.FloatTensor` of shape `(N, D)`)
         contexts, texts (`list[str]` of length N)
-        noise: see `DecoderDataArguments`.
+        noise: see `DecoderDataArguments`; it is drawn again at every access.
     """
 
     def __init__(
@@ -44,14 +44,15 @@ class EmbeddedTexts(Dataset):
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, place: int) -> dict:
-        embeds = on_the_sphere(self.embeds[place], self.noise) if self.noise else self.embeds[place]
-        return {"embeds": embeds, "context": self.contexts[place], "text": self.texts[place]}
+    def __getitem__(self, index: int) -> dict:
+        embeds = self.embeds[index]
+        if self.noise:
+            embeds = on_the_sphere(embeds, self.noise)
+        return {"embeds": embeds, "context": self.contexts[index], "text": self.texts[index]}
 
 
 class DecoderCollator:
-    """A batch for [`VLJEPAForConditionalGeneration`]: embeddings, contexts, and the texts' tokens
-    with the one that ends them."""
+    """Collator for [`VLJEPAForConditionalGeneration`]: embeddings, contexts and labels."""
 
     def __init__(self, processor: VLJEPAProcessor):
         self.processor = processor
@@ -62,6 +63,7 @@ class DecoderCollator:
             [sample["text"] for sample in samples],
             add_special_tokens=False,
             truncation=True,
+            # One token less: the next line adds the end token, which truncation would cut off.
             max_length=min(self.processor.max_target_length, tokenizer.model_max_length) - 1,
         )["input_ids"]
         ended = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokens]
@@ -74,7 +76,12 @@ class DecoderCollator:
 
 
 def read_source(source: DecoderSource, max_bad_share: float) -> list[dict]:
-    """The usable rows, with the query they are asked here."""
+    """Read the usable rows of a source, with its query.
+
+    Raises:
+        RecipeError: the file cannot be read, or more than `max_bad_share` of its rows are
+            unusable.
+    """
     try:
         rows, bad = read_rows(source.rows)
         if bad:
@@ -94,7 +101,7 @@ def embedded_texts(
     rows: list[dict],
     noise: float,
 ) -> EmbeddedTexts:
-    """Each distinct text (under each context that is read), as the Y-Encoder embeds it."""
+    """Embed each distinct pair of a text and a context with the Y-Encoder, once."""
     pairs = zip(contexts_of(model.config, rows), (row["target"] for row in rows), strict=True)
     contexts, texts = (list(part) for part in zip(*dict.fromkeys(pairs), strict=True))
     embeds = embed_texts(model.vljepa, processor, texts)
@@ -108,30 +115,33 @@ def predicted_texts(
     noise: float = 0.0,
     max_bad_share: float = 0.0,
 ) -> list[Subset]:
-    """Of each source, every row's text as the model predicts its embedding from the clip and the
-    query. A clip is read once, however many sources ask about it.
+    """Predict the embedding of every row's text from its clip and query.
+
+    Returns: one dataset for each source.
 
     Raises:
-        RecipeError: more than `max_bad_share` of a source's rows have a clip that is broken.
+        RecipeError: more than `max_bad_share` of a source's rows have a clip that cannot be read.
     """
-    rows = [row | {"source": place} for place, source in enumerate(sources) for row in source]
+    # All sources in one call: a clip that several of them ask about is read and encoded once.
+    rows = [row | {"source": i} for i, source in enumerate(sources) for row in source]
     predictions = predict_rows(model.vljepa, processor, rows)
     for path, reason in predictions.broken.items():
         print(f"left out: {path}: {reason}", flush=True)
-    places = defaultdict(list)
+    indices = defaultdict(list)
     for index, row in enumerate(predictions.rows):
-        places[row["source"]].append(index)
-    for place, source in enumerate(sources):
-        if len(source) - len(places[place]) > max_bad_share * len(source):
+        indices[row["source"]].append(index)
+    for i, source in enumerate(sources):
+        unreadable = len(source) - len(indices[i])
+        if unreadable > max_bad_share * len(source):
             raise RecipeError(
-                f"source {place}: {len(source) - len(places[place])} of {len(source)} rows have a "
-                f"file that cannot be read, named above; at most {max_bad_share:.1%} may. Mend "
-                "them, or raise data.max_bad_share."
+                f"source {i}: {unreadable} of {len(source)} rows have a file that cannot be read, "
+                f"listed above; at most {max_bad_share:.1%} may. Replace these files, or raise "
+                "data.max_bad_share."
             )
     contexts = contexts_of(model.config, predictions.rows)
     texts = [row["target"] for row in predictions.rows]
     whole = EmbeddedTexts(predictions.embeds, contexts, texts, noise)
-    return [Subset(whole, places[place]) for place in range(len(sources))]
+    return [Subset(whole, indices[i]) for i in range(len(sources))]
 
 
 def training_texts(
@@ -139,7 +149,7 @@ def training_texts(
     processor: VLJEPAProcessor,
     arguments: DecoderDataArguments,
 ) -> ConcatDataset:
-    """What a pass over all sources sees."""
+    """Return the dataset of an epoch: all sources, repeated as their `repeat` requires."""
     noise = arguments.noise
     sources = [read_source(source, arguments.max_bad_share) for source in arguments.sources]
     kinds = []
