@@ -1,4 +1,4 @@
-"""Data rows: what is accepted, and that every refusal names its line and its reason."""
+"""Rows of JSONL files: those that are accepted, and the line and reason of those that are not."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def write(folder: Path, *lines: dict | str | bytes) -> Path:
     return path
 
 
-def test_good_rows(folder):
+def test_read_rows_returns_good_rows(folder):
     path = write(
         folder,
         b"\xef\xbb\xbf" + b'{"video": "clips/a.mp4", "query": "What?", "target": "caf\xc3\xa9"}',
@@ -90,7 +90,7 @@ def test_good_rows(folder):
             b'{"video": "clips/a.mp4", "target": "x", "start": %s}' % (b"1" * 400),
             "start is not a number of seconds but 111",
         ),
-        # json.dumps writes the half of a character that a careless cut leaves as an escape.
+        # json.dumps writes half a surrogate pair, left by a careless cut, as an escape.
         ({"image": "b.png", "target": "cut \ud83d"}, "target holds half a character, '\\ud83d': "),
         ({"image": "b.png", "target": "x", "query": "\udc00"}, "query holds half a character"),
         ({"image": "\udc00.png", "target": "x"}, "image holds half a character"),
@@ -103,11 +103,11 @@ def test_good_rows(folder):
         ({"image": "b.png", "target": "x", "negatives": "y"}, "negatives is not a list of texts"),
         ({"image": "b.png", "target": "x", "negatives": ["y", " "]}, "negatives is not a list"),
         ({"image": "b.png", "target": "x", "negatives": ["x"]}, "negatives hold the target"),
-        # A query that holds the answer teaches the model to copy text and look at nothing.
+        # A query that contains the answer teaches the model to copy text and ignore the pixels.
         ({"image": "b.png", "query": " A Cat", "target": "a cat "}, "query equals target"),
     ],
 )
-def test_bad_rows_are_named(folder, line, reason):
+def test_read_rows_names_line_and_reason_of_a_bad_row(folder, line, reason):
     good = {"image": "b.png", "query": "a dog?", "target": "a cat"}
     path = write(folder, good, line, good)
     rows, bad = read_rows(path)
@@ -116,8 +116,8 @@ def test_bad_rows_are_named(folder, line, reason):
     assert str(bad[0]).startswith(f"{path}:2: {reason}")
 
 
-def test_several_targets_are_as_many_samples_of_one_group(folder):
-    """Any of them is right, so none may be a negative of another."""
+def test_read_rows_makes_one_sample_per_target_in_one_group(folder):
+    """All targets of a row are correct, so none may be a negative of another."""
     path = write(
         folder,
         {"image": "b.png", "target": ["x", "y"]},
@@ -133,14 +133,14 @@ def test_several_targets_are_as_many_samples_of_one_group(folder):
     assert (rows[4]["start"], rows[4]["end"]) == (0.5, 2)
 
 
-def test_files_without_rows(folder):
+def test_read_rows_rejects_files_without_rows(folder):
     with pytest.raises(FileNotFoundError, match="none.jsonl: no such JSONL file"):
         read_rows(folder / "none.jsonl")
     with pytest.raises(ValueError, match="rows.jsonl: the file holds no row"):
         read_rows(write(folder, "", "  "))
 
 
-def test_report_and_its_limit():
+def test_bad_rows_report_names_rows_and_enforces_the_limit():
     bad = [BadRow("rows.jsonl", line, "target is empty") for line in range(1, 26)]
     report = bad_rows_report(bad, total=100, max_share=0.25)
     assert report.startswith("25 of 100 rows are unusable\n  rows.jsonl:1: target is empty\n")
