@@ -253,7 +253,7 @@ class VLJEPATrainingArguments(TrainingArguments):
             a pretrained one; a random one needs 1).
         vision_learning_rate_scale: factor on an X-Encoder that is trained.
         resume_from_checkpoint: a checkpoint's folder; or true for the last checkpoint in
-            `output_dir`, or the beginning if there are none.
+            `output_dir`, or the beginning if it has no checkpoint.
         device_tflops: peak of a device in 10^12 operations per second at this precision, from its
             data sheet: the denominator of `mfu` in the log. Default: the measured speed of a large
             matrix product.

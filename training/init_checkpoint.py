@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.exists() and any(args.output.iterdir()):
         raise RecipeError(f"--output: {args.output} is not empty; give a new folder.")
 
-    # 2. The parts, without upstream's warnings: `join` checks what is unused and what is missing
+    # 2. The parts, without upstream's warnings: `join` checks for missing weights
     logging.set_verbosity_error()
     vision = read_vision("--vision", args.vision)
     predictor = read_predictor(args.predictor, args.layers, args.pad_token)
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(paper_table(model))
 
-    # 5. Save what a user loads
+    # 5. Save everything that a user loads
     model.save_pretrained(args.output, max_shard_size=args.max_shard_size)
     processor.save_pretrained(args.output)
     print(f"{args.output}: {model.dtype}, ready as model.checkpoint of a recipe")

@@ -47,10 +47,17 @@ from training.model.recipe_model import start_model
 def read_benchmarks(
     arguments: EvaluationArguments, args: VLJEPATrainingArguments
 ) -> list[Benchmark]:
-    """What to measure during training; checked before anything is loaded."""
+    """Return the benchmarks of the recipe, with their rows.
+
+    Raises:
+        RecipeError: a benchmark is unknown, needs a Y-Decoder or cannot be read, or the recipe
+            evaluates but names none.
+    """
     if not arguments.tasks:
         if args.eval_strategy != "no":
-            raise RecipeError("evaluation.tasks: training.eval_strategy asks for some; name them.")
+            raise RecipeError(
+                "evaluation.tasks: training.eval_strategy needs benchmarks; name some."
+            )
         return []
     try:
         benchmarks = load_benchmarks(Path(arguments.benchmarks), arguments.tasks)
@@ -224,7 +231,7 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
             print(f"resuming from {resume_from or 'the beginning: there are no checkpoints yet'}")
     trainer.train(resume_from_checkpoint=resume_from)
 
-    # 6. Save what a user loads
+    # 6. Save everything that a user loads
     save(trainer, recipe)
     return trainer
 

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     if held_out is not None:
         trainer.evaluate()
 
-    # 5. Save what a user loads
+    # 5. Save everything that a user loads
     save(trainer, processor, recipe)
     return trainer
 

@@ -486,7 +486,7 @@ def test_evaluation_changes_no_step(evaluated, precision):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluation.tasks=[]", "evaluation.tasks: training.eval_strategy asks for some"),
+        ("evaluation.tasks=[]", "evaluation.tasks: training.eval_strategy needs benchmarks"),
         ("evaluation.tasks=[wrods]", "evaluation: .* has no wrods. It has: asks, find, w"),
         ("evaluation.benchmarks=nowhere.yaml", "evaluation: .*nowhere.yaml"),
         ("evaluation.tasks=[asks]", "evaluation: asks: retrieval asks one query; give it as"),

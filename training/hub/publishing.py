@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 # Modules of `modeling_vljepa/pipelines/` that `space/` imports.
 SPACE_IMPORTS = ("decoding.py", "stream_session.py")
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt")
-TOLERANCE = 1e-6  # of the embeddings' elements: weights at other addresses change the last bits
+TOLERANCE = 1e-6  # for embeddings: weights at other memory addresses change their last bits
 
 # Run in a fresh process that cannot import this package.
 VERIFY = """

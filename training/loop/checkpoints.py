@@ -85,7 +85,7 @@ def checkpoint_to_resume(args: VLJEPATrainingArguments) -> str | None:
 
 
 def reading(sources: list[SourceArguments]) -> list[dict]:
-    """Return the settings of each source that decide which rows a position stands for."""
+    """Return the settings of each source that decide which rows a position refers to."""
     return [
         {
             "streaming": source.streaming,

@@ -32,7 +32,7 @@ from training.loop.grad_cache import cached_step
 from training.loop.objective import Embeds, Ids, Objective
 from training.loop.speed import SpeedMeter, training_flops
 
-LANES = 8  # of a streamed source: divisible by 1, 2, 4 and 8 processes
+LANES = 8  # by default: divisible by 1, 2, 4 and 8 processes
 
 
 class VLJEPATrainer(AtomicCheckpoints, Trainer):
@@ -60,7 +60,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         max_bad_share: float = 0.0,
         **kwargs,
     ):
-        # Trainer requires an eval_dataset to evaluate; the benchmarks stand in for one.
+        # Trainer requires an eval_dataset to evaluate; the benchmarks take its place.
         super().__init__(*args, eval_dataset=list(benchmarks) or None, **kwargs)
         self.benchmarks, self.limit = benchmarks, limit
         self.objective = Objective(
@@ -182,10 +182,10 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> dict[str, float]:
-        """Scores on the benchmarks, such as `eval_babyai_vqa_accuracy`, with their chance levels.
+        """Return scores on the benchmarks, such as `eval_babyai_vqa_accuracy`, and chance levels.
 
-        Every process measures everything: a model whose weights are spread over processes needs
-        all of them for each forward pass, and nobody has to wait.
+        Every process measures every benchmark. A model sharded over processes needs all of them
+        for each forward pass, so the benchmarks cannot be divided among them.
         """
         model = self.accelerator.unwrap_model(self.model)
         metrics = {}
@@ -196,7 +196,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             for name, score in result.scores.items():
                 key = f"{metric_key_prefix}_{benchmark.name}_{name}".replace(" ", "_")
                 metrics[key] = score.value
-                if "chance" in score.baselines:  # not every kind of benchmark has such a level
+                if "chance" in score.baselines:  # not every kind of benchmark has one
                     metrics[f"{key}_chance"] = score.baselines["chance"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
