@@ -47,7 +47,7 @@ smoke: LIMIT = --limit 200
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -c $(CONSTRAINTS) -e ".[training,demo,export,gguf,dev]"
+	$(VENV)/bin/pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
 	$(RUN) -m tests.fetch_common
 	touch $@
 
