@@ -1,5 +1,5 @@
-"""Two hundred files that are broken or odd: each is a clip of the right shape or an error that
-names it, soon, and nothing else. Those that are odd but good are read right."""
+"""Two hundred broken or odd files: reading returns a clip of the right shape or raises a MediaError
+that names the file, and nothing else. Odd but valid files are read correctly."""
 
 import os
 import socket
@@ -17,11 +17,11 @@ from processing.video_io import Clip, MediaError, read_clip, read_image
 from tests.media import encode, moving, plainly
 from tests.tiny import noise, write_clip
 
-# What hangs is ended; the slowest of these takes a fraction of a second.
-pytestmark = pytest.mark.timeout(30)
+# Ends a test that hangs. The slowest takes a fraction of a second; a busy machine needs longer.
+pytestmark = pytest.mark.timeout(600)
 
 BASES = {
-    "last.mp4": {"g": "8"},  # its index comes last, or first
+    "last.mp4": {"g": "8"},  # the index is at the end of the file, or at its beginning
     "first.mp4": {"g": "8", "container": {"movflags": "faststart"}},
     "pieces.mp4": {"g": "8", "container": {"movflags": "frag_keyframe+empty_moov"}},
     "whole.mkv": {"g": "8"},
@@ -35,6 +35,7 @@ BASES = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, bytes]:
+    """Contents of valid files, by name."""
     folder = tmp_path_factory.mktemp("bases")
     frames = moving(24)
     return {
@@ -44,7 +45,7 @@ def bases(tmp_path_factory) -> dict[str, bytes]:
 
 
 def outcome(path: Path | str, num_frames: int | None, read=read_clip) -> str:
-    """ "clip" or "error"; whatever else it might be fails."""
+    """Return "clip" or "error"; fail for any other result."""
     try:
         clip = read(path, num_frames)
     except MediaError as error:
@@ -60,44 +61,44 @@ def outcome(path: Path | str, num_frames: int | None, read=read_clip) -> str:
 
 
 def both(path: Path | str) -> str:
-    """The outcome of reading it sampled, which is that of reading it whole."""
+    """Return the outcome of reading a sample, and check that reading all frames has the same."""
     sampled, whole = outcome(path, 4), outcome(path, None)
     assert sampled == whole
     return sampled
 
 
-# -- cut and flipped -----------------------------------------------------------------------
+# -- truncated files and flipped bits ------------------------------------------------------
 
 CUTS = [(name, share) for name in BASES for share in (0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)]
 
 
 @pytest.mark.parametrize(("name", "share"), CUTS)
-def test_cut_off(bases, tmp_path, name, share):
+def test_read_clip_of_truncated_files(bases, tmp_path, name, share):
     content = bases[name]
     path = tmp_path / name
     path.write_bytes(content[: int(share * len(content))])
     found = both(path)
     if name == "last.mp4" or share <= 0.001:
         assert found == "error"
-    if name == "first.mp4":  # its index tells how much is missing
+    if name == "first.mp4":  # the index shows that data is missing
         assert found == "error"
-    if name == "whole.mkv" and share >= 0.3:  # which cannot tell
+    if name == "whole.mkv" and share >= 0.3:  # Matroska does not show it
         assert found == "clip"
 
 
 def flip(content: bytes, seed: int, upto: int | None = None) -> bytes:
-    """Turn over 1, 4 or 16 bits."""
+    """Flip 1, 4 or 16 bits."""
     generator = np.random.default_rng(seed)
     changed = bytearray(content)
     for _ in range((1, 4, 16)[seed % 3]):
-        place = int(generator.integers(min(len(content), upto or len(content))))
-        changed[place] ^= 1 << int(generator.integers(8))
+        index = int(generator.integers(min(len(content), upto or len(content))))
+        changed[index] ^= 1 << int(generator.integers(8))
     return bytes(changed)
 
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("seed", range(6))
-def test_flipped_bits(bases, tmp_path, name, seed):
+def test_read_clip_of_files_with_flipped_bits(bases, tmp_path, name, seed):
     path = tmp_path / name
     path.write_bytes(flip(bases[name], seed, upto=600 if seed % 2 else None))
     outcome(path, 4)
@@ -105,18 +106,18 @@ def test_flipped_bits(bases, tmp_path, name, seed):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_untouched(bases, tmp_path, name):
-    """The positive control of the two above."""
+def test_read_clip_of_unchanged_files(bases, tmp_path, name):
+    """Positive control of the two tests above."""
     path = tmp_path / name
     path.write_bytes(bases[name])
     assert both(path) == "clip"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of odd headers
+@pytest.mark.timeout(6000)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from PIL, about odd headers
 @pytest.mark.parametrize("name", BASES)
-def test_many_more_flips_and_cuts(bases, tmp_path, name):
+def test_read_clip_of_many_more_flipped_and_truncated_files(bases, tmp_path, name):
     path = tmp_path / name
     for seed in range(300):
         content = flip(bases[name], seed, upto=(None, 600, 2000)[seed // 3 % 3])
@@ -129,7 +130,7 @@ def test_many_more_flips_and_cuts(bases, tmp_path, name):
         outcome(path, None, lambda file, _: read_as_image(file))
 
 
-# -- not what the name says ----------------------------------------------------------------
+# -- other content than the name suggests --------------------------------------------------
 
 
 def read_as_image(path: Path | str, _: None = None) -> Clip:
@@ -155,17 +156,17 @@ IMPOSTORS = {
 
 @pytest.mark.parametrize("kind", IMPOSTORS)
 @pytest.mark.parametrize("ending", ["mp4", "png"])
-def test_impostors(tmp_path, kind, ending):
+def test_readers_reject_files_of_another_kind(tmp_path, kind, ending):
     path = tmp_path / f"clip.{ending}"
     path.write_bytes(IMPOSTORS[kind])
     assert both(path) == "error"
-    # PIL knows PostScript, which it would give to another program.
+    # PIL recognises PostScript, and gives it to another program if one is installed.
     found = outcome(path, None, read_as_image)
     assert found == "error" or kind == "postscript"
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "txt", "mkv", "avi", "", "MP4"])
-def test_a_video_is_one_by_its_content(bases, tmp_path, ending):
+def test_read_clip_recognises_a_video_by_its_content(bases, tmp_path, ending):
     path = tmp_path / f"clip.{ending}"
     path.write_bytes(bases["last.mp4"])
     assert both(path) == "clip"
@@ -173,7 +174,7 @@ def test_a_video_is_one_by_its_content(bases, tmp_path, ending):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "webp", "tiff"])
-def test_an_image_is_a_short_video(tmp_path, kind):
+def test_read_clip_reads_an_image_as_a_short_video(tmp_path, kind):
     path = tmp_path / "image.mp4"
     Image.fromarray(noise(20, 30, 3)).save(path, kind)
     assert both(path) == "clip"
@@ -195,19 +196,20 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_a_list_opens_no_other_file(bases, tmp_path, name):
+def test_read_clip_opens_no_other_file_for_a_playlist(bases, tmp_path, name):
     target = tmp_path / "target.mp4"
     target.write_bytes(bases["first.mp4"])
     path = tmp_path / name
-    path.write_text(LISTS[name].format(name=target.name, path=target))
+    path.write_text(LISTS[name].format(name=target.name, path=target), encoding="utf-8")
     assert both(path) == "error"
     assert both(target) == "clip"
 
 
-# -- no files ------------------------------------------------------------------------------
+# -- paths that are not regular files ------------------------------------------------------
 
 
 def no_file(folder: Path, kind: str) -> Path | str:
+    """Make a path of this kind."""
     path = folder / "clip.mp4"
     if kind == "loop":
         path.symlink_to(path)
@@ -216,7 +218,7 @@ def no_file(folder: Path, kind: str) -> Path | str:
     elif kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
-        os.chdir(folder)  # the name of a socket is short
+        os.chdir(folder)  # a relative name, because those of sockets must be short
         socket.socket(socket.AF_UNIX).bind(path.name)
     elif kind == "device":
         path.symlink_to("/dev/zero")
@@ -248,38 +250,38 @@ def no_file(folder: Path, kind: str) -> Path | str:
         "empty",
     ],
 )
-def test_no_files(tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(tmp_path)
+def test_readers_reject_paths_that_are_not_files(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # restored at the end, for the socket
     path = no_file(tmp_path, kind)
     assert both(path) == "error"
     assert outcome(path, None, read_as_image) == "error"
 
 
-# -- headers that lie ----------------------------------------------------------------------
+# -- wrong headers -------------------------------------------------------------------------
 
 
 def ten_hours(name: str, content: bytes) -> bytes:
-    """The header says that the video lasts ten hours, at the frame rate that it has."""
+    """Change the duration in the header to ten hours, at the same frame rate."""
     changed = bytearray(content)
     if name.endswith(".mp4"):
         for box in (b"mvhd", b"mdhd"):
-            place = content.index(box) + 4 + 12  # version and flags, two dates
-            scale = int.from_bytes(content[place : place + 4])
-            changed[place + 4 : place + 8] = (36_000 * scale).to_bytes(4)
+            start = content.index(box) + 4 + 12  # version and flags, two dates
+            scale = int.from_bytes(content[start : start + 4], "big")
+            changed[start + 4 : start + 8] = (36_000 * scale).to_bytes(4, "big")
     elif name.endswith(".avi"):
-        for place in (content.index(b"avih") + 8 + 16, content.index(b"strh") + 8 + 32):
-            changed[place : place + 4] = (360_000).to_bytes(4, "little")
+        for start in (content.index(b"avih") + 8 + 16, content.index(b"strh") + 8 + 32):
+            changed[start : start + 4] = (360_000).to_bytes(4, "little")
     else:
-        place = content.index(b"\x44\x89\x88") + 3  # Duration, of eight bytes
-        changed[place : place + 8] = struct.pack(">d", 36_000_000.0)
+        start = content.index(b"\x44\x89\x88") + 3  # Duration, eight bytes
+        changed[start : start + 8] = struct.pack(">d", 36_000_000.0)
     return bytes(changed)
 
 
 @pytest.mark.parametrize("name", ["last.mp4", "first.mp4", "whole.mkv", "whole.webm", "whole.avi"])
-def test_ten_hours_in_the_header(bases, tmp_path, name):
+def test_read_clip_ignores_a_wrong_duration_in_the_header(bases, tmp_path, name):
     path = tmp_path / name
     path.write_bytes(ten_hours(name, bases[name]))
-    if not name.endswith(".mp4"):  # of which FFmpeg itself believes the index alone
+    if not name.endswith(".mp4"):  # for MP4, FFmpeg itself trusts only the index
         with av.open(path) as container:
             assert container.duration / 1e6 == pytest.approx(36_000, rel=1e-3)
     frames, _ = plainly(path)
@@ -300,7 +302,7 @@ TIMES = {
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
 @pytest.mark.parametrize("kind", TIMES)
-def test_odd_times(tmp_path, name, kind):
+def test_read_clip_samples_odd_times_evenly(tmp_path, name, kind):
     times = TIMES[kind]
     path = encode(tmp_path / name, moving(len(times)), times=times, bf="0")
     frames, seconds = plainly(path)
@@ -314,27 +316,29 @@ def test_odd_times(tmp_path, name, kind):
             read_clip(path, 4, max_seconds=600)
 
 
-def test_sound_alone(tmp_path):
-    for name, codec in (("sound.mp4", "aac"), ("sound.mkv", "aac"), ("sound.wav", "pcm_s16le")):
-        with av.open(tmp_path / name, "w") as container:
-            stream = container.add_stream(codec, rate=16000)
-            layout = "fltp" if codec == "aac" else "s16"
-            kind = np.float32 if codec == "aac" else np.int16
-            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), kind), layout, "mono")
-            sound.rate = 16000
-            container.mux(stream.encode(sound))
-            container.mux(stream.encode())
-        assert both(tmp_path / name) == "error"
+@pytest.mark.parametrize(
+    ("name", "codec"), [("sound.mp4", "aac"), ("sound.mkv", "aac"), ("sound.wav", "pcm_s16le")]
+)
+def test_read_clip_rejects_files_with_only_sound(tmp_path, name, codec):
+    with av.open(tmp_path / name, "w") as container:
+        stream = container.add_stream(codec, rate=16000)
+        layout = "fltp" if codec == "aac" else "s16"
+        kind = np.float32 if codec == "aac" else np.int16
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), kind), layout, "mono")
+        sound.rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    assert both(tmp_path / name) == "error"
 
 
-def test_no_frame_at_all(tmp_path):
-    for name in ("none.mp4", "none.mkv", "none.avi"):
-        encode(tmp_path / name, np.zeros((0, 48, 64, 3), np.uint8))
-        assert both(tmp_path / name) == "error"
+@pytest.mark.parametrize("name", ["none.mp4", "none.mkv", "none.avi"])
+def test_read_clip_rejects_files_without_frames(tmp_path, name):
+    encode(tmp_path / name, np.zeros((0, 48, 64, 3), np.uint8))
+    assert both(tmp_path / name) == "error"
 
 
 @pytest.mark.parametrize("kind", ["h264", "ts", "mjpeg"])
-def test_the_size_changes_on_the_way(tmp_path, kind):
+def test_read_clip_rejects_a_change_of_size(tmp_path, kind):
     codec = "mjpeg" if kind == "mjpeg" else "libx264"
     pix_fmt = "yuvj420p" if kind == "mjpeg" else "yuv420p"
     parts = [
@@ -349,13 +353,13 @@ def test_the_size_changes_on_the_way(tmp_path, kind):
     assert both(parts[0]) == "clip"
 
 
-# -- odd but good --------------------------------------------------------------------------
+# -- odd but valid -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("codec", "pix_fmt"), [("mpeg4", "yuv420p"), ("png", "rgb24")])
 @pytest.mark.parametrize("width", range(1, 18))
-def test_odd_sizes(tmp_path, width, codec, pix_fmt):
-    """Columns of grey, with half as many of colour, rounded up, and without loss."""
+def test_read_clip_of_odd_sizes(tmp_path, width, codec, pix_fmt):
+    """Encode grey columns with half the colour resolution (rounded up), and without loss."""
     columns = np.linspace(40, 200, width).astype(np.uint8)
     frames = np.broadcast_to(columns[None, None, :, None], (3, 18 - width, width, 3))
     frames = np.ascontiguousarray(frames)
@@ -369,8 +373,8 @@ def test_odd_sizes(tmp_path, width, codec, pix_fmt):
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270, -90])
-def test_rotated(tmp_path, degrees, name):
-    """Counterclockwise, as phones store it."""
+def test_read_clip_applies_rotation(tmp_path, degrees, name):
+    """Rotation is counterclockwise, as phones store it."""
     frames = moving(6)
     path = write_clip(tmp_path / name, frames, rotation=degrees)
     upright = np.rot90(plainly(path)[0], degrees // 90, axes=(1, 2))
@@ -384,11 +388,11 @@ def test_rotated(tmp_path, degrees, name):
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that says it is so large, and holds next to nothing."""
+    """Make a PNG whose header states this size, and that contains almost no data."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        check = zlib.crc32(kind + content).to_bytes(4)
-        return len(content).to_bytes(4) + kind + content + check
+        check = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + check
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
@@ -398,7 +402,7 @@ def png_of(width: int, height: int) -> bytes:
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "webp", "tiff", "gif"])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.98])
-def test_cut_off_images(tmp_path, kind, share):
+def test_readers_of_truncated_images(tmp_path, kind, share):
     whole, path = tmp_path / f"whole.{kind}", tmp_path / f"cut.{kind}"
     Image.fromarray(noise(40, 30, 3)).save(whole)
     assert outcome(whole, None, read_as_image) == "clip"
@@ -408,7 +412,7 @@ def test_cut_off_images(tmp_path, kind, share):
 
 
 @pytest.mark.parametrize("side", [30_000, 100_000, 2**31 - 1])
-def test_an_image_that_unpacks_to_gigabytes(tmp_path, side):
+def test_readers_reject_an_image_that_unpacks_to_gigabytes(tmp_path, side):
     path = tmp_path / "bomb.png"
     path.write_bytes(png_of(side, side))
     with pytest.raises(MediaError, match="bomb.png: (too large|damaged)"):
@@ -419,7 +423,7 @@ def test_an_image_that_unpacks_to_gigabytes(tmp_path, side):
         read_image(path, max_pixels=25_000_000)
 
 
-def test_images_of_every_kind(tmp_path):
+def test_read_image_of_every_colour_mode(tmp_path):
     pixels = noise(24, 16, 3) // 64 * 85  # 64 colours, so that a palette loses none
     image = Image.fromarray(pixels)
     image.save(tmp_path / "plain.png")
