@@ -1,4 +1,4 @@
-"""The demonstration data: what its rows promise, checked against a replay of each clip."""
+"""The demonstration data: its rows are checked against a replay of each clip."""
 
 import json
 import re
@@ -36,16 +36,19 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(output: Path, *, episodes: int = EPISODES, eval_clips: int = EVAL_CLIPS) -> None:
-    main(f"--output {output} --episodes {episodes} --eval-clips {eval_clips} --workers 2".split())
+    sizes = ["--episodes", str(episodes), "--eval-clips", str(eval_clips)]
+    main(["--output", str(output), *sizes, "--workers", "2"])
 
 
-# What happened in a clip, by other means than the generator's.
+# A replay of a clip, which does not use the code under test.
 
 
 @dataclass
 class Replay:
+    """The record of a replayed episode."""
+
     mission: str
-    start: dict[str, list[tuple[int, int]]]  # name -> where
+    start: dict[str, list[tuple[int, int]]]  # name -> tiles
     end: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     frames: list[np.ndarray] = field(default_factory=list)
     successes: dict[str, int] = field(default_factory=dict)  # clause -> first step
@@ -55,13 +58,13 @@ class Replay:
 
 @cache
 def replay(seed: int) -> Replay:
-    """Play a seed again, with an ear on each clause's `verify`."""
+    """Play a seed again and record the successes of each clause's `verify`."""
     room = babyai.make_room(seed)
     with redirect_stdout(None):
         room.reset(seed=seed)
     seen = Replay(room.mission, start=objects(room))
     for clause in clauses(room.instrs):
-        listen(clause, room, seen)
+        record_success(clause, room, seen)
     bot, action, over = BabyAIBot(room), None, False
     seen.frames.append(room.get_frame(tile_size=8, highlight=False))
     while not over:
@@ -88,16 +91,17 @@ def clauses(instr: ActionInstr | SeqInstr) -> list[ActionInstr]:
     return [instr] if isinstance(instr, ActionInstr) else [instr.instr_a, instr.instr_b]
 
 
-def listen(clause: ActionInstr, room: LevelGen, seen: Replay) -> None:
+def record_success(clause: ActionInstr, room: LevelGen, seen: Replay) -> None:
+    """Wrap `verify` so that the first step of a success is recorded."""
     text, verify = clause.surface(room), clause.verify
 
-    def listening(action: int) -> str:
+    def recording(action: int) -> str:
         status = verify(action)
         if status == "success":
             seen.successes.setdefault(text, room.step_count)
         return status
 
-    clause.verify = listening
+    clause.verify = recording
 
 
 def seed_of(row: dict) -> int:
@@ -108,16 +112,16 @@ CLAUSE = re.compile(r"(go|went|pick|put)\w* (?:to |up )?the (\w+ \w+)(?: next to
 
 
 def story(text: str) -> tuple[tuple[str, ...], ...]:
-    """What a mission or narration tells, whatever its wording, in the order of doing."""
-    told = [(verb.replace("went", "go"), *names) for verb, *names in CLAUSE.findall(text.lower())]
-    return tuple(reversed(told) if " after you " in text else told)
+    """Return the goals of a mission or narration in any wording, in the order of execution."""
+    goals = [(verb.replace("went", "go"), *names) for verb, *names in CLAUSE.findall(text.lower())]
+    return tuple(reversed(goals) if " after you " in text else goals)
 
 
 # The tests.
 
 
 def test_story_reads_every_wording() -> None:
-    told = (("go", "red ball", ""), ("put", "blue key", "grey box"))
+    goals = (("go", "red ball", ""), ("put", "blue key", "grey box"))
     for text in (
         "go to the red ball, then put the blue key next to the grey box",
         "go to the red ball and put the blue key next to the grey box",
@@ -125,10 +129,12 @@ def test_story_reads_every_wording() -> None:
         "the agent went to the red ball and then put the blue key next to the grey box",
         "after going to the red ball, the agent put the blue key next to the grey box",
     ):
-        assert story(text) == told
+        assert story(text) == goals
 
 
-def test_number_of_workers_changes_nothing(demo: Path, tmp_path: Path) -> None:
+def test_babyai_clips_and_rows_do_not_depend_on_the_number_of_workers(
+    demo: Path, tmp_path: Path
+) -> None:
     babyai_splits.write(tmp_path, episodes=EPISODES, eval_clips=EVAL_CLIPS, workers=1)
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
     assert files == sorted(
@@ -138,14 +144,16 @@ def test_number_of_workers_changes_nothing(demo: Path, tmp_path: Path) -> None:
         assert (tmp_path / file).read_bytes() == (demo / "babyai" / file).read_bytes(), file
 
 
-def test_second_call_returns_at_once(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_data_that_exists_is_not_made_again(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
     make(demo)
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
-    assert "already holds this data" in capsys.readouterr().out
+    assert "already contains this data" in capsys.readouterr().out
 
 
-def test_unfinished_or_other_data_is_made_anew(tmp_path: Path) -> None:
+def test_demo_data_that_is_unfinished_or_different_is_made_again(tmp_path: Path) -> None:
     leftover = tmp_path / "babyai" / "clips" / "leftover.mp4"
     leftover.parent.mkdir(parents=True)
     for episodes in (3, 4):
@@ -155,7 +163,7 @@ def test_unfinished_or_other_data_is_made_anew(tmp_path: Path) -> None:
         assert len(list(leftover.parent.glob("train_*"))) == episodes
 
 
-def test_sizes(demo: Path) -> None:
+def test_babyai_splits_have_their_sizes(demo: Path) -> None:
     counts = json.loads((demo / "manifest.json").read_text())["counts"]["babyai"]
     assert [counts[split]["clips"] for split in babyai.SPLITS] == [EPISODES] + 5 * [EVAL_CLIPS]
     assert counts["train"]["one_goal"] == EPISODES * 3 // 5
@@ -167,7 +175,7 @@ def test_sizes(demo: Path) -> None:
         assert len({story(row["target"]) for row in pool}) == len(pool) == EVAL_CLIPS
 
 
-def test_actions_are_simple_and_known(demo: Path) -> None:
+def test_babyai_test_actions_have_one_goal_of_a_trained_kind(demo: Path) -> None:
     rows = read(demo / "babyai" / "test_actions_captions.jsonl")
     assert len(rows) == EVAL_CLIPS
     for row in rows:
@@ -175,7 +183,7 @@ def test_actions_are_simple_and_known(demo: Path) -> None:
         assert goal.verb in ("go to", "pick up") and not babyai_goals.is_held_out((goal,))
 
 
-def test_seeds_are_disjoint(demo: Path) -> None:
+def test_babyai_splits_have_disjoint_seeds(demo: Path) -> None:
     seeds = {
         split: {seed_of(row) for row in read(demo / "babyai" / f"{split}_captions.jsonl")}
         for split in babyai.SPLITS
@@ -190,7 +198,7 @@ def texts(demo: Path, splits: tuple[str, ...], kind: str) -> Iterator[str]:
             yield row["target"]
 
 
-def test_held_out_pairs_are_nowhere_in_training(demo: Path) -> None:
+def test_babyai_held_out_pairs_are_not_in_training(demo: Path) -> None:
     forbidden = re.compile("|".join(babyai_goals.HELD_OUT_PAIRS))
     for kind in ("captions", "vqa"):
         for text in texts(demo, (*TRAINING_SPLITS, "unseen_missions"), kind):
@@ -204,14 +212,14 @@ def test_held_out_pairs_are_nowhere_in_training(demo: Path) -> None:
         assert forbidden.search(row["target"])
 
 
-def test_held_out_missions_are_nowhere_in_training(demo: Path) -> None:
+def test_babyai_held_out_missions_are_not_in_training(demo: Path) -> None:
     trained_on = {story(text) for text in texts(demo, TRAINING_SPLITS, "captions")}
     trained_on |= {story(text) for text in texts(demo, ("train",), "narrations")}
     held_out = {story(text) for text in texts(demo, ("unseen_missions",), "captions")} - {()}
     assert len(held_out) == EVAL_CLIPS
     assert trained_on.isdisjoint(held_out)
-    # A tenth of all missions, on the side the hash puts them and on no other. The few rows here
-    # could be disjoint by luck; the rule cannot.
+    # The few rows here could be disjoint by chance, so the rule is tested too: it holds out a tenth
+    # of all missions, and every clip is on its side.
     goals = [babyai_goals.Goal("go to", name) for name in babyai_goals.SEEN_PAIRS]
     pairs = [(first, last) for first in goals for last in goals if first != last]
     assert sum(map(babyai_goals.is_held_out, pairs)) / len(pairs) == pytest.approx(0.1, abs=0.04)
@@ -222,7 +230,7 @@ def test_held_out_missions_are_nowhere_in_training(demo: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*map("{}_captions".format, babyai.SPLITS), "train_narrations"])
-def test_captions_tell_what_the_verifiers_saw(demo: Path, name: str) -> None:
+def test_babyai_captions_agree_with_the_verifiers(demo: Path, name: str) -> None:
     for row in read(demo / "babyai" / f"{name}.jsonl"):
         seen = replay(seed_of(row))
         done = sorted(seen.successes, key=seen.successes.get)
@@ -232,7 +240,7 @@ def test_captions_tell_what_the_verifiers_saw(demo: Path, name: str) -> None:
         assert row["group_id"] in row["video"]
 
 
-def test_every_place_is_asked_of_in_training_alone(demo: Path) -> None:
+def test_babyai_questions_about_every_place_are_in_training_only(demo: Path) -> None:
     rows = read(demo / "babyai" / "train_where.jsonl")
     assert {path.name for path in (demo / "babyai").glob("*_where.jsonl")} == {"train_where.jsonl"}
     for row in rows:
@@ -245,7 +253,7 @@ def test_every_place_is_asked_of_in_training_alone(demo: Path) -> None:
     assert len(shares) == 4 and max(shares.values()) < 0.4 * len(rows)
 
 
-def test_clips_and_events(demo: Path) -> None:
+def test_babyai_clips_show_the_replay_and_events_have_its_times(demo: Path) -> None:
     for row in read(demo / "babyai" / "test_events.jsonl"):
         seen = replay(seed_of(row))
         with av.open(demo / "babyai" / row["video"]) as file:
@@ -256,15 +264,15 @@ def test_clips_and_events(demo: Path) -> None:
         for step, decoded in enumerate(frames):
             errors = [np.abs(decoded.astype(float) - frame).mean() for frame in seen.frames]
             assert errors[step] < 2
-            # Of all moments it shows this one; a clip may hold the same picture twice.
+            # The frame is nearest to its own step; two steps may have the same picture.
             assert errors[step] == min(errors)
 
         times = [event["time"] for event in row["events"]]
         assert times == sorted(step / babyai.FPS for step in seen.successes.values())
         assert times[0] > 0 and times[-1] == (len(frames) - 1) / row["fps"]
         assert len(set(times)) == len(times)
-        told = [story(event["text"])[0] for event in row["events"]]
-        assert tuple(told) == story(seen.mission)
+        goals = [story(event["text"])[0] for event in row["events"]]
+        assert tuple(goals) == story(seen.mission)
 
 
 def check_what(seen: Replay, query: str, target: str) -> None:
@@ -340,7 +348,7 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("split", ASKED_SPLITS)
-def test_answers(demo: Path, split: str) -> None:
+def test_babyai_answers_agree_with_the_replay(demo: Path, split: str) -> None:
     rows = read(demo / "babyai" / f"{split}_vqa.jsonl")
     for row in rows:
         CHECKS[row["question_type"]](replay(seed_of(row)), row["query"], row["target"])
@@ -348,7 +356,7 @@ def test_answers(demo: Path, split: str) -> None:
     assert {row["question_type"] for row in rows} == CHECKS.keys()
 
 
-def test_query_never_gives_the_target(demo: Path) -> None:
+def test_demo_data_query_differs_from_its_target_and_the_file_exists(demo: Path) -> None:
     for path in demo.glob("*/*_*.jsonl"):
         for row in read(path):
             if "query" in row:
@@ -368,7 +376,7 @@ def test_easy_vqa_is_the_official_data(demo: Path) -> None:
     assert Counter(row["question_type"] for row in rows["test_vqa"])["yes/no"] == sum(
         row["target"] in ("yes", "no") for row in rows["test_vqa"]
     )
-    # Every question that has a word for an answer is answered by the caption.
+    # An answer that is a shape or a color is in the image's caption.
     captions = {row["image"]: row["target"].split() for row in rows["train_captions"]}
     for row in rows["train_vqa"]:
         if row["question_type"] != "yes/no" and row["image"] in captions:
@@ -385,5 +393,5 @@ def test_easy_vqa_is_the_official_data(demo: Path) -> None:
         ("is no triangle present?", "yes", set()),
     ],
 )
-def test_facts_in_a_question(text: str, answer: str, facts: set[str]) -> None:
+def test_easy_vqa_facts_of_a_question(text: str, answer: str, facts: set[str]) -> None:
     assert easy_vqa._facts(text, answer) == facts

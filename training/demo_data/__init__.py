@@ -1,6 +1,6 @@
-"""The demonstration data: easy-VQA images and BabyAI clips, made from installed packages alone.
+"""Demonstration data: easy-VQA images and BabyAI clips, made from installed packages.
 
     python -m training.demo_data --output data/demo
 
-Nothing is downloaded. The same arguments give the same rows on any number of workers.
+Nothing is downloaded. The same arguments give the same rows with any number of workers.
 """

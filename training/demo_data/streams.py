@@ -1,17 +1,18 @@
-"""Long streams to watch: `python -m training.demo_data.streams`.
+"""Make long streams to watch: `python -m training.demo_data.streams`.
 
-BabyAI episodes one after the other, cut without a pause: the agent reaches a goal, perhaps a
-second one, and stands in another room. What is written to the output folder:
+A stream is BabyAI episodes joined without a pause: the agent reaches one goal or two, and the next
+frame shows another room. The output folder contains:
 
-- `{split}_NNN.mp4`: a stream of 40 episodes, 64x64 pixels at 5 frames a second.
+- `{split}_NNN.mp4`: a stream of 40 episodes, 64 x 64 pixels at 5 frames per second.
 - `{split}_streams.jsonl`: a stream per line with its timed annotations, `{"video": ...,
-  "events": [{"time": seconds, "text": ...}, ...]}`: what was done, at the moment it was done.
-  `eval/tasks/selective_decoding.py` reads such files, of any video.
-- `{split}_moments.jsonl`: windows of them, each with what is told of the moment nearest to its
-  middle, and of the one before (`previous`). `training/recipes/babyai_streams.yaml` trains on them.
+  "events": [{"time": seconds, "text": ...}, ...]}`: each reached goal and its time.
+  `eval/tasks/selective_decoding.py` reads such files, for any video.
+- `{split}_moments.jsonl`: windows of the streams. The target of a window is the annotation nearest
+  to its middle; `previous` is the annotation before that. `training/recipes/babyai_streams.yaml`
+  trains on them.
 
-The streams of a split are made of episodes of that split of the demonstration's data, whose
-missions and rooms training never saw.
+The streams of a split consist of episodes of that split of the demonstration data, so training
+never sees the rooms of `val` and `test`.
 """
 
 import argparse
@@ -30,18 +31,18 @@ from training.demo_data.babyai import FPS, first_seed, play
 from training.demo_data.babyai_splits import NARRATE, events
 from training.demo_data.writing import write_clip, write_jsonl
 
-# Raised whenever the same arguments would give other streams than before.
+# To be raised whenever the same arguments give other streams than before.
 GENERATOR_VERSION = 1
 STREAMS = {"train": 100, "val": 8, "test": 20}
-EPISODES = 40  # of a stream: about 100 seconds
-WINDOW = 8  # frames: as many as most goals take
+EPISODES = 40  # per stream: about 100 seconds
+WINDOW = 8  # frames: most goals take no more
 WINDOWS_PER_EVENT = 2
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.demo_data.streams")
     parser.add_argument("--output", type=Path, default=Path("data/streams"))
-    parser.add_argument("--train", type=int, default=STREAMS["train"], help="streams to train on")
+    parser.add_argument("--train", type=int, default=STREAMS["train"], help="streams for training")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     return parser.parse_args(arguments)
 
@@ -52,10 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = STREAMS | {"train": args.train}
     wanted = {"generator_version": GENERATOR_VERSION, **sizes}
     if manifest.exists() and json.loads(manifest.read_text())["arguments"] == wanted:
-        print(f"{args.output} already holds these streams.")
+        print(f"{args.output} already contains these streams.")
         return
 
-    # The manifest comes last: without one, whatever is there is unfinished.
+    # The manifest is written last, so a folder without one is unfinished.
     shutil.rmtree(args.output, ignore_errors=True)
     args.output.mkdir(parents=True)
     counts = {}
@@ -73,13 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
             write_jsonl(args.output / f"{split}_moments.jsonl", moments)
             counts[split]["moments"] = len(moments)
     manifest.write_text(json.dumps({"arguments": wanted, "counts": counts}, indent=2) + "\n")
-    print(f"Wrote {args.output}; {manifest.name} in it says what it holds.")
+    print(f"Wrote {args.output}; see {manifest} for its contents.")
 
 
 def record(folder: Path, split: str, number: int) -> dict:
-    """Play 40 episodes, write them as one video, and return its line."""
-    places = range(number * EPISODES, (number + 1) * EPISODES)
-    episodes = [play(first_seed(split, place)) for place in places]
+    """Play 40 episodes, write them as one video, and return its row."""
+    indices = range(number * EPISODES, (number + 1) * EPISODES)
+    episodes = [play(first_seed(split, index)) for index in indices]
     name = f"{split}_{number:03d}.mp4"
     write_clip(folder / name, [frame for each in episodes for frame in each.frames], FPS)
     annotations, count = [], 0
@@ -91,14 +92,15 @@ def record(folder: Path, split: str, number: int) -> dict:
 
 
 def moments_of(stream: dict) -> list[dict]:
-    """Windows in which an annotated moment is seen, nearer to the middle than any other."""
+    """Return windows that contain an annotated moment, nearer to the middle than any other."""
     rng = random.Random(stream["video"])
-    moments = [round(event["time"] * FPS) for event in stream["events"]]
-    ends = [-stream["frames"], *moments, 2 * stream["frames"]]
+    moments = [round(event["time"] * FPS) for event in stream["events"]]  # frames
+    # The first and the last have no neighbour on one side: a moment too far away to be nearer.
+    padded = [-stream["frames"], *moments, 2 * stream["frames"]]
     texts = ["", *(event["text"] for event in stream["events"])]
     rows = []
-    for place, (previous, text) in enumerate(pairwise(texts)):
-        before, moment, after = ends[place : place + 3]
+    for index, (previous, text) in enumerate(pairwise(texts)):
+        before, moment, after = padded[index : index + 3]
         first = range(max(0, moment - WINDOW + 1), min(moment, stream["frames"] - WINDOW) + 1)
         middles = {start: start + (WINDOW - 1) / 2 for start in first}
         near = [

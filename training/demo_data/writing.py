@@ -1,4 +1,4 @@
-"""What the sources need to write their part of the data."""
+"""Write rows and clips of the demonstration data."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,16 +9,18 @@ import numpy as np
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object per line."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def write_clip(path: Path, frames: Sequence[np.ndarray], fps: int) -> None:
-    """Frames `(H, W, 3)` as mp4. One thread, because x264's output depends on their number."""
+    """Write frames `(H, W, 3)` as mp4."""
     with av.open(path, "w") as file:
         stream = file.add_stream("libx264", rate=fps, options={"crf": "12"})
         stream.height, stream.width, _ = frames[0].shape
         stream.pix_fmt = "yuv420p"
+        # x264's output depends on the number of threads: one gives the same file everywhere.
         stream.codec_context.thread_count = 1
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
