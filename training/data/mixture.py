@@ -3,8 +3,8 @@
 Every batch comes from one bucket, chosen by weight. The sequence depends on the seed alone: not on
 the number of processes or of DataLoader workers. A resumed run continues the same sequence.
 
-A batch is dealt to `lanes` equal parts, the lanes, and a process gets some of the lanes. The lanes
-of a streamed source also read its rows (`lanes.py`).
+A batch is divided into equal parts, the lanes, and each process gets some of them. In a streamed
+source, a lane also reads its own rows (`lanes.py`).
 """
 
 from collections.abc import Iterator
