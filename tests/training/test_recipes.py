@@ -1,4 +1,4 @@
-"""The recipes for the paper's model, how they are launched, and what the guide says of them."""
+"""The recipes for the paper's model, the launch files, and the guide docs/training.md."""
 
 import re
 import shlex
@@ -29,9 +29,9 @@ from training.model.recipe_model import check_config
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "training" / "recipes"
 LAUNCH = ROOT / "training" / "launch"
-GUIDE = (ROOT / "docs" / "training.md").read_text()
+GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
-# In the order of training: each stage starts where the one before it ends.
+# In the order of training: each stage starts from the checkpoint of the previous one.
 PAPER = [f"paper/{name}" for name in ("stage1_images", "stage2_video", "stage3_unfrozen", "sft")]
 SMALL = ["small/stage2_24gb", "small/sft_24gb"]
 LORA = ["small/stage2_lora_16gb", "small/sft_lora_24gb"]
@@ -41,12 +41,13 @@ SCHEDULES = ("constant_with_warmup", "cosine")
 
 
 def read(name: str, *overrides: str) -> Recipe:
+    """Read a recipe by its name below `training/recipes`."""
     return read_recipe(str(RECIPES / f"{name}.yaml"), ["training.use_cpu=true", *overrides])
 
 
 def header(name: str) -> str:
-    """The comment at the head of a recipe, as one line."""
-    lines = (RECIPES / f"{name}.yaml").read_text().splitlines()
+    """Return the comment at the top of a recipe as one line."""
+    lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     comment = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     return " ".join(line.removeprefix("#").strip() for line in comment)
 
@@ -56,13 +57,13 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_no_recipe_is_left_out():
+def test_recipes_in_subfolders_are_all_listed_here():
     found = {str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml")}
     assert found == {*PAPER, *SMALL, *LORA}
 
 
 @pytest.mark.parametrize("name", [*PAPER, *SMALL, *LORA])
-def test_every_recipe_parses(name):
+def test_recipe_parses(name):
     recipe = read(name)
     check_config(recipe.model.config)
     training = recipe.training
@@ -80,11 +81,11 @@ def test_every_recipe_parses(name):
         ("paper/stage1_images", 1, 24_576, 1, 100_000, 5e-5, "constant_with_warmup"),
         ("paper/stage2_video", 8, 12_288, 1, 60_000, 5e-5, "constant_with_warmup"),
         ("paper/stage3_unfrozen", 32, 4 * 3_072, 4, 10_000, 1e-5, "constant_with_warmup"),
-        # Frames and rate of SFT are choices of ours; the header says so.
+        # Frames and rate of SFT are our choices, as the header states.
         ("paper/sft", 32, 3_072, 1, 83_000, 5e-5, "cosine"),
     ],
 )
-def test_the_papers_numbers(name, frames, batch, parts, steps, rate, schedule):
+def test_paper_recipes_have_the_papers_numbers(name, frames, batch, parts, steps, rate, schedule):
     recipe = read(name)
     training = recipe.training
     assert recipe.processor.num_frames == frames
@@ -93,21 +94,21 @@ def test_the_papers_numbers(name, frames, batch, parts, steps, rate, schedule):
     assert training.max_steps == steps
     assert training.learning_rate == rate
     assert training.lr_scheduler_type == schedule
-    # What holds in every stage: the defaults are the paper's.
+    # In every stage, these defaults are the paper's.
     assert training.objective == "info_nce"
     assert training.text_learning_rate_scale == 0.05
     assert recipe.model.lora is None
 
 
-def test_the_papers_number_of_samples():
-    """3.3 billion in pretraining and 3.6 with SFT, as its table 1 counts them."""
+def test_paper_recipes_have_the_papers_number_of_samples():
+    """Count 3.3 billion in pretraining and 3.6 with SFT, as in table 1."""
     samples = [r.max_steps * r.global_batch_size for r in (read(name).training for name in PAPER)]
     assert round(sum(samples[:3]) / 1e9, 1) == 3.3
     assert round(sum(samples) / 1e9, 1) == 3.6
 
 
 @pytest.mark.parametrize(("name", "rows"), [*zip(PAPER, (128, 64, 16, 16), strict=True)])
-def test_the_papers_gpus_share_the_batch(name, rows, monkeypatch):
+def test_paper_recipes_divide_the_batch_among_the_papers_gpus(name, rows, monkeypatch):
     monkeypatch.setattr(VLJEPATrainingArguments, "world_size", GPUS_OF_THE_PAPER)
     assert read(name).training.per_device_train_batch_size == rows
     assert f"{rows} rows a process" in header(name)
@@ -122,8 +123,8 @@ def test_the_papers_gpus_share_the_batch(name, rows, monkeypatch):
         (LORA[:1], [True]),
     ],
 )
-def test_a_stage_starts_where_the_one_before_ends(stages, frozen):
-    """What a stage freezes is saved with the model, and holds until another says otherwise."""
+def test_recipes_of_consecutive_stages_are_linked(stages, frozen):
+    """Follow checkpoints and freezing, which is saved with the model until a stage changes it."""
     before, state, states = "runs/init", VLJEPAConfig.freeze_vision, []
     for name in stages:
         recipe = read(name)
@@ -134,25 +135,25 @@ def test_a_stage_starts_where_the_one_before_ends(stages, frozen):
     assert states == frozen
 
 
-def test_no_two_recipes_write_to_one_folder():
+def test_recipes_write_to_different_folders():
     folders = [read(name).training.output_dir for name in (*PAPER, *SMALL, *LORA)]
     assert len({*folders, "runs/init"}) == len(folders) + 1
 
 
 @pytest.mark.parametrize("name", [*PAPER, *SMALL, *LORA])
-def test_a_header_states_the_batch_and_the_rate(name):
+def test_recipe_header_states_batch_rate_and_missing_rows(name):
     training, text = read(name).training, header(name)
     assert f"{training.global_batch_size:,} rows a step" in text
     assert f"for {training.max_steps:,} steps" in text
     assert re.search(r"rate belongs to|5e-5|1e-5", text)
     for source in read(name).data.sources:
         folder = str(Path(source.rows).parent)
-        assert folder in text, f"{folder} is not said to be the user's"
+        assert folder in text, f"{folder}: the header does not ask the user for its rows"
     assert "yours to provide" in text
 
 
 @pytest.mark.parametrize("name", ["paper/sft", "small/sft_24gb", "small/sft_lora_24gb"])
-def test_sft_asks_for_captions_and_leaves_questions_alone(name):
+def test_sft_recipe_has_a_query_for_captions_and_none_for_questions(name):
     sources = read(name).data.sources
     asked = {source.rows: source.query for source in sources}
     for rows, query in asked.items():
@@ -161,7 +162,7 @@ def test_sft_asks_for_captions_and_leaves_questions_alone(name):
     assert None in asked.values()
 
 
-def test_a_tenth_of_the_papers_sft_is_replayed():
+def test_paper_sft_recipe_replays_a_tenth():
     before = {source.rows for name in PAPER[:3] for source in read(name).data.sources}
     sources = read("paper/sft").data.sources
     replayed = sum(source.weight for source in sources if source.rows in before)
@@ -169,7 +170,7 @@ def test_a_tenth_of_the_papers_sft_is_replayed():
 
 
 @pytest.mark.parametrize("name", [*SMALL, *LORA])
-def test_a_small_recipe_fits_by_parts_and_keeps_its_negatives(name):
+def test_small_recipe_uses_grad_cache_and_no_accumulation(name):
     recipe = read(name)
     training = recipe.training
     assert training.gradient_accumulation_steps == 1
@@ -183,13 +184,13 @@ def test_a_small_recipe_fits_by_parts_and_keeps_its_negatives(name):
 # -- launching -----------------------------------------------------------------------------
 
 
-def test_accelerate_reads_the_fsdp_configuration(monkeypatch):
+def test_fsdp2_yaml_is_read_by_accelerate(monkeypatch):
     path = str(LAUNCH / "fsdp2.yaml")
     config = load_config_from_file(path)
     assert config.distributed_type == "FSDP"
     assert config.mixed_precision is None  # the recipe's `precision` decides
 
-    # What the launcher makes of it, and what each process makes of that.
+    # The launcher sets environment variables, from which each process makes its plugin.
     arguments = launch_command_parser().parse_args(["--config_file", path, "-m", "training.train"])
     assert set(config.fsdp_config) <= set(vars(arguments))
     arguments, _, _ = _validate_launch_command(arguments)
@@ -203,7 +204,7 @@ def test_accelerate_reads_the_fsdp_configuration(monkeypatch):
     assert plugin.reshard_after_forward is True
     assert plugin.cpu_ram_efficient_loading is False
     assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
-    plugin.set_auto_wrap_policy(tiny_model())  # raises at a layer that the model has not
+    plugin.set_auto_wrap_policy(tiny_model())  # raises if the model lacks a layer
     layers = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
     assert {layer.__name__ for layer in layers} == {
         "VJEPA2Layer",
@@ -212,8 +213,8 @@ def test_accelerate_reads_the_fsdp_configuration(monkeypatch):
     }
 
 
-def test_accelerate_would_look_for_layers_that_are_not_there():
-    """Why the configuration names them."""
+def test_fsdp2_plugin_without_layer_names_fails_at_unused_layers():
+    """Show why fsdp2.yaml names the layers."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
     )
@@ -221,8 +222,8 @@ def test_accelerate_would_look_for_layers_that_are_not_there():
         plugin.set_auto_wrap_policy(tiny_model())
 
 
-def test_the_slurm_script(tmp_path):
-    """It parses, and with Slurm's and torchrun's commands replaced says what it would run."""
+def test_slurm_script_starts_torchrun_on_every_node(tmp_path):
+    """Run it with stand-ins for scontrol and srun, and compare the command that srun gets."""
     script = LAUNCH / "slurm.sh"
     subprocess.run(["bash", "-n", script], check=True)
     assert "#SBATCH --requeue" in script.read_text()
@@ -240,8 +241,8 @@ def test_the_slurm_script(tmp_path):
         "SLURM_CPUS_PER_TASK": "64",
     }
     run = ["bash", script, "a.yaml", "training.seed=1"]
-    said = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
-    assert said.split() == shlex.split(
+    output = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+    assert output.split() == shlex.split(
         "--kill-on-bad-exit=1 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d "
         "--rdzv_endpoint node7:29500 --rdzv_id 42-0 -m training.train a.yaml "
         "training.resume_from_checkpoint=true training.seed=1"
@@ -254,32 +255,32 @@ def test_the_slurm_script(tmp_path):
 
 
 def blocks(language: str) -> list[str]:
-    """The guide's fenced blocks of one language."""
+    """Return the guide's fenced blocks of one language."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
     return [text for name, text in fenced if name == language]
 
 
 def commands(program: str) -> list[list[str]]:
-    """The arguments of the guide's commands that begin so."""
-    lines = "".join(blocks("")).replace("\\\n", " ").splitlines()
+    """Return the arguments of the guide's commands that begin with `program`."""
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
     found = [shlex.split(line) for line in lines if line.startswith(f"{program} ")]
     return [words[len(program.split()) :] for words in found]
 
 
 def training_commands() -> list[list[str]]:
-    """What follows `-m training.train` in the guide's commands, however they are launched."""
+    """Return the arguments of `-m training.train` in the guide, with any launcher."""
     launched = [*commands("python"), *commands("torchrun"), *commands("accelerate launch")]
     module = "training.train"
     return [words[words.index(module) + 1 :] for words in launched if module in words]
 
 
-def test_the_guide_is_read():
-    """The positive control of what follows."""
+def test_guide_has_commands_and_yaml():
+    """Control that the tests below have something to test."""
     assert len(training_commands()) > 10
     assert len(blocks("yaml")) > 2
 
 
-def test_files_and_modules_in_the_guide_exist():
+def test_guide_names_existing_files_and_modules():
     modules = set(re.findall(r"-m ((?:training|eval)\.[\w.]+)", GUIDE))
     assert {"training.train", "training.init_checkpoint"} <= modules
     for module in modules:
@@ -293,21 +294,21 @@ def test_files_and_modules_in_the_guide_exist():
         assert (ROOT / path).is_file(), path
 
 
-def test_places_in_the_guide_exist():
-    """Links into the guide itself and into the README."""
-    for target, place in re.findall(r"\]\(([^)#]*)#([\w-]+)\)", GUIDE):
-        text = (ROOT / "docs" / target).read_text() if target else GUIDE
+def test_guide_links_to_existing_headings():
+    """Check links into the guide itself and into other documents."""
+    for target, heading in re.findall(r"\]\(([^)#]*)#([\w-]+)\)", GUIDE):
+        text = (ROOT / "docs" / target).read_text(encoding="utf-8") if target else GUIDE
         titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        assert place in {title.lower().replace(" ", "-") for title in titles}, place
+        assert heading in {title.lower().replace(" ", "-") for title in titles}, heading
 
 
 @pytest.mark.parametrize("command", training_commands(), ids=" ".join)
-def test_a_command_of_the_guide_is_followed(command):
+def test_guide_command_is_a_valid_recipe(command):
     recipe, *overrides = command
     read_recipe(str(ROOT / recipe), ["training.use_cpu=true", *overrides])
 
 
-def test_the_launchers_understand_the_guide():
+def test_guide_commands_are_valid_for_their_launchers():
     for words in commands("torchrun"):
         launch = get_args_parser().parse_args(words)
         assert (launch.module, launch.training_script) == (True, "training.train")
@@ -319,8 +320,8 @@ def test_the_launchers_understand_the_guide():
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))
-def test_yaml_in_the_guide_is_followed(block, tmp_path):
-    """Its sections in place of a good recipe's."""
+def test_guide_yaml_is_valid_in_a_recipe(block, tmp_path):
+    """Replace the keys of a valid recipe by those of the block."""
     path = tiny_recipe(tmp_path / "rows.jsonl")
     recipe = yaml.safe_load(path.read_text())
     for section, keys in yaml.safe_load(block).items():
@@ -341,13 +342,13 @@ def test_yaml_in_the_guide_is_followed(block, tmp_path):
         ("training", VLJEPATrainingArguments),
     ],
 )
-def test_keys_that_the_guide_names_exist(section, arguments):
+def test_guide_names_existing_keys(section, arguments):
     known = set(arguments.__dataclass_fields__)
     modules = {path.stem for path in (ROOT / section).glob("*")}
     named = set(re.findall(rf"(?<![\w/]){section}\.(\w+)", GUIDE)) - modules - {"memory", "md"}
     assert named and named <= known, named - known
 
 
-def test_settings_of_the_model_that_the_guide_names_exist():
+def test_guide_names_existing_model_settings():
     named = set(re.findall(r"model\.config\.(\w+)", GUIDE))
     assert named and named <= set(VLJEPAConfig.__dataclass_fields__)
