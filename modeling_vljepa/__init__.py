@@ -1,4 +1,4 @@
-"""VL-JEPA, ready for `AutoConfig`, `AutoModel` and `AutoProcessor`."""
+"""VL-JEPA's public names, registered with `AutoConfig`, `AutoModel` and `AutoProcessor`."""
 
 from transformers import (
     AutoConfig,
@@ -28,6 +28,7 @@ from .pipelines.stream_session import StreamEncoder as StreamEncoder
 from .pipelines.stream_session import StreamSession as StreamSession
 from .pipelines.stream_session import stream as stream
 
+# Registered here, because this file is not shipped to the Hub; shipped files only define classes.
 AutoConfig.register("vljepa", VLJEPAConfig)
 AutoModel.register(VLJEPAConfig, VLJEPAModel)
 AutoModelForZeroShotImageClassification.register(VLJEPAConfig, VLJEPAForZeroShotImageClassification)

@@ -1,4 +1,4 @@
-"""What a VL-JEPA model is made of: three sub-networks and the space in which they meet."""
+"""Configuration of a VL-JEPA model: its sub-networks and their shared embedding space."""
 
 import math
 from dataclasses import field
@@ -11,59 +11,62 @@ from transformers.configuration_utils import SubConfigSpec
 class VLJEPAConfig(PreTrainedConfig):
     r"""
     Configuration of a [`VLJEPAModel`], and of the [`VLJEPAForConditionalGeneration`] that adds a
-    Y-Decoder to it. The defaults are those of the paper (arXiv 2512.10942,
-    sections 3.1 and 3.2); where the paper is silent, the choice and its reason stand here.
+    Y-Decoder to it. The defaults are those of the paper (arXiv 2512.10942, sections 3.1 and 3.2).
+    For choices that the paper does not state, the reasons are given below.
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             The X-Encoder. Default: V-JEPA 2 ViT-L at 256 pixels.
         predictor_config (`dict` or `PreTrainedConfig`, *optional*):
-            The Predictor. Default: eight layers of the shape of Llama-3.2-1B. Its causal mask is
-            always off, whatever the dictionary says: the predictor reads, it does not generate.
+            The Predictor. Default: eight layers of the shape of Llama-3.2-1B. Its attention is
+            always bidirectional, even if the dictionary sets `is_causal`: the Predictor reads and
+            does not generate.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             The Y-Encoder. Default: the shape of EmbeddingGemma-300M, bidirectional.
         decoder_config (`dict` or `PreTrainedConfig`, *optional*):
-            The Y-Decoder, a causal language model. Default: none; most uses need no words.
+            The Y-Decoder, a causal language model. Default: no Y-Decoder; most tasks need no text.
         embedding_dim (`int`, *optional*, defaults to 1536):
             Width of the shared embedding space (section 3.1).
         text_pooling (`str`, *optional*, defaults to `"mean"`):
-            How the Y-Encoder's states become one: `"mean"`, `"cls"` or `"lasttoken"`. The paper
-            does not say; EmbeddingGemma was trained with the mean.
+            Pooling of the Y-Encoder's states: `"mean"`, `"cls"` or `"lasttoken"`. The paper does
+            not state it; EmbeddingGemma was trained with the mean.
         text_dense (`list[dict]`, *optional*):
             Dense layers between the pooling and the projection, each with `out_features`, `bias`
-            and `activation`: EmbeddingGemma has two. They belong to the Y-Encoder.
+            and `activation`: EmbeddingGemma has two. They are part of the Y-Encoder.
         project_target (`bool`, *optional*, defaults to `True`):
-            Whether the target side has a projection of its own (section 3.1). Without one, the
-            shared space is the Y-Encoder's (the paper's 7c), and `embedding_dim` its width.
+            Give the target side its own projection (section 3.1). Without one, the shared space is
+            the Y-Encoder's (the paper's 7c), and `embedding_dim` its width.
         decoder_prefix_tokens (`int`, *optional*, defaults to 4):
-            As how many tokens the Y-Decoder reads an embedding. The paper does not say; times the
-            decoder's width, this should reach `embedding_dim`, or the projection loses some of it.
+            Number of tokens as which the Y-Decoder reads an embedding. The paper does not state
+            it. Its product with the decoder's width should reach `embedding_dim`; otherwise the
+            projection loses information.
         decoder_reads_query (`bool`, *optional*, defaults to `False`):
-            Whether the Y-Decoder reads the query before the embedding.
+            The Y-Decoder reads the query before the embedding.
         decoder_reads_previous (`bool`, *optional*, defaults to `False`):
-            Whether it also reads the text of the segment before, of a stream.
+            The Y-Decoder also reads the text of the previous segment of a stream.
         backbones (`dict[str, str]`, *optional*):
-            Where the weights of `"vision"`, `"predictor"`, `"text"` and `"decoder"` began: a Hub
-            id, or the name of a folder. A part that is not there began at random.
+            Origin of the initial weights of `"vision"`, `"predictor"`, `"text"` and `"decoder"`: a
+            Hub id or the name of a folder. A part without an entry started from random weights.
         answers (`list[str]`, *optional*):
-            The answers among which the question answering pipeline chooses where it is given none.
+            Default candidate answers of the question answering pipeline.
         freeze_vision (`bool`, *optional*, defaults to `True`):
-            The X-Encoder takes no gradient and stays in evaluation mode. The paper's last
+            The X-Encoder gets no gradient and stays in evaluation mode. The paper's last
             pretraining stage sets this to `False`.
         freeze_text (`bool`, *optional*, defaults to `False`):
-            The Y-Encoder's backbone takes no gradient; its head still trains (the paper's 7e).
+            The Y-Encoder's backbone gets no gradient; its head still trains (the paper's 7e).
         freeze_token_embedding (`bool`, *optional*, defaults to `True`):
-            The predictor's token table takes no gradient. The paper's count of 490M trainable
-            parameters only adds up without that table.
+            The Predictor's token table gets no gradient. The paper's 490M trainable parameters
+            match this configuration only without that table.
         logit_scale_init_value (`float`, *optional*, defaults to ln(1/0.07)):
-            Logarithm of the inverse temperature. The paper gives no temperature; this is CLIP's.
+            Logarithm of the inverse temperature. The paper states none; this is CLIP's value.
         freeze_logit_scale (`bool`, *optional*, defaults to `False`):
-            Keep the temperature fixed. The paper does not say whether it is learnt; CLIP's is.
+            Keep the temperature fixed. The paper does not state whether it is learnt; CLIP learns
+            it.
         logit_bias_init_value (`float`, *optional*):
-            Gives the model the learnt bias of the sigmoid loss (SigLIP starts it at -10). The
-            paper's loss has none.
+            Initial value of the learnt bias of the sigmoid loss (SigLIP's is -10). Default: no
+            bias; the paper's loss has none.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the new projections. Each sub-network has its own.
+            Standard deviation of the new projections. Each sub-network has its own range.
     """
 
     model_type = "vljepa"
@@ -135,27 +138,30 @@ class VLJEPAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        # The one supported switch: it reaches the mask builder and every attention kernel.
-        # Setting it on the attention modules alone still masks padded or eager batches.
+        # The one supported switch: it reaches the mask builder and every attention kernel. With
+        # `is_causal` set on the attention modules alone, padded or eager batches stay causal.
         self.predictor_config.is_causal = False
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The predictor's: `input_ids` and `resize_token_embeddings` mean its tokens."""
+        """Return the Predictor's configuration: `input_ids` are the Predictor's tokens."""
         return self.predictor_config
 
     def decoder_context(self, query: str = "", previous: str = "") -> str:
-        """The text that the Y-Decoder reads before the embedding; empty unless it reads any."""
+        """Return the text that the Y-Decoder reads before the embedding; empty if it reads none."""
         lines = [query] * self.decoder_reads_query + [previous] * self.decoder_reads_previous
         return "".join(f"{line}\n" for line in lines)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "VLJEPAConfig":
-        """Upstream warns at a configuration of another model, and goes on with random weights."""
+        """Raise ValueError for the configuration of another model.
+
+        Upstream warns only, and loads random weights.
+        """
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
-                f"this is a checkpoint of a {found!r} model, not of a VL-JEPA: load it as what it "
-                "is, or make a VL-JEPA of it with `python -m training.init_checkpoint`."
+                f"this is a checkpoint of a {found!r} model, not of a VL-JEPA: load it with its "
+                "own class, or build a VL-JEPA from it with `python -m training.init_checkpoint`."
             )
         return super().from_dict(config_dict, **kwargs)
 

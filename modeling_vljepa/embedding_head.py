@@ -1,4 +1,4 @@
-"""From token states to a point in the shared space.
+"""Embedding head: token states to a unit vector in the shared space.
 
 Shapes: B batch, L tokens, H hidden size, D embedding size.
 """
@@ -11,8 +11,8 @@ from torch import nn
 def masked_mean(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Average the states `(B, L, H)` of the real tokens, in fp32, to `(B, H)`.
 
-    `attention_mask` `(B, L)` is 1 where a token is real; `None` says that all of them are. A row
-    without any real token has no mean: its result is zero.
+    `attention_mask` `(B, L)` is 1 for real tokens; with `None`, all tokens are real. A row without
+    any real token has no mean: its result is zero.
     """
     hidden_states = hidden_states.float()
     if attention_mask is None:
@@ -22,12 +22,12 @@ def masked_mean(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
 
 
 class EmbeddingHead(nn.Module):
-    """Project a pooled state and put it on the unit sphere; one class on both sides of the loss.
+    """Projection of a pooled state to the unit sphere; both sides of the loss use this class.
 
     Args:
-        hidden_size: of the pooled state.
-        embedding_dim: of the shared space.
-        project: without a projection (the paper's 7c, on the target side) the shared space is the
+        hidden_size: width of the pooled state.
+        embedding_dim: width of the shared space.
+        project: without a projection (the paper's 7c, on the target side), the shared space is the
             encoder's own.
     """
 
@@ -41,11 +41,13 @@ class EmbeddingHead(nn.Module):
         self.projection = nn.Linear(hidden_size, embedding_dim) if project else nn.Identity()
 
     def forward(self, pooled: torch.Tensor, truncate_dim: int | None = None) -> torch.Tensor:
-        """`(B, H)` to fp32 unit vectors `(B, D)`, or `(B, truncate_dim)`: the first dimensions
-        alone, back on the sphere, for spaces trained to allow it (Matryoshka, arXiv 2205.13147).
+        """Project `(B, H)` to fp32 unit vectors `(B, D)`.
+
+        With `truncate_dim`, keep the first dimensions only and normalize again: `(B,
+        truncate_dim)`, for spaces trained to allow it (Matryoshka, arXiv 2205.13147).
         """
-        # One vector per sample is cheap; rounding it to bf16 is not, because the loss multiplies
-        # similarities by up to 100. So the head leaves autocast.
+        # The loss multiplies similarities by up to 100, and with them the rounding error of bf16.
+        # In fp32, one vector per sample costs little, so the head disables autocast.
         with torch.autocast(pooled.device.type, enabled=False):
             embeds = self.projection(pooled.to(self.dtype)).float()  # (B, D)
             if truncate_dim is not None and not 1 <= truncate_dim <= embeds.shape[-1]:
@@ -57,7 +59,7 @@ class EmbeddingHead(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the projection's weights; fp32 where there are none."""
+        """The dtype of the projection's weights; fp32 without a projection."""
         return next((weight.dtype for weight in self.parameters()), torch.float32)
 
 

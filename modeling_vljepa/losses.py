@@ -1,15 +1,15 @@
-"""The objective: pure functions of embeddings, a scale and vectors of ids.
+"""Losses and regularizers: pure functions of embeddings, a scale and vectors of ids.
 
 | function             | source                                                              |
 |----------------------|---------------------------------------------------------------------|
-| `info_nce`           | the paper's (section 3.2); CLIP, Radford et al. 2021                |
+| `info_nce`           | the paper's loss (section 3.2); CLIP, Radford et al. 2021           |
 | `sigmoid_loss`       | SigLIP, Zhai et al. 2023 (arXiv 2303.15343)                         |
 | `cosine_loss`, `l1_loss`, `l2_loss` | the paper's ablation 7c, with a frozen text encoder  |
 | `sigreg`             | LeJEPA, Balestriero and LeCun 2025 (arXiv 2511.08544)               |
 | `vicreg_terms`       | VICReg, Bardes et al. 2022 (arXiv 2105.04906)                       |
 
 Shapes: B batch (of all processes together), b rows of this process, K hard negatives, D embedding
-size, r rows of a tile. What belongs to other processes is gathered by the caller: see
+size, r rows of a tile. The caller gathers the rows of other processes: see
 `training/loop/objective.py`.
 """
 
@@ -21,20 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-TILE_ELEMENTS = 2**23  # of one tile of logits: 32 MiB in fp32
+TILE_ELEMENTS = 2**23  # logits in one tile: 32 MiB in fp32
 
 
 @dataclass
 class InfoNCE:
-    """The loss and what to read beside it; only `loss` is differentiated.
+    """The loss, its chance level and its accuracy; only `loss` is differentiable.
 
     Attributes:
-        loss (`torch.Tensor` of shape `()`): mean of both directions, over the rows given.
-        chance_loss (`torch.Tensor` of shape `()`): what a model that knows nothing gets: the mean
-            of ln(1 + negatives), ln B only where no row is masked.
+        loss (`torch.Tensor` of shape `()`): mean of both directions over the given rows.
+        chance_loss (`torch.Tensor` of shape `()`): loss of a model that gives all pairs the same
+            similarity: the mean of ln(1 + negatives), which is ln B if no row is masked.
         accuracy (`torch.Tensor` of shape `()`): share of predictions closer to their own target
-            than to every negative; a tie is wrong. It depends on the batch size: for watching, not
-            for reporting.
+            than to every negative; a tie counts as wrong. It depends on the batch size: use it to
+            monitor training, not to report results.
     """
 
     loss: torch.Tensor
@@ -43,20 +43,23 @@ class InfoNCE:
 
 
 def count_equal(ids: torch.Tensor) -> torch.Tensor:
-    """How many of the ids `(B,)` or `(B, 2)` equal each one, itself included."""
-    _, place, counts = ids.unique(dim=0, return_inverse=True, return_counts=True)
-    return counts[place]
+    """Count for each of the ids `(B,)` or `(B, 2)` the ids equal to it, itself included."""
+    _, index, counts = ids.unique(dim=0, return_inverse=True, return_counts=True)
+    return counts[index]
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Which rows may not be pushed apart, from vectors of ids: never a B x B matrix.
+    """Pairs of rows that are not each other's negatives, from vectors of ids.
+
+    Masks are built for one tile at a time: a B x B mask would need as much memory as the logits
+    that the tiles avoid.
 
     Attributes:
         target_ids (`torch.LongTensor` of shape `(B,)`): equal for equal target texts.
         group_ids (`torch.LongTensor` of shape `(B,)`): equal for interchangeable targets.
-        negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): of the hard negatives'
-            texts; -1 stands where a row has fewer of them than another.
+        negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): text ids of the hard
+            negatives; -1 for padding, because rows have different numbers of hard negatives.
         first_row: prediction i belongs to target `first_row + i`.
     """
 
@@ -66,40 +69,44 @@ class Matches:
     first_row: int
 
     def own(self, rows: range) -> torch.Tensor:
-        """The columns `(r,)` in which these predictions have their own targets."""
+        """Return for each prediction the column `(r,)` of its own target."""
         first = self.first_row + rows.start
         return torch.arange(first, first + len(rows), device=self.target_ids.device)
 
     def interchangeable(self, rows: range) -> torch.Tensor:
-        """Targets `(r, B)` that share a text or a group with the row's own, which is left out."""
+        """Return a mask `(r, B)` of the other targets that share a text or group with the own."""
         own = self.own(rows)
         alike = self.target_ids[own, None] == self.target_ids
         alike |= self.group_ids[own, None] == self.group_ids
         return alike.scatter_(1, own[:, None], False)
 
-    def no_negatives(self, rows: range) -> torch.Tensor:
-        """Hard negatives `(r, K)` whose text is right for the row, and those that fill up."""
+    def false_negatives(self, rows: range) -> torch.Tensor:
+        """Return a mask `(r, K)` of hard negatives that have the row's own text or are padding."""
         own_ids = self.target_ids[self.own(rows), None]
         return (own_ids == self.negative_ids) | (self.negative_ids == -1)
 
     @cached_property
     def counts(self) -> torch.Tensor:
-        """Targets `(B,)` that are right for each row, its own among them."""
+        """Number `(B,)` of targets that are correct for each row, its own included."""
+        # Inclusion and exclusion: a target that shares both text and group would count twice.
         both = torch.stack([self.target_ids, self.group_ids], dim=1)
         return count_equal(self.target_ids) + count_equal(self.group_ids) - count_equal(both)
 
     @property
     def hard_counts(self) -> torch.Tensor | int:
-        """Hard negatives `(B,)` of each row."""
+        """Number `(B,)` of hard negatives of each row: all but those that have its own text."""
         if self.negative_ids is None:
             return 0
+        # Two binary searches in sorted ids bound the ids equal to the row's own text. Comparing
+        # all pairs would need a (B, K) matrix.
         ids = self.negative_ids[self.negative_ids != -1].sort().values
-        own = torch.searchsorted(ids, self.target_ids, right=True)
-        return len(ids) - own + torch.searchsorted(ids, self.target_ids)
+        end = torch.searchsorted(ids, self.target_ids, right=True)
+        start = torch.searchsorted(ids, self.target_ids)
+        return len(ids) - (end - start)
 
 
 def tiles(rows: int, columns: int, elements: int) -> Iterator[range]:
-    """Rows in runs of which each makes at most so many elements, or a single row."""
+    """Split `rows` into ranges of at most `elements` logits each, but of at least one row."""
     step = max(1, elements // max(1, columns))
     return (range(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -111,7 +118,10 @@ def tile_of_logits(
     alike: torch.Tensor,
     as_positives: bool,
 ) -> torch.Tensor:
-    """`(r, D)` and `(B, D)` to logits `(r, B)`, without what is no negative."""
+    """Return the logits `(r, B)` of one tile from `(r, D)` and `(B, D)`.
+
+    False negatives are masked with -inf, or kept if they count as positives.
+    """
     logits = (predicted @ targets.T).mul_(scale)
     return logits if as_positives else logits.masked_fill_(alike, -torch.inf)
 
@@ -123,23 +133,26 @@ def tile_of_negatives(
     matches: Matches,
     rows: range,
 ) -> torch.Tensor:
-    """`(r, D)` and `(K, D)` to logits `(r, K)`."""
+    """Return the logits `(r, K)` of the hard negatives from `(r, D)` and `(K, D)`."""
     logits = (predicted @ negatives.T).mul_(scale)
-    return logits.masked_fill_(matches.no_negatives(rows), -torch.inf)
+    return logits.masked_fill_(matches.false_negatives(rows), -torch.inf)
 
 
 def attraction_of(matches: Matches, alike: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Share `(r, B)` of each positive among those of its row, and of its column."""
+    """Return the weights `(r, B)` of the positives in the attraction of both directions.
+
+    The positives of a row, and those of a column, share its attraction in equal parts.
+    """
     share = 1 / matches.counts.to(torch.get_default_dtype())  # (B,)
     return alike.scatter(1, own, True) * (share[own] + share)
 
 
 class TiledInfoNCE(torch.autograd.Function):
-    """InfoNCE over a block of rows of the B x B logits, of which one tile exists at a time.
+    """InfoNCE over the (b, B) logits of a process, of which one tile exists at a time.
 
-    The forward pass keeps the log-sum-exp of each row and column; the backward pass makes each
-    tile again and from it the gradient of both sides. That is four matrix products where a
-    stored matrix of logits would take three.
+    The forward pass stores the log-sum-exp of each row and column. The backward pass computes each
+    tile again, and from it the gradient of both sides. That takes four matrix products; with a
+    stored matrix of logits it would take three.
     """
 
     @staticmethod
@@ -156,8 +169,8 @@ class TiledInfoNCE(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows_lse = predicted.new_empty(len(predicted))  # (b,)
         columns_lse = predicted.new_full((len(targets),), -torch.inf)  # (B,)
-        attraction = predicted.new_empty(len(predicted))  # (b,), of both directions
-        right = predicted.new_empty(len(predicted))  # (b,)
+        attraction = predicted.new_empty(len(predicted))  # (b,), sum of both directions
+        right = predicted.new_empty(len(predicted))  # (b,), 1 for a correct prediction
         for rows in tiles(len(predicted), len(targets), elements):
             part = slice(rows.start, rows.stop)
             own = matches.own(rows)[:, None]  # (r, 1)
@@ -165,22 +178,29 @@ class TiledInfoNCE(torch.autograd.Function):
             logits = tile_of_logits(predicted[part], targets, scale, alike, as_positives)
             own_logits = logits.gather(1, own)[:, 0]  # (r,)
             rows_lse[part] = logits.logsumexp(dim=1)
+            # A tile holds whole rows but a part of each column, so columns are summed tile by
+            # tile. `logaddexp` keeps them in range: exp of a logit of 100 overflows fp32.
             columns_lse = torch.logaddexp(columns_lse, logits.logsumexp(dim=0))
             attraction[part] = 2 * own_logits
             if as_positives:
                 attraction[part] = (attraction_of(matches, alike, own) * logits).sum(dim=1)
+                # Only the accuracy reads the tile from here on, and it ignores other positives.
                 logits.masked_fill_(alike, -torch.inf)
+            # In place, after the last use of the tile: a copy would double the peak memory.
             hardest = logits.scatter_(1, own, -torch.inf).amax(dim=1)  # (r,)
             if negatives is not None:
+                # Rows only: a hard negative has no prediction, so it belongs to no column.
                 hard = tile_of_negatives(predicted[part], negatives, scale, matches, rows)
                 rows_lse[part] = torch.logaddexp(rows_lse[part], hard.logsumexp(dim=1))
                 hardest = torch.maximum(hardest, hard.amax(dim=1))
             right[part] = (own_logits > hardest).to(right.dtype)
+        # Before saving: the backward pass needs the sums over the rows of all processes.
         columns_lse = over_processes(columns_lse)  # (B,)
         ctx.save_for_backward(predicted, targets, scale, negatives, rows_lse, columns_lse)
         ctx.matches, ctx.as_positives, ctx.elements = matches, as_positives, elements
         accuracy = right.mean()
         ctx.mark_non_differentiable(accuracy)
+        # This process's share of the columns; the mean over processes then has each column once.
         columns_lse = columns_lse[matches.own(range(len(predicted)))]  # (b,)
         return (rows_lse + columns_lse - attraction).mean() / 2, accuracy
 
@@ -197,11 +217,13 @@ class TiledInfoNCE(torch.autograd.Function):
             own = matches.own(rows)[:, None]  # (r, 1)
             alike = matches.interchangeable(rows)  # (r, B)
             logits = tile_of_logits(predicted[part], targets, scale, alike, ctx.as_positives)
+            # Softmax of the columns, then of the rows; a masked logit of -inf gives 0.
             push = (logits - columns_lse).exp_()  # (r, B)
             push += logits.sub_(rows_lse[part, None]).exp_()
             if ctx.as_positives:
                 push -= attraction_of(matches, alike, own)
             else:
+                # The own target attracts once in each direction.
                 push.scatter_add_(1, own, push.new_full(own.shape, -2))
             push *= factor
             torch.matmul(push, targets, out=to_predicted[part])
@@ -212,7 +234,8 @@ class TiledInfoNCE(torch.autograd.Function):
                 hard.sub_(rows_lse[part, None]).exp_().mul_(factor)
                 to_predicted[part].addmm_(hard, negatives)
                 to_negatives.addmm_(hard.T, predicted[part])
-        # The scale meets every cosine that a prediction meets, and all of them at once.
+        # d loss / d scale sums cosine * d loss / d logit over all pairs. The gradient of the
+        # predictions holds the same products times the scale: no further matrix product is needed.
         to_scale = (to_predicted * predicted).sum().div(scale).view_as(scale)
         return to_predicted, to_targets, to_scale, to_negatives, None, None, None, None
 
@@ -225,7 +248,7 @@ def find_matches(
     negative_ids: torch.Tensor | None,
     first_row: int,
 ) -> Matches:
-    """`Matches` in which a vector that is not given makes no two rows alike."""
+    """Return the `Matches`; without `target_ids` or `group_ids`, no two rows share one."""
     different = torch.arange(size, device=device)
     return Matches(
         different if target_ids is None else target_ids,
@@ -251,13 +274,13 @@ def info_nce(
 ) -> InfoNCE:
     """Bi-directional InfoNCE over in-batch negatives (paper section 3.2, Radford et al. 2021).
 
-    Two rows that share a target text or a group are not each other's negatives: to push apart
-    "yes" and "yes" would teach the model that its right answer is wrong. They are left out or,
+    Two rows that share a target text or a group are not each other's negatives: pushing "yes" away
+    from "yes" would teach the model that its correct answer is wrong. Such pairs are left out or,
     with `as_positives`, share the attraction in equal parts (Khosla et al. 2020, arXiv
     2004.11362, L_out).
 
-    A process that holds some of the predictions gives these and the targets of all; the mean of
-    the processes' losses is then the loss of the whole batch, and so is its gradient.
+    With several processes, each passes its own predictions and the targets of all. The mean of
+    their losses is then the loss of the whole batch, and the mean of their gradients its gradient.
 
     Args:
         predicted_embeds (`torch.Tensor` of shape `(b, D)`): unit vectors.
@@ -267,20 +290,20 @@ def info_nce(
         group_ids (`torch.LongTensor` of shape `(B,)`, *optional*): equal for interchangeable
             targets, such as two captions of one clip.
         negative_embeds (`torch.Tensor` of shape `(K, D)`, *optional*): unit vectors of the hard
-            negatives of all rows; each is a negative of every prediction whose text it is not.
-            They have no predictions of their own, so the other direction does not know them.
-        negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): their texts, as in
-            `target_ids`; -1 for one that only fills up.
+            negatives of all rows. Each is a negative of every prediction that has another target
+            text. The direction from targets to predictions ignores them: they have no predictions.
+        negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): their text ids, as in
+            `target_ids`; -1 for padding.
         as_positives: see above.
         first_row: prediction i belongs to target `first_row + i`.
         over_processes: combines the log-sum-exp `(B,)` over this process's rows with the others'.
-        tile_elements: how many logits exist at a time.
+        tile_elements: logits in memory at a time.
     """
     device = predicted_embeds.device
     matches = find_matches(
         len(target_embeds), device, target_ids, group_ids, negative_ids, first_row
     )
-    # Out of autocast: a logit of 100 rounded to bf16 is wrong by up to a quarter.
+    # Without autocast: rounding a logit of 100 to bf16 is wrong by up to 0.25.
     with torch.autocast(device.type, enabled=False):
         loss, accuracy = TiledInfoNCE.apply(
             predicted_embeds,
@@ -309,14 +332,14 @@ def sigmoid_loss(
     first_row: int = 0,
     tile_elements: int = TILE_ELEMENTS,
 ) -> torch.Tensor:
-    """Each pair by itself: does this text belong to this prediction (SigLIP, arXiv 2303.15343)?
+    """Classify each pair by itself as matching or not (SigLIP, arXiv 2303.15343).
 
-    The sum over the pairs of a prediction, averaged over predictions. Rows that share a text or a
-    group are left out or, `as_positives`, pairs that belong together.
+    The loss is the sum over the pairs of a prediction, averaged over predictions. Two rows that
+    share a text or a group are left out or, with `as_positives`, form matching pairs.
 
     Args:
-        bias (`torch.Tensor` of shape `()` or `(1,)`): added to every logit; about -ln B says at
-            the start that most pairs do not belong together.
+        bias (`torch.Tensor` of shape `()` or `(1,)`): added to every logit. A start near -ln B
+            reflects that most pairs do not match.
 
     The other arguments are those of `info_nce`.
     """
@@ -332,13 +355,13 @@ def sigmoid_loss(
     ) -> torch.Tensor:
         logits = scale * (predicted @ targets.T) + bias  # (r, B)
         alike = matches.interchangeable(rows)  # (r, B)
-        belongs = torch.zeros_like(alike).scatter_(1, matches.own(rows)[:, None], True)
+        is_match = torch.zeros_like(alike).scatter_(1, matches.own(rows)[:, None], True)
         if as_positives:
-            belongs |= alike
-        losses = -F.logsigmoid(torch.where(belongs, logits, -logits))  # (r, B)
+            is_match |= alike
+        losses = -F.logsigmoid(torch.where(is_match, logits, -logits))  # (r, B)
         return losses.sum() if as_positives else losses.masked_fill(alike, 0).sum()
 
-    # Each tile is made again in the backward pass, so that one exists at a time.
+    # The checkpoint computes each tile again in the backward pass, so one exists at a time.
     with torch.autocast(device.type, enabled=False):
         losses = [
             checkpoint(
@@ -356,30 +379,31 @@ def sigmoid_loss(
 
 
 def cosine_loss(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of unit vectors `(b, D)`, averaged over rows."""
+    """Return 1 - cosine of unit vectors `(b, D)`, averaged over rows."""
     return 1 - (predicted_embeds * target_embeds).sum(dim=1).mean()
 
 
 def l1_loss(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
-    """Sum of absolute differences over dimensions `(b, D)`, averaged over rows."""
+    """Sum the absolute differences over the dimensions of `(b, D)`; average over rows."""
     return (predicted_embeds - target_embeds).abs().sum(dim=1).mean()
 
 
 def l2_loss(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
-    """Euclidean distance of unit vectors `(b, D)`, averaged over rows.
+    """Return the Euclidean distance of unit vectors `(b, D)`, averaged over rows.
 
-    The distance, not its square: that is twice the cosine loss on the unit sphere.
+    The squared distance would not be another loss: on the unit sphere it is twice the cosine loss.
     """
     return torch.linalg.vector_norm(predicted_embeds - target_embeds, dim=1).mean()
 
 
 def sigreg(embeds: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
-    """How far the embeddings are from an isotropic Gaussian (SIGReg, arXiv 2511.08544).
+    """Measure the distance `()` of the embeddings from an isotropic Gaussian (SIGReg, arXiv
+    2511.08544).
 
-    Along each direction, the Epps-Pulley distance between the sample's characteristic function
-    and the standard normal one, weighted by the latter and integrated from -5 to 5 over 17
-    points, times B; averaged over directions. Unit vectors are first stretched by the square
-    root of D, the length of a standard normal vector.
+    Along each direction, this is the Epps-Pulley distance between the sample's characteristic
+    function and the standard normal one, weighted by the latter, integrated from -5 to 5 over 17
+    points, and multiplied by B. The result is the mean over directions. Unit vectors are first
+    scaled by the square root of D, the length of a standard normal vector.
 
     Args:
         embeds (`torch.Tensor` of shape `(B, D)`): unit vectors.
@@ -397,10 +421,10 @@ def sigreg(embeds: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 
 
 def vicreg_terms(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Variance and covariance terms `()` of VICReg (arXiv 2105.04906, equations 1 and 3).
+    """Return the variance and covariance terms `()` of VICReg (arXiv 2105.04906, equations 1, 3).
 
-    Unit vectors `(B, D)` are first stretched by the square root of D, so that the standard
-    deviation of 1 which the variance term asks of every dimension is within reach.
+    Unit vectors `(B, D)` are first scaled by the square root of D. Otherwise no dimension could
+    reach the standard deviation of 1 that the variance term requires.
     """
     with torch.autocast(embeds.device.type, enabled=False):
         size = embeds.shape[1]

@@ -1,4 +1,4 @@
-"""VL-JEPA: predict the embedding of a text from what is seen and what is asked.
+"""VL-JEPA: predict the embedding of a text from a video and a query.
 
 | paper (arXiv 2512.10942)  | here                                            |
 |---------------------------|-------------------------------------------------|
@@ -33,9 +33,9 @@ from .x_encoder import XEncoder
 from .y_decoder import YDecoder
 from .y_encoder import YEncoder
 
-# For `peft.LoraConfig`. The expression is matched against whole names: a list of suffixes such as
-# ["q_proj"] would adapt the Y-Encoder too. What is saved is new to a pretrained model, or shared
-# by both sides of the loss.
+# For `peft.LoraConfig`. peft matches the expression against whole names; a list of suffixes such
+# as ["q_proj"] would adapt the Y-Encoder too. The saved modules are new to a pretrained model, or
+# shared by both sides of the loss.
 LORA_TARGET_MODULES = (
     r"predictor\.backbone\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 )
@@ -48,7 +48,7 @@ class VLJEPAOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, with `return_loss=True`):
             Bi-directional InfoNCE over this batch alone. Training over several processes gathers
-            the embeddings first and calls the loss itself.
+            the embeddings and computes its loss outside the model.
         predicted_embeds (`torch.FloatTensor` of shape `(batch_size, embedding_dim)`, *optional*):
             Ŝ_Y, unit vectors.
         target_embeds (`torch.FloatTensor` of shape `(batch_size, embedding_dim)`, *optional*):
@@ -56,13 +56,14 @@ class VLJEPAOutput(ModelOutput):
             where only the U distinct texts of a batch are encoded, the shape is
             `(U, embedding_dim)`.
         visual_embeds (`torch.FloatTensor` of shape `(batch_size, tokens, vision_hidden_size)`):
-            The X-Encoder's output, to be handed back in for the next question on the same input.
+            The X-Encoder's output. Pass it as `visual_embeds` for the next question on the same
+            input.
         logit_scale (`torch.FloatTensor` of shape `(1,)`): the inverse temperature.
-        logit_bias (`torch.FloatTensor` of shape `(1,)`, *optional*): of the sigmoid loss.
+        logit_bias (`torch.FloatTensor` of shape `(1,)`, *optional*): the sigmoid loss's bias.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
-            The Predictor's, of shape `(batch_size, tokens + query_length, hidden_size)`.
+            The Predictor's states, of shape `(batch_size, tokens + query_length, hidden_size)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*, with `output_attentions=True`):
-            The Predictor's.
+            The Predictor's attention weights.
     """
 
     loss: torch.FloatTensor | None = None
@@ -84,7 +85,7 @@ class LogitScale(nn.Module):
     def __init__(self, init_value: float):
         super().__init__()
         self.init_value = init_value
-        # One axis: sharded data parallelism refuses parameters that have none.
+        # Shape (1,), not (): sharded data parallelism rejects scalar parameters.
         self.weight = nn.Parameter(torch.full((1,), init_value))
 
     def forward(self) -> torch.Tensor:
@@ -92,7 +93,7 @@ class LogitScale(nn.Module):
 
 
 class LogitBias(nn.Module):
-    """What the sigmoid loss adds to every logit."""
+    """Learnt bias that the sigmoid loss adds to every logit."""
 
     def __init__(self, init_value: float):
         super().__init__()
@@ -103,8 +104,9 @@ class LogitBias(nn.Module):
         return self.weight.float()  # (1,)
 
 
-# What transformers asks of a model's direct children, to place, shard, tie and load them.
-OF_ANY_NAME = (
+# Attributes that transformers reads from a model's direct children, to place, shard, tie and load
+# them.
+BACKBONE_ATTRIBUTES = (
     "_no_split_modules",
     "_skip_keys_device_placement",
     "_keep_in_fp32_modules",
@@ -112,18 +114,21 @@ OF_ANY_NAME = (
     "_keys_to_ignore_on_load_unexpected",
     "_keys_to_ignore_on_load_missing",
 )
-BY_NAME = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
+BACKBONE_PLANS = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")  # keys are parameter names
 
 
-def answer_for_backbone(box: nn.Module) -> None:
-    """Let a box say of itself what its backbone would: the backbone lies one level too deep."""
-    for name in OF_ANY_NAME:
-        setattr(box, name, getattr(box.backbone, name))
-    for name in BY_NAME:
-        plan = getattr(box.backbone, name)
-        setattr(box, name, {f"backbone.{key}": value for key, value in plan.items()})
-    tied = box.backbone.all_tied_weights_keys
-    box.all_tied_weights_keys = {f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()}
+def copy_backbone_attributes(module: nn.Module) -> None:
+    """Copy placement, sharding and weight-tying attributes from a module's backbone to the module.
+
+    transformers inspects direct children only, and the backbone is one level deeper.
+    """
+    for name in BACKBONE_ATTRIBUTES:
+        setattr(module, name, getattr(module.backbone, name))
+    for name in BACKBONE_PLANS:
+        plan = getattr(module.backbone, name)
+        setattr(module, name, {f"backbone.{key}": value for key, value in plan.items()})
+    tied = module.backbone.all_tied_weights_keys
+    module.all_tied_weights_keys = {f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()}
 
 
 def check_tokens(
@@ -132,14 +137,14 @@ def check_tokens(
     attention_mask: torch.Tensor | None,
     config: PreTrainedConfig,
 ) -> None:
-    """Stop at token ids that would crash a GPU, and at padding that would be read as text."""
+    """Reject token ids that would crash a GPU, and padding that would be read as text."""
     if torch.compiler.is_compiling():
         return
     name = f"{prefix}input_ids"
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"{prefix}attention_mask has shape {tuple(attention_mask.shape)}, {name} has "
-            f"{tuple(input_ids.shape)}: they go together."
+            f"{tuple(input_ids.shape)}: give masks and ids of one shape."
         )
     if not input_ids.numel():
         return
@@ -147,37 +152,37 @@ def check_tokens(
     if least < 0 or most >= config.vocab_size:
         raise ValueError(
             f"{name} holds the id {least if least < 0 else most}, but the vocabulary of this "
-            f"encoder has {config.vocab_size}: was the other tokenizer used?"
+            f"encoder has {config.vocab_size}: use the tokenizer of this encoder."
         )
     pad = config.pad_token_id
     if attention_mask is None and pad is not None and (input_ids == pad).any():
         raise ValueError(
-            f"{name} holds padding (id {pad}), which would be read as text: give "
-            f"{prefix}attention_mask as well."
+            f"{name} holds padding (id {pad}), which would be read as text: also give "
+            f"{prefix}attention_mask."
         )
 
 
 def one_for_each(visual_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """The visual tokens `(B or 1, N, Dx)` beside each of B queries, one video for all of them."""
+    """Return visual tokens `(B, N, Dx)` for B queries; a single video is repeated for all."""
     if visual_embeds.shape[0] == 1:
         return visual_embeds.expand(input_ids.shape[0], -1, -1)
     if visual_embeds.shape[0] != input_ids.shape[0]:
         raise ValueError(
             f"{len(visual_embeds)} videos and {len(input_ids)} queries: give one query for each "
-            "video, or one video for all of them."
+            "video, or one video for all queries."
         )
     return visual_embeds
 
 
 class VLJEPAPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation.
+    """Base class: loading, saving and initialisation.
 
     | weights                                                     | initial value               |
     |-------------------------------------------------------------|-----------------------------|
     | backbones: x_encoder, predictor, y_encoder, y_decoder       | pretrained, or as their own |
     | visual_projection, prefix_projection and those of the heads | normal, `initializer_range` |
     | logit_scale                                                 | `logit_scale_init_value`    |
-    | logit_bias, where there is one                              | `logit_bias_init_value`     |
+    | logit_bias, if the model has one                            | `logit_bias_init_value`     |
     """
 
     config: VLJEPAConfig
@@ -192,15 +197,18 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load a model; what its configuration freezes takes no gradient here either."""
+        """Load a model and freeze the parameters that its configuration freezes."""
         loaded = super().from_pretrained(*args, **kwargs)
-        # Upstream replaces every parameter by a new one, and a new one takes a gradient.
+        # Upstream replaces the parameters, and the new ones have `requires_grad=True`.
         (loaded[0] if kwargs.get("output_loading_info") else loaded).freeze()
         return loaded
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what trains: the first parameter, which upstream asks, may be a frozen encoder's."""
+        """The dtype of the trainable weights.
+
+        Upstream reports that of the first parameter, which may be a frozen encoder's in bf16.
+        """
         return next(p.dtype for name, p in self.named_parameters() if "logit_scale" in name)
 
     @torch.no_grad()
@@ -211,9 +219,9 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
 
 
 class VLJEPAModel(VLJEPAPreTrainedModel):
-    """`predict` makes Ŝ_Y, `encode_target` makes S_Y, and their product ranks texts."""
+    """The joint model: `predict` returns Ŝ_Y, `encode_target` S_Y; their product ranks texts."""
 
-    # A checkpoint may hold a Y-Decoder as well; this model does without words.
+    # A checkpoint may also hold a Y-Decoder, which this model does not load.
     _keys_to_ignore_on_load_unexpected = [r"^y_decoder\."]
 
     def __init__(self, config: VLJEPAConfig):
@@ -238,13 +246,13 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         self.logit_bias = None
         if config.logit_bias_init_value is not None:
             self.logit_bias = LogitBias(config.logit_bias_init_value)
-        for box in (self.x_encoder, self.predictor, self.y_encoder):
-            answer_for_backbone(box)
+        for module in (self.x_encoder, self.predictor, self.y_encoder):
+            copy_backbone_attributes(module)
         self.post_init()
         self.freeze()
 
     def freeze(self) -> None:
-        """Stop the gradient of what the configuration freezes; the rest stays as it is."""
+        """Freeze the parameters that the configuration freezes; leave the others unchanged."""
         for frozen, part in (
             (self.config.freeze_vision, self.x_encoder),
             (self.config.freeze_text, self.y_encoder),
@@ -255,8 +263,8 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
                 part.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save what is here: the configuration then names no Y-Decoder."""
-        self.config = copy.copy(self.config)  # which a model around this one may share
+        """Save the model with a configuration that names no Y-Decoder, because it has none."""
+        self.config = copy.copy(self.config)  # a model around this one may share the original
         self.config.decoder_config = None
         super().save_pretrained(save_directory, **kwargs)
 
@@ -274,18 +282,22 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         visual_embeds: torch.Tensor | None = None,
         truncate_dim: int | None = None,
     ) -> torch.Tensor:
-        """Embed the expected answer to a query about a video: Ŝ_Y, unit vectors `(B, D)`.
+        """Predict the embedding of the answer to a query about a video: Ŝ_Y, unit vectors `(B, D)`.
 
-        Give the pixels, or the `visual_embeds` that `encode_video` made of them. One video, given
-        either way, answers any number of queries at the cost of one pass of the X-Encoder.
+        Give the pixels, or their `visual_embeds` from `encode_video`. With one video, given either
+        way, any number of queries cost one pass of the X-Encoder.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(B or 1, T, C, H, W)`, *optional*)
             input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): the query. Without one,
-                or with an L of 0, what is asked for is a caption (the paper's pretraining).
+                or with an L of 0, the model predicts a caption (the paper's pretraining).
             attention_mask (`torch.LongTensor` of shape `(B, L)`, *optional*): 1 for real tokens.
             visual_embeds (`torch.FloatTensor` of shape `(B or 1, N, Dx)`, *optional*)
             truncate_dim (`int`, *optional*): keep the first dimensions only, see `encode_target`.
+
+        Raises:
+            ValueError: inputs missing or given twice, token ids outside the vocabulary, or padding
+                without a mask.
         """
         if (pixel_values_videos is None) == (visual_embeds is None):
             raise ValueError("predict needs pixel_values_videos or visual_embeds, and not both.")
@@ -301,7 +313,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         truncate_dim: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """Ŝ_Y `(B, D)`, and the Predictor's output over [visual tokens ; query]."""
+        """Return Ŝ_Y `(B, D)` and the Predictor's output over [visual tokens ; query]."""
         if input_ids is None:
             shape = (visual_embeds.shape[0], 0)
             input_ids = torch.empty(shape, dtype=torch.long, device=visual_embeds.device)
@@ -312,7 +324,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         return self.predictor_head(pooled, truncate_dim), states  # (B, D)
 
     def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        """The X-Encoder alone: `(B, T, C, H, W)` to visual tokens `(B, N, Dx)`."""
+        """Encode a video `(B, T, C, H, W)` to visual tokens `(B, N, Dx)`."""
         return self.x_encoder(pixel_values_videos)
 
     def encode_target(
@@ -322,18 +334,18 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         target_pooler_output: torch.Tensor | None = None,
         truncate_dim: int | None = None,
     ) -> torch.Tensor:
-        """Embed a text, be it a target, a label or an answer: S_Y, unit vectors `(B, D)`.
+        """Embed a text (target, label or answer): S_Y, unit vectors `(B, D)`.
 
-        Give the tokens, or what a frozen Y-Encoder made of them before.
+        Give the tokens, or the stored output of a frozen Y-Encoder.
 
         Args:
             target_input_ids (`torch.LongTensor` of shape `(B, Ly)`, *optional*)
             target_attention_mask (`torch.LongTensor` of shape `(B, Ly)`, *optional*)
             target_pooler_output (`torch.FloatTensor` of shape `(B, Dt)`, *optional*): the
                 Y-Encoder's output.
-            truncate_dim (`int`, *optional*): keep the first dimensions only, back on the sphere.
+            truncate_dim (`int`, *optional*): keep the first dimensions only and normalize again.
                 Meant for a space trained to allow it, such as EmbeddingGemma's own
-                (`project_target=False`); `predict` then takes the same number.
+                (`project_target=False`). Give `predict` the same number.
         """
         if (target_input_ids is None) == (target_pooler_output is None):
             raise ValueError("encode_target needs target_input_ids or target_pooler_output.")
@@ -361,11 +373,11 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         """Embed a batch of (video, query, target) triples.
 
         Args:
-            target_index (`torch.LongTensor` of shape `(B,)`, *optional*): which row of
-                the target rows is each sample's, so that a batch of answers in which
-                "yes" stands fifty times encodes it once. Default: row i.
+            target_index (`torch.LongTensor` of shape `(B,)`, *optional*): each sample's row among
+                the targets, so that a text which many samples share is encoded once. Default: row
+                i.
             return_loss (`bool`, *optional*): compute the loss over this batch.
-            kwargs: `output_hidden_states` and `output_attentions`, of the Predictor.
+            kwargs: `output_hidden_states` and `output_attentions`, for the Predictor.
 
         The other arguments are those of `predict` and `encode_target`.
         """
@@ -397,7 +409,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             attentions=states.attentions,
         )
 
-    # What users of the library's other two-tower models call.
+    # The methods of transformers' other two-tower models.
 
     @can_return_tuple
     def get_video_features(
@@ -407,9 +419,11 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output` is Ŝ_Y `(B, D)`, under the query or without one, and
-        `last_hidden_state` the visual tokens `(B, N, Dx)`; `hidden_states` and `attentions`, where
-        asked for, are the Predictor's."""
+        """Predict Ŝ_Y from a video, with or without a query.
+
+        `pooler_output` is Ŝ_Y `(B, D)`, `last_hidden_state` the visual tokens `(B, N, Dx)`. The
+        optional `hidden_states` and `attentions` are the Predictor's.
+        """
         visual_embeds = self.encode_video(pixel_values_videos)  # (B, N, Dx)
         predicted_embeds, states = self.read(visual_embeds, input_ids, attention_mask, **kwargs)
         return BaseModelOutputWithPooling(
@@ -422,7 +436,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
-        """`get_video_features` of images `(B, C, H, W)`, each a video of one frame."""
+        """Call `get_video_features` on images `(B, C, H, W)`, each as a video of one frame."""
         return self.get_video_features(pixel_values.unsqueeze(1), **kwargs)
 
     @can_return_tuple
@@ -432,8 +446,10 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output` is S_Y `(B, D)`, and `last_hidden_state` the Y-Encoder's states
-        `(B, L, Dy)`; the tokens are the target tokenizer's."""
+        """Embed texts, given as tokens of the target tokenizer.
+
+        `pooler_output` is S_Y `(B, D)`, `last_hidden_state` the Y-Encoder's states `(B, L, Dy)`.
+        """
         check_tokens("", input_ids, attention_mask, self.config.text_config)
         states = self.y_encoder.read(input_ids, attention_mask, **kwargs)
         pooled = self.y_encoder.pool(states.last_hidden_state, attention_mask)  # (B, Dt)
@@ -449,7 +465,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
 class VLJEPAForZeroShotImageClassificationOutput(ModelOutput):
     """
     Args:
-        logits_per_image (`torch.FloatTensor` of shape `(images, texts)`): cosines over the
+        logits_per_image (`torch.FloatTensor` of shape `(images, texts)`): cosines divided by the
             temperature.
         logits_per_text (`torch.FloatTensor` of shape `(texts, images)`): the same, transposed.
     """
@@ -459,11 +475,11 @@ class VLJEPAForZeroShotImageClassificationOutput(ModelOutput):
 
 
 class VLJEPAForZeroShotImageClassification(VLJEPAPreTrainedModel):
-    """What the library's `zero-shot-image-classification` pipeline calls; the checkpoints are
-    those of [`VLJEPAModel`].
+    """Model class for transformers' `zero-shot-image-classification` pipeline; it loads the
+    checkpoints of [`VLJEPAModel`].
 
-    Give that pipeline the target tokenizer, `tokenizer=processor.target_tokenizer`: the one that
-    it would find by itself is the Predictor's.
+    Give that pipeline the target tokenizer, `tokenizer=processor.target_tokenizer`: its default is
+    the Predictor's.
     """
 
     main_input_name = "pixel_values"
@@ -491,11 +507,11 @@ class VLJEPAForZeroShotImageClassification(VLJEPAPreTrainedModel):
         """Compare every image with every text.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(images, C, H, W)`): asked about without a
-                query, which is to ask for a caption.
-            input_ids, attention_mask (`torch.LongTensor` of shape `(texts, Ly)`): of the target
-                tokenizer.
-            token_type_ids (*optional*): which some tokenizers add and the Y-Encoder does not read.
+            pixel_values (`torch.FloatTensor` of shape `(images, C, H, W)`): the images. The query
+                is empty, so the model predicts captions.
+            input_ids, attention_mask (`torch.LongTensor` of shape `(texts, Ly)`): texts, encoded by
+                the target tokenizer.
+            token_type_ids (*optional*): ignored; some tokenizers add it.
         """
         predicted_embeds = self.vljepa.predict(pixel_values.unsqueeze(1))  # (images, D)
         target_embeds = self.vljepa.encode_target(input_ids, attention_mask)  # (texts, D)
@@ -512,8 +528,8 @@ class VLJEPAForConditionalGenerationOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`): mean cross-entropy over the text's tokens.
         logits (`torch.FloatTensor` of shape `(batch_size, tokens, vocab_size)`): over
             [context ; embedding ; text].
-        predicted_embeds (`torch.FloatTensor` of shape `(batch_size, embedding_dim)`): what was
-            put into words.
+        predicted_embeds (`torch.FloatTensor` of shape `(batch_size, embedding_dim)`): the decoded
+            embeddings.
     """
 
     loss: torch.FloatTensor | None = None
@@ -522,15 +538,15 @@ class VLJEPAForConditionalGenerationOutput(ModelOutput):
 
 
 class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
-    """A [`VLJEPAModel`] with a Y-Decoder, which puts a predicted embedding into words.
+    """A [`VLJEPAModel`] with a Y-Decoder, which decodes a predicted embedding to text.
 
-    The decoder sees the embedding and nothing else of the video: what Ŝ_Y does not say, it cannot
-    write. Of texts it reads, where the configuration says so, the query (`decoder_reads_query`)
-    and what was written about the segment before (`decoder_reads_previous`); both come as
-    `context_input_ids`, which `processor(contexts=[config.decoder_context(query, previous)])`
-    makes.
+    The decoder reads the embedding and no other input from the video, so it cannot write what Ŝ_Y
+    does not encode. If the configuration enables it, the decoder also reads the query
+    (`decoder_reads_query`) and the text of the previous segment (`decoder_reads_previous`). Both
+    are passed as `context_input_ids`, from
+    `processor(contexts=[config.decoder_context(query, previous)])`.
 
-    `python -m training.train_decoder` adds a decoder to a checkpoint that has none.
+    `python -m training.train_decoder` adds a Y-Decoder to a checkpoint without one.
     """
 
     def __init__(self, config: VLJEPAConfig):
@@ -544,18 +560,21 @@ class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
         self.y_decoder = YDecoder(
             config.decoder_config, config.embedding_dim, config.decoder_prefix_tokens
         )
-        answer_for_backbone(self.y_decoder)
+        copy_backbone_attributes(self.y_decoder)
         self.post_init()
         self.freeze()
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """Load a model; where the decoder's weights are missing, an error instead of noise."""
+        """Load a model; raise ValueError if the Y-Decoder's weights are missing.
+
+        Upstream would warn and initialise them at random.
+        """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if any(name.startswith("y_decoder.") for name in info["missing_keys"]):
             raise ValueError(
-                "this checkpoint lacks the weights of the Y-Decoder that its configuration names: "
-                "it was saved as a VLJEPAModel. Load it as one, or train the decoder again."
+                "this checkpoint lacks the weights of the Y-Decoder that its configuration names, "
+                "because it was saved as a VLJEPAModel: load it as one, or train the decoder again."
             )
         return (model, info) if output_loading_info else model
 
@@ -574,22 +593,22 @@ class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
         predicted_embeds: torch.Tensor | None,
         **kwargs: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Ŝ_Y `(B, D)`, given or predicted; `kwargs` are the other arguments of `predict`."""
+        """Return Ŝ_Y `(B, D)`, given or predicted; `kwargs` are other arguments of `predict`."""
         if predicted_embeds is None:
             return self.vljepa.predict(pixel_values_videos, **kwargs)
         if any(value is not None for value in (pixel_values_videos, *kwargs.values())):
-            raise ValueError("give predicted_embeds, or what they are predicted from, not both.")
+            raise ValueError("give predicted_embeds, or the inputs to predict them from, not both.")
         return predicted_embeds
 
     def check_context(
         self, context_input_ids: torch.Tensor | None, context_attention_mask: torch.Tensor | None
     ) -> None:
-        """Stop at a context that this decoder was not trained to read, or that it lacks."""
+        """Reject a context that this decoder was not trained to read, or a missing one."""
         reads = self.config.decoder_reads_query or self.config.decoder_reads_previous
         if reads and context_input_ids is None:
             raise ValueError(
-                "context_input_ids is missing: this Y-Decoder reads the query or the text before "
-                "(decoder_reads_query, decoder_reads_previous). processor(contexts=[...]) makes it."
+                "context_input_ids is missing: this Y-Decoder reads the query or the previous text "
+                "(decoder_reads_query, decoder_reads_previous). Use processor(contexts=[...])."
             )
         if not reads and context_input_ids is not None and context_input_ids.shape[1]:
             raise ValueError(
@@ -613,16 +632,16 @@ class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VLJEPAForConditionalGenerationOutput:
-        """The loss of a text under an embedding.
+        """Compute the loss of a text, given an embedding.
 
         Args:
-            predicted_embeds (`torch.FloatTensor` of shape `(B, D)`, *optional*): to put into
-                words, instead of what is predicted from the arguments before it, which are those
-                of `VLJEPAModel.predict`. The Y-Encoder's embeddings of texts lie in the same space.
+            predicted_embeds (`torch.FloatTensor` of shape `(B, D)`, *optional*): embeddings to
+                decode, in place of the inputs to predict them from, which are the arguments of
+                `VLJEPAModel.predict`. The Y-Encoder's embeddings of texts are in the same space.
             context_input_ids, context_attention_mask (`torch.LongTensor` of shape `(B, C)`,
                 *optional*): read before the embedding; padded on the left.
-            labels (`torch.LongTensor` of shape `(B, L)`): the text's tokens, the last of them one
-                that ends it; -100 where a text is shorter than L.
+            labels (`torch.LongTensor` of shape `(B, L)`): the text's tokens and an end token,
+                padded with -100.
         """
         self.check_context(context_input_ids, context_attention_mask)
         embeds = self.embed(
@@ -650,17 +669,17 @@ class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
         context_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.LongTensor:
-        """Write the answer to a query about a video: the text's tokens `(B, L)`.
+        """Generate the answer to a query about a video: the text's tokens `(B, L)`.
 
-        The class says what the decoder sees.
+        The class docstring lists the decoder's inputs.
 
         Args:
-            kwargs: of the library's `generate`: `num_beams`, `do_sample`, `max_new_tokens`,
-                `num_return_sequences`, `stop_strings`, `generation_config`, ... At most 64 new
-                tokens, one greedy text for each embedding, unless they say otherwise.
+            kwargs: arguments of transformers' `generate`: `num_beams`, `do_sample`,
+                `max_new_tokens`, `num_return_sequences`, `stop_strings`, `generation_config`, ...
+                Default: one greedy text of at most 64 new tokens for each embedding.
 
-        The other arguments are those of `forward`. `processor.batch_decode` makes texts of the
-        tokens, and `decode_texts` does all of it.
+        The other arguments are those of `forward`. `processor.batch_decode` converts the tokens to
+        text; `decode_texts` does both steps.
         """
         self.check_context(context_input_ids, context_attention_mask)
         embeds = self.embed(

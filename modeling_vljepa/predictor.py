@@ -1,4 +1,4 @@
-"""Predictor: visual tokens and a text query to the states from which the answer is predicted.
+"""Predictor: visual tokens and a text query to the states that predict the answer's embedding.
 
 Shapes: B batch, N visual tokens, L query tokens, Dx visual width, Dp predictor width.
 """
@@ -14,7 +14,7 @@ from transformers.utils import TransformersKwargs
 def join_masks(
     visual_embeds: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """The mask `(B, N + L)` over [visual tokens ; query]: every visual token is real."""
+    """Return the mask `(B, N + L)` over [visual tokens ; query]; every visual token is real."""
     if attention_mask is None:
         return None
     return torch.cat([attention_mask.new_ones(visual_embeds.shape[:2]), attention_mask], dim=1)
@@ -38,11 +38,11 @@ class Predictor(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[BaseModelOutput, torch.Tensor | None]:
-        """`(B, N, Dx)`, `(B, L)` and `(B, L)` to the backbone's output, `last_hidden_state`
-        `(B, N + L, Dp)`, and the mask `(B, N + L)`.
+        """Read `(B, N, Dx)`, `(B, L)` and `(B, L)`; return the backbone's output and the mask.
 
-        Without `attention_mask` every query token is real, and no mask is ever built: the fast
-        way for a batch of equal lengths. Queries are padded on the right.
+        The output's `last_hidden_state` is `(B, N + L, Dp)`, the mask `(B, N + L)`. Without
+        `attention_mask`, every query token is real and no mask is built, which is faster for a
+        batch of equal lengths. Queries are padded on the right.
         """
         visual = self.visual_projection(visual_embeds)  # (B, N, Dp)
         query = self.backbone.get_input_embeddings()(input_ids).to(visual.dtype)  # (B, L, Dp)

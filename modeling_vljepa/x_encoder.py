@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-# Image towers whose positions are rotary, or interpolated from a table as they were trained to
-# be: any grid of whole patches is right. Every other one is right at its own size only.
+# Image towers whose positions are rotary, or trained to be interpolated from a table: they accept
+# any grid of whole patches. Every other tower is correct at its own size only.
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
-# What V-JEPA 2.1 has and transformers' V-JEPA 2 has not (huggingface/transformers#45497). Its
-# configuration would be taken, these fields kept and never read, and the features be wrong.
+# Settings of V-JEPA 2.1 that transformers' V-JEPA 2 lacks (huggingface/transformers#45497). It
+# would accept the configuration, ignore these settings and compute wrong features.
 V_JEPA_2_1 = {
     "hierarchical_layers",
     "img_temporal_dim_size",
@@ -24,8 +24,8 @@ V_JEPA_2_1 = {
 def fill_tubelets(pixel_values_videos: torch.Tensor, tubelet_size: int) -> torch.Tensor:
     """Repeat the last frame `(B, T, C, H, W)` until T is a multiple of the tubelet.
 
-    V-JEPA 2 itself does so for a single image, as the paper does (section 3.2), but drops the
-    last frame of any other count that does not fit.
+    V-JEPA 2 repeats a single image, as the paper does (section 3.2), but drops the last frames of
+    a video that do not fill a tubelet.
     """
     missing = -pixel_values_videos.shape[1] % tubelet_size
     if not missing:
@@ -36,14 +36,14 @@ def fill_tubelets(pixel_values_videos: torch.Tensor, tubelet_size: int) -> torch
 
 class XEncoder(nn.Module):
     """V-JEPA 2 without the masked-token predictor of its own training (paper section 3.1), or an
-    image tower that sees frame by frame, as in the paper's controlled comparison (section 4.5).
+    image tower applied to each frame, as in the paper's controlled comparison (section 4.5).
 
-    An image tower has no notion of time and none is added here: its frames follow one another,
-    and the rotary positions of the Predictor, which run over all visual tokens, order them. Every
-    token of its last layer is a visual token, class and register tokens included.
+    An image tower does not encode time, and nothing is added here: the tokens of its frames are
+    concatenated, and the Predictor's rotary positions, which run over all visual tokens, order
+    them. Every token of its last layer is a visual token, class and register tokens included.
 
-    A frozen X-Encoder records no graph and stays in evaluation mode, whatever is called on the
-    model around it, which takes the gradient from its parameters.
+    A frozen X-Encoder records no graph and stays in evaluation mode, even when `train()` is called
+    on the model around it. That model sets `requires_grad` of the parameters.
     """
 
     def __init__(self, config: PreTrainedConfig, frozen: bool):
@@ -58,13 +58,13 @@ class XEncoder(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        """`(B, T, C, H, W)` to `(B, N, Dx)`, for any T.
+        """Encode `(B, T, C, H, W)` to `(B, N, Dx)`, for any T.
 
         N is ceil(T / tubelet) x patches for V-JEPA 2, T x P for an image tower.
 
         Raises:
-            ValueError: where the encoder would go on in silence: another layout, or a resolution
-                for which its positions are not made.
+            ValueError: another layout, or a resolution that the position embeddings do not
+                support; the stock encoder would compute wrong features without an error.
         """
         self._check(pixel_values_videos)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -95,29 +95,31 @@ class XEncoder(nn.Module):
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """The stock encoder without the parts that nothing here reads: they would cost time or, as
-    parameters without a gradient, stop data-parallel training."""
+    """Build the stock encoder without the parts that nothing here reads.
+
+    They would cost time, or stop data-parallel training as parameters without a gradient.
+    """
     if config.model_type == "siglip_vision_model":
         config.vision_use_head = False
     if config.model_type == "dinov2":
         config.use_mask_token = False
     backbone = AutoModel.from_config(config)
     if config.model_type == "vjepa2":
-        del backbone.predictor  # 22M parameters, a third of a forward pass
+        del backbone.predictor  # 22M parameters, a third of the time of a forward pass
     if config.model_type == "clip_vision_model":
-        backbone.post_layernorm = nn.Identity()  # of the pooled class token alone
+        backbone.post_layernorm = nn.Identity()  # normalizes the pooled class token only
     if "pooler" in dict(backbone.named_children()):
         backbone.pooler = None
     return backbone
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Stop at an encoder that this box cannot read rightly."""
+    """Reject a configuration whose encoder would give wrong visual tokens or none."""
     name = f"vision_config is a {config.model_type!r}"
     if newer := sorted(V_JEPA_2_1 & config.to_dict().keys()):
         raise ValueError(
             f"{name} with {newer[0]!r}: that is V-JEPA 2.1, which this version of transformers "
-            "cannot run. Take a V-JEPA 2 checkpoint, such as facebook/vjepa2-vitl-fpc64-256."
+            "cannot run. Use a V-JEPA 2 checkpoint, such as facebook/vjepa2-vitl-fpc64-256."
         )
     missing = {"hidden_size", "patch_size"} - config.to_dict().keys()
     if config.model_type != "vjepa2":

@@ -1,12 +1,12 @@
-"""Y-Decoder: an embedding to text, for when words are needed.
+"""Y-Decoder: an embedding to text, used only if text output is needed.
 
-The paper calls it lightweight and says no more (section 3.1). Here it is a causal language model
-that reads the embedding as a few tokens:
+The paper calls it lightweight and gives no details (section 3.1). Here it is a causal language
+model that reads the embedding as a few tokens:
 
-    [what was asked, what was said before]  [the embedding as k tokens]  the text  <end>
+    [query, previous text]  [the embedding as k tokens]  the text  <end>
 
 The first part is optional (`decoder_reads_query`, `decoder_reads_previous`) and is padded on the
-left, so that in a batch the embedding always stands right before the text.
+left, so that in a batch the embedding always directly precedes the text.
 
 Shapes: B batch, D embedding size, k prefix tokens, C context tokens, L text tokens, H hidden size.
 """
@@ -22,12 +22,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-MAX_NEW_TOKENS = 64  # unless the call says otherwise; the library's 20 would cut sentences
-IGNORED = -100  # the label of what is not text
+MAX_NEW_TOKENS = 64  # default of `generate`; the default of transformers, 20, cuts sentences
+IGNORED = -100  # label of positions outside the text
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Each real token's place among the real ones, from 0: `(B, L)` to `(B, L)`."""
+    """Return the position `(B, L)` of each real token among the real ones, from 0."""
     return (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
 
 
@@ -35,7 +35,7 @@ class YDecoder(nn.Module):
     """A causal language model conditioned on embeddings.
 
     Args:
-        config: of the language model.
+        config: configuration of the language model.
         embedding_dim: D.
         prefix_tokens: k.
     """
@@ -52,10 +52,10 @@ class YDecoder(nn.Module):
         context_input_ids: torch.Tensor | None,
         context_attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B, D)`, `(B, C)` and `(B, C)` to what stands before the text, `(B, C + k, H)`, and its
-        mask `(B, C + k)`.
+        """Return the input states before the text, `(B, C + k, H)`, and their mask `(B, C + k)`.
 
-        The embeddings are put on the unit sphere first: the average of a segment's is not on it.
+        The embeddings `(B, D)` are normalized first, because the mean of a segment's embeddings
+        is shorter than a unit vector.
         """
         unit = F.normalize(embeds.float(), dim=-1).to(self.prefix_projection.weight.dtype)
         prefix = self.prefix_projection(unit)  # (B, k * H)
@@ -79,11 +79,14 @@ class YDecoder(nn.Module):
         context_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """The language model's output over [context ; embedding ; text], with its mean loss over
-        the text: `labels` `(B, L)` are the text's tokens with an end, -100 where there are none.
+        """Return the language model's output over [context ; embedding ; text].
+
+        Its loss is the mean over the text. `labels` `(B, L)` are the text's tokens with an end
+        token, padded with -100.
         """
         prompt, mask = self.prompt(embeds, context_input_ids, context_attention_mask)
         is_text = labels != IGNORED
+        # -100 has no row in the token table; the mask hides the token 0 that replaces it.
         text = self.backbone.get_input_embeddings()(labels.masked_fill(~is_text, 0))  # (B, L, H)
         mask = torch.cat([mask, is_text.long()], dim=1)  # (B, C + k + L)
         return self.backbone(
@@ -103,10 +106,13 @@ class YDecoder(nn.Module):
         context_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """The text's tokens as the library's `generate` returns them: `(B, L)`, padded on the
-        right; `kwargs` are its arguments. `max_length` counts what stands before the text, too."""
+        """Generate the text's tokens `(B, L)`, padded on the right.
+
+        `kwargs` are arguments of transformers' `generate`. `max_length` includes the context and
+        the embedding.
+        """
         if "max_length" in kwargs:
-            kwargs.setdefault("max_new_tokens", None)  # or our default would win
+            kwargs.setdefault("max_new_tokens", None)  # else MAX_NEW_TOKENS takes precedence
         prompt, mask = self.prompt(embeds, context_input_ids, context_attention_mask)
         return self.backbone.generate(inputs_embeds=prompt, attention_mask=mask, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Y-Encoder: the target text to the pooled state whose projection is to be predicted.
+"""Y-Encoder: a target text to the pooled state whose projection the Predictor learns to predict.
 
 Shapes: B batch, L target tokens, Dy hidden size, Dt width of the pooled state.
 """
@@ -19,9 +19,10 @@ POOLINGS = ("mean", "cls", "lasttoken")  # sentence-transformers' names
 def pool(
     hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str
 ) -> torch.Tensor:
-    """`(B, L, Dy)` and `(B, L)` to `(B, Dy)`: the mean of the real tokens, the first, or the last.
+    """Pool `(B, L, Dy)` with the mask `(B, L)` to `(B, Dy)`: the mean of the real tokens, the
+    first token, or the last real one.
 
-    Texts are padded on the right, as `VLJEPAProcessor` does it: the first token is real.
+    Texts are padded on the right, as `VLJEPAProcessor` does, so the first token is real.
     """
     if pooling == "mean":
         return masked_mean(hidden_states, attention_mask)
@@ -35,7 +36,7 @@ def pool(
 
 
 class Dense(nn.Module):
-    """A layer that a sentence-transformers model has between its pooling and its embedding."""
+    """A Dense layer of a sentence-transformers model, between its pooling and its embedding."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, activation: str):
         super().__init__()
@@ -43,7 +44,7 @@ class Dense(nn.Module):
         self.activation = ACT2FN[activation]
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """`(B, in_features)` to `(B, out_features)`."""
+        """Map `(B, in_features)` to `(B, out_features)`."""
         return self.activation(self.linear(pooled.to(self.linear.weight.dtype)))
 
 
@@ -51,13 +52,13 @@ class YEncoder(nn.Module):
     """A text encoder, its pooling and its Dense layers: EmbeddingGemma in the paper (section 3.1),
     or a BERT, Qwen3-Embedding, a CLIP text tower, the encoder of a T5 or of SONAR's kind.
 
-    A frozen one records no graph and stays in evaluation mode, and the model around it takes the
-    gradient from its parameters; the embedding head behind it still trains.
+    A frozen Y-Encoder records no graph and stays in evaluation mode; the model around it sets
+    `requires_grad` of the parameters. The embedding head after it still trains.
 
     Args:
-        config: of the encoder; of an encoder-decoder, the encoder alone is built.
+        config: configuration of the encoder, or of an encoder-decoder, whose encoder is used.
         frozen: see above.
-        pooling: "mean", "cls" or "lasttoken"; what the encoder was trained with.
+        pooling: "mean", "cls" or "lasttoken", as in the encoder's own training.
         dense: one dictionary for each Dense layer: `out_features`, `bias`, `activation`.
     """
 
@@ -76,8 +77,8 @@ class YEncoder(nn.Module):
         if config.is_encoder_decoder:
             self.backbone = self.backbone.get_encoder()
         if "pooler" in dict(self.backbone.named_children()):
-            # BERT's own pooler is not read here; left in, it would be a trainable parameter
-            # without a gradient, at which data-parallel training stops.
+            # Nothing here reads BERT's own pooler. Its parameters would get no gradient, and
+            # data-parallel training stops at such parameters.
             self.backbone.pooler = None
         self.pooling = pooling
         self.dense = nn.Sequential()
@@ -94,7 +95,7 @@ class YEncoder(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`(B, L)` and `(B, L)` to `(B, Dt)`."""
+        """Encode the tokens `(B, L)` with their mask `(B, L)` to pooled states `(B, Dt)`."""
         hidden_states = self.read(input_ids, attention_mask).last_hidden_state  # (B, L, Dy)
         return self.pool(hidden_states, attention_mask)  # (B, Dt)
 
@@ -104,9 +105,10 @@ class YEncoder(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
-        """`(B, L)` and `(B, L)` to the encoder's own output, `last_hidden_state` `(B, L, Dy)`.
+        """Return the encoder's own output for `(B, L)` and `(B, L)`.
 
-        `kwargs`: `output_hidden_states`, `output_attentions`.
+        Its `last_hidden_state` is `(B, L, Dy)`. `kwargs`: `output_hidden_states`,
+        `output_attentions`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -114,7 +116,7 @@ class YEncoder(nn.Module):
     def pool(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`(B, L, Dy)` and `(B, L)` to `(B, Dt)`."""
+        """Pool states `(B, L, Dy)` with the mask `(B, L)` and apply the Dense layers: `(B, Dt)`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.dense(pool(hidden_states, attention_mask, self.pooling))
 

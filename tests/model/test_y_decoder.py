@@ -321,7 +321,7 @@ print(type(AutoModel.from_pretrained("model", trust_remote_code=True)).__name__)
 def test_what_cannot_be_read_is_named(processor):
     model, embeds = tiny_writer(), points(1)
     pixels = tiny_batch()["pixel_values_videos"]
-    with pytest.raises(ValueError, match="predicted_embeds, or what they are predicted from"):
+    with pytest.raises(ValueError, match="predicted_embeds, or the inputs to predict them from"):
         model.generate(pixels, predicted_embeds=embeds)
     with pytest.raises(ValueError, match="pixel_values_videos or visual_embeds"):
         model.generate()
