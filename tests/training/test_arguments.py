@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, and that every refusal names the key, the value and the cure."""
+"""Recipes are read and checked; every error names the key, the value and the cure."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from training.arguments import (
 )
 from training.model.recipe_model import check_config
 
-# Those of `training.train`; tests/training/test_train_decoder.py reads a decoder's.
+# Recipes of `training.train`; test_train_decoder.py reads those of `training.train_decoder`.
 RECIPES = [
     path
     for path in sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
@@ -27,16 +27,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """A good one; its rows are not read here."""
+    """A valid recipe; its rows are not read here."""
     return tiny_recipe(tmp_path / "rows.jsonl")
 
 
-def test_there_are_recipes():
+def test_recipe_folder_is_not_empty():
     assert RECIPES
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_parses(path, tmp_path, monkeypatch):
+def test_read_recipe_accepts_every_published_recipe(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     read = read_recipe(str(path), ["training.precision=fp32", "training.use_cpu=true"])
     check_config(read.model.config)
@@ -45,7 +45,7 @@ def test_every_recipe_parses(path, tmp_path, monkeypatch):
         assert read.training.per_device_train_batch_size * steps == read.training.global_batch_size
 
 
-def test_a_good_recipe_and_its_overrides(recipe):
+def test_read_recipe_applies_overrides(recipe):
     read = read_recipe(str(recipe), ["training.seed=7", "data.sources=[{rows: a}, {rows: b}]"])
     assert read.training.seed == 7
     assert [(source.rows, source.weight) for source in read.data.sources] == [("a", 1), ("b", 1)]
@@ -55,13 +55,13 @@ def test_a_good_recipe_and_its_overrides(recipe):
     assert read.training.remove_unused_columns is False
 
 
-def test_a_whole_number_is_a_float(recipe):
+def test_read_recipe_converts_a_whole_number_to_a_float(recipe):
     read = read_recipe(str(recipe), ["training.learning_rate=1", "data.max_bad_share=0"])
     assert (type(read.training.learning_rate), read.training.learning_rate) == (float, 1.0)
     assert type(read.data.max_bad_share) is float
 
 
-def test_overrides_are_read_as_yaml(recipe):
+def test_apply_override_reads_values_as_yaml(recipe):
     given = {"training": {"seed": 1}}
     for override in ("training.seed=null", "model.config.vision_config.hidden_size=8"):
         apply_override(given, override)
@@ -85,7 +85,7 @@ def test_overrides_are_read_as_yaml(recipe):
         ("processor.size=3", "processor.size: no such key"),
         ("data.sources=[{row: a}]", r"data.sources\[0\].row: no such key. Did you mean 'rows'"),
         ("data.sources=[{weight: 2}]", "data.sources: each source needs either rows or dataset"),
-        # Keys of the parent class that other keys decide
+        # Keys of the parent class that are derived from other keys
         ("training.per_device_train_batch_size=8", "per_device_train_batch_size: no such key"),
         ("training.num_train_epochs=3", "num_train_epochs: no such key"),
         ("training.bf16=true", "training.bf16: no such key"),
@@ -138,17 +138,17 @@ def test_overrides_are_read_as_yaml(recipe):
         ("training.seed=[1", "'training.seed=.1': not a YAML value"),
     ],
 )
-def test_a_wrong_value_is_named(recipe, override, message):
+def test_read_recipe_names_a_wrong_value(recipe, override, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe(str(recipe), [override])
 
 
-def test_an_output_folder_that_is_a_file_is_named(recipe):
+def test_read_recipe_names_an_output_dir_that_is_a_file(recipe):
     with pytest.raises(RecipeError, match="training.output_dir: .*recipe.yaml is a file; name a f"):
         read_recipe(str(recipe), [f"training.output_dir={recipe}"])
 
 
-def test_a_text_that_is_no_number_gets_no_hint(recipe):
+def test_read_recipe_gives_the_hint_on_numbers_for_numbers_only(recipe):
     with pytest.raises(RecipeError) as error:
         read_recipe(str(recipe), ["training.learning_rate='0,001'"])
     assert "YAML" not in str(error.value)
@@ -162,7 +162,7 @@ def test_a_text_that_is_no_number_gets_no_hint(recipe):
         ("data", "sources", "data: 'sources' is missing"),
     ],
 )
-def test_what_is_missing_is_named(recipe, section, key, message):
+def test_read_recipe_names_a_missing_key(recipe, section, key, message):
     given = yaml.safe_load(recipe.read_text())
     del (given if key is None else given[section])[key or section]
     recipe.write_text(yaml.safe_dump(given))
@@ -180,13 +180,13 @@ def test_what_is_missing_is_named(recipe, section, key, message):
         (b"{model: , data: {sources: [{rows: a}]}, training: {}}", "model: expected keys and val"),
     ],
 )
-def test_a_file_that_is_no_recipe(recipe, content, message):
+def test_read_recipe_names_a_file_that_is_not_a_recipe(recipe, content, message):
     recipe.write_bytes(content)
     with pytest.raises(RecipeError, match=message):
         read_recipe(str(recipe))
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_read_recipe_names_a_missing_file(tmp_path):
     with pytest.raises(RecipeError, match="gone.yaml: no such recipe"):
         read_recipe(str(tmp_path / "gone.yaml"))
 
@@ -203,15 +203,15 @@ def test_a_missing_file_is_named(tmp_path):
         ({"predictor_config": None}, "predictor_config: expected keys and values, found None"),
     ],
 )
-def test_a_setting_that_no_configuration_has(changes, message):
-    """transformers keeps an unknown key as an attribute that nothing reads, and goes on."""
+def test_check_config_names_an_unknown_setting(changes, message):
+    """transformers would store an unknown key as an attribute that nothing reads."""
     check_config(tiny_settings())
     with pytest.raises(RecipeError, match=message):
         check_config({**tiny_settings(), **changes})
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_the_global_batch_is_shared_among_processes(monkeypatch, tmp_path, processes):
+def test_global_batch_size_is_divided_among_processes(monkeypatch, tmp_path, processes):
     monkeypatch.setattr(VLJEPATrainingArguments, "world_size", processes)
     options = {"output_dir": str(tmp_path), "max_steps": 1, "precision": "fp32", "use_cpu": True}
     arguments = VLJEPATrainingArguments(global_batch_size=12, **options)
@@ -221,7 +221,7 @@ def test_the_global_batch_is_shared_among_processes(monkeypatch, tmp_path, proce
             VLJEPATrainingArguments(global_batch_size=13, **options)
 
 
-def test_use_bf16():
+def test_use_bf16_follows_precision_and_device():
     assert use_bf16("bf16", CPU) and use_bf16("bf16", None)
     assert not use_bf16("fp32", CPU) and not use_bf16("fp32", None)
     assert use_bf16("auto", None)

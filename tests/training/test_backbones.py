@@ -1,4 +1,4 @@
-"""Small real backbones become one model in which each part is still pretrained."""
+"""A model built from small real backbones is still pretrained in each part."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ GGUF = FETCHED / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.mark.slow
-def test_each_part_of_a_small_real_model_is_pretrained(tmp_path):
+def test_init_checkpoint_keeps_each_part_of_a_small_real_model_pretrained(tmp_path):
     rows = ROOT / "data" / "demo" / "easy_vqa" / "test_vqa.jsonl"
     if not GGUF.exists() or not rows.exists():
         pytest.skip("needs `python -m training.demo_data.backbones` (270 MB) and `make data`")
@@ -36,8 +36,8 @@ def test_each_part_of_a_small_real_model_is_pretrained(tmp_path):
     assert paired == 1 and control < 0.5
 
 
-def test_the_predictors_layers_are_the_language_models_last(tmp_path):
-    """The measure itself: equal with the layers put back, another with other layers."""
+def test_put_back_gives_the_language_models_perplexity(tmp_path):
+    """With random layers, the perplexity is another (the positive control)."""
     folders = {
         "--vision": sources.vision(tmp_path / "vision"),
         "--predictor": sources.language_model(tmp_path / "predictor"),
@@ -55,6 +55,6 @@ def test_the_predictors_layers_are_the_language_models_last(tmp_path):
     assert perplexity(put_back(model, whole), ids) != pytest.approx(expected, rel=1e-3)
 
 
-def test_neighbours_leave_the_row_itself_out():
+def test_neighbours_exclude_the_row_itself():
     embeds = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 2.0], [0.1, 1.0]])
     assert neighbours(embeds).tolist() == [1, 0, 3, 2]

@@ -1,4 +1,4 @@
-"""The progress line, and the warning of a collapse."""
+"""The progress line and the collapse warning."""
 
 from types import SimpleNamespace
 
@@ -41,16 +41,16 @@ def log(callback, args, step: int, **changes: float | None) -> None:
 
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
-    """Seconds that pass only when a test says so."""
+    """A clock that a test advances, so that the ETA does not depend on the machine."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
-def test_one_line_with_fixed_fields(args, capsys, clock):
+def test_progress_line_has_fixed_fields(args, capsys, clock):
     callback = ProgressLine()
     log(callback, args, 0)
-    clock.now += 50  # for 25 steps; 75 are to go
+    clock.now += 50  # for 25 steps; 75 remain
     log(callback, args, 25)
     assert capsys.readouterr().out == (
         "step    25/100 ( 25%) · loss 1.250 (chance 4.852) · in-batch acc 0.500 · scale  14.3 · "
@@ -58,8 +58,8 @@ def test_one_line_with_fixed_fields(args, capsys, clock):
     )
 
 
-def test_what_an_objective_has_not_is_left_out(args, capsys):
-    """Without negatives there is no chance loss and no accuracy."""
+def test_progress_line_leaves_out_missing_fields(args, capsys):
+    """An objective without negatives has neither a chance loss nor an accuracy."""
     callback = ProgressLine()
     log(callback, args, 0)
     log(callback, args, 25, chance_loss=None, accuracy=None, mfu=None)
@@ -75,7 +75,7 @@ def test_what_an_objective_has_not_is_left_out(args, capsys):
         ({"loss": 4.85}, "the loss is the chance loss"),
     ],
 )
-def test_a_collapse_is_told_once_and_not_during_warm_up(args, capsys, sign, message):
+def test_collapse_warning_is_printed_once_and_not_during_warm_up(args, capsys, sign, message):
     callback = CollapseWarning()
     log(callback, args, 0)
     for step in range(1, 11):

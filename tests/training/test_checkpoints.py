@@ -1,4 +1,8 @@
-"""Checkpoints are whole or not there; a run that was killed goes on as if it had not been."""
+"""Checkpoints are complete or absent; a killed run resumes as if it had not been interrupted.
+
+A resumed run is compared bitwise: Trainer copies the weights of a checkpoint into the new model's
+own memory, so both runs do the same operations on equally aligned data.
+"""
 
 import json
 import shutil
@@ -28,14 +32,14 @@ def weights(trainer: VLJEPATrainer) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
-    """A run of four steps that saves every one of them, and keeps two."""
+    """A run of four steps that saves at each step and keeps two checkpoints."""
     recipe = tiny_recipe(
         tiny_rows(tmp_path), save_strategy="steps", save_steps=1, save_total_limit=2
     )
     return [str(recipe)]
 
 
-def test_checkpoints_are_complete_and_old_ones_go(arguments, tmp_path):
+def test_checkpoints_are_complete_and_old_ones_are_deleted(arguments, tmp_path):
     main(arguments)
     folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
     assert {"checkpoint-3", "checkpoint-4"} <= folders
@@ -47,9 +51,9 @@ def test_checkpoints_are_complete_and_old_ones_go(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_rng_state"])
-def test_an_interrupted_checkpoint_is_never_found(arguments, tmp_path, monkeypatch, part):
-    """Stopped in the middle of the third one: what is there is the second, whole; the rest of the
-    third lies under another name, and the next run removes it."""
+def test_interrupted_checkpoint_is_not_resumed_from(arguments, tmp_path, monkeypatch, part):
+    """A run stops while it writes the third checkpoint. The second one is complete, the third has
+    another name, and the next run deletes it."""
     expected = weights(main(arguments))
     shutil.rmtree(tmp_path / "out")
 
@@ -74,18 +78,18 @@ def test_an_interrupted_checkpoint_is_never_found(arguments, tmp_path, monkeypat
     assert not (tmp_path / "out" / INCOMPLETE).exists()
 
 
-def test_resuming_means_the_last_checkpoint_or_the_beginning(arguments, tmp_path, capsys):
+def test_resume_starts_at_the_last_checkpoint_or_the_beginning(arguments, tmp_path, capsys):
     resume = "training.resume_from_checkpoint=true"
     first = weights(main([*arguments, resume]))
     assert "resuming from the beginning: there are no checkpoints yet" in capsys.readouterr().out
-    again = main([*arguments, resume])  # at its end already
+    again = main([*arguments, resume])  # which has reached its last step
     assert f"resuming from {tmp_path / 'out' / 'checkpoint-4'}" in capsys.readouterr().out
     for name, parameter in weights(again).items():
         assert torch.equal(parameter, first[name])
 
 
 @pytest.mark.parametrize("name", ["checkpoint-9", "empty"])
-def test_what_is_no_checkpoint_is_refused(arguments, tmp_path, name):
+def test_resume_refuses_a_folder_without_a_checkpoint(arguments, tmp_path, name):
     folder = tmp_path / "out" / name
     if name == "empty":
         folder.mkdir(parents=True)
@@ -95,8 +99,8 @@ def test_what_is_no_checkpoint_is_refused(arguments, tmp_path, name):
         main([*arguments, f"training.resume_from_checkpoint={folder}"])
 
 
-def test_a_checkpoint_that_is_not_whole_is_refused(arguments, tmp_path):
-    """The Trainer would go on with a new optimizer, or with the rows of the beginning."""
+def test_checkpoint_to_resume_refuses_an_incomplete_checkpoint(arguments, tmp_path):
+    """Trainer would continue with a new optimizer, or with the first rows again."""
     main(arguments)
     out = tmp_path / "out"
     last = out / "checkpoint-4"
@@ -120,20 +124,20 @@ def test_a_checkpoint_that_is_not_whole_is_refused(arguments, tmp_path):
     whole = (last / "model.safetensors").read_bytes()
     (last / "model.safetensors").write_bytes(whole[:5000])
     refused(True, "checkpoint-4 is not a complete checkpoint: model.safetensors is broken")
-    # What accelerate writes of a model that is spread over processes.
+    # The files that accelerate writes for a model sharded over processes.
     for name, other in (("model.safetensors", "pytorch_model_fsdp_0"), ("optimizer.pt", "")):
         (last / name).unlink()
         (last / (other or "optimizer_0")).mkdir()
     (last / "rng_state.pth").rename(last / "rng_state_0.pth")
     assert resume(True) == str(last)
-    for name in (INCOMPLETE, REPLACED):  # even where all but the renaming was done
+    for name in (INCOMPLETE, REPLACED):  # complete, but not renamed yet
         shutil.copytree(last, out / name)
         refused(out / name, f"{name} is not a complete checkpoint: it was being written")
         assert resume(True) == str(last)
 
 
-def test_a_checkpoint_is_replaced_by_a_whole_one(arguments, tmp_path, monkeypatch):
-    """Killed while the one before it is deleted, which is of a run that was taken up earlier."""
+def test_checkpoint_is_replaced_only_by_a_complete_one(arguments, tmp_path, monkeypatch):
+    """A resumed run is killed while it deletes the old checkpoint of the same step."""
     out = tmp_path / "out"
     main(arguments)
     expected = (out / "checkpoint-4" / "model.safetensors").read_bytes()
@@ -157,8 +161,8 @@ def test_a_checkpoint_is_replaced_by_a_whole_one(arguments, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_streamed_source_is_taken_up_where_it_was_left(tmp_path, workers):
-    """With broken rows, which are counted once; the workers have read ahead of the training."""
+def test_resume_continues_a_streamed_source_at_its_position(tmp_path, workers):
+    """Unusable rows are counted once, although the workers read ahead of the training."""
     tiny_rows(tmp_path)
     (tmp_path / "torn.png").write_bytes(b"no picture")
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
@@ -195,7 +199,7 @@ def test_a_streamed_source_is_taken_up_where_it_was_left(tmp_path, workers):
         assert torch.equal(parameter, weights(expected)[name]), name
     positions = tmp_path / "out" / "checkpoint-3" / "positions_0.json"
     content = json.loads(positions.read_text())
-    content["positions"] = {}  # positive control: from the beginning of the stream, it is another
+    content["positions"] = {}  # positive control: the stream starts again, the losses differ
     positions.write_text(json.dumps(content))
     for step in (6, 7):
         shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
@@ -203,7 +207,7 @@ def test_a_streamed_source_is_taken_up_where_it_was_left(tmp_path, workers):
     assert [line.get("loss") for line in other.state.log_history] != losses[0]
 
 
-def test_a_checkpoint_of_other_sources_is_not_taken_up(tmp_path):
+def test_resume_refuses_another_number_of_sources(tmp_path):
     tiny_rows(tmp_path)
     recipe = tiny_recipe(tmp_path / "rows.jsonl", save_strategy="steps", save_steps=2)
     main([str(recipe)])
@@ -219,8 +223,8 @@ def test_a_checkpoint_of_other_sources_is_not_taken_up(tmp_path):
         )
 
 
-def test_places_that_mean_other_rows_are_not_taken_up(tmp_path):
-    """In other lanes or blocks some rows would be read twice, and others never."""
+def test_resume_refuses_positions_that_mean_other_rows(tmp_path):
+    """With other lanes or blocks, some rows would be read twice and others never."""
     tiny_rows(tmp_path)
     rows = [{"image": "wide.png", "target": f"text {number}"} for number in range(16)]
     stream = write_rows(tmp_path / "stream.jsonl", rows)
@@ -245,8 +249,8 @@ def test_places_that_mean_other_rows_are_not_taken_up(tmp_path):
     assert main([*resume, "data.lanes=2"]).state.global_step == 4
 
 
-def test_too_many_bad_rows_stop_a_training(tmp_path):
-    """Which were not known before, because they are read as they are needed."""
+def test_training_stops_at_too_many_bad_rows(tmp_path):
+    """Rows of a streamed source are not known to be unusable before training."""
     (tmp_path / "torn.png").write_bytes(b"no picture")
     tiny_rows(tmp_path)
     rows = [{"image": "wide.png", "target": "a"}, {"image": "torn.png", "target": "b"}]
@@ -262,15 +266,15 @@ def test_too_many_bad_rows_stop_a_training(tmp_path):
     assert "torn.png: not an image" in str(error.value)
     assert "At most 0.0% may be unusable; correct" in str(error.value)
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    # Where no line of the log stops it, the steps are done, and what they made is kept.
+    # Without log lines nothing stops the run before its end, and the model is saved.
     with pytest.raises(RecipeError, match="stream.jsonl: [1-9] of [0-9]+ rows are unusable"):
         main([str(recipe), 'training.logging_strategy="no"'])
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_if_nobody_had_killed_them(tmp_path):
-    """`python -m benchmarks.kills` does twenty; these are two of each setting."""
+def test_killed_runs_resume_to_the_weights_of_an_uninterrupted_one(tmp_path):
+    """`python -m benchmarks.kills` kills twenty runs; here are two for each setting."""
     lines = kill_and_resume(tmp_path, kills=8)
     assert len(lines) == 8
     assert any("one process" in line for line in lines)

@@ -1,4 +1,4 @@
-"""Exported towers give what the model gives, at other sizes and lengths than the example's."""
+"""Exported towers equal the model, also for other batch sizes and lengths than the example's."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def run(path: Path, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
 @pytest.mark.parametrize("text_config", [{}, BERT], ids=["gemma", "bert"])
-def test_both_towers_give_the_same_outside(text_config, kind, tmp_path):
+def test_exported_towers_equal_the_model(text_config, kind, tmp_path):
     model = save(tmp_path / "model", text_config=text_config)
     arguments = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
     predict, encode_target = main([*arguments, "--format", kind])
@@ -54,6 +54,6 @@ def test_both_towers_give_the_same_outside(text_config, kind, tmp_path):
             torch.testing.assert_close(run(path, inputs), reference, rtol=0, atol=1e-5)
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path):
+def test_export_names_a_missing_model(tmp_path):
     with pytest.raises(RecipeError, match="--model: cannot load .*nowhere as a folder or Hub id"):
         main(["--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])

@@ -1,4 +1,4 @@
-"""What a step is said to hold, against what it holds."""
+"""The estimated memory of a step equals the memory of a real one."""
 
 from itertools import accumulate
 from pathlib import Path
@@ -34,10 +34,10 @@ from training.train import main as train
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "memory.md"
 BY_NAME = {setting.name: setting for setting in SETTINGS}
-LENGTHS = (5, 12)  # of queries and targets
+LENGTHS = (5, 12)  # tokens of queries, and of targets
 MIB = 2**20
 
-# A step of half a GiB, for sixteen clips.
+# Half a GiB for a step of sixteen clips.
 LARGER = {
     "vision_config": {"crop_size": 64, "hidden_size": 192},
     "predictor_config": {
@@ -52,15 +52,15 @@ LARGER_STEP = {"rows": 16, "frames": 32}
 
 @pytest.fixture(scope="module")
 def needs() -> dict[str, Need]:
-    """Of a tiny model, for clips of eight frames."""
+    """Memory of a tiny model for clips of eight frames, by setting."""
     names = ("full", "full, checkpointing", "LoRA", "X-Encoder too")
     return {name: measure(tiny_config(), BY_NAME[name], 8, LENGTHS, rows=(1, 16)) for name in names}
 
 
-# -- what is counted -----------------------------------------------------------------------
+# -- the count -----------------------------------------------------------------------------
 
 
-def test_storages_are_counted_once_and_until_they_go():
+def test_held_memory_counts_each_storage_once_until_it_is_freed():
     with HeldMemory() as held:
         kilo = torch.zeros(256)  # 1 KiB
         view = kilo.view(16, 16).T
@@ -73,7 +73,7 @@ def test_storages_are_counted_once_and_until_they_go():
         assert (held.held, held.peak) == (1024, 2048)
 
 
-def test_weights_gradients_and_states_are_those_of_the_parameters(needs):
+def test_need_fixed_equals_weights_gradients_and_states(needs):
     for name, need in needs.items():
         model = model_to_train(tiny_config(), BY_NAME[name], bf16=True)
         count = count_parameters(model)["all"]
@@ -81,8 +81,8 @@ def test_weights_gradients_and_states_are_those_of_the_parameters(needs):
         assert need.gradients == 4 * need.trained
         assert need.fixed("fp32") == need.weights + need.gradients + 8 * need.trained
         assert need.fixed("8-bit") == need.weights + need.gradients + 2.03125 * need.trained
-    # Frozen: the X-Encoder and the table. What is more is buffers: rotary frequencies, the scale
-    # of Gemma's embedding.
+    # Frozen: the X-Encoder and the token table, in bf16. The rest is buffers: rotary frequencies
+    # and the scale of Gemma's embedding.
     need = needs["full"]
     frozen = count_parameters(model_to_train(tiny_config(), BY_NAME["full"], bf16=True))["all"]
     frozen = frozen["parameters"] - frozen["trainable"]
@@ -92,12 +92,12 @@ def test_weights_gradients_and_states_are_those_of_the_parameters(needs):
 @pytest.mark.parametrize(
     ("name", "bf16"), [("full", True), ("LoRA, checkpointing", True), ("X-Encoder too", False)]
 )
-def test_fake_tensors_hold_what_real_ones_do(name, bf16):
+def test_measure_equals_a_step_on_real_tensors(name, bf16):
     estimate = measure(tiny_config(), BY_NAME[name], 4, LENGTHS, rows=[6], bf16=bf16).steps[6]
     torch.manual_seed(0)
     model = model_to_train(tiny_config(), BY_NAME[name], bf16)
     grown = []
-    for size in (1, 6):  # the first step makes the gradients
+    for size in (1, 6):  # the first step allocates the gradients
         with HeldMemory() as held:
             held.count([*model.parameters(), *model.buffers()])
             held.count([p.grad for p in model.parameters()])
@@ -109,9 +109,9 @@ def test_fake_tensors_hold_what_real_ones_do(name, bf16):
 
 
 @pytest.mark.parametrize("changes", [[], ["training.gradient_cache_rows=4"]], ids=["", "cached"])
-def test_the_step_is_the_trainers(tmp_path, changes):
-    """Peak memory of `VLJEPATrainer.training_step`, on a batch of four images. In GradCache the
-    pixels have given place to visual tokens when most is held."""
+def test_measure_equals_the_trainers_step(tmp_path, changes):
+    """Peak memory of `VLJEPATrainer.training_step` on a batch of four images. At GradCache's peak
+    the pixels have been replaced by visual tokens."""
     rows = []
     for number, text in enumerate(("red", "a cat", "two dogs", "he rides a bike")):
         Image.fromarray(noise(40 + number, 40, 3)).save(tmp_path / f"{number}.png")
@@ -129,17 +129,16 @@ def test_the_step_is_the_trainers(tmp_path, changes):
         before = held.held
         held.count(batch)
         trainer.training_step(trainer.model, batch)
-    # Last, for this makes arguments of its own, and those of a trainer share what accelerate knows.
+    # At the end: `measure` creates training arguments, which change accelerate's shared state.
     need = measure(trainer.model.config, BY_NAME["full"], 1, lengths, rows=[4], bf16=False)
     pixels = 4 * batch["frames"].nbytes if changes else 0
     assert held.peak - before == pytest.approx(need.steps[4] - pixels, rel=0.02)
 
 
 def allocated_by_a_real_step(name: str) -> int:
-    """The most bytes that torch's allocator handed out at a time in a step of the `LARGER` model,
-    beyond those that it had before."""
+    """Return the peak of torch's allocator in a step of the `LARGER` model, above its start."""
     model = model_to_train(tiny_config(**LARGER), BY_NAME[name], bf16=False)
-    for rows in (1, LARGER_STEP["rows"]):  # the first step makes the gradients
+    for rows in (1, LARGER_STEP["rows"]):  # the first step allocates the gradients
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             batch = random_batch(model.config, rows, LARGER_STEP["frames"], *LENGTHS)
             training_step(model, batch, bf16=False)
@@ -150,8 +149,8 @@ def allocated_by_a_real_step(name: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "full, checkpointing"])
-def test_the_allocator_hands_out_what_is_estimated(name):
-    """At a size where it counts, by torch's own account of a step that is really run."""
+def test_measure_equals_the_allocators_peak(name):
+    """A larger model, measured by torch's profiler in a real step."""
     measured = allocated_by_a_real_step(name)
     rows, frames = LARGER_STEP["rows"], LARGER_STEP["frames"]
     estimates = {
@@ -162,14 +161,16 @@ def test_the_allocator_hands_out_what_is_estimated(name):
     }
     print(f"{name}: estimate {estimates[name] / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB")
     assert estimates[name] > 100 * MIB
-    assert estimates["full, checkpointing"] < 0.7 * estimates["full"]  # 5 % tells them apart
+    assert (
+        estimates["full, checkpointing"] < 0.7 * estimates["full"]
+    )  # more than the tolerance below
     assert estimates[name] == pytest.approx(measured, rel=0.05)
 
 
-# -- how it grows --------------------------------------------------------------------------
+# -- growth --------------------------------------------------------------------------------
 
 
-def test_more_rows_and_more_frames_take_more(needs):
+def test_measure_grows_with_rows_and_frames(needs):
     for need in needs.values():
         assert 2 * need.steps[1] < need.steps[16]
     still = measure(tiny_config(), BY_NAME["full"], 1, LENGTHS, rows=(1, 16))
@@ -177,7 +178,7 @@ def test_more_rows_and_more_frames_take_more(needs):
     assert still.fixed("fp32") == needs["full"].fixed("fp32")
 
 
-def test_what_saves_memory_saves_it(needs):
+def test_measure_shrinks_with_checkpointing_adapters_and_8_bit_states(needs):
     assert needs["full, checkpointing"].row < 0.8 * needs["full"].row
     assert needs["full, checkpointing"].fixed("fp32") == needs["full"].fixed("fp32")
     assert all(need.fixed("8-bit") < need.fixed("fp32") for need in needs.values())
@@ -187,16 +188,16 @@ def test_what_saves_memory_saves_it(needs):
 
 
 @pytest.mark.parametrize("rows", [5, 30])
-def test_between_and_beyond_the_steps_that_run_no_row_too_many_fits(needs, rows):
-    """In the room that a step really takes its rows fit, or at most 5 % less."""
+def test_most_rows_fit_between_and_beyond_the_measured_steps(needs, rows):
+    """In the memory of a step of n rows, n rows fit, or at most 5 % fewer."""
     truth = measure(tiny_config(), BY_NAME["full"], 8, LENGTHS, rows=[rows])
     found = needs["full"].most_rows(truth.fixed("fp32") + truth.steps[rows], "fp32")
     assert 0.95 * rows - 1 <= found <= rows
 
 
-def test_a_row_that_waits_is_its_batch_tokens_and_gradients():
-    """In GradCache, two rows at a time; the first step makes the gradients. The batch itself is
-    there before."""
+def test_waiting_row_equals_the_growth_of_a_cached_step():
+    """GradCache with two rows at a time. The first step allocates the gradients; the batch is
+    allocated before."""
     waits, on_device = waiting_row(tiny_config(), 4, LENGTHS, bf16=False)
     batch_of_it, tokens = 4 * 3 * 32 * 32 + 2 * 8 * (5 + 12), 4 * (2 * 4 * 48)
     assert (waits, on_device) == (batch_of_it + tokens, 2 * 4 * 24)
@@ -206,8 +207,8 @@ def test_a_row_that_waits_is_its_batch_tokens_and_gradients():
     torch.manual_seed(0)
     model, peaks = model_to_train(tiny_config(), BY_NAME["full"], bf16=False), {}
     for size in (2, 8, 24):
-        batch, places = random_batch(tiny_config(), size, 4, *LENGTHS), torch.arange(size)
-        ids = Ids(target_index=places, target_ids=places, group_ids=places)
+        batch, indices = random_batch(tiny_config(), size, 4, *LENGTHS), torch.arange(size)
+        ids = Ids(target_index=indices, target_ids=indices, group_ids=indices)
 
         def loss_of(embeds: Embeds, ids: Ids = ids) -> torch.Tensor:
             return Objective()(embeds, ids)[0]
@@ -220,14 +221,14 @@ def test_a_row_that_waits_is_its_batch_tokens_and_gradients():
     assert (peaks[24] - peaks[8]) / 16 == pytest.approx(waits + on_device, rel=0.02)
 
 
-# -- what is said --------------------------------------------------------------------------
+# -- the table -----------------------------------------------------------------------------
 
 HAND_MADE = Need(
     weights=2**30, gradients=2**29, trained=2**27, steps={1: 2**28, 2: 2**29, 4: 2**30}
 )
 
 
-def test_rows_are_as_many_as_fit():
+def test_most_rows_computes_the_rows_that_fit():
     """Fixed: 1 + 1/2 + 1 GiB, or 1 + 1/2 + 0.254 GiB of 8 bits; a row: 1/4 GiB."""
     assert HAND_MADE.fixed("fp32") == 2.5 * 2**30
     rows = [HAND_MADE.most_rows(gib * 2**30, "fp32") for gib in (2, 2.74, 2.75, 3.24, 5.5, 1000)]
@@ -235,15 +236,15 @@ def test_rows_are_as_many_as_fit():
     assert HAND_MADE.most_rows(5.5 * 2**30, "8-bit") == 14
 
 
-def test_the_table_says_what_fits():
+def test_table_line_contains_the_rows_that_fit():
     cells = table_line(SETTINGS[0], 8, HAND_MADE, [3, 8], reserve_gib=0.25)
-    # 3 GB are 2.79 GiB, of which 2.54 are to be had; 8 GB are 7.45 and 7.2
+    # 3 GB are 2.79 GiB, 2.54 of them usable; 8 GB are 7.45 GiB, 7.2 of them usable.
     assert cells == ["full", "8", "2.5 / 1.8", "256", "- / 3", "18 / 21"]
     assert markdown([["a", "bcd"], ["efg", "h"]]) == "| a   | bcd |\n| --- | --- |\n| efg | h   |"
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_line_for_each_setting_and_number_of_frames(
+def test_memory_command_prints_a_line_for_each_setting_and_number_of_frames(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(memory, "SETTINGS", SETTINGS[2:3])
@@ -256,14 +257,16 @@ def test_the_command_prints_a_line_for_each_setting_and_number_of_frames(
     found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [cells[:2] for cells in found] == [["LoRA", "2"], ["LoRA", "8"]]
     counts = [[int(cell.split(" / ")[0]) for cell in cells[-2:]] for cells in found]
-    assert 0 < counts[1][0] < counts[0][0] < counts[0][1]  # frames cost rows, room gives some
+    assert (
+        0 < counts[1][0] < counts[0][0] < counts[0][1]
+    )  # fewer with more frames, more on a larger card
     assert waiting.splitlines() == [
         "A row that waits in GradCache, KiB on the card: 0",
         "A row that waits in GradCache, MiB of main memory, by frames: 0.0 at 2, 0.0 at 8",
     ]
 
 
-def test_a_folder_that_is_no_vljepa_is_refused(tmp_path):
+def test_memory_command_refuses_a_folder_without_a_vljepa(tmp_path):
     with pytest.raises(RecipeError, match="--config: cannot load .*nowhere as a folder or Hub id"):
         main(["--config", str(tmp_path / "nowhere")])
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
@@ -277,20 +280,20 @@ def test_a_folder_that_is_no_vljepa_is_refused(tmp_path):
 
 
 def documented() -> dict[tuple[str, str], list[str]]:
-    """The cells of each line of the document's table, by setting and frames."""
+    """Return the cells of each line of the document's table, by setting and frames."""
     lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {(line[0], line[1]): line for line in cells if line[0] in BY_NAME}
 
 
-def test_the_document_has_every_line():
+def test_memory_document_has_every_line():
     assert set(documented()) == {(name, frames) for name in BY_NAME for frames in ("1", "8", "32")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["LoRA", "full, checkpointing"])
-def test_the_document_tells_the_truth(name):
-    """A line of the paper's model, made anew by the defaults of the command it names."""
+def test_memory_document_equals_the_commands_output(name):
+    """A line for the paper's model is computed again with the defaults of the named command."""
     assert "\npython -m training.memory\n" in DOCUMENT.read_text()
     need = measure(VLJEPAConfig(), BY_NAME[name], 8, (32, 64))
     assert table_line(BY_NAME[name], 8, need, [16, 24, 80, 141], 1.5) == documented()[name, "8"]

@@ -1,4 +1,4 @@
-"""What is published is what was trained, loads without this package, and can be read by people."""
+"""A published model equals the trained one, loads without this package, and has a model card."""
 
 import json
 import os
@@ -61,7 +61,7 @@ HISTORY = [{"step": 1, "loss": 2.0, "chance_loss": 2.1}, {"step": 2, "loss": 1.0
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder as training and evaluation leave it."""
+    """The output folder of a run after training and evaluation."""
     folder = tmp_path_factory.mktemp("run") / "sft"
     names = {"text": "sentence-transformers/all-MiniLM-L6-v2"}
     tiny_model(backbones=names).save_pretrained(folder)
@@ -90,7 +90,7 @@ def run(model: Path, hub: FakeHub, home: Path, *options: str) -> subprocess.Comp
 
 
 def elsewhere(script: str, hub: FakeHub, home: Path, folder: Path) -> subprocess.CompletedProcess:
-    """A script in a process that cannot import anything of this repository."""
+    """Run a script in a process that cannot import this repository's packages."""
     hide = "import sys\nhidden = ('modeling_vljepa', 'processing', 'training', 'eval')\n"
     hide += "sys.modules.update(dict.fromkeys(hidden))\n"
     environment = os.environ | hub.environment(home)
@@ -117,7 +117,7 @@ def published(trained: Path, tmp_path_factory: pytest.TempPathFactory):
 # -- on the Hub ----------------------------------------------------------------------------
 
 
-def test_everything_is_there_and_was_loaded_back(published):
+def test_publish_uploads_every_file_and_loads_the_model_back(published):
     hub, _, output = published
     files = hub.repositories["me/tiny"]
     assert hub.private["me/tiny"]
@@ -151,7 +151,9 @@ def test_everything_is_there_and_was_loaded_back(published):
     assert hub.commits == 2
 
 
-def test_all_ways_of_loading_give_the_same_without_this_package(published, trained, tmp_path):
+def test_published_model_loads_the_same_in_all_ways_without_this_package(
+    published, trained, tmp_path
+):
     hub, home, _ = published
     probe = tmp_path / "probe.safetensors"
     write_probe(str(trained), probe)
@@ -191,7 +193,7 @@ print(type(model).__module__.split(".")[0], "equal")
 
 
 @pytest.mark.slow
-def test_without_trust_nothing_of_ours_is_executed(published, tmp_path):
+def test_published_code_is_not_executed_without_trust_remote_code(published, tmp_path):
     hub, home, _ = published
     for load in (
         "from transformers import AutoModel; AutoModel.from_pretrained('me/tiny', {})",
@@ -207,19 +209,17 @@ def test_without_trust_nothing_of_ours_is_executed(published, tmp_path):
 
 
 @pytest.mark.slow
-def test_publishing_again_changes_nothing(published, trained):
+def test_publish_twice_gives_the_same_content(published, trained):
     hub, home, _ = published
     before = dict(hub.repositories["me/tiny"])
-    hub.repositories["me/tiny"]["stale.txt"] = b"left by an older version"
+    hub.repositories["me/tiny"]["stale.txt"] = b"from an earlier commit"
     result = run(trained, hub, home)
     assert result.returncode == 0, result.stderr
     assert hub.repositories["me/tiny"] == before
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_repeated_it_ends_in_the_same_content(
-    published, trained, tmp_path
-):
+def test_publish_killed_and_repeated_gives_the_same_content(published, trained, tmp_path):
     complete = published[0].repositories["me/tiny"]
     generator = random.Random(0)
     with FakeHub() as hub:
@@ -236,7 +236,11 @@ def test_killed_at_any_moment_and_repeated_it_ends_in_the_same_content(
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             found = hub.repositories.get("me/tiny", {})
-            assert set(found) in (set(), {".gitattributes"}, set(complete))  # nothing by halves
+            assert set(found) in (
+                set(),
+                {".gitattributes"},
+                set(complete),
+            )  # never a part of the files
         result = run(trained, hub, tmp_path)
         assert result.returncode == 0, result.stderr
         assert hub.repositories["me/tiny"] == complete
@@ -246,7 +250,7 @@ def test_killed_at_any_moment_and_repeated_it_ends_in_the_same_content(
 
 
 @pytest.mark.slow
-def test_a_dry_run_sends_nothing(trained, tmp_path):
+def test_publish_dry_run_sends_nothing(trained, tmp_path):
     with FakeHub() as hub:
         result = run(trained, hub, tmp_path, "--dry-run")
         assert result.returncode == 0, result.stderr
@@ -256,8 +260,8 @@ def test_a_dry_run_sends_nothing(trained, tmp_path):
     assert "Dry run: nothing was sent to me/tiny." in result.stdout
 
 
-def test_a_changed_weight_is_noticed(trained, tmp_path):
-    """The positive control of every 'off by'."""
+def test_verify_raises_for_a_changed_weight(trained, tmp_path):
+    """Positive control of every 'off by' above."""
     write_probe(str(trained), tmp_path / "probe.safetensors")
     copy = tmp_path / "copy"
     model = VLJEPAModel.from_pretrained(trained)
@@ -281,14 +285,14 @@ def test_a_changed_weight_is_noticed(trained, tmp_path):
         (("--model", "nowhere"), "--model: cannot load nowhere as a folder or Hub id"),
     ],
 )
-def test_wrong_names_are_met_with_a_sentence(options, message, trained):
+def test_publish_names_a_wrong_option(options, message, trained):
     given = {"--model": str(trained), "--repo": "me/tiny", **dict([options])}
     with pytest.raises(RecipeError, match=message):
         main([word for pair in given.items() for word in pair])
 
 
 @pytest.mark.slow
-def test_an_adapter_goes_with_the_name_of_its_base(trained, tmp_path):
+def test_publish_adapter_names_its_base(trained, tmp_path):
     adapter = tmp_path / "adapter"
     lora = LoraConfig(
         target_modules=LORA_TARGET_MODULES,
@@ -314,7 +318,7 @@ def test_an_adapter_goes_with_the_name_of_its_base(trained, tmp_path):
     assert len(off) == 1 and off[0] <= 1e-6
 
 
-def test_the_trainer_publishes_the_same_way(tmp_path, monkeypatch):
+def test_trainer_push_to_hub_calls_publish(tmp_path, monkeypatch):
     from training.train import main as train
 
     recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=1, hub_model_id="me/tiny")
@@ -326,7 +330,7 @@ def test_the_trainer_publishes_the_same_way(tmp_path, monkeypatch):
     assert sent == [((trainer.args.output_dir, "me/tiny"), options)]
     recipes = yaml.safe_load((tmp_path / "out" / "recipes.yaml").read_text())
     assert [stage["training"]["max_steps"] for stage in recipes] == [1]
-    # A second stage keeps the first.
+    # A second stage keeps the first one's recipe.
     second = [f"model.checkpoint={tmp_path / 'out'}", f"training.output_dir={tmp_path / 'two'}"]
     train([str(recipe), *second, "model.config={}", "training.max_steps=2"])
     recipes = yaml.safe_load((tmp_path / "two" / "recipes.yaml").read_text())
@@ -334,7 +338,7 @@ def test_the_trainer_publishes_the_same_way(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_ends_on_the_hub_if_the_recipe_says_so(tmp_path):
+def test_training_with_push_to_hub_publishes_the_model(tmp_path):
     options = {"push_to_hub": True, "hub_model_id": "me/fresh", "hub_private_repo": True}
     recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=2, **options)
     with FakeHub() as hub:
@@ -362,7 +366,7 @@ def card(published) -> ModelCard:
     return ModelCard(published[0].repositories["me/tiny"]["README.md"].decode())
 
 
-def test_the_card_is_whole_and_its_numbers_are_the_results(card, published):
+def test_model_card_is_complete_and_its_numbers_are_the_results(card, published):
     text = card.text
     for left_over in ("[More Information Needed]", "{{", "{%", "TODO", "None", "undefined"):
         assert left_over not in text
@@ -380,7 +384,7 @@ def test_the_card_is_whole_and_its_numbers_are_the_results(card, published):
     assert str(results["parameters"]["all"]["parameters"]) in cells
 
 
-def test_the_cards_metadata(card, published):
+def test_model_card_metadata_contain_scores_and_protocol(card, published):
     data = card.data
     assert data.pipeline_tag == "visual-question-answering"
     assert data.license == "apache-2.0"
@@ -391,7 +395,7 @@ def test_the_cards_metadata(card, published):
     assert entries[0]["value"] == 0.9123 and "split: test" in entries[0]["notes"]
 
 
-def test_the_cards_snippet_runs(card, published, tmp_path):
+def test_model_card_snippet_runs(card, published, tmp_path):
     hub, home, _ = published
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     result = elsewhere(snippet, hub, home, tmp_path)
@@ -399,7 +403,7 @@ def test_the_cards_snippet_runs(card, published, tmp_path):
     assert "tensor" in result.stdout and "a red ball" in result.stdout
 
 
-def test_a_model_that_was_not_evaluated_says_so(tmp_path):
+def test_model_card_states_a_missing_evaluation(tmp_path):
     from training.hub.publishing import write_folder
 
     tiny_model().save_pretrained(tmp_path / "run")
@@ -414,7 +418,7 @@ def test_a_model_that_was_not_evaluated_says_so(tmp_path):
 # -- licences ------------------------------------------------------------------------------
 
 
-def test_restricted_licences_reach_the_card_and_the_output(tmp_path, capsys):
+def test_publish_prints_notes_on_restricted_licences(tmp_path, capsys):
     names = {
         "vision": "facebook/vjepa2-vitl-fpc64-256",
         "predictor": "meta-llama/Llama-3.2-1B",
@@ -431,14 +435,14 @@ def test_restricted_licences_reach_the_card_and_the_output(tmp_path, capsys):
     assert "requires a name" not in capsys.readouterr().out
 
 
-def test_licences_are_found_by_the_longest_beginning():
+def test_licence_of_uses_the_longest_prefix():
     assert licence_of("facebook/vjepa2-vitl-fpc64-256").name == "mit"
     assert licence_of("facebook/dinov3-vits16").name == "dinov3-license"
     assert licence_of("google/embeddinggemma-300m").name == "gemma"
     assert licence_of("somebody/model") is UNKNOWN
 
 
-def test_licence_texts_beside_the_backbones_are_passed_on(tmp_path):
+def test_write_licences_copies_the_backbones_licence_files(tmp_path):
     from training.hub.publishing import write_licences
 
     backbone, folder = tmp_path / "llama", tmp_path / "repo"
@@ -453,7 +457,7 @@ def test_licence_texts_beside_the_backbones_are_passed_on(tmp_path):
     assert "Apache License" in (folder / "LICENSE").read_text()
 
 
-def test_weights_are_the_same_bytes(published, trained, tmp_path):
+def test_published_weights_equal_the_trained_ones_bitwise(published, trained, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(published[0].repositories["me/tiny"]["model.safetensors"])
     sent, kept = load_file(path), load_file(trained / "model.safetensors")
@@ -465,9 +469,9 @@ def test_weights_are_the_same_bytes(published, trained, tmp_path):
 # -- with a Y-Decoder ------------------------------------------------------------------------
 
 
-def test_a_decoder_is_published_too(tmp_path):
+def test_published_decoder_generates_the_same_text(tmp_path):
     model, source, folder = tiny_writer(), tmp_path / "decoder", tmp_path / "repo"
-    tiny_model().save_pretrained(source)  # as `training.train_decoder` finds it
+    tiny_model().save_pretrained(source)  # the checkpoint before `training.train_decoder`
     model.config.auto_map = VLJEPAModel.from_pretrained(source).config.auto_map
     model.save_pretrained(source)
     processor = tiny_processor()
@@ -495,7 +499,12 @@ print(ask(video=clip, question="what ?", generate_kwargs={"max_new_tokens": 4})[
         tmp_path,
     )
     pixels = processor(videos=np.zeros((4, 48, 64, 3), np.uint8), text="what ?")
-    [text] = processor.batch_decode(
-        model.generate(**pixels, max_new_tokens=4), skip_special_tokens=True
+    generated = model.generate(
+        **pixels, max_new_tokens=4, output_logits=True, return_dict_in_generate=True
     )
+    # The random model's choice must not depend on rounding: its best logit is well ahead.
+    for logits in generated.logits:
+        best, second = logits[0].topk(2).values
+        assert best - second > 1e-4
+    [text] = processor.batch_decode(generated.sequences, skip_special_tokens=True)
     assert printed == text.strip()

@@ -1,4 +1,4 @@
-"""Training a Y-Decoder: only the decoder moves, and what is saved is the whole checkpoint."""
+"""Training a Y-Decoder changes only the decoder and saves the whole checkpoint."""
 
 import json
 from collections import Counter
@@ -41,7 +41,7 @@ LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A trained model's folder, as `training.train` leaves it, and rows."""
+    """The output folder of a training, next to rows with their media."""
     folder = tmp_path / "trained"
     tiny_model().save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
@@ -52,7 +52,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def recipe(checkpoint: Path, **changes: dict) -> Path:
-    """A recipe beside the checkpoint; `changes` by section."""
+    """Write a recipe next to the checkpoint; `changes` by section."""
     folder = checkpoint.parent
     sections = {
         "model": {
@@ -78,10 +78,10 @@ def recipe(checkpoint: Path, **changes: dict) -> Path:
     return path
 
 
-# -- the whole of it -------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------
 
 
-def test_a_decoder_is_added_and_nothing_else_changes(checkpoint, capsys):
+def test_train_decoder_adds_a_decoder_and_changes_nothing_else(checkpoint, capsys):
     path = recipe(
         checkpoint, data={"validation": [{"rows": str(checkpoint.parent / "rows.jsonl")}]}
     )
@@ -95,13 +95,13 @@ def test_a_decoder_is_added_and_nothing_else_changes(checkpoint, capsys):
         torch.equal(state[name], weight) for name, weight in model.vljepa.state_dict().items()
     )
 
-    # It writes what the Y-Encoder embeds.
+    # The decoder reproduces the texts that the Y-Encoder embeds.
     processor = VLJEPAProcessor.from_pretrained(out)
     texts = ["a cat", "red", "he rides a bike", "the door opens"]
     embeds = embed_texts(model.vljepa, processor, texts)
     assert decode_texts(model, processor, embeds) == texts
     assert model.config.backbones == {} and model.config.decoder_prefix_tokens == 2
-    # What froze in training is what the configuration freezes again.
+    # Parameters that were trainable before are trainable in the loaded model.
     trains = {name for name, weight in before.named_parameters() if weight.requires_grad}
     found = {n for n, weight in model.vljepa.named_parameters() if weight.requires_grad}
     assert found == trains and trains
@@ -121,7 +121,7 @@ def test_a_decoder_is_added_and_nothing_else_changes(checkpoint, capsys):
     assert "loss on predicted embeddings of validation clips" in printed
 
 
-def test_a_pretrained_decoder_keeps_its_weights_and_tokenizer(checkpoint, tmp_path):
+def test_pretrained_decoder_keeps_its_weights_and_tokenizer(checkpoint, tmp_path):
     own = tiny_tokenizer(("she reads a book",), vocab_size=270)
     language_model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**DECODER | {"vocab_size": len(own)})
@@ -151,7 +151,7 @@ def test_a_pretrained_decoder_keeps_its_weights_and_tokenizer(checkpoint, tmp_pa
     assert decode_texts(model, processor, embed_texts(model.vljepa, processor, texts)) == texts
 
 
-def test_a_decoder_that_is_there_trains_on(tmp_path):
+def test_with_decoder_continues_the_checkpoints_decoder(tmp_path):
     model, processor = tiny_writer(), tiny_processor()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -173,7 +173,7 @@ def test_a_decoder_that_is_there_trains_on(tmp_path):
         with_decoder(DecoderModelArguments(checkpoint=str(tmp_path), config=other), seed=0)
 
 
-def test_the_same_seed_gives_the_same_losses(checkpoint):
+def test_train_decoder_gives_the_same_losses_for_the_same_seed(checkpoint):
     path = recipe(checkpoint, data={"noise": 0.5})
 
     def losses(*overrides: str) -> list[float]:
@@ -189,7 +189,7 @@ def test_the_same_seed_gives_the_same_losses(checkpoint):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
-def test_noise_has_the_length_that_it_says(noise):
+def test_on_the_sphere_adds_noise_of_the_given_length(noise):
     torch.manual_seed(0)
     embeds = torch.nn.functional.normalize(torch.randn(500, 384), dim=1)
     moved = on_the_sphere(embeds, noise)
@@ -198,7 +198,7 @@ def test_noise_has_the_length_that_it_says(noise):
     assert cosines.mean().item() == pytest.approx(1 / (1 + noise**2) ** 0.5, abs=0.01)
 
 
-def test_texts_are_learnt_once_and_clips_as_often_as_they_are(tmp_path):
+def test_embedded_texts_are_distinct_and_predicted_texts_are_per_row(tmp_path):
     model, processor = tiny_writer(decoder_reads_query=True), tiny_processor()
     rows = [
         {"query": query, "target": target, "image": "wide.png"}
@@ -214,7 +214,7 @@ def test_texts_are_learnt_once_and_clips_as_often_as_they_are(tmp_path):
     expected = embed_texts(model.vljepa, processor, ["red"])[0]
     # A batch of two texts and one of one: other matrix products, and so another last bit.
     torch.testing.assert_close(texts.embeds, expected.expand(2, -1), rtol=0, atol=1e-6)
-    assert not torch.equal(texts[0]["embeds"], texts[0]["embeds"])  # each look moves it anew
+    assert not torch.equal(texts[0]["embeds"], texts[0]["embeds"])  # new noise at each access
     [clips] = predicted_texts(model, processor, [rows])
     assert len(clips) == 3
     pixels = processor(images=rows[0]["image"], text="who ?")
@@ -228,7 +228,7 @@ def test_texts_are_learnt_once_and_clips_as_often_as_they_are(tmp_path):
     assert texts.contexts == ["\n", "the door opens\n"]
 
 
-def test_a_source_comes_as_often_as_the_recipe_says(tmp_path):
+def test_training_texts_repeat_a_source(tmp_path):
     model, processor = tiny_writer(), tiny_processor()
     tiny_rows(tmp_path)
     sources = [{"rows": str(tmp_path / "rows.jsonl"), "repeat": 3}]
@@ -239,7 +239,7 @@ def test_a_source_comes_as_often_as_the_recipe_says(tmp_path):
     assert seen == {"a cat": 3, "red": 3, "he rides a bike": 3 + 1, "the door opens": 3}
 
 
-def test_a_clip_that_sources_share_is_read_once(tmp_path, capsys, monkeypatch):
+def test_training_texts_read_a_shared_clip_once(tmp_path, capsys, monkeypatch):
     model, processor = tiny_writer(), tiny_processor()
     tiny_rows(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -264,7 +264,7 @@ def test_a_clip_that_sources_share_is_read_once(tmp_path, capsys, monkeypatch):
 
     arguments = DecoderDataArguments(max_bad_share=0.5, **arguments)
     texts = training_texts(model, processor, arguments)
-    # Each part holds its own source's rows, with what its own query predicts.
+    # Each part contains its own source's rows, predicted with its own query.
     assert [sample["text"] for sample in texts] == ["a cat", "a cat", "red", "red"]
     for sample, (name, query) in zip(
         texts,
@@ -276,7 +276,7 @@ def test_a_clip_that_sources_share_is_read_once(tmp_path, capsys, monkeypatch):
         torch.testing.assert_close(sample["embeds"], expected, atol=1e-5, rtol=0)
 
 
-def test_a_batch_ends_its_texts():
+def test_decoder_collator_adds_the_end_token():
     processor = tiny_processor()
     texts = EmbeddedTexts(torch.eye(24)[:2], ["what ?\n", "\n"], ["a cat", "the door opens"])
     batch = DecoderCollator(processor)([texts[0], texts[1]])
@@ -298,7 +298,7 @@ def test_a_batch_ends_its_texts():
 # -- recipes ---------------------------------------------------------------------------------
 
 
-def test_the_recipe_parses(tmp_path, monkeypatch):
+def test_read_recipe_accepts_the_published_decoder_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = ROOT / "training/recipes/babyai_decoder.yaml"
     read = read_recipe(str(path), ["training.use_cpu=true", "training.precision=fp32"])
@@ -335,19 +335,19 @@ def test_the_recipe_parses(tmp_path, monkeypatch):
         ("model.checkpoint=gone", "model.checkpoint: cannot load gone as a folder or Hub id"),
     ],
 )
-def test_a_wrong_recipe_is_named(checkpoint, override, message):
+def test_train_decoder_names_a_wrong_key(checkpoint, override, message):
     with pytest.raises(RecipeError, match=message):
         main([str(recipe(checkpoint)), override])
 
 
-def test_the_checkpoint_is_not_overwritten(checkpoint):
+def test_train_decoder_does_not_overwrite_the_checkpoint(checkpoint):
     with pytest.raises(
         RecipeError, match="training.output_dir: it is the folder of model.checkpoint"
     ):
         main([str(recipe(checkpoint)), f"training.output_dir={checkpoint}"])
 
 
-def test_a_row_that_cannot_be_used_stops_it(checkpoint):
+def test_train_decoder_stops_at_an_unusable_row(checkpoint):
     write_rows(checkpoint.parent / "rows.jsonl", [{"image": "gone.png", "target": "red"}])
     with pytest.raises(RecipeError, match="rows.jsonl:1: image file is missing"):
         main([str(recipe(checkpoint))])

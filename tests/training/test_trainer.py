@@ -91,7 +91,7 @@ def overfit(recipe: Path) -> VLJEPATrainer:
 # -- what training does --------------------------------------------------------------------
 
 
-def test_one_batch_is_learnt_by_heart(overfit):
+def test_trainer_overfits_one_batch(overfit):
     history = losses(overfit)
     assert len(history) == 60
     assert history[0] > 1.5
@@ -99,7 +99,7 @@ def test_one_batch_is_learnt_by_heart(overfit):
     assert overfit.state.log_history[-2]["accuracy"] == 1
 
 
-def test_trainable_parameters_change_and_frozen_ones_do_not(overfit):
+def test_trainer_changes_trainable_parameters_only(overfit):
     before = dict(start(overfit).named_parameters())
     after = dict(overfit.model.named_parameters())
     assert before.keys() == after.keys()
@@ -109,7 +109,7 @@ def test_trainable_parameters_change_and_frozen_ones_do_not(overfit):
     assert boxes == {"x_encoder", "predictor"}  # of the latter, the token table
 
 
-def test_logs_hold_the_parts_of_the_loss(overfit, recipe):
+def test_log_contains_the_parts_of_the_loss(overfit, recipe):
     lines = [line for line in overfit.state.log_history if "loss" in line]
     for line in lines:
         assert line["chance_loss"] == pytest.approx(math.log(8), abs=1e-6)
@@ -122,7 +122,7 @@ def test_logs_hold_the_parts_of_the_loss(overfit, recipe):
     ]
 
 
-def test_a_log_line_averages_the_parts_since_the_last_one(recipe):
+def test_log_line_averages_the_parts_since_the_last_line(recipe):
     every = run(recipe, "max_steps=4", "seed=3").state.log_history
     second = run(recipe, "max_steps=4", "seed=3", "logging_steps=2").state.log_history
     for name in ("loss", "accuracy", "logit_scale"):
@@ -130,7 +130,7 @@ def test_a_log_line_averages_the_parts_since_the_last_one(recipe):
         assert [line[name] for line in second[:2]] == pytest.approx(means, rel=1e-6)
 
 
-def test_repeated_targets_lower_the_chance_loss(recipe, tmp_path):
+def test_chance_loss_is_lower_with_repeated_targets(recipe, tmp_path):
     rows = [json.loads(line) for line in (recipe.parent / "rows.jsonl").read_text().splitlines()]
     for row in rows:
         row["image"] = str(recipe.parent / row["image"])
@@ -140,13 +140,13 @@ def test_repeated_targets_lower_the_chance_loss(recipe, tmp_path):
     assert trainer.state.log_history[0]["chance_loss"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_seed_decides_everything(recipe):
+def test_seed_determines_the_losses(recipe):
     first, again, other = (losses(run(recipe, f"seed={seed}")) for seed in (1, 1, 2))
     assert first == again
     assert all(abs(a - b) > 1e-4 for a, b in zip(first, other, strict=True))
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     """Four steps, and two steps and two more: the same rows, rates and weights."""
     recipe = tiny_recipe(tiny_rows(tmp_path), save_strategy="steps", save_steps=2)
     whole = run(recipe)
@@ -158,7 +158,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
         assert parameter.requires_grad == dict(whole.model.named_parameters())[name].requires_grad
 
 
-def test_weights_are_fp32_and_move_under_bf16(recipe):
+def test_bf16_training_keeps_trained_weights_in_fp32(recipe):
     """Weights kept in bf16 would round away most updates at 5e-6: after ten steps, 92 of 100
     would not have changed at all."""
     trainer = run(recipe, "precision=bf16", "learning_rate=5.0e-6", "text_learning_rate_scale=1.0")
@@ -196,7 +196,7 @@ def run_with(recipe: Path, config: dict, *overrides: str) -> VLJEPATrainer:
     return main([str(recipe), *changes, *(f"training.{override}" for override in overrides)])
 
 
-def test_grad_cache_trains_as_the_whole_batch_does(recipe):
+def test_grad_cache_trains_like_the_whole_batch(recipe):
     plain, cached = run(recipe), run(recipe, "gradient_cache_rows=3")
     assert losses(cached) == pytest.approx(losses(plain), rel=1e-5)
     for name in ("accuracy", "chance_loss", "logit_scale", "predicted_spread", "grad_norm"):
@@ -207,7 +207,7 @@ def test_grad_cache_trains_as_the_whole_batch_does(recipe):
     assert abs(losses(accumulated)[0] - losses(plain)[0]) > 0.3
 
 
-def test_a_part_at_a_time_goes_to_the_device(recipe, monkeypatch):
+def test_grad_cache_moves_one_part_at_a_time_to_the_device(recipe, monkeypatch):
     """Of frames in uint8, then of the tokens that have taken their place; the ids go at once."""
     moved, prepare = [], VLJEPATrainer._prepare_inputs
 
@@ -224,14 +224,14 @@ def test_a_part_at_a_time_goes_to_the_device(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_tokens_that_wait_are_those_made_again(recipe, monkeypatch, precision):
+def test_grad_cache_stored_tokens_equal_recomputed_ones(recipe, monkeypatch, precision):
     arguments = ("gradient_cache_rows=3", f"precision={precision}")
     waited = losses(run(recipe, *arguments))
     monkeypatch.setattr(grad_cache, "frozen_vision", lambda model: None)
     assert losses(run(recipe, *arguments)) == pytest.approx(waited, rel=1e-5)
 
 
-def test_grad_cache_and_accumulation_go_together(recipe):
+def test_grad_cache_works_with_gradient_accumulation(recipe):
     plain = run(recipe, "gradient_accumulation_steps=2")
     cached = run(recipe, "gradient_accumulation_steps=2", "gradient_cache_rows=1")
     assert losses(cached) == pytest.approx(losses(plain), rel=1e-5)
@@ -241,7 +241,7 @@ def test_grad_cache_and_accumulation_go_together(recipe):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_activations_made_again_change_nothing(recipe, frozen):
+def test_activation_checkpointing_changes_no_loss(recipe, frozen):
     config = {"freeze_vision": frozen}
     plain = run_with(recipe, config)
     again = run_with(recipe, config, "activation_checkpointing=true")
@@ -262,7 +262,7 @@ def test_activations_made_again_change_nothing(recipe, frozen):
     ],
     ids=str,
 )
-def test_every_objective_learns(recipe, config, overrides):
+def test_every_objective_lowers_its_loss(recipe, config, overrides):
     trainer = run_with(
         recipe, config, *overrides, "max_steps=25", "learning_rate=3.0e-3", "weight_decay=0.0"
     )
@@ -284,12 +284,12 @@ def test_every_objective_learns(recipe, config, overrides):
         ({}, "load_best_model_at_end=true", "name a score of the section 'evaluation'"),
     ],
 )
-def test_an_objective_that_cannot_work_is_refused(recipe, config, override, message):
+def test_training_refuses_an_objective_that_cannot_work(recipe, config, override, message):
     with pytest.raises(RecipeError, match=message):
         run_with(recipe, config, override)
 
 
-def test_hard_negatives_of_the_rows_join_the_batch(recipe, tmp_path):
+def test_hard_negatives_are_added_to_the_batch(recipe, tmp_path):
     rows = [json.loads(line) for line in (recipe.parent / "rows.jsonl").read_text().splitlines()]
     for number, row in enumerate(rows):
         row["image"] = str(recipe.parent / row["image"])
@@ -311,7 +311,7 @@ def test_hard_negatives_of_the_rows_join_the_batch(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("freeze_text", [True, False])
-def test_adapters_train_beside_a_predictor_that_stays(recipe, freeze_text, tmp_path):
+def test_adapters_train_and_the_predictor_stays_frozen(recipe, freeze_text, tmp_path):
     trainer = run_with(
         recipe,
         {"freeze_text": freeze_text},
@@ -357,7 +357,9 @@ def test_adapters_train_beside_a_predictor_that_stays(recipe, freeze_text, tmp_p
         assert torch.equal(parameter, dict(adapted.model.named_parameters())[name]), name
 
 
-def test_layers_under_adapters_take_half_the_memory_and_nothing_else(recipe, monkeypatch, tmp_path):
+def test_layers_under_adapters_in_bf16_change_neither_losses_nor_merged_weights(
+    recipe, monkeypatch, tmp_path
+):
     """Autocast reads them in bf16 anyhow. Rounded as they are, the small changes of the adapters
     would be lost in them; so what is merged is the weights that they were."""
     arguments = [str(recipe), "model.lora={r: 2}", "training.precision=bf16"]
@@ -375,7 +377,7 @@ def test_layers_under_adapters_take_half_the_memory_and_nothing_else(recipe, mon
     assert losses(main(arguments)) == pytest.approx(losses(trainer), rel=1e-5)
 
 
-def test_what_trains_is_there_once_and_in_fp32(recipe):
+def test_adapted_model_holds_trained_weights_once_and_in_fp32(recipe):
     """Also a whole Y-Encoder, of which peft would keep a second copy."""
     model = tiny_model()
     counts = {name: p.numel() for name, p in model.named_parameters()}
@@ -405,12 +407,12 @@ def test_what_trains_is_there_once_and_in_fp32(recipe):
         ({"target_modules": ["q_proj"]}, "model.lora: .*target_modules"),
     ],
 )
-def test_settings_that_no_adapter_has_are_named(lora, message):
+def test_add_adapters_names_a_wrong_setting(lora, message):
     with pytest.raises(RecipeError, match=message):
         add_adapters(tiny_model(), lora)
 
 
-def test_trackers_get_the_parts_of_the_loss(recipe, tmp_path):
+def test_tensorboard_gets_the_parts_of_the_loss(recipe, tmp_path):
     run(recipe, "report_to=tensorboard", f"output_dir={tmp_path}")
     events = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
     state = json.loads((tmp_path / "trainer_state.json").read_text())
@@ -443,7 +445,7 @@ def evaluated(recipe, tmp_path) -> tuple[Path, list[str]]:
     ]
 
 
-def test_the_best_checkpoint_is_that_of_the_best_score(evaluated, tmp_path, capsys):
+def test_best_checkpoint_has_the_best_score(evaluated, tmp_path, capsys):
     """By training loss it would be the last one, whatever it has forgotten."""
     recipe, overrides = evaluated
     trainer = main(
@@ -475,7 +477,7 @@ def test_the_best_checkpoint_is_that_of_the_best_score(evaluated, tmp_path, caps
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_evaluation_changes_no_step(evaluated, precision):
+def test_evaluation_does_not_change_the_losses(evaluated, precision):
     """Between lines of the log and at the end of a run, too, with encoders stored in bf16."""
     recipe, overrides = evaluated
     same = [f"precision={precision}", "logging_steps=3", "max_steps=5"]
@@ -493,7 +495,7 @@ def test_evaluation_changes_no_step(evaluated, precision):
         ("evaluation.tasks=[writes]", "evaluation: writes needs a Y-Decoder"),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_named(evaluated, override, message, capsys):
+def test_training_names_a_wrong_evaluation(evaluated, override, message, capsys):
     """Before the first step."""
     recipe, overrides = evaluated
     with pytest.raises(RecipeError, match=message):
@@ -501,7 +503,7 @@ def test_an_evaluation_that_cannot_be_is_named(evaluated, override, message, cap
     assert "chance loss of" not in capsys.readouterr().out
 
 
-def test_a_collapse_is_reported(recipe, capsys):
+def test_collapse_warning_is_printed_for_equal_rows(recipe, capsys):
     """A text tower at the full rate collapses, and the loss sits at chance; here all eight clips
     and texts are made one."""
     rows = [json.loads(line) for line in (recipe.parent / "rows.jsonl").read_text().splitlines()]
@@ -519,7 +521,7 @@ def test_a_collapse_is_reported(recipe, capsys):
 # -- parameter groups ----------------------------------------------------------------------
 
 
-def test_rates_and_decay_of_each_parameter(recipe):
+def test_optimizer_groups_have_the_rate_and_decay_of_each_parameter(recipe):
     trainer = run_with(
         recipe,
         {"freeze_vision": False},
@@ -544,7 +546,7 @@ def test_rates_and_decay_of_each_parameter(recipe):
     assert all(name.endswith(ends) for name in undecayed)
 
 
-def test_embeddings_keep_fp32_states_beside_those_of_eight_bits(recipe, monkeypatch):
+def test_8_bit_optimizer_keeps_fp32_states_for_embeddings(recipe, monkeypatch):
     """What upstream asks of bitsandbytes: the states of rare words are mostly zero, and eight bits
     of their scale would lose them."""
     asked = []
@@ -574,7 +576,7 @@ def test_embeddings_keep_fp32_states_beside_those_of_eight_bits(recipe, monkeypa
 @pytest.mark.skipif(
     not is_torchao_available(), reason="torchao is not installed: pip install '.[eight-bit]'"
 )
-def test_optimizer_states_of_eight_bits(recipe):
+def test_8_bit_optimizer_lowers_the_loss(recipe):
     trainer = run_with(
         recipe,
         {"freeze_vision": False},
@@ -606,7 +608,7 @@ def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_pretrained_text_encoder_arrives_whole_and_in_fp32(text_encoder):
+def test_new_model_loads_a_pretrained_text_encoder_in_fp32(text_encoder):
     arguments = ModelArguments(text_encoder=str(text_encoder), config=tiny_settings())
     model, processor = new_model(arguments, ProcessorArguments(image_size=32), ["a b c"], seed=0)
     weights = AutoModel.from_pretrained(text_encoder, dtype=torch.float32).state_dict()
@@ -618,7 +620,7 @@ def test_a_pretrained_text_encoder_arrives_whole_and_in_fp32(text_encoder):
     assert processor.tokenizer.get_vocab() != processor.target_tokenizer.get_vocab()
 
 
-def test_a_checkpoint_is_trained_in_fp32_and_as_the_recipe_says(overfit, tmp_path):
+def test_load_checkpoint_converts_to_fp32_and_applies_changes(overfit, tmp_path):
     # From the run's folder: its model in memory is used by other tests, and bf16 would round it.
     trained = AutoModel.from_pretrained(overfit.args.output_dir, dtype=torch.bfloat16)
     trained.save_pretrained(tmp_path)
@@ -649,7 +651,7 @@ def test_a_checkpoint_is_trained_in_fp32_and_as_the_recipe_says(overfit, tmp_pat
         ({"freeze_text": "maybe"}, "model.config.freeze_text: .* expected bool, got str"),
     ],
 )
-def test_a_new_model_that_cannot_be_is_named(changes, message):
+def test_new_model_names_an_invalid_configuration(changes, message):
     arguments = ModelArguments(config=tiny_settings(**changes))
     with pytest.raises(RecipeError, match=message):
         new_model(arguments, ProcessorArguments(image_size=32), ["a b c"], seed=0)
@@ -688,13 +690,13 @@ def saved(model: PreTrainedModel, folder: Path) -> str:
         ),
     ],
 )
-def test_changes_that_do_not_fit_a_checkpoint_are_named(tmp_path, changes, message):
+def test_load_checkpoint_names_changes_that_do_not_fit(tmp_path, changes, message):
     arguments = ModelArguments(checkpoint=saved(tiny_model(), tmp_path), config=changes)
     with pytest.raises(RecipeError, match=message):
         load_checkpoint(arguments, ProcessorArguments())
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+def test_load_checkpoint_refuses_missing_weights(tmp_path):
     """They would be random, and the training would look like one from a checkpoint."""
     arguments = ModelArguments(checkpoint=saved(tiny_model(), tmp_path))
     load_checkpoint(arguments, ProcessorArguments())
@@ -706,7 +708,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
         load_checkpoint(arguments, ProcessorArguments())
 
 
-def test_a_checkpoint_takes_a_bias_and_loses_its_decoder(tmp_path):
+def test_load_checkpoint_adds_a_bias_and_ignores_the_decoder(tmp_path):
     changes = {"logit_bias_init_value": -10}
     arguments = ModelArguments(checkpoint=saved(tiny_writer(), tmp_path), config=changes)
     model, _ = load_checkpoint(arguments, ProcessorArguments())
@@ -716,7 +718,7 @@ def test_a_checkpoint_takes_a_bias_and_loses_its_decoder(tmp_path):
         assert name.startswith("logit_bias") or torch.equal(value, expected[name]), name
 
 
-def test_cached_targets_change_nothing(recipe):
+def test_cached_targets_do_not_change_the_losses(recipe):
     frozen = "model.config.freeze_text=true"
     plain = losses(main([str(recipe), frozen]))
     cached = losses(main([str(recipe), frozen, "data.cache_targets=true"]))
@@ -730,7 +732,7 @@ def test_cached_targets_change_nothing(recipe):
 # -- the program ---------------------------------------------------------------------------
 
 
-def test_the_command_trains_on_images_and_clips_of_any_size(tmp_path):
+def test_train_command_trains_on_images_and_clips_of_any_size(tmp_path):
     recipe = tiny_recipe(tiny_rows(tmp_path))
     done = subprocess.run(
         [sys.executable, "-m", "training.train", str(recipe), "training.max_steps=6"],
@@ -768,7 +770,7 @@ def test_the_command_trains_on_images_and_clips_of_any_size(tmp_path):
     assert found == pytest.approx(losses(again), rel=1e-4)
 
 
-def test_a_recipe_that_cannot_be_followed_ends_in_one_sentence(tmp_path):
+def test_train_command_names_a_wrong_recipe(tmp_path):
     with pytest.raises(RecipeError, match="rows.jsonl: no such JSONL file"):
         main([str(tiny_recipe(tmp_path / "rows.jsonl"))])
     tiny_rows(tmp_path)
@@ -777,7 +779,7 @@ def test_a_recipe_that_cannot_be_followed_ends_in_one_sentence(tmp_path):
         main([str(recipe)])
 
 
-def test_the_tokenizer_learns_from_the_rows_of_a_later_stage(recipe):
+def test_tokenizer_rows_train_the_tokenizer(recipe):
     """A word that no row of the first stage holds would be spelt out for ever after."""
     rows = [{"image": f"{i}.png", "query": "extraordinary ?", "target": "yes"} for i in range(8)]
     later = write_rows(recipe.parent / "later.jsonl", rows)
@@ -794,12 +796,12 @@ def test_the_tokenizer_learns_from_the_rows_of_a_later_stage(recipe):
 
 
 @pytest.mark.parametrize("key", ["checkpoint", "text_encoder"])
-def test_a_model_that_is_not_there_is_named(recipe, key):
+def test_train_command_names_a_missing_model(recipe, key):
     with pytest.raises(RecipeError, match=rf"model.{key}: cannot load nowhere/at-all as a folder"):
         main([str(recipe), f"model.{key}=nowhere/at-all"])
 
 
-def test_training_from_a_checkpoint_goes_on_where_it_ended(overfit, recipe):
+def test_training_from_a_checkpoint_starts_at_its_loss(overfit, recipe):
     again = yaml.safe_load(recipe.read_text())
     again["model"] = {"checkpoint": str(recipe.parent / "overfit")}
     path = recipe.parent / "again.yaml"
