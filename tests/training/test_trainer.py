@@ -1,4 +1,4 @@
-"""Training from a recipe to a saved folder, on a model of 200,000 parameters."""
+"""Training from a recipe to a saved folder, with a model of 200,000 parameters."""
 
 import json
 import math
@@ -47,7 +47,7 @@ WORDS = ("red", "green", "blue", "black", "white", "a cat", "a dog", "a bike")
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight images of noise, each with its own target: one batch."""
+    """A recipe with one batch: eight images of noise, each with its own target."""
     folder = tmp_path_factory.mktemp("eight")
     pixels = noise(8, 40, 40, 3)
     for number, picture in enumerate(pixels):
@@ -68,7 +68,7 @@ def losses(trainer: VLJEPATrainer) -> list[float]:
 
 
 def start(trainer: VLJEPATrainer) -> VLJEPAModel:
-    """The model as it was before training."""
+    """Build the model as it was before training."""
     arguments = ModelArguments(config=tiny_settings(), vocab_size=300)
     processing = ProcessorArguments(image_size=32, num_frames=4)
     texts = [row[part] for row in trainer.train_dataset.rows for part in ("query", "target")]
@@ -88,7 +88,7 @@ def overfit(recipe: Path) -> VLJEPATrainer:
     )
 
 
-# -- what training does --------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------
 
 
 def test_trainer_overfits_one_batch(overfit):
@@ -105,8 +105,8 @@ def test_trainer_changes_trainable_parameters_only(overfit):
     assert before.keys() == after.keys()
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name, p in after.items() if not p.requires_grad}
-    boxes = {name.split(".")[0] for name in same}
-    assert boxes == {"x_encoder", "predictor"}  # of the latter, the token table
+    modules = {name.split(".")[0] for name in same}
+    assert modules == {"x_encoder", "predictor"}  # in the Predictor, the token table
 
 
 def test_log_contains_the_parts_of_the_loss(overfit, recipe):
@@ -147,7 +147,11 @@ def test_seed_determines_the_losses(recipe):
 
 
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    """Four steps, and two steps and two more: the same rows, rates and weights."""
+    """Four steps equal two steps and two resumed ones: the same rows, rates and weights.
+
+    Bitwise: Trainer copies the checkpoint's weights into the new model's own memory, so both runs
+    do the same operations on equally aligned data.
+    """
     recipe = tiny_recipe(tiny_rows(tmp_path), save_strategy="steps", save_steps=2)
     whole = run(recipe)
     expected = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
@@ -159,17 +163,17 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_bf16_training_keeps_trained_weights_in_fp32(recipe):
-    """Weights kept in bf16 would round away most updates at 5e-6: after ten steps, 92 of 100
-    would not have changed at all."""
+    """Weights in bf16 would round away most updates at 5e-6: after ten steps, 92 % of them would
+    be unchanged."""
     trainer = run(recipe, "precision=bf16", "learning_rate=5.0e-6", "text_learning_rate_scale=1.0")
     before = dict(start(trainer).named_parameters())
     moved = total = 0
     for name, parameter in trainer.model.named_parameters():
-        # What never moves takes half the memory.
+        # Frozen weights are stored in bf16.
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
         if parameter.requires_grad:
             changed = parameter != before[name]
-            if "embed_tokens" in name:  # most words are in no text, and have no gradient
+            if "embed_tokens" in name:  # words that occur in no text have no gradient
                 changed = changed[changed.any(dim=1)]
             moved, total = moved + changed.sum().item(), total + changed.numel()
     assert moved / total > 0.99
@@ -177,7 +181,7 @@ def test_bf16_training_keeps_trained_weights_in_fp32(recipe):
     after = dict(trainer.model.named_parameters())
     rounded = sum((p.bfloat16() != before[name].bfloat16()).sum() for name, p in after.items())
     assert rounded / total < 0.5
-    # What is saved says fp32, so that nobody loads the trained weights rounded.
+    # The saved dtype is fp32, so that trained weights are not rounded when they are loaded.
     saved = AutoModel.from_pretrained(trainer.args.output_dir)
     assert {p.dtype for p in saved.parameters()} == {torch.float32}
     for name, parameter in saved.named_parameters():
@@ -191,7 +195,7 @@ FROZEN_TARGETS = {"freeze_text": True, "project_target": False, "embedding_dim":
 
 
 def run_with(recipe: Path, config: dict, *overrides: str) -> VLJEPATrainer:
-    """A run of four steps whose model has these settings, too."""
+    """Run four steps with these settings of the model."""
     changes = [f"model.config.{name}={json.dumps(value)}" for name, value in config.items()]
     return main([str(recipe), *changes, *(f"training.{override}" for override in overrides)])
 
@@ -202,13 +206,14 @@ def test_grad_cache_trains_like_the_whole_batch(recipe):
     for name in ("accuracy", "chance_loss", "logit_scale", "predicted_spread", "grad_norm"):
         found, expected = (run.state.log_history[3][name] for run in (cached, plain))
         assert found == pytest.approx(expected, rel=1e-3), name
-    # Positive control: accumulation sees other negatives, and so another loss.
+    # Positive control: accumulation has other negatives, so its loss differs.
     accumulated = run(recipe, "gradient_accumulation_steps=4")
     assert abs(losses(accumulated)[0] - losses(plain)[0]) > 0.3
 
 
 def test_grad_cache_moves_one_part_at_a_time_to_the_device(recipe, monkeypatch):
-    """Of frames in uint8, then of the tokens that have taken their place; the ids go at once."""
+    """Ids move first, all at once. Then the parts move: uint8 frames in the first pass, the visual
+    tokens that replaced them in the second."""
     moved, prepare = [], VLJEPATrainer._prepare_inputs
 
     def spy(self, inputs):
@@ -302,7 +307,7 @@ def test_hard_negatives_are_added_to_the_batch(recipe, tmp_path):
     cached = ["model.config.freeze_text=true", "data.cache_targets=true"]
     trainer = main([str(again), "data.hard_negatives=2", *cached])
     assert trainer.state.log_history[0]["chance_loss"] == pytest.approx(chances[2])
-    # Four rows bring n negatives each; every prediction meets all of them.
+    # Four rows have n negatives each; every prediction is compared with all of them.
     expected = [(math.log(8) + math.log(8 + 4 * n)) / 2 for n in (0, 1, 2)]
     assert chances == pytest.approx(expected, abs=1e-6)
 
@@ -341,7 +346,7 @@ def test_adapters_train_and_the_predictor_stays_frozen(recipe, freeze_text, tmp_
         *("predictor", "predictor_head", "y_head", "logit_scale"),
         *([] if freeze_text else ["y_encoder"]),
     }
-    for name in before:  # the weights change by a product of rank 2, in training all of them
+    for name in before:  # an adapter changes a weight by a product of rank 2
         if re.fullmatch(layers, name):
             change = after[name] - before[name]
             assert torch.linalg.matrix_rank(change, atol=1e-5) <= 2 < min(change.shape)
@@ -349,7 +354,7 @@ def test_adapters_train_and_the_predictor_stays_frozen(recipe, freeze_text, tmp_
     merged = dict(loaded.merge_and_unload().named_parameters())
     for name, parameter in after.items():
         torch.testing.assert_close(merged[name], parameter, msg=name)
-    # And a run goes on from the middle.
+    # A run with adapters resumes from a checkpoint.
     resume = f"training.resume_from_checkpoint={tmp_path / 'lora' / 'checkpoint-2'}"
     again = main([*arguments, resume, f"training.output_dir={tmp_path / 'again'}"])
     assert losses(again) == losses(adapted)
@@ -360,8 +365,8 @@ def test_adapters_train_and_the_predictor_stays_frozen(recipe, freeze_text, tmp_
 def test_layers_under_adapters_in_bf16_change_neither_losses_nor_merged_weights(
     recipe, monkeypatch, tmp_path
 ):
-    """Autocast reads them in bf16 anyhow. Rounded as they are, the small changes of the adapters
-    would be lost in them; so what is merged is the weights that they were."""
+    """Autocast rounds these weights to bf16 in any case. The adapters are merged into the fp32
+    weights, because bf16 ones would lose their small changes."""
     arguments = [str(recipe), "model.lora={r: 2}", "training.precision=bf16"]
     arguments += ["training.learning_rate=1.0e-2", f"training.output_dir={tmp_path}"]
     trainer = main(arguments)
@@ -372,13 +377,13 @@ def test_layers_under_adapters_in_bf16_change_neither_losses_nor_merged_weights(
     for name in expected:  # a bf16 weight would be off by up to 4e-3 of it
         torch.testing.assert_close(saved[name], expected[name], rtol=1e-6, atol=1e-7, msg=name)
     assert any((saved[name] != before[name]).any() for name in before)
-    assert any((saved[name] != saved[name].bfloat16()).any() for name in saved)  # control
+    assert any((saved[name] != saved[name].bfloat16()).any() for name in saved)  # positive control
     monkeypatch.setattr(AdaptedModel, "store_base_in_bf16", lambda model: None)
     assert losses(main(arguments)) == pytest.approx(losses(trainer), rel=1e-5)
 
 
 def test_adapted_model_holds_trained_weights_once_and_in_fp32(recipe):
-    """Also a whole Y-Encoder, of which peft would keep a second copy."""
+    """Also a trained Y-Encoder, of which peft alone would keep a second copy."""
     model = tiny_model()
     counts = {name: p.numel() for name, p in model.named_parameters()}
     adapted = prepare_for_training(model, {"r": 2}, run(recipe, "precision=bf16").args)
@@ -422,12 +427,12 @@ def test_tensorboard_gets_the_parts_of_the_loss(recipe, tmp_path):
         assert found == pytest.approx(expected[: len(found)], rel=1e-5) and len(found) == 4
 
 
-# -- evaluation, and the warning -----------------------------------------------------------
+# -- evaluation and the collapse warning ---------------------------------------------------
 
 
 @pytest.fixture
 def evaluated(recipe, tmp_path) -> tuple[Path, list[str]]:
-    """A recipe that measures itself on its own rows."""
+    """A recipe and overrides with which it is evaluated on its own rows."""
     rows = str(recipe.parent / "rows.jsonl")
     benchmarks = {
         "words": {"task": "vqa", "rows": rows, "train_rows": rows, "description": "words"},
@@ -446,7 +451,7 @@ def evaluated(recipe, tmp_path) -> tuple[Path, list[str]]:
 
 
 def test_best_checkpoint_has_the_best_score(evaluated, tmp_path, capsys):
-    """By training loss it would be the last one, whatever it has forgotten."""
+    """The best checkpoint by training loss would be the last one."""
     recipe, overrides = evaluated
     trainer = main(
         [
@@ -478,7 +483,7 @@ def test_best_checkpoint_has_the_best_score(evaluated, tmp_path, capsys):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluation_does_not_change_the_losses(evaluated, precision):
-    """Between lines of the log and at the end of a run, too, with encoders stored in bf16."""
+    """Evaluations between log lines and at the end of a run, also with encoders in bf16."""
     recipe, overrides = evaluated
     same = [f"precision={precision}", "logging_steps=3", "max_steps=5"]
     overrides = [*overrides, "training.eval_steps=1", *(f"training.{one}" for one in same)]
@@ -496,7 +501,7 @@ def test_evaluation_does_not_change_the_losses(evaluated, precision):
     ],
 )
 def test_training_names_a_wrong_evaluation(evaluated, override, message, capsys):
-    """Before the first step."""
+    """The error comes before the first step."""
     recipe, overrides = evaluated
     with pytest.raises(RecipeError, match=message):
         main([str(recipe), *overrides, override])
@@ -504,8 +509,7 @@ def test_training_names_a_wrong_evaluation(evaluated, override, message, capsys)
 
 
 def test_collapse_warning_is_printed_for_equal_rows(recipe, capsys):
-    """A text tower at the full rate collapses, and the loss sits at chance; here all eight clips
-    and texts are made one."""
+    """Here all eight clips and queries are equal, so all predicted embeddings are one point."""
     rows = [json.loads(line) for line in (recipe.parent / "rows.jsonl").read_text().splitlines()]
     same = [
         {**row, "image": "0.png", "query": "", "target": f"x {n}"} for n, row in enumerate(rows)
@@ -547,8 +551,8 @@ def test_optimizer_groups_have_the_rate_and_decay_of_each_parameter(recipe):
 
 
 def test_8_bit_optimizer_keeps_fp32_states_for_embeddings(recipe, monkeypatch):
-    """What upstream asks of bitsandbytes: the states of rare words are mostly zero, and eight bits
-    of their scale would lose them."""
+    """Upstream requires it for bitsandbytes: states of rare words are mostly zero, and 8 bits with
+    a shared scale would lose the others."""
     asked = []
     manager = SimpleNamespace(register_module_override=lambda *given: asked.append(given))
     optim = SimpleNamespace(GlobalOptimManager=SimpleNamespace(get_instance=lambda: manager))
@@ -591,15 +595,17 @@ def test_8_bit_optimizer_lowers_the_loss(recipe):
     for average in ("exp_avg", "exp_avg_sq"):
         assert states[parameter][average].codes.dtype == torch.uint8
     rates = {float(group["lr"]) for group in trainer.optimizer.param_groups}
-    assert rates == {0.0}  # the schedule reached its end, through torchao's own kind of rate
+    assert rates == {
+        0.0
+    }  # the schedule also changes torchao's rates, which are tensors, to its end
 
 
-# -- where a model comes from --------------------------------------------------------------
+# -- the model at the start ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained BERT, stored in bf16 as many are."""
+    """A pretrained BERT in bf16."""
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(1)
     bert = AutoModel.from_config(tiny_config(text_config=BERT).text_config)
@@ -621,7 +627,7 @@ def test_new_model_loads_a_pretrained_text_encoder_in_fp32(text_encoder):
 
 
 def test_load_checkpoint_converts_to_fp32_and_applies_changes(overfit, tmp_path):
-    # From the run's folder: its model in memory is used by other tests, and bf16 would round it.
+    # Not `overfit.model`, which other tests use: bf16 would round its weights.
     trained = AutoModel.from_pretrained(overfit.args.output_dir, dtype=torch.bfloat16)
     trained.save_pretrained(tmp_path)
     overfit.processing_class.save_pretrained(tmp_path)
@@ -631,7 +637,7 @@ def test_load_checkpoint_converts_to_fp32_and_applies_changes(overfit, tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in model.x_encoder.parameters())
     assert model.predictor.backbone.config.attention_dropout == 0.1
-    assert model.predictor.backbone.config.hidden_size == 32  # the rest stays
+    assert model.predictor.backbone.config.hidden_size == 32  # unchanged
     assert not model.predictor.backbone.config.is_causal
     assert isinstance(processor, VLJEPAProcessor)
     assert processor.video_processor.crop_size == {"height": 48, "width": 48}
@@ -658,7 +664,7 @@ def test_new_model_names_an_invalid_configuration(changes, message):
 
 
 def without(folder: Path, start: str) -> None:
-    """Take the weights whose names begin so out of a checkpoint."""
+    """Remove the weights whose names begin with `start` from a checkpoint."""
     path = folder / "model.safetensors"
     kept = {name: w for name, w in load_file(path).items() if not name.startswith(start)}
     save_file(kept, path, metadata={"format": "pt"})
@@ -697,13 +703,13 @@ def test_load_checkpoint_names_changes_that_do_not_fit(tmp_path, changes, messag
 
 
 def test_load_checkpoint_refuses_missing_weights(tmp_path):
-    """They would be random, and the training would look like one from a checkpoint."""
+    """They would be random, and nothing in the log would show it."""
     arguments = ModelArguments(checkpoint=saved(tiny_model(), tmp_path))
     load_checkpoint(arguments, ProcessorArguments())
     without(tmp_path, "y_head")
     with pytest.raises(RecipeError, match="model.checkpoint.* lacks y_head.* would be random"):
         load_checkpoint(arguments, ProcessorArguments())
-    arguments.config = {"project_target": True}  # as it is there
+    arguments.config = {"project_target": True}  # the checkpoint's own setting
     with pytest.raises(RecipeError, match="lacks y_head"):
         load_checkpoint(arguments, ProcessorArguments())
 
@@ -724,12 +730,12 @@ def test_cached_targets_do_not_change_the_losses(recipe):
     cached = losses(main([str(recipe), frozen, "data.cache_targets=true"]))
     assert cached == pytest.approx(plain, rel=1e-4)
     assert cached[0] == pytest.approx(plain[0], rel=1e-6)
-    assert plain[1:] != pytest.approx(losses(main([str(recipe)]))[1:], rel=1e-4)  # control
+    assert plain[1:] != pytest.approx(losses(main([str(recipe)]))[1:], rel=1e-4)  # positive control
     with pytest.raises(RecipeError, match="data.cache_targets: the Y-Encoder is trained here"):
         main([str(recipe), "data.cache_targets=true"])
 
 
-# -- the program ---------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------
 
 
 def test_train_command_trains_on_images_and_clips_of_any_size(tmp_path):
@@ -741,7 +747,7 @@ def test_train_command_trains_on_images_and_clips_of_any_size(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,  # of a machine that runs other things too
+        timeout=600,  # a busy machine needs minutes
     )
     assert done.returncode == 0, done.stderr
     assert "rows.jsonl: 4 rows, weight 1" in done.stdout
@@ -761,7 +767,7 @@ def test_train_command_trains_on_images_and_clips_of_any_size(tmp_path):
     batch = processor(images=images, text=["what is it ?", ""], targets=["a cat", "red"])
     with torch.no_grad():
         assert model(**batch, return_loss=True).loss.isfinite()
-    # The same command here finds the clips that the other process decoded, and goes the same way.
+    # The same training in this process finds the decoded clips and has the same losses.
     again = run(recipe, "max_steps=6", f"output_dir={tmp_path / 'again'}")
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
@@ -780,7 +786,7 @@ def test_train_command_names_a_wrong_recipe(tmp_path):
 
 
 def test_tokenizer_rows_train_the_tokenizer(recipe):
-    """A word that no row of the first stage holds would be spelt out for ever after."""
+    """Without them, a word that only a later stage uses would be split into bytes."""
     rows = [{"image": f"{i}.png", "query": "extraordinary ?", "target": "yes"} for i in range(8)]
     later = write_rows(recipe.parent / "later.jsonl", rows)
     lengths = []
