@@ -327,7 +327,7 @@ def test_nodes_without_a_shared_disk_are_told_so(tmp_path):
     first, second = (start_node(rank, tmp_path / f"{rank}", port, recipe) for rank in range(2))
     _, errors = second.communicate(timeout=HANG_SECONDS)
     assert second.returncode == 1
-    assert f"error: training.output_dir: {tmp_path}/1/out is another folder here" in errors
+    assert f"error: training.output_dir: {tmp_path}/1/out on this node is not" in errors
     first.communicate(timeout=HANG_SECONDS)  # it waits for the other until that is gone
     assert first.returncode != 0
 
