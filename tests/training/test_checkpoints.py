@@ -185,7 +185,7 @@ def test_resume_continues_a_streamed_source_at_its_position(tmp_path, workers):
 
     expected = main([str(recipe)])
     assert expected.bad_rows.bad[0] == 0 and expected.bad_rows.bad[1] >= 2
-    named = (tmp_path / "out" / "bad_rows.txt").read_text()
+    named = (tmp_path / "out" / "bad_rows.txt").read_text(encoding="utf-8")
     assert "stream.jsonl:4: not valid JSON" in named
     assert "torn.png: not an image" in named
     for step in (6, 7):

@@ -281,7 +281,9 @@ def test_memory_command_refuses_a_folder_without_a_vljepa(tmp_path):
 
 def documented() -> dict[tuple[str, str], list[str]]:
     """Return the cells of each line of the document's table, by setting and frames."""
-    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    lines = [
+        line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {(line[0], line[1]): line for line in cells if line[0] in BY_NAME}
 
@@ -294,6 +296,6 @@ def test_memory_document_has_every_line():
 @pytest.mark.parametrize("name", ["LoRA", "full, checkpointing"])
 def test_memory_document_equals_the_commands_output(name):
     """A line for the paper's model is computed again with the defaults of the named command."""
-    assert "\npython -m training.memory\n" in DOCUMENT.read_text()
+    assert "\npython -m training.memory\n" in DOCUMENT.read_text(encoding="utf-8")
     need = measure(VLJEPAConfig(), BY_NAME[name], 8, (32, 64))
     assert table_line(BY_NAME[name], 8, need, [16, 24, 80, 141], 1.5) == documented()[name, "8"]

@@ -409,7 +409,7 @@ def test_model_card_states_a_missing_evaluation(tmp_path):
     tiny_model().save_pretrained(tmp_path / "run")
     tiny_processor().save_pretrained(tmp_path / "run")
     write_folder(tmp_path / "run", tmp_path / "repo", "me/bare")
-    text = (tmp_path / "repo" / "README.md").read_text()
+    text = (tmp_path / "repo" / "README.md").read_text(encoding="utf-8")
     assert "This model has not been evaluated." in text
     assert "No training recipe is recorded" in text and "model-index" not in text
     assert text.count("| random weights | none | yes | none |") == 3
@@ -454,7 +454,7 @@ def test_write_licences_copies_the_backbones_licence_files(tmp_path):
     assert (folder / "licences" / "predictor" / "LICENSE.txt").read_text() == "the agreement"
     assert (folder / "licences" / "predictor" / "USE_POLICY.md").exists()
     assert absent == ["text (gone/model): unknown licence"]
-    assert "Apache License" in (folder / "LICENSE").read_text()
+    assert "Apache License" in (folder / "LICENSE").read_text(encoding="utf-8")
 
 
 def test_published_weights_equal_the_trained_ones_bitwise(published, trained, tmp_path):
@@ -481,7 +481,7 @@ def test_published_decoder_generates_the_same_text(tmp_path):
     write_folder(source, folder, "me/tiny")
     assert verify(str(folder), tmp_path / "probe.safetensors") <= 1e-6
 
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert "A decoder turns" in card and "# a generated answer" in card
     [row] = [line for line in card.splitlines() if line.startswith("| Y-Decoder |")]
     assert "llama, 2 layers, reads the embedding as 4 tokens" in row
