@@ -1,9 +1,9 @@
-"""A Hub in memory, on loopback: enough of its API to create, commit, list and download.
+"""A Hub in memory, on loopback, with the API to create, commit, list and download.
 
     with FakeHub() as hub:
         run(..., env=os.environ | hub.environment(tmp_path))
 
-A process reads the Hub's address when it imports `huggingface_hub`, so it has to be a new one.
+`huggingface_hub` reads the address of the Hub at import, so the client must be a new process.
 """
 
 import base64
@@ -16,15 +16,15 @@ from urllib.parse import unquote, urlsplit
 
 
 class FakeHub:
-    """`repositories` maps a name to its files; every request is in `log`.
+    """A server whose `repositories` map a name to its files; `log` has every request.
 
-    A commit arrives as a whole or not at all, as on the real Hub.
+    A commit is applied completely or not at all, as on the real Hub.
     """
 
     def __init__(self):
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
-        self.variables: dict[str, dict[str, str]] = {}  # of a Space
+        self.variables: dict[str, dict[str, str]] = {}  # by Space
         self.log: list[tuple[str, str]] = []
         self.commits = 0
 
@@ -40,6 +40,7 @@ class FakeHub:
         self.server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
+        """Return the environment variables of a client."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": "hf_fake",
@@ -118,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[:1] == ["preupload"]:
             asked = json.loads(body)["files"]
             reply = {"uploadMode": "regular", "shouldIgnore": False}
-            for file in asked:  # known content is not sent again
+            for file in asked:  # the client does not send content again whose hash is known
                 known = files.get(file["path"])
                 file["oid"] = None if known is None else git_blob(known)
             kept = [{"path": f["path"], "oid": f["oid"], **reply} for f in asked]
@@ -165,5 +166,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def git_blob(content: bytes) -> str:
-    """Git's name of a file's content, by which the client knows that nothing changed."""
+    """Return Git's hash of a file's content, by which the client finds unchanged files."""
     return digest(b"blob %d\0" % len(content) + content)

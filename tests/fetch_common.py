@@ -1,4 +1,4 @@
-"""Fetch transformers' own test suite, of the installed version: `python -m tests.fetch_common`."""
+"""Download the common tests of the installed transformers: `python -m tests.fetch_common`."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 import transformers
 
 FOLDER = Path(sys.prefix) / f"transformers-{transformers.__version__}-tests"
-# What the common tests import of the rest of the suite, and do not need here.
+# Modules of the suite that the common tests import but do not need here.
 STUBS = {
     "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
@@ -18,7 +18,10 @@ STUBS = {
 
 
 def fetch() -> Path:
-    """Download the source distribution and keep its common tests beside the installed packages."""
+    """Download the source distribution and store its common tests in the environment.
+
+    Returns: their folder, which is reused if it exists.
+    """
     if FOLDER.is_dir():
         return FOLDER
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Makers of videos of every kind, and the plain way of decoding them."""
+"""Write test videos of any codec and container, and decode them in the plain way."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def moving(num_frames: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """(T, H, W, 3) uint8: blocks that drift, with noise, so that every frame differs."""
+    """Return moving blocks with noise, `(T, H, W, 3)` uint8: every frame differs."""
     generator = np.random.default_rng(0)
     blocks = generator.integers(0, 200, (height // 8 + 8, width // 8 + 8, 3), np.uint8)
     large = blocks.repeat(8, axis=0).repeat(8, axis=1)
@@ -28,7 +28,7 @@ def encode(
     container: dict[str, str] | None = None,
     **options: str,
 ) -> Path:
-    """Write (T, H, W, 3) uint8 at `rate` frames per second, or at `times` in seconds."""
+    """Write `(T, H, W, 3)` uint8 at `rate` frames per second, or at `times` in seconds."""
     with av.open(path, "w", options=container or {}) as output:
         stream = output.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
@@ -47,7 +47,7 @@ def encode(
 
 
 def plainly(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All frames (T, H, W, 3) and their times, as PyAV's documentation decodes them."""
+    """Return all frames `(T, H, W, 3)` and their times, decoded as in PyAV's documentation."""
     with av.open(path) as container:
         decoded = list(container.decode(video=0))
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the on-disk formats of the backbones that people download."""
+"""Tiny random checkpoints in the file formats of public backbones."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ PREPROCESSOR = {
 
 
 def vision(folder: Path, kind: str = "vjepa2", dtype: torch.dtype = torch.float32) -> Path:
-    """An image or video tower; `clip` and `siglip` with the text tower beside it."""
+    """Write an image or video tower; `clip` and `siglip` include a text tower."""
     model_type, settings = VISION[kind]
     torch.manual_seed(1)
     model = AutoModel.from_config(config(model_type, **settings)).to(dtype)
@@ -106,7 +106,7 @@ def vision(folder: Path, kind: str = "vjepa2", dtype: torch.dtype = torch.float3
 
 
 def clip_tokenizer() -> PreTrainedTokenizerBase:
-    """As CLIP's: the token that ends a text has the highest id, and pads as well."""
+    """Return a tokenizer like CLIP's: the end token has the highest id and is the padding, too."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<end>", "pad_token": "<end>"})
     ends = [("<bos>", tokenizer.bos_token_id), ("<end>", tokenizer.eos_token_id)]
@@ -121,12 +121,12 @@ def clip_tokenizer() -> PreTrainedTokenizerBase:
 def language_model(
     folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **settings: object
 ) -> Path:
-    """A causal language model of ten layers in several shards, its head tied to its tokens."""
+    """Write a causal language model: ten layers, several shards, head tied to the embeddings."""
     torch.manual_seed(2)
     tokenizer = tiny_tokenizer()
     settings = {**LM, "tie_word_embeddings": True, **settings}
     model = AutoModelForCausalLM.from_config(config(kind, **settings)).to(dtype)
-    with torch.no_grad():  # or every norm would be the same
+    with torch.no_grad():  # otherwise all norms would have equal weights
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     return save(folder, model, tokenizer, max_shard_size="40KB")
@@ -146,10 +146,10 @@ def text_config(kind: str) -> PreTrainedConfig:
 
 
 def sentence_transformer(folder: Path, kind: str = "gemma") -> Path:
-    """EmbeddingGemma's, Qwen3-Embedding's or MiniLM's folder, by sentence-transformers itself."""
+    """Write a folder like EmbeddingGemma, Qwen3-Embedding or MiniLM with sentence-transformers."""
     torch.manual_seed(3)
     base, own = folder / "base", text_config(kind)
-    # Qwen3-Embedding pools the token that ends every text.
+    # Qwen3-Embedding pools the end token, so its tokenizer adds one.
     tokenizer = tiny_tokenizer(bos=kind != "qwen3", eos=kind != "gemma")
     save(base, AutoModel.from_config(own), tokenizer)
     width = own.hidden_size
@@ -169,7 +169,7 @@ def sentence_transformer(folder: Path, kind: str = "gemma") -> Path:
 
 
 def encoder_decoder(folder: Path, kind: str, encoder_alone: bool = False) -> Path:
-    """A T5 or an M2M-100; `encoder_alone` is how SONAR's encoder was ported."""
+    """Write a T5 or an M2M-100; `encoder_alone` writes the encoder only, like SONAR's port."""
     torch.manual_seed(4)
     settings = {"vocab_size": 300, "d_model": 32, "pad_token_id": 0, "eos_token_id": 2}
     if kind == "t5":
