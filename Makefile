@@ -1,25 +1,26 @@
-# make demo   environment, data, training, evaluation, report: 15 minutes on two cores
-# make test   environment and the default test suite
-# make full   the whole recipe, one seed: make full SEED=1
-# make streams  teach the trained model to watch streams, and measure selective decoding
-# make small  stage 2 and SFT of the one-card recipes with small pretrained backbones, two processes
-# make app    ask the trained model, search clips, watch videos in a browser; make app-test tests it
+# make demo       environment, data, training, evaluation, report: 15 minutes on two cores
+# make test       environment and the default test suite
+# make full       the full recipe, one seed: make full SEED=1
+# make streams    train the trained model on streams, and measure selective decoding
+# make small      the one-GPU recipes (stage 2, SFT) with small pretrained backbones, two processes
+# make app        the trained model in a browser: ask, search, watch; make app-test tests it
 # make test-docs  type every command of README and docs, after make demo
-# make smoke  the demonstration's path in two minutes, too short to learn; remakes its data small
+# make smoke      all steps of make demo in two minutes, too short to learn; its data is small and
+#                 replaces that of make demo
 #
-# The constraints pin every version that the numbers in this repository were made with, torch
-# for CPUs among them. With a GPU, give your own file: make demo CONSTRAINTS=mine.txt
+# The constraints pin the versions with which the numbers in this repository were measured, with
+# torch for CPUs. With a GPU, use your own file: make demo CONSTRAINTS=mine.txt
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints-cpu.txt
 RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
-# Memory that a step has freed is kept for the next one: 5 % faster on CPUs, same numbers.
+# glibc reuses the memory of a step in the next one: 5 % faster on CPUs, with equal results.
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 export MALLOC_MMAP_THRESHOLD_ = 8589934592
 
-# The size of a demonstration; `make full` and `make smoke` change these.
+# Sizes of the demonstration; `make full` and `make smoke` have others.
 NAME = demo
 SEED ?= 0
 EPISODES ?= 6000
@@ -66,7 +67,7 @@ demo full smoke: train
 	@echo "The report: $(OUT)/sft/eval/report.html"
 
 streams: env
-	@test -e $(OUT)/sft/config.json || { echo "no model in $(OUT)/sft: make demo trains it"; exit 1; }
+	@test -e $(OUT)/sft/config.json || { echo "$(OUT)/sft has no model: run make demo first"; exit 1; }
 	$(RUN) -m training.demo_data.streams --output data/streams
 	$(RUN) -m training.train training/recipes/babyai_streams.yaml model.checkpoint=$(OUT)/sft \
 		training.seed=$(SEED) training.output_dir=$(OUT)/streams
@@ -74,8 +75,9 @@ streams: env
 		model.checkpoint=$(OUT)/streams training.seed=$(SEED) training.output_dir=$(OUT)/watcher
 	$(RUN) -m eval.evaluate --model $(OUT)/watcher --benchmarks eval/streams.yaml --tasks all
 
-# The recipes for one card, shorter and in smaller batches: once in full, once with adapters. Frames
-# of 56 pixels are 16 patches. The X-Encoder is frozen, so it sees each clip once, for all of them.
+# The recipes for one GPU with fewer steps and smaller batches: once in full, once with adapters.
+# A frame of 56 pixels is 16 patches. The X-Encoder is frozen, so its features are stored once for
+# all runs.
 SMALL_STAGE2_STEPS ?= 250
 SMALL_SFT_STEPS ?= 1260
 SMALL_LORA_STEPS ?= 640
@@ -124,7 +126,7 @@ small: data
 	for model in sft sft_lora sft_lora_again; do \
 		$(RUN) -m eval.evaluate --model $(OUT)/$$model --tasks babyai_vqa || exit 1; done
 
-# A process for each core, with one thread: torch's threads would wait for each other.
+# One process per core, each with one thread: more threads than cores wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 test: env
@@ -142,8 +144,8 @@ test-portable: env
 test-docs: env
 	PATH=$(abspath $(VENV)/bin):$$PATH $(RUN) -m tests.docs
 
-# gradio wants an older pillow than the numbers were made with: its packages lie over the
-# environment's, in one of their own.
+# gradio needs an older pillow than that of the measured numbers. The app has an environment of its
+# own: its packages come first, and under.pth adds those of the main environment.
 APP = $(VENV)/app
 $(APP)/.installed: $(VENV)/.installed pyproject.toml constraints-app.txt
 	$(RUN) -m venv $(APP)
@@ -153,13 +155,13 @@ $(APP)/.installed: $(VENV)/.installed pyproject.toml constraints-app.txt
 	touch $@
 
 app: $(APP)/.installed
-	@test -e $(OUT)/sft/config.json || { echo "no model in $(OUT)/sft: make demo trains it"; exit 1; }
+	@test -e $(OUT)/sft/config.json || { echo "$(OUT)/sft has no model: run make demo first"; exit 1; }
 	$(APP)/bin/python -m space.app --model $(OUT)/sft --library data/demo/babyai/clips --limit 60 \
 		--captions data/demo/babyai/test_captions.jsonl
 
 app-test: $(APP)/.installed
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || \
-		{ echo "no browser to test in: apt-get install chromium chromium-driver"; exit 1; }
+		{ echo "browser missing: apt-get install chromium chromium-driver"; exit 1; }
 	$(APP)/bin/python -m pytest tests/space/test_space.py -m "slow or not slow"
 
 lint: env
