@@ -1,1 +1,1 @@
-"""How good a model is: benchmarks, with protocol, baselines and interval beside each number."""
+"""Evaluation: benchmarks that give each score with its protocol, its baselines and its interval."""

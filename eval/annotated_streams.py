@@ -1,6 +1,6 @@
-"""Annotated streams, and what a model makes of them window by window.
+"""Read annotated streams, and embed them window by window.
 
-A stream is a line of a JSONL file: a video of any length, with annotations at moments.
+Each line of a JSONL file is a stream: a video of any length, with annotations at moments.
 
     {"video": "kitchen.mp4", "events": [{"time": 3.2, "text": "the person cuts an onion"}, …]}
 
@@ -22,16 +22,16 @@ from modeling_vljepa.pipelines.stream_session import StreamEncoder
 from processing import MediaError
 from processing.rows import BadRow
 
-LATE = 1.0  # seconds after the last frame, whose time is that of its beginning
+LATE = 1.0  # seconds: `end_time` is the last frame's beginning, so annotations may be a bit later
 
 
 @dataclass(frozen=True)
 class AnnotatedStream:
-    """A video and what happens in it.
+    """A video with annotations.
 
     Attributes:
-        line (`int`): of the JSONL file, from 1.
-        video (`str`): an existing file.
+        line (`int`): line of the JSONL file, from 1.
+        video (`str`): path of an existing file.
         times (`np.ndarray` of shape `(A,)`): seconds, ascending.
         texts (`list[str]` of length A)
     """
@@ -43,39 +43,39 @@ class AnnotatedStream:
 
 
 def read_streams(path: Path) -> tuple[list[AnnotatedStream], list[BadRow]]:
-    """The streams of a JSONL file, and the lines that are none.
+    """Read the streams of a JSONL file, and the lines that are not streams.
 
-    Raises: `ValueError` where no line is one.
+    Raises: `ValueError` if no line is a stream.
     """
     streams, bad = [], []
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for line_number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                streams.append(_stream(path, number, json.loads(line)))
-            except ValueError as error:  # of the encoding and of JSON, too
-                bad.append(BadRow(str(path), number, str(error)))
+                streams.append(_stream(path, line_number, json.loads(line)))
+            except ValueError as error:  # errors of the encoding and of JSON are ValueErrors too
+                bad.append(BadRow(str(path), line_number, str(error)))
     if not streams:
         reason = f"The first reason: {bad[0]}" if bad else "It is empty."
         raise ValueError(f"{path}: no usable stream. {reason}")
     return streams, bad
 
 
-def _stream(path: Path, number: int, row: dict) -> AnnotatedStream:
+def _stream(path: Path, line_number: int, row: dict) -> AnnotatedStream:
     if not isinstance(row, dict) or not {"video", "events"} <= row.keys():
-        raise ValueError('a line is an object with "video" and "events"')
+        raise ValueError('a line must be an object with "video" and "events"')
     video = path.parent / str(row["video"])
     if not video.is_file():
-        raise ValueError(f"video: there is no file {row['video']}")
+        raise ValueError(f"video: the file {row['video']} is missing")
     events = row["events"]
     if not isinstance(events, list) or not events:
-        raise ValueError("events: a list of at least one is needed")
+        raise ValueError("events: must be a list with at least one event")
     for event in events:
         if not isinstance(event, dict) or not {"time", "text"} <= event.keys():
-            raise ValueError(f'events: {event!r} is no {{"time": seconds, "text": ...}}')
+            raise ValueError(f'events: {event!r} must be {{"time": seconds, "text": ...}}')
         time, text = event["time"], event["text"]
-        # From 0 to no more than a float holds, which JSON's integers do not mind.
+        # JSON's integers have no limit; a larger one than a float holds would overflow below.
         is_number = isinstance(time, int | float) and not isinstance(time, bool)
         if not is_number or not 0 <= time <= sys.float_info.max:
             raise ValueError(f"events: time is {time!r}, must be seconds from 0")
@@ -83,17 +83,17 @@ def _stream(path: Path, number: int, row: dict) -> AnnotatedStream:
             raise ValueError(f"events: text at {time} s is empty")
     events = sorted(events, key=lambda event: event["time"])
     times = np.array([event["time"] for event in events], dtype=float)
-    return AnnotatedStream(number, str(video), times, [event["text"] for event in events])
+    return AnnotatedStream(line_number, str(video), times, [event["text"] for event in events])
 
 
 @dataclass(frozen=True)
 class EmbeddedStream:
-    """What the model makes of a stream.
+    """The embeddings of a stream.
 
     Attributes:
         embeds (`np.ndarray` of shape `(S, D)`): unit vectors.
         times (`np.ndarray` of shape `(S,)`): seconds, the middle of each window.
-        end_time (`float`): of its last frame.
+        end_time (`float`): seconds, of the last frame.
     """
 
     annotated: AnnotatedStream
@@ -135,14 +135,14 @@ def embed_streams(
         end_time = embedded[-1].end_time
         if not end_time:
             left_out.append(
-                f"line {stream.line}: {stream.video} is one frame: decodes per second need seconds"
+                f"line {stream.line}: {stream.video} has one frame, so it lasts no time"
             )
             continue
         late = stream.times[stream.times > end_time + LATE]
         if len(late):
             left_out.append(
-                f"line {stream.line}: {stream.video} ends at {end_time:g} s, and {len(late)} of "
-                "its annotations come later: they are paired with its last text"
+                f"line {stream.line}: {stream.video} ends at {end_time:g} s, before {len(late)} of "
+                "its annotations, which are paired with its last text"
             )
         embeds = as_unit(torch.stack([window.embedding for window in embedded]))
         times = np.array([window.time for window in embedded])

@@ -97,8 +97,8 @@ def shapes_of(path: str, limit: int) -> dict[str, str]:
 def check_x_encoder(
     model: VLJEPAModel, processor: VLJEPAProcessor, shown: dict[str, str]
 ) -> tuple[list[int], float, float]:
-    """Return each image's nearest neighbour, and the share of neighbours with the same shape: of
-    the X-Encoder and of the control."""
+    """Return each image's nearest neighbour, and the share of neighbours with the same shape, for
+    the X-Encoder and for the control."""
     shapes = list(shown.values())
     pixels = processor(images=list(shown))["pixel_values_videos"]
     nearest, control = (
@@ -113,8 +113,8 @@ def check_x_encoder(
 
 
 def check_predictor(model: VLJEPAModel, language_model: str) -> tuple[float, float, float]:
-    """Return the perplexity of the passage: of the language model, with the Predictor's layers, and
-    with random layers."""
+    """Return the passage's perplexity for the language model, for the same model with the
+    Predictor's layers, and with random layers."""
     folder, file = os.path.split(language_model)
     gguf = {"gguf_file": file} if file.endswith(".gguf") else {}
     source = folder if gguf else language_model
@@ -132,7 +132,7 @@ def check_y_encoder(
     model: VLJEPAModel, processor: VLJEPAProcessor, sentences: list[str]
 ) -> tuple[torch.Tensor, float, float]:
     """Return the embeddings `(N, D)` of the sentences, and the share that is nearest to its
-    paraphrase: of the Y-Encoder and of the control."""
+    paraphrase, for the Y-Encoder and for the control."""
     batch = processor(targets=sentences)
     pooled = [
         encoder(batch["target_input_ids"], batch["target_attention_mask"])

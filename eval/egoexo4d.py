@@ -1,12 +1,13 @@
-"""Ego-Exo4D's atomic descriptions as annotated streams, for `eval/tasks/selective_decoding.py`:
+"""Write Ego-Exo4D's atomic descriptions as annotated streams, for
+`eval/tasks/selective_decoding.py`.
 
     egoexo -o DOWNLOADS --parts metadata annotations downscaled_takes/448
     python -m eval.egoexo4d DOWNLOADS --split val --output data/egoexo4d_val.jsonl
 
-A stream is the wearer's camera of a take, in the domains of the paper's section 4.6: cooking, bike
-repair and health, which are procedures. Its annotations are those of the first annotator whose
-work was not rejected. Layout and keys are those of docs.ego-exo4d-data.org (metadata, downscaled
-takes, atomic descriptions).
+A stream is the video of the camera wearer of a take. The domains are those of the paper's section
+4.6: cooking, bike repair and health, which are procedures. The annotations are those of the first
+annotator whose work was not rejected. Layout and keys are documented at docs.ego-exo4d-data.org
+(metadata, downscaled takes, atomic descriptions).
 """
 
 import argparse
@@ -21,7 +22,7 @@ PROCEDURES = ("Cooking", "Bike Repair", "Health")
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.egoexo4d", description=__doc__)
-    parser.add_argument("downloads", type=Path, help="what the egoexo command was given as -o")
+    parser.add_argument("downloads", type=Path, help="the egoexo command's folder, its -o")
     parser.add_argument("--split", choices=("train", "val"), default="val")
     parser.add_argument(
         "--domains", nargs="+", default=PROCEDURES, help="parent_task_name of takes"
@@ -31,7 +32,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def video_of(take: dict, downloads: Path) -> Path | None:
-    """The wearer's video as it was downloaded, the small one first."""
+    """Return the camera wearer's video: the downscaled one if it exists, else the original."""
     for streams in take["frame_aligned_videos"].values():
         if "rgb" in streams:
             path = downloads / take["root_dir"] / streams["rgb"]["relative_path"]
@@ -41,7 +42,7 @@ def video_of(take: dict, downloads: Path) -> Path | None:
 
 
 def events_of(annotations: list[dict]) -> list[dict]:
-    """What the first annotator saw whose work was not rejected; nothing if there is none."""
+    """Return the events of the first annotator whose work was not rejected; [] if all were."""
     for annotation in annotations:
         if not annotation["rejected"]:
             return [
@@ -70,14 +71,17 @@ def main(argv: list[str] | None = None) -> None:
         elif video is None:
             left_out["takes whose video was not downloaded"] += 1
         else:
-            place = os.path.relpath(video, args.output.parent)
-            rows.append({"video": place, "take": take["take_name"], "events": events})
+            path = os.path.relpath(video, args.output.parent)
+            rows.append({"video": path, "take": take["take_name"], "events": events})
     if unknown := len(annotations.keys() - {take["take_uid"] for take in takes}):
-        left_out["annotated takes that takes.json does not hold"] = unknown
+        left_out["annotated takes that takes.json does not contain"] = unknown
     for reason, count in left_out.items():
         print(f"left out: {count} {reason}")
     if not rows:
-        raise ValueError(f"no take of {', '.join(args.domains)} is left: nothing is written.")
+        raise ValueError(
+            f"no take of {', '.join(args.domains)} can be used, so nothing is written. Download "
+            "their videos, or name other --domains."
+        )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     args.output.write_text(lines, encoding="utf-8")

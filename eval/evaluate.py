@@ -1,6 +1,6 @@
 """Measure a model: `python -m eval.evaluate --model DIR --tasks babyai_vqa easy_vqa`.
 
-Prints a table per task, and writes `results.json` and `report.html`.
+The command prints a table for each kind of benchmark, and writes `results.json` and `report.html`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from processing.feature_store import FeatureError, FeatureStore
 
 
 def at_least_one(text: str) -> int:
-    """A whole number that an option of a command asks for."""
+    """Parse the value of an option that must be a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"it is {text}; give 1 or more")
     return int(text)
@@ -36,27 +36,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--benchmarks", type=Path, default=Path(__file__).with_name("benchmarks.yaml")
     )
     parser.add_argument(
-        "--ablation", choices=ABLATIONS, default="none", help="does the model look, and read?"
+        "--ablation", choices=ABLATIONS, default="none", help="hide the pixels, or swap the queries"
     )
     parser.add_argument(
         "--output", type=Path, help="default: MODEL/eval, for an ablation MODEL/eval_ABLATION"
     )
     parser.add_argument("--batch-size", type=at_least_one, default=64)
+    parser.add_argument("--limit", type=at_least_one, help="only the first LIMIT rows, for a trial")
     parser.add_argument(
-        "--limit", type=at_least_one, help="only the first so many rows, for a trial"
-    )
-    parser.add_argument(
-        "--features", type=Path, help="a store of training.cache_features, with every file in it"
+        "--features",
+        type=Path,
+        help="a store of training.cache_features that contains every file",
     )
     args = parser.parse_args(argv)
     if args.features is not None and args.ablation == "grey":
-        parser.error("--ablation grey hides pixels, and --features has none: leave one away")
+        parser.error("--ablation grey hides pixels, and --features has none: leave one out")
     if args.output is None:
         suffix = "" if args.ablation == "none" else f"_{args.ablation}"
         if not Path(args.model).is_dir():
             parser.error(
-                f"there is no folder {args.model}; if it is a Hub id, say with --output where "
-                "the results should go"
+                f"{args.model} is not a folder; if it is a Hub id, name the folder for the results "
+                "with --output"
             )
         args.output = Path(args.model) / f"eval{suffix}"
     return args
@@ -65,7 +65,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def write_results(
     path: Path, model_name: str, results: list[TaskResult], features: FeatureStore | None = None
 ) -> None:
-    """The numbers and all they depend on; no times and no places, so that runs can be compared."""
+    """Write the scores and everything that they depend on.
+
+    Times and absolute paths are left out, so that equal runs write equal files.
+    """
     packages = ("av", "numpy", "pillow", "torch", "transformers")
     stored = {} if features is None else {"features": features.precision()}
     content = {
@@ -81,7 +84,7 @@ def write_results(
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
 
-    # 1. what to measure: checked before anything is loaded
+    # 1. the benchmarks: checked before the model is loaded
     benchmarks = load_benchmarks(args.benchmarks, args.tasks)
 
     # 2. the model, with its decoder if it has one, and its processor
@@ -90,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model_name = Path(args.model).resolve().name
 
-    # 3. one benchmark after the other; what is done is on disk
+    # 3. one benchmark after the other; results are written after each, so none is lost
     args.output.mkdir(parents=True, exist_ok=True)
     results, features = [], None
     for benchmark in benchmarks:
@@ -117,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         results.append(result)
         write_results(args.output / "results.json", model_name, results, features)
 
-    # 4. for people
+    # 4. tables and report
     print(text_tables(results))
     trainer_state = Path(args.model) / "trainer_state.json"
     write_report(args.output / "report.html", model_name, results, trainer_state)

@@ -1,4 +1,4 @@
-"""A model to measure or to watch with: whole, or an error that says what it lacks."""
+"""Load a complete model for evaluation, or raise an error that names the missing part."""
 
 import textwrap
 
@@ -7,9 +7,9 @@ from processing import VLJEPAProcessor
 
 
 def load_model(path: str) -> tuple[VLJEPAModel | VLJEPAForConditionalGeneration, VLJEPAProcessor]:
-    """The model, with its decoder if it has one, and its processor.
+    """Load a model, with its decoder if it has one, and its processor.
 
-    Raises: `ValueError` where there is none, or not a whole one.
+    Raises: `ValueError` for a folder or Hub id without a complete model.
     """
     try:
         config = VLJEPAConfig.from_pretrained(path)
@@ -17,15 +17,15 @@ def load_model(path: str) -> tuple[VLJEPAModel | VLJEPAForConditionalGeneration,
         kind = VLJEPAForConditionalGeneration if has_decoder else VLJEPAModel
         model, info = kind.from_pretrained(path, output_loading_info=True)
         processor = VLJEPAProcessor.from_pretrained(path)
-    except Exception as error:  # damaged JSON, shapes and weights have a kind of error each
+    except Exception as error:  # damaged JSON, shapes and weights each raise another type
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"--model: {path} is no folder or Hub id of a VL-JEPA with its processor, all of it "
-            f"readable ({textwrap.shorten(first, 240, placeholder=' …')})."
+            f"--model: {path} is not a folder or Hub id of a readable VL-JEPA with its processor "
+            f"({textwrap.shorten(first, 240, placeholder=' …')}). Check the path or the id."
         ) from error
-    if info["missing_keys"]:  # transformers makes them up and warns
+    if info["missing_keys"]:  # transformers only warns, and initialises them at random
         raise ValueError(
-            f"--model: {path} lacks {min(info['missing_keys'])}, and random weights say nothing. "
-            "Give a checkpoint that has all that its configuration asks for."
+            f"--model: {path} lacks {min(info['missing_keys'])}, which would be random. Give a "
+            "checkpoint with all weights of its configuration."
         )
     return model, processor

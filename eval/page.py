@@ -1,4 +1,4 @@
-"""Pages for people: one HTML file that needs no other, its pictures inside."""
+"""HTML pages in one file, with their pictures inside."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ FRAME_HEIGHT = 96  # pixels
 
 
 def render(template: Path, filters: dict[str, Callable], **values: object) -> str:
-    """Fill a template, in which `page_style.css` is found too; all texts are escaped."""
+    """Fill a template, which can include `page_style.css`; all texts are escaped."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
@@ -26,7 +26,7 @@ def render(template: Path, filters: dict[str, Callable], **values: object) -> st
 
 
 def strip(frames: np.ndarray) -> str:
-    """Frames `(T, H, W, 3)`, uint8, side by side, as a data URI."""
+    """Return frames `(T, H, W, 3)`, uint8, side by side in one picture, as a data URI."""
     image = Image.fromarray(np.concatenate(list(frames), axis=1))
     image = image.resize((round(image.width * FRAME_HEIGHT / image.height), FRAME_HEIGHT))
     buffer = io.BytesIO()
@@ -35,7 +35,7 @@ def strip(frames: np.ndarray) -> str:
 
 
 def png(figure: Figure) -> str:
-    """A figure as a data URI, the same bytes for the same figure."""
+    """Return a figure as a data URI, with equal bytes for equal figures."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     return _data_uri("image/png", buffer)

@@ -1,12 +1,13 @@
-"""What the frozen X-Encoder's tokens tell by themselves: a linear classifier for each question.
+"""Test which answers the frozen X-Encoder's tokens contain: a linear classifier per question.
 
     python -m eval.probe --model runs/small-seed0/sft --features runs/small-seed0/features \\
         --rows data/demo/babyai/train_where.jsonl --match "at the start" --tokens 17
 
-Each distinct query is learnt from four fifths of its clips by ridge regression on their visual
-tokens, as they lie in a feature store, and judged on the other clips, beside their most common
-answer. Where that is right and the model is not, the tokens hold the answer, and the Predictor has
-not learnt to read them. The converse does not hold: attention can read what is not linear.
+For each distinct query, ridge regression learns the answer from the visual tokens of four fifths of
+its clips, read from a feature store. It is tested on the other clips and compared with the most
+common answer. If the classifier is right where the model is not, the tokens contain the answer, and
+the Predictor has not learnt to read it. The converse does not hold: attention can also read answers
+that are not linear in the tokens.
 """
 
 import argparse
@@ -30,12 +31,12 @@ from eval.task import usable_rows
 from processing.feature_store import FeatureStore
 from processing.rows import clip_key
 
-LEAST_ROWS = 100  # of a question
-ALPHAS = (1e2, 1e3, 1e4, 1e5)  # strong: thousands of features of hundreds of clips
+LEAST_ROWS = 100  # per question
+ALPHAS = (1e2, 1e3, 1e4, 1e5)  # strong: there are thousands of features and hundreds of clips
 
 
 class Probed(NamedTuple):
-    """Of how many held-out rows a linear classifier, and the most common answer, is right."""
+    """Counts of held-out rows: right by the classifier, by the most common answer, and all."""
 
     right: int
     usual: int
@@ -48,18 +49,19 @@ class Probed(NamedTuple):
 
 
 def can_be_learnt(rows: list[dict]) -> bool:
-    """Whether there are rows enough, of several clips, and an answer to choose."""
+    """Return True for enough rows, of several clips, with several answers."""
     clips, answers = {clip_key(row) for row in rows}, {row["target"] for row in rows}
     return len(rows) >= LEAST_ROWS and len(clips) > 1 and len(answers) > 1
 
 
 def probe(tokens: np.ndarray, answers: list[str], clips: list[str]) -> Probed:
-    """Learn from four fifths of the clips, and judge on the others.
+    """Learn from four fifths of the clips, and test on the others.
 
     Args:
-        tokens: `(R, N * Dx)`, of each row's clip.
-        answers: R of them.
-        clips: R names; rows of one clip stay on one side.
+        tokens: visual tokens of each row's clip, `(R, N * Dx)`.
+        answers: R answers.
+        clips: R names of clips. Rows of one clip are all learnt or all tested: a classifier that
+            knows the clip could repeat its answer.
     """
     ((seen, held_out),) = GroupShuffleSplit(1, test_size=0.2, random_state=0).split(
         tokens, groups=clips
@@ -73,12 +75,14 @@ def probe(tokens: np.ndarray, answers: list[str], clips: list[str]) -> Probed:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.probe")
-    parser.add_argument("--model", required=True, help="folder or Hub id whose X-Encoder it is")
-    parser.add_argument("--features", required=True, type=Path, help="its feature store")
-    parser.add_argument("--rows", required=True, type=Path, help="JSONL of questions, stored clips")
-    parser.add_argument("--match", default="", help="only queries that hold this text")
+    parser.add_argument("--model", required=True, help="folder or Hub id of the X-Encoder's model")
+    parser.add_argument("--features", required=True, type=Path, help="the model's feature store")
     parser.add_argument(
-        "--tokens", type=at_least_one, help="only a clip's first so many: of its first frames"
+        "--rows", required=True, type=Path, help="JSONL of questions about its clips"
+    )
+    parser.add_argument("--match", default="", help="only queries that contain this text")
+    parser.add_argument(
+        "--tokens", type=at_least_one, help="only the first TOKENS of a clip: its first frames"
     )
     return parser.parse_args(argv)
 
@@ -95,11 +99,11 @@ def main(argv: list[str] | None = None) -> Probed:
     queries = [query for query in sorted(asked) if can_be_learnt(asked[query])]
     if not queries:
         raise ValueError(
-            f"{args.rows}: no query that holds {args.match!r} has {LEAST_ROWS} rows and two "
+            f"{args.rows}: no query that contains {args.match!r} has {LEAST_ROWS} rows and two "
             "answers, of two clips. Give other rows, or another --match."
         )
 
-    # 2. their clips, as the X-Encoder saw them
+    # 2. the visual tokens of their clips
     model, processor = load_model(args.model)
     store = FeatureStore.open(args.features, model.base_model, processor.video_processor)
     store.check([row for query in queries for row in asked[query]])
@@ -115,13 +119,13 @@ def main(argv: list[str] | None = None) -> Probed:
     total = Probed(*map(sum, zip(*found, strict=True)))
     print(f"{total}  all {len(queries)} questions, {total.rows} rows held out")
 
-    # 4. what was left out, by name
+    # 4. the questions and rows left out, by name
     if left := sorted(asked.keys() - set(queries)):
-        few = f"left out, fewer than {LEAST_ROWS} rows, of one clip or with one answer: "
+        few = f"left out, with fewer than {LEAST_ROWS} rows, one clip or one answer: "
         few += f"{len(left)} questions"
         print(few, *(f"{kind}s: {query}" for kind, query in left[:20]), sep="\n  ")
     if bad:
-        print(f"left out, which cannot be used: {len(bad)} rows", *bad[:20], sep="\n  ")
+        print(f"left out, unusable: {len(bad)} rows", *bad[:20], sep="\n  ")
     return total
 
 

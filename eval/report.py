@@ -1,4 +1,4 @@
-"""Results for people: tables for the terminal, and one HTML file that needs no other file."""
+"""Show results: tables for the terminal, and one HTML file without any other file."""
 
 import json
 from functools import cache
@@ -22,9 +22,9 @@ def percent(share: float) -> str:
 
 
 def text_tables(results: list[TaskResult]) -> str:
-    """One table per task: score, interval and baselines side by side, the protocol below.
+    """Return one table per kind of benchmark: scores, intervals and baselines, then the protocol.
 
-    A CIDEr of 1.2 is shown as 120, as is usual.
+    A CIDEr of 1.2 is shown as 120, as usual.
     """
     tables = []
     for task in dict.fromkeys(result.task for result in results):
@@ -47,7 +47,7 @@ def text_tables(results: list[TaskResult]) -> str:
 def write_report(
     path: Path, model_name: str, results: list[TaskResult], trainer_state: Path
 ) -> None:
-    """Write `report.html`; the loss curve comes from `trainer_state`, if there is that file."""
+    """Write `report.html`, with the loss curve of the file `trainer_state` if it exists."""
     page = render(
         Path(__file__).with_name("report_template.html"),
         {"percent": percent, "strip": frame_strip, "protocol": _protocol_line, "facts": _facts},
@@ -71,7 +71,7 @@ def write_report(
 
 @cache
 def frame_strip(media: Media, num_frames: int) -> str:
-    """Frames of a clip side by side, or an image, as a data URI."""
+    """Return frames of a clip side by side, or an image, as a data URI."""
     if isinstance(media, Excerpt):
         return strip(read_clip(media.video, num_frames, start=media.start, end=media.end).frames)
     is_image = Path(media).suffix.lower() in IMAGE_SUFFIXES
@@ -102,7 +102,7 @@ def type_chart(by_type: dict[str, Score]) -> str | None:
 
 
 def curve_chart(result: TaskResult) -> str | None:
-    """CIDEr over the mean time between decodes, as in the paper's figure 4."""
+    """Draw CIDEr over the mean time between decodes, as in the paper's figure 4."""
     if not result.curves:
         return None
     figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -121,14 +121,14 @@ def curve_chart(result: TaskResult) -> str | None:
 
 
 def loss_curve(trainer_state: Path) -> str | None:
-    """`loss_figure` of a saved training log, for a page."""
+    """Return the `loss_figure` of a saved training log as a data URI."""
     history = json.loads(trainer_state.read_text(encoding="utf-8"))["log_history"]
     figure = loss_figure(history)
     return None if figure is None else png(figure)
 
 
 def loss_figure(history: list[dict]) -> Figure | None:
-    """The training loss with the loss of a model that knows nothing; None if none was logged."""
+    """Draw the training loss with the loss at chance level; return None if no loss was logged."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "loss", "-"), ("chance_loss", "chance", "--")):
@@ -150,12 +150,12 @@ def _cells(name: str, metric: str, score: Score) -> list[str]:
 
 
 def _aligned(rows: list[list[str]]) -> str:
-    """Two columns of text on the left, the numbers on the right."""
+    """Align a table: the two columns of text to the left, the numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     )

@@ -1,4 +1,4 @@
-"""What an evaluation hands back: numbers that cannot be read without their protocol."""
+"""Results of an evaluation: scores, examples, and the protocol that they need to be understood."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,14 +12,15 @@ from processing.rows import Media, media_of
 
 @dataclass(frozen=True)
 class Score:
-    """A share of n rows, from 0 to 1, or a mean over them, beside what it is to be judged by.
+    """A share of n rows, from 0 to 1, or a mean over them, with its baselines.
 
     Attributes:
         value (`float`): the share or mean.
-        low, high (`float`): its 95 % interval: Wilson's of a share, by the standard error of a
+        low, high (`float`): its 95 % interval: Wilson's for a share, from the standard error for a
             mean.
         n (`int`): rows.
-        baselines (`dict[str, float]`): the same for chance, the most common answer, ...
+        baselines (`dict[str, float]`): the value of chance, of the most common answer and so on.
+            All scores of one kind of benchmark have the same baselines, in the same order.
     """
 
     value: float
@@ -30,28 +31,27 @@ class Score:
 
     @classmethod
     def of(cls, hits: torch.Tensor, baselines: dict[str, float]) -> "Score":
-        """`hits` (`torch.BoolTensor` of shape `(n,)`): which rows were right."""
+        """Return the share of `hits` (`torch.BoolTensor` of shape `(n,)`)."""
         right, n = int(hits.sum()), len(hits)
         return cls(right / n, *wilson(right, n), n, baselines)
 
     @classmethod
     def of_mean(cls, values: torch.Tensor, baselines: dict[str, float]) -> "Score":
-        """`values` (`torch.DoubleTensor` of shape `(n,)`): the score of each row."""
+        """Return the mean of `values` (`torch.DoubleTensor` of shape `(n,)`), one for each row."""
         return cls(values.mean().item(), *mean_interval(values), len(values), baselines)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row to look at.
+    """One row, to be shown in the report.
 
     Attributes:
-        media (`Media`, *optional*): the clip that was asked about. None where a text was asked for
-            and files were ranked.
-        query (`str`): what was asked, the text that was searched for, or the caption written.
-        truth (`list[str]`): the right answers, or the right files.
-        ranked (`list[tuple[str, float]]`): answers or files with their similarity, best first; of
-            a caption, what else could have been written, with its CIDEr.
-        rank (`int`): of the first right one.
+        media (`Media`, *optional*): the clip of the row; None if clips are ranked for a text.
+        query (`str`): the question, the text whose clip is searched, or the caption written.
+        truth (`list[str]`): the right answers or clips.
+        ranked (`list[tuple[str, float]]`): answers or clips with their similarity, best first; for
+            a caption, all captions of the clip with their CIDEr.
+        rank (`int`): rank of the first right answer or clip.
     """
 
     media: Media | None
@@ -62,25 +62,25 @@ class Example:
 
     @property
     def found(self) -> bool:
-        """Whether a right one is among those shown."""
+        """True if a right answer or clip is among `ranked`."""
         return any(name in self.truth for name, _ in self.ranked)
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Everything about one benchmark.
+    """The results of one benchmark.
 
     Attributes:
         name, task, description (`str`): those of the benchmark.
-        protocol (`dict`): how the numbers came about.
+        protocol (`dict`): how the scores were measured.
         scores (`dict[str, Score]`): by metric.
-        ranks (`dict[str, float]`): median and mean ranks, of retrieval.
-        numbers (`dict[str, float]`): what is no share of rows, of streaming.
-        comparisons (`dict[str, dict[str, float]]`): one way against another, of captioning
-            and streaming.
-        curves (`dict[str, list[tuple[float, float]]]`): decodes per second and CIDEr, by the way
-            of choosing what to decode, of streaming.
-        by_type (`dict[str, Score]`): accuracy by question type, of VQA.
+        ranks (`dict[str, float]`): median and mean ranks; only retrieval has them.
+        numbers (`dict[str, float]`): numbers that are not a share of rows; only streaming has them.
+        comparisons (`dict[str, dict[str, float]]`): differences between two methods; only
+            captioning and streaming have them.
+        curves (`dict[str, list[tuple[float, float]]]`): decodes per second and CIDEr, by the method
+            of choosing what to decode; only streaming has them.
+        by_type (`dict[str, Score]`): accuracy by question type; only VQA has it.
         skipped (`list[str]`): each line and file that was left out, and why.
         examples (`list[Example]`): for the report.
     """
@@ -99,12 +99,15 @@ class TaskResult:
     examples: list[Example] = field(default_factory=list)
 
     def as_json(self) -> dict:
-        """All but the examples, whose paths hold on one machine only."""
+        """Return all fields except the examples, whose paths are valid on one machine only."""
         return {name: value for name, value in asdict(self).items() if name != "examples"}
 
 
 def portable(path: Path) -> str:
-    """A path as it was given, or only its name where it holds on one machine alone."""
+    """Return a relative path unchanged, and of an absolute path the file's name.
+
+    An absolute path is valid on one machine only; results of two machines must be equal.
+    """
     return path.name if path.is_absolute() else path.as_posix()
 
 
@@ -118,11 +121,11 @@ def evenly_spaced(indices: list[int], count: int) -> list[int]:
 def answer_examples(
     predictions: Predictions, similarity: torch.Tensor, candidates: list[str], ranks: torch.Tensor
 ) -> list[Example]:
-    """Six rows answered rightly and six answered wrongly, with their five best answers.
+    """Return six rows with a right answer and six with a wrong one, each with its best five.
 
     Args:
         similarity (`torch.FloatTensor` of shape `(R, C)`)
-        ranks (`torch.LongTensor` of shape `(R,)`): of the right answer.
+        ranks (`torch.LongTensor` of shape `(R,)`): rank of the right answer.
     """
     right = [row for row, rank in enumerate(ranks.tolist()) if rank == 1]
     wrong = [row for row, rank in enumerate(ranks.tolist()) if rank != 1]
@@ -139,10 +142,10 @@ def answer_examples(
 
 
 def best(similarity: torch.Tensor, names: list[str], count: int) -> list[tuple[str, float]]:
-    """The `count` names of highest similarity `(C,)`, best first."""
-    values, places = similarity.sort(descending=True, stable=True)
-    pairs = zip(places.tolist(), values.tolist(), strict=True)
-    return [(names[place], value) for place, value in pairs][:count]
+    """Return the `count` names of highest similarity `(C,)`, best first."""
+    values, indices = similarity.sort(descending=True, stable=True)
+    pairs = zip(indices.tolist(), values.tolist(), strict=True)
+    return [(names[index], value) for index, value in pairs][:count]
 
 
 __all__ = [

@@ -1,9 +1,13 @@
-"""Captions as subtitles: SubRip (`.srt`) and WebVTT (`.vtt`), for any player.
+"""Write captions as subtitles: SubRip (`.srt`) and WebVTT (`.vtt`), for any player.
 
 A caption is `{"start", "end", "text"}` with seconds, as the `streaming-caption` pipeline yields it.
-Both formats end a cue at an empty line and find its times by `-->`, so a text becomes one line in
-which neither is left. WebVTT has escapes for its markup; SubRip has none, and what a player would
-read as markup is written in letters that look alike.
+In both formats an empty line ends a cue and `-->` marks its times, so a text is written as one line
+without `-->`. WebVTT has escapes for its markup. SubRip has none: characters that a player would
+read as markup are replaced by similar ones.
+
+No library is used, since none is safe for any text and any length: pysubs2 ends at 100 hours and
+drops `{…}`, webvtt-py does not escape markup, and srt writes SubRip only. After the cleaning, each
+format is one line of code.
 """
 
 import html
@@ -17,27 +21,27 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def one_line(text: str) -> str:
-    """A text without line breaks, and without characters that would steer a terminal."""
+    """Replace line breaks and control characters, which could end a cue or steer a terminal."""
     return " ".join(CONTROL.sub(" ", text).split())
 
 
 def clock(seconds: float, decimals: int = 3, point: str = ".") -> str:
-    """`HH:MM:SS.mmm`; of hours there are as many digits as needed, at least two.
+    """Return `HH:MM:SS.mmm`, with more digits for hours from 100.
 
-    Raises: `ValueError` for times before the beginning.
+    Raises: `ValueError` for negative times.
     """
     if seconds < 0:
-        raise ValueError(f"a caption is at {seconds} seconds: times begin at 0.")
-    # Rounded as a whole: 59.9996 is the next minute, not second 60.
+        raise ValueError(f"a caption is at {seconds} seconds: give times from 0.")
+    # Rounded before it is divided: 59.9996 is the next minute, not second 60.
     whole, part = divmod(round(seconds * 10**decimals), 10**decimals)
     minutes, hours = whole // 60 % 60, whole // 3600
     return f"{hours:02}:{minutes:02}:{whole % 60:02}{point}{part:0{decimals}}"
 
 
 def cues(captions: Iterable[Mapping[str, Any]]) -> list[tuple[float, float, str]]:
-    """Start, end and text of what has words, on one line each.
+    """Return start, end and text of the captions that have a text, as one line.
 
-    A cue lasts a millisecond at least: one that ends where it starts is against WebVTT's rules.
+    A cue lasts at least a millisecond: WebVTT does not allow a cue that ends where it starts.
     """
     lines = [(each, one_line(each["text"])) for each in captions]
     return [
@@ -48,16 +52,16 @@ def cues(captions: Iterable[Mapping[str, Any]]) -> list[tuple[float, float, str]
 
 
 def srt(captions: Iterable[Mapping[str, Any]]) -> str:
-    """SubRip; captions without words are left out, as there is nothing to show."""
+    """Return captions as SubRip; those without a text are left out."""
     return "".join(
-        f"{number}\n{clock(start, point=',')} --> {clock(end, point=',')}\n"
+        f"{index}\n{clock(start, point=',')} --> {clock(end, point=',')}\n"
         f"{text.translate(LOOK_ALIKES)}\n\n"
-        for number, (start, end, text) in enumerate(cues(captions), 1)
+        for index, (start, end, text) in enumerate(cues(captions), 1)
     )
 
 
 def vtt(captions: Iterable[Mapping[str, Any]]) -> str:
-    """WebVTT; captions without words are left out, as there is nothing to show."""
+    """Return captions as WebVTT; those without a text are left out."""
     body = [
         f"{clock(start)} --> {clock(end)}\n{html.escape(text, quote=False)}\n\n"
         for start, end, text in cues(captions)
@@ -66,7 +70,7 @@ def vtt(captions: Iterable[Mapping[str, Any]]) -> str:
 
 
 def write_subtitles(folder: Path, captions: list[Mapping[str, Any]]) -> None:
-    """`captions.srt` and `captions.vtt` in a folder."""
+    """Write `captions.srt` and `captions.vtt` in a folder."""
     (folder / "captions.srt").write_text(srt(captions), encoding="utf-8")
     (folder / "captions.vtt").write_text(vtt(captions), encoding="utf-8")
 

@@ -56,7 +56,7 @@ class Benchmark:
         name (`str`): the entry's name.
         task (`str`): the name of its kind.
         rows (`Path`): JSONL file, as [`read_rows`] reads it.
-        description (`str`): what it measures, in a sentence.
+        description (`str`): a sentence about the data and the purpose.
         query (`str`, *optional*): replaces the queries of the rows.
         num_frames (`int`, *optional*): frames per video; the processor's by default.
     """
@@ -199,7 +199,7 @@ class Task:
         }
 
     def _skipped_rows(self, predictions: Predictions) -> list[str]:
-        """Line number and reason of every row left out, with paths relative to its file."""
+        """Return line number and reason of every row left out, with paths relative to its file."""
         rows, bad = self._loaded
         broken, path = predictions.broken, self.benchmark.rows
         reasons = {row.line: row.reason for row in bad}

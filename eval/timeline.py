@@ -1,4 +1,4 @@
-"""A picture of a stream: when its embeddings moved, and what was said of the time in between."""
+"""Draw a timeline of a stream: its segments with their texts, and how fast its meaning changed."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ from matplotlib.ticker import FuncFormatter
 
 from eval.subtitles import clock, one_line
 
-MOST_ROWS = 150  # of a picture that can still be looked at
-LETTERS = 90  # of a text
+MOST_ROWS = 150  # more segments would make the picture too tall
+LETTERS = 90  # per text
 
 
 def timeline(
     captions: Sequence[Mapping[str, Any]], times: Sequence[float], changes: Sequence[float]
 ) -> Figure:
-    """Segments as bars along time, each in a row of its own with its text; above them the change
-    from one window to the next, 1 - cosine of their embeddings, at the later one's time.
+    """Draw each segment as a bar along time, in its own row with its text. Draw above them the
+    change from one window to the next: 1 - cosine of their embeddings, at the later one's time.
 
-    Of more than `MOST_ROWS` segments, the longest are shown, and the picture says so.
+    If there are more than `MOST_ROWS` segments, the longest are drawn, as an axis label states.
     """
     longest = sorted(captions, key=lambda each: each["start"] - each["end"])[:MOST_ROWS]
     shown = [each for each in captions if each in longest]
@@ -41,7 +41,7 @@ def timeline(
 
 
 def draw_segments(axes: Any, captions: Sequence[Mapping[str, Any]]) -> None:
-    """One bar per row, and at the end of the row its text."""
+    """Draw one bar per row, with its text at the end of the row."""
     rows, end = range(len(captions)), max((each["end"] for each in captions), default=0.0) or 1.0
     starts = [each["start"] for each in captions]
     lengths = [each["end"] - each["start"] for each in captions]
@@ -53,7 +53,7 @@ def draw_segments(axes: Any, captions: Sequence[Mapping[str, Any]]) -> None:
         rows,
         [shortened(text) for text in texts],
         fontsize=8,
-        parse_math=False,  # two dollar signs are no formula
+        parse_math=False,  # else matplotlib reads two dollar signs as a formula
     )
     axes.tick_params("y", length=0)
     axes.set_xlim(0, end)
@@ -61,9 +61,9 @@ def draw_segments(axes: Any, captions: Sequence[Mapping[str, Any]]) -> None:
 
 
 def shortened(text: str) -> str:
-    """At most `LETTERS` of a text, cut between words where there are any."""
+    """Cut a text to at most `LETTERS` letters, between words if possible."""
     words = textwrap.shorten(text, LETTERS, placeholder=" …")
-    # Of a script without spaces, all of a text is one word, and nothing would be left of it.
+    # In a script without spaces a whole text is one word, and `shorten` would drop all of it.
     return words if len(words) > LETTERS // 2 or len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"
 
 

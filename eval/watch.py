@@ -1,11 +1,11 @@
-"""Watch a video, a camera or an address, and say what happens when it changes:
+"""Watch a video, a camera or an address, and print a caption whenever its meaning changes.
 
     python -m eval.watch --model runs/babyai/decoder --source kitchen.mp4 --fps 4 --output out
     python -m eval.watch --model user/name --source 0 --candidates "a cat" "a dog"
 
-Captions are printed as they come, each with how much its embeddings agree, and at the end what was
-watched. `--output` gets them as `captions.srt` and `captions.vtt`, and a picture, `timeline.png`.
-A source without an end is watched until it is interrupted (Ctrl-C).
+Each caption is printed with the agreement of its segment's embeddings; a summary follows at the
+end. `--output` is a folder for `captions.srt`, `captions.vtt` and a picture, `timeline.png`. A
+source without an end is watched until Ctrl-C.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from modeling_vljepa.pipelines.stream_session import EmbeddedWindow
 from processing import FrameStream, StreamReport, VLJEPAProcessor, WindowStream
 
 SETTINGS = tuple(inspect.signature(OnlineSegmenter).parameters)
-FILE_BATCH = 8  # windows of a file per pass; of a live source one, which waits for no other
+FILE_BATCH = 8  # windows per forward pass of a file; a live source cannot wait and takes one
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -49,26 +49,26 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of a model")
     parser.add_argument(
-        "--source", required=True, help="a video file, the number of a camera, or an address"
+        "--source", required=True, help="a video file, the index of a camera, or an address"
     )
-    parser.add_argument("--query", help="what is asked of every window; a caption by default")
+    parser.add_argument("--query", help="the query for every window; a caption by default")
     parser.add_argument(
-        "--candidates", nargs="+", help="texts to choose from, where no decoder shall write"
+        "--candidates", nargs="+", help="texts to choose from, instead of a decoder's"
     )
-    parser.add_argument("--fps", type=float, help="frames kept per second; all by default")
+    parser.add_argument("--fps", type=float, help="frames to keep per second; all by default")
     parser.add_argument("--window", type=int, help="frames per window; the processor's by default")
     parser.add_argument("--stride", type=int, help="frames; half a window by default")
-    parser.add_argument("--batch-size", type=int, help="windows per pass")
+    parser.add_argument("--batch-size", type=int, help="windows per forward pass")
     parser.add_argument(
         "--segmenter",
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="of OnlineSegmenter, such as drift_threshold=0.1 decodes_per_second=0.35",
+        help="settings of OnlineSegmenter: drift_threshold=0.1 decodes_per_second=0.35",
     )
-    parser.add_argument("--segments", type=int, help="offline: cut the whole into so many parts")
+    parser.add_argument("--segments", type=int, help="offline: the number of segments of the whole")
     parser.add_argument(
-        "--threshold", type=float, help="offline: join while Ward's distance is less"
+        "--threshold", type=float, help="offline: merge segments below this Ward distance"
     )
     parser.add_argument("--allow-urls", action="store_true", help="open an http(s) or rtsp address")
     parser.add_argument("--output", type=Path, help="folder for subtitles and timeline")
@@ -77,7 +77,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 @dataclass
 class Watched:
-    """What was watched so far: a number per window and a caption per segment, nothing larger."""
+    """The record of a watched stream. It stores a number per window and a caption per segment, so
+    that it stays small in a stream without an end."""
 
     captions: list[dict[str, Any]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # of windows
@@ -92,7 +93,7 @@ class Watched:
         self.last = window.embedding
 
     def say(self, segments: list[Segment]) -> None:
-        """Print them, above the progress bar if there is one, and keep what they say."""
+        """Print and store segments, above the progress bar if there is one."""
         for each in segments:
             start, end = clock(each.start_time, 1), clock(each.end_time, 1)
             text = one_line(each.text) or "(no words)"
@@ -103,11 +104,11 @@ class Watched:
 
 
 class OfflineSession:
-    """As a `StreamSession`, but what it says, it says at the end, of segments by Ward's distance.
+    """Same interface as `StreamSession`, but clusters offline and emits all segments on `close`.
 
     Args:
-        session ([`StreamSession`]): which says how a segment is put into words.
-        segmenter ([`WardSegmenter`]): which keeps the embeddings.
+        session ([`StreamSession`]): decodes the segments.
+        segmenter ([`WardSegmenter`]): stores the embeddings and clusters them.
     """
 
     def __init__(self, session: StreamSession, segmenter: WardSegmenter):
@@ -125,22 +126,22 @@ class OfflineSession:
         return [replace(each, text=self.decode(each.embedding[None])[0]) for each in segments]
 
 
-# -- what is given -------------------------------------------------------------------------
+# -- options and source --------------------------------------------------------------------
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises: `ValueError` for options that do not go together."""
+    """Raise `ValueError` for options that exclude each other."""
     if args.segments is not None and args.threshold is not None:
-        raise ValueError("--segments and --threshold: each says where to cut, give one of them.")
+        raise ValueError("--segments and --threshold: each defines the segments; give only one.")
     if is_offline(args) and args.segmenter:
         raise ValueError(
-            "--segmenter has settings of the online segmenter, and --segments and --threshold cut "
-            "offline: leave one away."
+            "--segmenter sets up the online segmenter, but --segments and --threshold segment "
+            "offline: leave one out."
         )
     if is_offline(args) and args.source.isdecimal():
-        raise ValueError("--segments and --threshold need a stream that ends: a camera has no end.")
+        raise ValueError("--segments and --threshold need a stream that ends; a camera has no end.")
     if args.output is not None and args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"--output: {args.output} is no folder.")
+        raise ValueError(f"--output: {args.output} is not a folder. Give another path.")
 
 
 def is_offline(args: argparse.Namespace) -> bool:
@@ -148,14 +149,15 @@ def is_offline(args: argparse.Namespace) -> bool:
 
 
 def segmenter_kwargs(settings: list[str]) -> dict[str, Any]:
-    """`["patience=2", "decode_from=mean"]` as a dictionary."""
+    """Parse `["patience=2", "decode_from=mean"]` to a dictionary."""
     options = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise ValueError(f"--segmenter: {setting} is no NAME=VALUE.")
+            raise ValueError(f"--segmenter: {setting} must be NAME=VALUE.")
         if name not in SETTINGS:
-            raise ValueError(f"--segmenter: there is no {name!r}, only {', '.join(SETTINGS)}.")
+            known = ", ".join(SETTINGS)
+            raise ValueError(f"--segmenter: {name!r} is unknown; the settings are {known}.")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -164,7 +166,7 @@ def segmenter_kwargs(settings: list[str]) -> dict[str, Any]:
 
 
 def open_source(args: argparse.Namespace, processor: VLJEPAProcessor) -> WindowStream:
-    """The source as windows; offline, an address waits for whoever reads it."""
+    """Open the source as windows. Offline, an address waits, so that no frame is dropped."""
     return processor.watch(
         int(args.source) if args.source.isdecimal() else args.source,
         window=args.window,
@@ -176,7 +178,7 @@ def open_source(args: argparse.Namespace, processor: VLJEPAProcessor) -> WindowS
 
 
 def seconds_of(frames: FrameStream) -> float | None:
-    """The length of a file, if its header says it; `None` for what may have no end."""
+    """Return a file's length from its header; None if unknown, and for cameras and addresses."""
     if frames.is_camera or frames.scheme is not None:
         return None
     with FrameStream(frames.source).container() as container:
@@ -186,8 +188,10 @@ def seconds_of(frames: FrameStream) -> float | None:
 def new_session(
     pipe: VLJEPAStreamingCaptionPipeline, args: argparse.Namespace
 ) -> StreamSession | OfflineSession:
-    """Raises: `ValueError` for a model that has neither decoder nor candidates, and for settings
-    that a segmenter does not have."""
+    """Return a session for the options.
+
+    Raises: `ValueError` without a decoder and candidates, and for wrong settings of a segmenter.
+    """
     session = pipe.session(
         query=args.query,
         candidates=args.candidates,
@@ -199,14 +203,16 @@ def new_session(
 
 
 def make_folder(path: Path) -> None:
-    """Before anything is watched: a stream cannot be watched again.
+    """Make the output folder before anything is watched: a live stream cannot be watched again.
 
-    Raises: `ValueError` where nothing can be written.
+    Raises: `ValueError` if nothing can be written there.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output: {path} cannot be made ({error.strerror}).") from error
+        raise ValueError(
+            f"--output: {path} cannot be made ({error.strerror}). Give another folder."
+        ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise ValueError(f"--output: {path} cannot be written to. Give another folder.")
 
@@ -216,8 +222,10 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until this is done, or it is pressed again: a segment that is being put into
-    words would be lost."""
+    """Delay Ctrl-C until the block is done, or until it is pressed again.
+
+    Otherwise the segment that is being decoded would be lost.
+    """
     pressed = []
 
     def hold(*received: object) -> None:
@@ -225,11 +233,11 @@ def uninterrupted() -> Iterator[None]:
             raise KeyboardInterrupt
         pressed.append(received)
 
-    former = signal.signal(signal.SIGINT, hold)
+    before = signal.signal(signal.SIGINT, hold)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt
 
@@ -239,7 +247,7 @@ def watch(
     embedded: Iterable[EmbeddedWindow],
     seconds: float | None,
 ) -> Watched:
-    """Say what happens until the source ends, or somebody interrupts."""
+    """Print captions until the source ends or Ctrl-C is pressed; return the record."""
     watched = Watched()
     with tqdm(
         total=seconds,
@@ -260,10 +268,10 @@ def watch(
 
 
 def summary(watched: Watched, report: StreamReport, size: int) -> str:
+    """Summarise a stream that was watched in windows of `size` frames."""
     decodes, windows = len(watched.captions), len(watched.times)
     return (
-        f"{windows} windows of {size} frames, {decodes} decodes; decoding every window would have "
-        f"been {windows}\n"
+        f"{windows} windows of {size} frames, {decodes} decodes instead of {windows}\n"
         f"{report.frames} frames, {report.dropped} dropped, {report.broken} broken, "
         f"{report.size_changes} changes of size, {report.leaps} leaps in time, {report.stalls} "
         f"stalls; {report.ended or 'interrupted'}"
@@ -273,13 +281,13 @@ def summary(watched: Watched, report: StreamReport, size: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
 
-    # 1. what is asked for, and from where: checked before the model does anything
+    # 1. options and source, checked before the model does anything
     check_options(args)
     model, processor = load_model(args.model)
     windows = open_source(args, processor)
     seconds = seconds_of(windows.frames)
 
-    # 2. the model as a pipeline, and a session that has seen nothing yet
+    # 2. the model as a pipeline, and a new session
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = VLJEPAStreamingCaptionPipeline(model=model, processor=processor, device=device)
     session = new_session(pipe, args)
@@ -293,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         watched = watch(session, embedded, seconds)
     print(summary(watched, windows.report, windows.window))
 
-    # 4. for people
+    # 4. subtitles and timeline
     if args.output is not None:
         write_subtitles(args.output, watched.captions)
         figure = timeline(watched.captions, watched.times, watched.changes)
@@ -303,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # captions go on where a terminal lacks a letter
+    sys.stdout.reconfigure(errors="replace")  # a letter that the terminal lacks must not end it
     try:
         main()
     except (OSError, ValueError) as error:

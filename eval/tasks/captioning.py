@@ -34,7 +34,7 @@ class CaptioningBenchmark(Benchmark):
 
     Attributes:
         train_rows (`Path`): JSONL file with the training captions, for the comparisons.
-        num_beams (`int`, *optional*, defaults to 1): of the beam search.
+        num_beams (`int`, *optional*, defaults to 1): beams of the decoder's search.
     """
 
     train_rows: Path

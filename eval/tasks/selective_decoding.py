@@ -15,8 +15,8 @@ choosing the embeddings are compared at equal numbers of decodes:
 
 The budgets run from 2 to 0.01 decodes per second, as in the paper's figure 4. The online segmenter
 takes thresholds instead of a number of segments: for each budget they are chosen on the validation
-streams. Its decodes never match the budget exactly, so it is compared with offline segments, in
-each stream as many as it made itself.
+streams. Its decodes never match the budget exactly, so it is compared with an equal number of
+offline segments in each stream.
 
 The paper claims that 2.85 times fewer decodes keep the CIDEr of the reference, which is uniform
 decoding at 2.5 times the annotation rate (1 Hz against 0.35 Hz, with annotations at 0.4 Hz). Here

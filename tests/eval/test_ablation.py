@@ -1,5 +1,4 @@
-"""A trained model looks at the pixels and reads the question: take either away, and it falls to
-what can be had without."""
+"""Ablations: without the pixels or the question, a trained model is no better than a baseline."""
 
 from pathlib import Path
 
@@ -21,7 +20,7 @@ RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "babyai_pretrain.y
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """easy-VQA, and a model trained on its questions for 400 steps: about two minutes."""
+    """Write easy-VQA, and train a model on its questions for 400 steps, in about two minutes."""
     folder = tmp_path_factory.mktemp("ablation")
     easy_vqa.write(folder)
     train.main(
@@ -56,16 +55,18 @@ def accuracy(folder: Path, ablation: str) -> Score:
     return evaluate(task).scores["accuracy"]
 
 
-def test_it_sees(folder: Path) -> None:
+def test_trained_model_beats_the_question_only_baseline(folder: Path) -> None:
     score = accuracy(folder, "none")
     assert score.low > score.baselines["question only"] + 0.05
 
 
-def test_it_looks_at_the_pixels(folder: Path) -> None:
+def test_ablation_grey_reduces_the_accuracy_to_the_question_only(folder: Path) -> None:
     score = accuracy(folder, "grey")
     assert score.value <= score.baselines["question only"] + 0.02
 
 
-def test_it_reads_the_question(folder: Path) -> None:
+def test_ablation_shuffled_queries_reduces_the_accuracy_to_the_majority(
+    folder: Path,
+) -> None:
     score = accuracy(folder, "shuffled_queries")
     assert score.value <= score.baselines["majority"] + 0.02

@@ -1,4 +1,4 @@
-"""Captions measured: with a decoder that says what it is told, every column is known."""
+"""Captioning, measured with a fake decoder, so that the right scores are known."""
 
 from pathlib import Path
 
@@ -34,10 +34,10 @@ def processor() -> VLJEPAProcessor:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Four clips; the last one's caption is in no training row."""
-    for place in range(4):
-        write_clip(tmp_path / f"{place}.mp4", noise(5, 40, 40, 3) // (place + 1))
-    rows = [{"video": f"{place}.mp4", "target": text} for place, text in enumerate(TRUE)]
+    """Write four clips; the caption of the last one is not among the training captions."""
+    for index in range(4):
+        write_clip(tmp_path / f"{index}.mp4", noise(5, 40, 40, 3) // (index + 1))
+    rows = [{"video": f"{index}.mp4", "target": text} for index, text in enumerate(TRUE)]
     write_rows(tmp_path / "rows.jsonl", rows)
     train = [{"video": "0.mp4", "target": text} for text in TRAIN]
     write_rows(tmp_path / "train.jsonl", train)
@@ -57,9 +57,9 @@ def benchmark(data: Path, **changes: object) -> CaptioningBenchmark:
 
 
 @pytest.fixture
-def told(model, processor, monkeypatch) -> VLJEPAForConditionalGeneration:
-    """Predicts the right embedding of all clips but the second, which it takes for the first; and
-    its decoder writes the text whose embedding it is given, or the usual one."""
+def writer(model, processor, monkeypatch) -> VLJEPAForConditionalGeneration:
+    """Return a model that predicts the right embedding of all clips except the second, for which it
+    predicts the first one's. Its decoder writes the text of a known embedding, or `USUAL`."""
     known = list(dict.fromkeys(TRUE + TRAIN))
     embeds = embed_texts(model.vljepa, processor, known)
     true = embeds[[known.index(text) for text in TRUE]]
@@ -71,23 +71,24 @@ def told(model, processor, monkeypatch) -> VLJEPAForConditionalGeneration:
 
     def decode(model, processor, given, queries, previous, num_beams):
         assert set(queries) == {"describe"}
-        cosines, places = (given @ embeds.T).max(dim=1)
-        found = zip(cosines.tolist(), places.tolist(), strict=True)
-        return [known[place] if cosine > 1 - 5e-6 else USUAL for cosine, place in found]
+        cosines, indices = (given @ embeds.T).max(dim=1)
+        found = zip(cosines.tolist(), indices.tolist(), strict=True)
+        # Two texts have a cosine of at most 0.87, so 0.99 means: this very text.
+        return [known[index] if cosine > 0.99 else USUAL for cosine, index in found]
 
     monkeypatch.setattr(model.vljepa, "predict", predict)
     monkeypatch.setattr(captioning, "decode_texts", decode)
     return model
 
 
-def test_every_column_is_what_it_says(told, processor, data):
-    result = captioning.evaluate(Task(told, processor, benchmark(data)))
+def test_captioning_scores_every_column_as_computed_by_hand(writer, processor, data):
+    result = captioning.evaluate(Task(writer, processor, benchmark(data)))
     references = [[text] for text in TRUE]
     written = [TRUE[0], TRUE[0], TRUE[2], TRUE[3]]
     score = result.scores["exact match"]
     assert (score.value, score.n) == (3 / 4, 4)
     assert result.scores["CIDEr"].value == pytest.approx(cider(written, references).mean().item())
-    # Second clip: "the" alone is shared with "go to the blue key", of five words each.
+    # Second clip: both captions have five words and share only "the".
     assert result.scores["token F1"].value == pytest.approx((3 + 1 / 5) / 4)
 
     assert score.baselines["true text"] == 1
@@ -117,46 +118,46 @@ def test_every_column_is_what_it_says(told, processor, data):
     assert result.examples[-1].query == TRUE[0] and result.examples[-1].truth == [TRUE[1]]
 
 
-def test_several_references_of_one_clip(told, processor, data):
-    rows = [{"video": f"{place}.mp4", "target": text} for place, text in enumerate(TRUE)]
+def test_captioning_takes_several_references_and_rejects_several_queries(writer, processor, data):
+    rows = [{"video": f"{index}.mp4", "target": text} for index, text in enumerate(TRUE)]
     write_rows(data / "rows.jsonl", [*rows, {"video": "1.mp4", "target": TRUE[0]}])
-    result = captioning.evaluate(Task(told, processor, benchmark(data)))
+    result = captioning.evaluate(Task(writer, processor, benchmark(data)))
     assert result.protocol["references_per_clip"] == 5 / 4
-    assert result.scores["exact match"].value == 1  # the second clip may be called so, too
+    assert result.scores["exact match"].value == 1  # it is now a reference of the second clip
     write_rows(data / "rows.jsonl", [rows[0] | {"query": "who?"}, rows[1]])
     with pytest.raises(ValueError, match="asks one query"):
-        captioning.evaluate(Task(told, processor, benchmark(data, query=None)))
+        captioning.evaluate(Task(writer, processor, benchmark(data, query=None)))
 
 
-def test_a_benchmark_says_how_many_beams(told, processor, data, monkeypatch):
+def test_captioning_decodes_with_the_beams_of_the_benchmark(writer, processor, data, monkeypatch):
     asked, decode = [], captioning.decode_texts
     monkeypatch.setattr(
         captioning,
         "decode_texts",
         lambda *args, **kwargs: asked.append(kwargs["num_beams"]) or decode(*args, **kwargs),
     )
-    result = captioning.evaluate(Task(told, processor, benchmark(data, num_beams=3)))
+    result = captioning.evaluate(Task(writer, processor, benchmark(data, num_beams=3)))
     assert asked == [3, 3, 3]  # written, true text, unconditional
     assert result.protocol["beams"] == 3
 
 
-def test_the_report_shows_the_captions(told, processor, data):
-    result = captioning.evaluate(Task(told, processor, benchmark(data)))
+def test_report_shows_captions_and_comparisons(writer, processor, data):
+    result = captioning.evaluate(Task(writer, processor, benchmark(data)))
     table = text_tables([result])
     assert "captioning (in %)" in table and "nearest caption" in table
     assert "clips: written against nearest caption: CIDEr " in table
     write_report(data / "report.html", "model", [result], data / "no_log.json")
-    page = (data / "report.html").read_text()
+    page = (data / "report.html").read_text(encoding="utf-8")
     for text in (
         "<th>unconditional</th>",
         f"nearest caption: {TRUE[0]}",
-        "Captions and their",
+        "Captions and those they",
         "match low",
     ):
         assert text in page
 
 
-def test_without_a_decoder(processor, data, monkeypatch, capsys):
+def test_captioning_and_measurable_need_a_decoder(processor, data, monkeypatch, capsys):
     with pytest.raises(ValueError, match="clips: captioning needs a Y-Decoder"):
         captioning.evaluate(Task(tiny_model(), processor, benchmark(data)))
     captions = benchmark(data)
@@ -168,8 +169,10 @@ def test_without_a_decoder(processor, data, monkeypatch, capsys):
         measurable([captions], ["clips"], has_decoder=False)
 
 
-def test_main_measures_a_model_with_a_decoder(model, processor, data, monkeypatch):
-    """Random weights, so the words are noise; but every task runs on the one checkpoint."""
+def test_evaluate_measures_all_kinds_on_one_model_with_a_decoder(
+    model, processor, data, monkeypatch
+):
+    """The weights are random, so only the metrics' names are compared."""
     monkeypatch.chdir(data)
     (data / "b.yaml").write_text(
         "clips: {task: captioning, rows: rows.jsonl, train_rows: train.jsonl, description: C.}\n"

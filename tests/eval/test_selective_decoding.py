@@ -1,4 +1,4 @@
-"""Selective decoding measured on streams of which everything is known."""
+"""Selective decoding, measured on streams whose right scores are known."""
 
 import json
 from itertools import combinations
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.annotated_streams import AnnotatedStream, EmbeddedStream, read_streams
+from eval.annotated_streams import AnnotatedStream, EmbeddedStream, embed_streams, read_streams
 from eval.benchmarks import load_benchmarks
 from eval.evaluate import main
 from eval.report import text_tables, write_report
@@ -41,7 +41,7 @@ STEP = 0.2
 
 
 class Known(Captions):
-    """A decoder that says what it is shown: of the axis, its text."""
+    """A decoder for embeddings that are axes: each axis has its text."""
 
     def __init__(self):
         self.texts = {}
@@ -52,7 +52,7 @@ class Known(Captions):
 
 
 def stream(lengths: list[int], first: int = 0) -> EmbeddedStream:
-    """One axis for each stretch of so many windows, annotated in its middle."""
+    """Return a stream whose scenes have these numbers of windows, one axis and one annotation."""
     axes = np.repeat(np.arange(first, first + len(lengths)), lengths)
     times = STEP * (np.arange(len(axes)) + 0.5)
     ends = STEP * np.cumsum(lengths)
@@ -71,23 +71,23 @@ def few_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def judge() -> Judge:
-    """Three streams of long and short stretches."""
+    """Return a judge of three streams of long and short scenes."""
     rng = np.random.default_rng(0)
     lengths = [rng.choice([3, 30], size=12, p=[0.7, 0.3]).tolist() for _ in range(3)]
-    return Judge([stream(each, 12 * place) for place, each in enumerate(lengths)], Known())
+    return Judge([stream(each, 12 * index) for index, each in enumerate(lengths)], Known())
 
 
 # -- choosing ------------------------------------------------------------------------------
 
 
-def test_uniform_moments_lie_in_the_middle_of_equal_intervals() -> None:
+def test_uniform_chooses_the_middles_of_equal_intervals() -> None:
     choice = uniform(stream([4, 6, 10]), 4)
     assert choice.times.tolist() == pytest.approx([0.5, 1.5, 2.5, 3.5])
     assert choice.bounds.tolist() == pytest.approx([1.0, 2.0, 3.0])
     assert choice.embeds.argmax(axis=1).tolist() == [0, 1, 2, 2]
 
 
-def test_pooling_averages_each_interval() -> None:
+def test_uniform_with_pool_averages_each_interval() -> None:
     given = stream([5, 5, 10])
     choice = uniform(given, 2, pool=True)
     expected = as_unit(np.stack([given.embeds[:10].mean(0), given.embeds[10:].mean(0)]))
@@ -95,20 +95,21 @@ def test_pooling_averages_each_interval() -> None:
     assert not np.allclose(choice.embeds, uniform(given, 2).embeds)
 
 
-def test_an_interval_without_a_window_takes_the_nearest() -> None:
+def test_uniform_with_pool_takes_the_nearest_window_for_an_empty_interval() -> None:
     given = stream([2, 2])
     assert uniform(given, 4, pool=True).embeds.argmax(axis=1).tolist() == [0, 0, 1, 1]
-    np.testing.assert_array_equal(uniform(given, 8, pool=True).embeds, uniform(given, 8).embeds)
+    pooled, single = uniform(given, 8, pool=True), uniform(given, 8)
+    np.testing.assert_allclose(pooled.embeds, single.embeds, atol=1e-6)
 
 
-def test_selective_finds_the_stretches_and_decodes_their_middles() -> None:
+def test_selective_finds_the_scenes_and_chooses_their_middles() -> None:
     choice = selective(stream([5, 3, 12]), 3)
     assert choice.embeds.argmax(axis=1).tolist() == [0, 1, 2]
     assert choice.times.tolist() == pytest.approx([0.5, 1.3, 2.7])
     assert choice.bounds.tolist() == pytest.approx([1.1, 1.7])
 
 
-def test_online_choices_are_those_of_the_segmenter_pushed_step_by_step() -> None:
+def test_online_chooses_the_segments_of_a_segmenter_pushed_step_by_step() -> None:
     settings = {"window": 2, "patience": 1, "smoothing": 1.0, "drift_threshold": 0.5}
     given = stream([10, 20, 10])
     segmenter = selective_decoding.OnlineSegmenter(**settings)
@@ -120,20 +121,19 @@ def test_online_choices_are_those_of_the_segmenter_pushed_step_by_step() -> None
     pushed += segmenter.close(given.end_time)
     choice = online(given, settings)
     assert len(choice.times) == len(pushed) == 3
-    np.testing.assert_array_equal(
-        choice.embeds, np.stack([segment.embedding for segment in pushed])
-    )
+    expected = np.stack([segment.embedding for segment in pushed])
+    np.testing.assert_allclose(choice.embeds, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("rate", "count"), [(1.0, 4), (0.01, 1), (100.0, 20), (0.4, 2)])
-def test_a_budget_is_a_count_between_one_and_every_window(rate: float, count: int) -> None:
+def test_count_of_a_budget_is_between_one_and_every_window(rate: float, count: int) -> None:
     assert count_of(rate, stream([10, 10])) == count
 
 
 # -- scoring -------------------------------------------------------------------------------
 
 
-def test_what_is_decoded_right_scores_ten_and_what_is_not_less(judge: Judge) -> None:
+def test_judge_scores_right_texts_ten_and_others_less(judge: Judge) -> None:
     best = judge.score([oracle(each) for each in judge.streams])
     assert best.cider.tolist() == pytest.approx([10.0] * 36)
     assert best.captions == [text for [text] in judge.references]
@@ -142,15 +142,15 @@ def test_what_is_decoded_right_scores_ten_and_what_is_not_less(judge: Judge) -> 
     assert 0 < one.mean < 5
 
 
-def test_the_nearest_decode_tells_the_annotation() -> None:
+def test_captions_nearest_returns_the_text_decoded_nearest_in_time() -> None:
     captions = Known()
     choice = Choice(np.array([1.0, 3.0]), np.eye(len(TEXTS), dtype=np.float32)[[4, 7]], np.zeros(1))
     captions.decode([choice])
-    told = captions.nearest(choice, np.array([0.0, 1.9, 2.0, 2.1, 9.0]))
-    assert told == [TEXTS[place] for place in (4, 4, 4, 7, 7)]
+    found = captions.nearest(choice, np.array([0.0, 1.9, 2.0, 2.1, 9.0]))
+    assert found == [TEXTS[index] for index in (4, 4, 4, 7, 7)]
 
 
-def test_the_oracle_pools_from_halfway_to_halfway(judge: Judge) -> None:
+def test_oracle_with_pool_averages_from_halfway_to_halfway() -> None:
     given = stream([4, 4, 8])  # annotated at 0.4, 1.2 and 2.4 s: halfway are 0.8 and 1.8 s
     choice = oracle(given, pool=True)
     parts = given.embeds[:4], given.embeds[4:9], given.embeds[9:]
@@ -159,17 +159,17 @@ def test_the_oracle_pools_from_halfway_to_halfway(judge: Judge) -> None:
     assert choice.times.tolist() == oracle(given).times.tolist() == given.annotated.times.tolist()
 
 
-def test_rates_count_every_decode(judge: Judge) -> None:
+def test_judge_rate_counts_every_decode(judge: Judge) -> None:
     outcome = judge.score([uniform(each, 5) for each in judge.streams])
     assert outcome.rate == pytest.approx(15 / sum(each.end_time for each in judge.streams))
 
 
-def test_one_text_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_decode_each_embedding_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
 
     def write(model, processor, embeds, queries, previous, batch_size):
         decoded.append(len(embeds))
-        return [str(place) for place in range(len(embeds))]
+        return [str(index) for index in range(len(embeds))]
 
     monkeypatch.setattr(selective_decoding, "write", write)
     captions = Captions(None, None, "q", 4)
@@ -179,40 +179,39 @@ def test_one_text_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoded == [2]
 
 
-def test_selective_needs_as_many_decodes_as_there_are_meanings(judge: Judge) -> None:
+def test_selective_with_one_decode_per_scene_is_perfect_and_uniform_is_not(judge: Judge) -> None:
     per_stream = [len(each.annotated.times) for each in judge.streams]
     pairs = list(zip(judge.streams, per_stream, strict=True))
     chosen = judge.score([selective(each, n) for each, n in pairs])
     assert chosen.cider.tolist() == pytest.approx([10.0] * 36)
     even = judge.score([uniform(each, n) for each, n in pairs])
     assert even.mean < 7
-    # Halfway between annotations is not where a long stretch meets a short one.
+    # The boundary of a long and a short scene is not halfway between their annotations.
     assert even.f1 < chosen.f1 < 1
 
 
-def test_fewer_decodes_are_enough_where_stretches_differ(judge: Judge) -> None:
-    """12 selective decodes are perfect, so 2.5 times fewer than 30 are enough at least, and more
-    where the even ones miss something."""
+def test_enough_finds_that_fewer_decodes_keep_the_score_of_unequal_scenes(judge: Judge) -> None:
+    """12 selective decodes are perfect, and the reference has 30: a factor of 2.5 is enough, or a
+    larger one if the uniform decodes miss a scene."""
     fewer = enough(judge, "selective", "uniform")
     assert fewer >= 2.4
     reference = judge.at_rate("uniform", 2.5 * judge.annotation_rate)
-    kept = judge.at_rate("selective", 2.5 * judge.annotation_rate / fewer)
-    assert kept.mean >= reference.mean
+    found = judge.at_rate("selective", 2.5 * judge.annotation_rate / fewer)
+    assert found.mean >= reference.mean
     assert reference.mean < 10
 
 
-def test_nothing_is_saved_where_all_windows_are_noise() -> None:
+def test_enough_finds_no_large_factor_for_windows_of_noise() -> None:
     rng = np.random.default_rng(0)
     given = stream([5] * 20)
     noisy = EmbeddedStream(
         given.annotated, as_unit(rng.normal(size=given.embeds.shape)), given.times, given.end_time
     )
-    assert (
-        enough(Judge([noisy], Known()), "selective", "uniform") < 8
-    )  # chance may keep a low score with fewer
+    # The reference's score is low, so by chance a few fewer decodes can keep it.
+    assert enough(Judge([noisy], Known()), "selective", "uniform") < 8
 
 
-def test_thresholds_keep_to_the_budget_of_the_validation_streams(judge: Judge) -> None:
+def test_thresholds_stay_within_the_budget_on_the_validation_streams(judge: Judge) -> None:
     budgets = [2.0, 0.6, 0.3]
     rates = []
     for budget, settings in zip(budgets, thresholds(judge, budgets), strict=True):
@@ -223,21 +222,21 @@ def test_thresholds_keep_to_the_budget_of_the_validation_streams(judge: Judge) -
     assert rates[0] == pytest.approx(10.0) and rates[2] < rates[0]
 
 
-def test_a_budget_below_all_settings_takes_the_fewest_decodes(judge: Judge) -> None:
+def test_thresholds_of_a_budget_below_all_settings_take_the_fewest_decodes(judge: Judge) -> None:
     settings = thresholds(judge, [1e-6])[0]
     assert judge.online(settings)[0].rate < 0.1
 
 
-def test_the_interval_is_that_of_streams_not_of_annotations(judge: Judge) -> None:
+def test_judge_interval_resamples_streams_and_not_annotations(judge: Judge) -> None:
     assert judge.interval(np.ones(36)) == (1.0, 1.0)
     by_stream = np.repeat([0.0, 1.0, 2.0], 12)
     low, high = judge.interval(by_stream)
-    assert low == 0.0 and high == 2.0  # three streams drawn anew: all alike in one case of nine
-    within = np.tile([0.0, 2.0], 18)  # as much variance, but the same in each stream
+    assert low == 0.0 and high == 2.0  # in 1 of 9 draws, one stream is drawn thrice
+    within = np.tile([0.0, 2.0], 18)  # the same variance, but within each stream
     assert judge.interval(within) == (1.0, 1.0)
 
 
-def test_the_budget_table_has_every_way_beside_every_other(judge: Judge) -> None:
+def test_measure_scores_every_method_at_every_budget(judge: Judge) -> None:
     budgets = [1.0, 0.1]
     scores, curves = measure(judge, budgets, thresholds(judge, budgets))
     assert list(scores) == ["CIDEr at 1 Hz", "CIDEr at 0.1 Hz"]
@@ -252,7 +251,7 @@ def test_the_budget_table_has_every_way_beside_every_other(judge: Judge) -> None
     assert scores["CIDEr at 1 Hz"].value > scores["CIDEr at 0.1 Hz"].value
 
 
-def test_the_claim_is_a_difference_to_the_reference(judge: Judge) -> None:
+def test_compare_returns_differences_to_the_reference(judge: Judge) -> None:
     rate = 2.5 * judge.annotation_rate
     numbers = compare(judge, "selective", "uniform", fewer=2.0)
     same = judge.at_rate("uniform", rate)
@@ -265,7 +264,7 @@ def test_the_claim_is_a_difference_to_the_reference(judge: Judge) -> None:
     assert against_itself["chosen difference"] == against_itself["chosen high"] == 0.0
 
 
-def test_boundaries_are_scored_at_one_segment_per_annotation(judge: Judge) -> None:
+def test_boundary_scores_use_one_segment_per_annotation(judge: Judge) -> None:
     found = boundary_scores(judge)
     pairs = [(each, len(each.annotated.times)) for each in judge.streams]
     assert found["boundary F1, selective"] == pytest.approx(
@@ -277,7 +276,7 @@ def test_boundaries_are_scored_at_one_segment_per_annotation(judge: Judge) -> No
 # -- boundaries ----------------------------------------------------------------------------
 
 
-def test_boundaries_match_once_and_within_the_tolerance() -> None:
+def test_boundary_f1_matches_once_and_within_the_tolerance() -> None:
     true = np.array([1.0, 2.0, 5.0])
     assert boundary_f1([(true, true)]) == 1.0
     assert boundary_f1([(true + 0.49, true)]) == 1.0
@@ -287,12 +286,12 @@ def test_boundaries_match_once_and_within_the_tolerance() -> None:
     assert boundary_f1([(np.array([]), np.array([]))]) == 1.0
 
 
-def test_matches_are_the_most_there_can_be() -> None:
+def test_matches_equals_the_largest_matching_by_brute_force() -> None:
     def most(found: list[float], true: list[float]) -> int:
         if not found:
             return 0
         rest = most(found[1:], true)
-        near = [place for place, time in enumerate(true) if abs(time - found[0]) <= 0.5]
+        near = [index for index, time in enumerate(true) if abs(time - found[0]) <= 0.5]
         return max(
             [rest, *(1 + most(found[1:], true[:p] + true[p + 1 :]) for p in near)], default=rest
         )
@@ -307,19 +306,19 @@ def test_matches_are_the_most_there_can_be() -> None:
 # -- files ---------------------------------------------------------------------------------
 
 
-def test_streams_are_read_and_bad_lines_named(tmp_path: Path) -> None:
+def test_read_streams_names_bad_lines(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", noise(5, 40, 40, 3))
     good = {"video": "a.mp4", "events": [{"time": 2, "text": "b"}, {"time": 1.0, "text": "a"}]}
     bad = {
-        "no file b.mp4": {**good, "video": "b.mp4"},
-        'an object with "video"': {"video": "a.mp4"},
-        "a list of at least one": {**good, "events": []},
+        "b.mp4 is missing": {**good, "video": "b.mp4"},
+        'must be an object with "video"': {"video": "a.mp4"},
+        "a list with at least one": {**good, "events": []},
         "must be seconds": {**good, "events": [{"time": -1, "text": "a"}]},
         "must be seconds from 0": {**good, "events": [{"time": float("nan"), "text": "a"}]},
         "time is True": {**good, "events": [{"time": True, "text": "a"}]},
         "time is 1000": {**good, "events": [{"time": 10**400, "text": "a"}]},
         "text at 1": {**good, "events": [{"time": 1, "text": " "}]},
-        "is no {": {**good, "events": [{"when": 1}]},
+        "must be {": {**good, "events": [{"when": 1}]},
     }
     lines = [json.dumps(row) for row in (good, *bad.values())] + ["{", ""]
     path = tmp_path / "streams.jsonl"
@@ -337,7 +336,7 @@ def test_streams_are_read_and_bad_lines_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two streams, one of them without its file, and one to choose on."""
+    """Write two streams and one without its file, and a validation stream."""
     events = [{"time": 0.5, "text": "go to the key"}, {"time": 1.5, "text": "open the door"}]
     for name in ("a", "b"):
         write_clip(tmp_path / f"{name}.mp4", noise(20, 40, 40, 3))
@@ -354,7 +353,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny decoder never ends a text by itself."""
+    """Replace the decoder: a tiny one never ends a text by itself."""
 
     def decode(model, processor, given, queries, previous, num_beams):
         return [TEXTS[int(row.argmax())] for row in given]
@@ -362,26 +361,25 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captioning, "decode_texts", decode)
 
 
-def test_the_command_measures_streams(data: Path, short: None, capsys) -> None:
+def test_evaluate_measures_streams_and_rejects_an_ablation(data: Path, short: None, capsys) -> None:
     tiny_writer().save_pretrained(data / "model")
     tiny_processor().save_pretrained(data / "model")
     options = ["--model", str(data / "model"), "--benchmarks", str(data / "streams.yaml")]
     main([*options, "--tasks", "tiny"])
     saved = json.loads((data / "model/eval/results.json").read_text())["benchmarks"]["tiny"]
     assert saved["protocol"]["streams"] == 2 and saved["protocol"]["annotations"] == 4
-    assert saved["skipped"] == ["streams.jsonl:2: video: there is no file missing.mp4"]
+    assert saved["skipped"] == ["streams.jsonl:2: video: the file missing.mp4 is missing"]
     assert set(saved["curves"]) == {
         "uniform", "uniform + pool", "selective", "selective + pool", "online"
     }  # fmt: skip
-    report = (data / "model/eval/report.html").read_text()
+    report = (data / "model/eval/report.html").read_text(encoding="utf-8")
     assert "CIDEr over the time between decodes" in report and "missing.mp4" in report
     assert "CIDEr at 0.01 Hz" in capsys.readouterr().out
     with pytest.raises(ValueError, match="neither --ablation"):
         main([*options, "--tasks", "tiny", "--ablation", "grey"])
 
 
-def test_what_is_left_out_of_either_file_is_said(data: Path, short: None) -> None:
-    """A stream of one frame has no seconds; what comes after the end is nobody's to see."""
+def test_evaluate_names_the_streams_left_out_of_either_file(data: Path, short: None) -> None:
     write_clip(data / "one.mp4", noise(1, 40, 40, 3))
     events = [{"time": 0.5, "text": "go to the key"}, {"time": 90, "text": "open the door"}]
     rows = [{"video": f"{name}.mp4", "events": events} for name in ("a", "one", "missing")]
@@ -390,18 +388,18 @@ def test_what_is_left_out_of_either_file_is_said(data: Path, short: None) -> Non
     result = evaluate(Task(tiny_writer(), tiny_processor(), benchmark))
     found = [line.replace(f"{data}/", "") for line in result.skipped]
     assert found == [
-        "streams.jsonl:2: video: there is no file missing.mp4",
-        "val.jsonl:3: video: there is no file missing.mp4",
-        "val.jsonl, line 1: a.mp4 ends at 1.9 s, and 1 of its annotations come later: they are "
-        "paired with its last text",
-        "val.jsonl, line 2: one.mp4 is one frame: decodes per second need seconds",
+        "streams.jsonl:2: video: the file missing.mp4 is missing",
+        "val.jsonl:3: video: the file missing.mp4 is missing",
+        "val.jsonl, line 1: a.mp4 ends at 1.9 s, before 1 of its annotations, which are paired "
+        "with its last text",
+        "val.jsonl, line 2: one.mp4 has one frame, so it lasts no time",
     ]
     write_rows(data / "val.jsonl", rows[1:2])
-    with pytest.raises(ValueError, match="no stream could be read.*one.mp4 is one frame"):
+    with pytest.raises(ValueError, match="no stream could be read.*one.mp4 has one frame"):
         evaluate(Task(tiny_writer(), tiny_processor(), benchmark))
 
 
-def test_streams_that_measure_nothing_are_refused(data: Path, short: None) -> None:
+def test_evaluate_rejects_streams_that_measure_nothing(data: Path, short: None) -> None:
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
     parts = tiny_writer(), tiny_processor(), benchmark
     with pytest.raises(ValueError, match="limit is 0: give at least 1 stream"):
@@ -415,35 +413,47 @@ def test_streams_that_measure_nothing_are_refused(data: Path, short: None) -> No
         evaluate(Task(*parts))
 
 
-def test_the_same_streams_give_the_same_numbers(data: Path, short: None) -> None:
+def test_evaluate_gives_equal_streams_equal_results(data: Path, short: None) -> None:
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
     model, processor = tiny_writer().eval(), tiny_processor()
-    first, again = (
-        evaluate(Task(model, processor, benchmark, batch_size=size)).as_json() for size in (1, 7)
+    task = Task(model, processor, benchmark, batch_size=7)
+    assert evaluate(task).as_json() == evaluate(task).as_json()
+
+
+def test_embed_streams_does_not_depend_on_the_batch_size(data: Path) -> None:
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    model, processor = tiny_writer().eval(), tiny_processor()
+    streams, _ = benchmark.load()
+    (one, _), (many, _) = (
+        embed_streams(Task(model, processor, benchmark, batch_size=size), streams)
+        for size in (1, 7)
     )
-    assert first == again
+    for first, again in zip(one, many, strict=True):
+        np.testing.assert_allclose(first.embeds, again.embeds, atol=1e-6)
+        assert first.times.tolist() == again.times.tolist()
+        assert first.end_time == again.end_time
 
 
-def test_a_model_without_words_is_refused(data: Path) -> None:
+def test_evaluate_rejects_a_model_without_a_decoder_for_streams(data: Path) -> None:
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
     with pytest.raises(ValueError, match="tiny: streaming needs a Y-Decoder"):
         evaluate(Task(tiny_model(), tiny_processor(), benchmark))
 
 
-def test_a_decoder_that_reads_what_was_said_before_is_refused(data: Path) -> None:
+def test_evaluate_rejects_a_decoder_that_reads_the_text_before(data: Path) -> None:
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
     with pytest.raises(ValueError, match="tiny: this decoder reads the text before"):
         evaluate(Task(tiny_writer(decoder_reads_previous=True), tiny_processor(), benchmark))
 
 
-def test_a_streaming_benchmark_needs_validation_streams(data: Path) -> None:
+def test_load_benchmarks_needs_validation_streams(data: Path) -> None:
     text = (data / "streams.yaml").read_text()
     (data / "streams.yaml").write_text(text.replace("validation_rows", "train_rows"))
     with pytest.raises(ValueError, match="streaming benchmark needs validation_rows"):
         load_benchmarks(data / "streams.yaml", ["tiny"])
 
 
-def test_the_table_and_the_page_show_the_numbers(judge: Judge, tmp_path: Path) -> None:
+def test_report_and_table_show_comparisons_and_curves(judge: Judge, tmp_path: Path) -> None:
     budgets = [1.0, 0.1]
     scores, curves = measure(judge, budgets, thresholds(judge, budgets))
     result = TaskResult(
@@ -463,4 +473,5 @@ def test_the_table_and_the_page_show_the_numbers(judge: Judge, tmp_path: Path) -
         and "oracle" in table
     )
     write_report(tmp_path / "report.html", "m", [result], tmp_path / "none.json")
-    assert (tmp_path / "report.html").read_text().count("data:image/png") == 1
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert report.count("data:image/png") == 1

@@ -1,4 +1,4 @@
-"""Subtitles: what FFmpeg reads from the files is what was said, whatever a text contains."""
+"""Subtitles: FFmpeg reads from the files the captions that were written, for any text."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def caption(start: float, end: float, text: str) -> dict:
 
 
 def parsed(path: Path) -> list[tuple[float, float, str]]:
-    """Start, end and text of every cue, by FFmpeg's demuxer and decoder."""
+    """Return start, end and text of every cue, read by FFmpeg's demuxer and decoder."""
     cues = []
     with av.open(path) as container:
         stream = container.streams.subtitles[0]
@@ -34,7 +34,7 @@ def read_back(folder: Path, captions: list[dict]) -> tuple[list, list]:
     return parsed(folder / "captions.srt"), parsed(folder / "captions.vtt")
 
 
-def test_times_of_any_length():
+def test_clock_formats_and_rounds_times_of_any_length():
     assert clock(0) == "00:00:00.000"
     assert clock(3.2, 1) == "00:00:03.2"
     assert clock(3723.004, point=",") == "01:02:03,004"
@@ -44,11 +44,11 @@ def test_times_of_any_length():
         clock(-0.5)
 
 
-def test_what_is_read_is_what_was_said(tmp_path):
+def test_subtitles_are_read_back_as_written(tmp_path):
     captions = [
         caption(0, 1.25, "the agent went to the red ball"),
         caption(1.25, 59.9996, "Größe, 大きい, №"),
-        caption(60, 100 * HOUR, "7"),  # as the number of a cue
+        caption(60, 100 * HOUR, "7"),  # looks like the index of a cue
         caption(100 * HOUR, 123 * HOUR + 4.5, "NOTE nothing"),
     ]
     expected = [(each["start"], each["end"], each["text"]) for each in captions]
@@ -70,8 +70,8 @@ def test_what_is_read_is_what_was_said(tmp_path):
         ("2\n00:00:09,000 --> 00:00:10,000\nforged", None, None),
     ],
 )
-def test_no_text_breaks_out_of_its_cue(tmp_path, text, plain, alike):
-    """SubRip knows no escape: what would be markup is written in letters that look alike."""
+def test_subtitles_keep_every_text_inside_its_cue(tmp_path, text, plain, alike):
+    """SubRip has no escapes: similar characters replace markup."""
     captions = [caption(0, 1, text), caption(1, 2, "next")]
     from_srt, from_vtt = read_back(tmp_path, captions)
     for found in (from_srt, from_vtt):
@@ -83,15 +83,15 @@ def test_no_text_breaks_out_of_its_cue(tmp_path, text, plain, alike):
         assert content.count("-->") == 2
 
 
-def test_braces_are_no_commands(tmp_path):
+def test_srt_replaces_braces_that_players_read_as_commands(tmp_path):
     captions = [caption(0, 1, r"go {\an8}left")]
     from_srt, from_vtt = read_back(tmp_path, captions)
     assert from_srt[0][2] == r"go (\an8)left"
-    assert r"go {\an8}left" in vtt(captions)  # WebVTT has none; FFmpeg's ASS marks them its own way
+    assert r"go {\an8}left" in vtt(captions)  # WebVTT gives braces no meaning
     assert len(from_vtt) == 1
 
 
-def test_without_words_or_length(tmp_path):
+def test_subtitles_leave_out_empty_texts_and_lengthen_instants(tmp_path):
     captions = [
         caption(0, 1, " \n "),
         caption(1, 1, "an instant"),
