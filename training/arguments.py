@@ -129,7 +129,7 @@ class SourceArguments:
 
     def __post_init__(self):
         if (self.rows is None) == (self.dataset is None):
-            raise RecipeError("data.sources: each source needs either rows or dataset.")
+            raise RecipeError("data.sources: each source needs either rows or dataset, not both.")
         if not 0 < self.weight < math.inf:
             raise RecipeError(
                 f"data.sources: {self.name}: weight is {self.weight}; give more than 0."
@@ -165,7 +165,7 @@ class DataArguments:
     Attributes:
         sources: at least one.
         max_bad_share: training stops if more than this share of a source's rows is unusable. Rows
-            that are not streamed are checked before training, streamed ones as they are read.
+            that are read before training are checked then, others as they are read.
         decode_once: decode the media of sources that are not streamed before training, and store
             the frames in `cache_dir`. If false, `training.dataloader_num_workers` processes decode
             them during training.
