@@ -184,7 +184,7 @@ def test_session_uses_bounded_memory_for_an_hour():
         nonlocal most
         random = np.random.default_rng(0)
         for second in range(0, 3600, 2):
-            if second % 300 == 0:
+            if second % 304 == 0:  # every window of 8 s sees one still only
                 still = random.integers(0, 256, (36, 36, 3), np.uint8)
             frame = still.copy()
             alive.add(frame.view(Watched))
@@ -280,7 +280,8 @@ def test_session_stores_tokens_of_a_window_near_the_middle():
 @pytest.mark.parametrize("lengths", [[60, 8, 40], [20, 6, 6, 50]])
 def test_session_stores_tokens_of_the_segment_itself(lengths):
     """Also for a segment that is closed soon after it was opened."""
-    segmenter = quick(window=8, patience=4)
+    # torch 2.9 and 2.13 draw other weights from one seed; these thresholds part the stills with both.
+    segmenter = quick(window=8, patience=4, variance_threshold=0.01, drift_threshold=0.02)
     session = StreamSession(tiny_model(**TOWERS), PROCESSOR, segmenter=segmenter, batch_size=5)
     embedded = list(session.encoder.stream(cut(scenes(lengths)), 5))
     for window in embedded:
