@@ -1,4 +1,4 @@
-"""What several processes have to agree on: how many they are, and each other's embeddings."""
+"""Communication between processes: their number, and gathering of tensors."""
 
 import os
 
@@ -17,7 +17,10 @@ def rank() -> int:
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of every process in rank order: `(B, …)` to `(world x B, …)`, without gradient."""
+    """Gather the rows of every process in rank order: `(b, …)` to `(world x b, …)`.
+
+    The result has no gradient.
+    """
     if world_size() == 1:
         return tensor
     gathered = [torch.empty_like(tensor) for _ in range(world_size())]
@@ -26,24 +29,29 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean over processes, without gradient."""
+    """Return the mean over processes, without gradient."""
     return all_gather(tensor.detach()[None]).mean(dim=0)
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over processes, without gradient."""
+    """Return the sum over processes, without gradient."""
     return all_gather(tensor[None]).sum(dim=0)
 
 
 def all_logsumexp(columns_lse: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp `(B,)` over each process's rows to that over all rows, without gradient."""
+    """Combine the log-sum-exp `(B,)` over each process's rows into that over all rows.
+
+    The result has no gradient.
+    """
     return all_gather(columns_lse[None]).logsumexp(dim=0)
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """`all_gather` whose backward is its true adjoint: the sum over processes, then this one's
-    slice. To return only the local slice loses what the other processes' losses owe to this
-    one's rows; the loss would be right and the gradient wrong."""
+    """`all_gather` with the correct gradient: the sum over processes, then this process's slice.
+
+    A backward pass that returns the local slice alone would omit the gradients of the other
+    processes' losses at this process's rows. The loss would be correct and the gradient wrong.
+    """
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
@@ -57,24 +65,26 @@ class GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of every process, differentiable.
+    """Gather the rows of every process; the result has a gradient.
 
-    When the mean over processes of what each makes of the result is the global loss, and data
-    parallelism averages the gradients of the parameters, that average is the gradient of one
-    process that holds the whole batch, for the parameters behind the rows and for those, like
-    the temperature, that enter the loss directly.
+    Suppose that each process computes a loss from the gathered rows, that the mean of these losses
+    is the loss of the whole batch, and that data parallelism averages the parameters' gradients.
+    Then the average equals the gradient of one process with the whole batch. This holds for the
+    parameters that compute the rows, and for those, such as the temperature, that the loss reads
+    directly.
     """
     return tensor if world_size() == 1 else GatherWithGradient.apply(tensor)
 
 
 def check_world_size(found: int, expected: int | None) -> None:
-    """Stop when fewer or more processes run than the recipe or the command asked for.
+    """Raise `RecipeError` if the number of processes is not the one that was asked for.
 
-    Raises:
-        RecipeError: naming both numbers and the command that gives the wanted one.
+    Args:
+        found: processes that run.
+        expected: `training.world_size_expected`; `None` accepts any number.
     """
-    # `accelerate launch` on a CPU box starts one process whatever --num_processes says, and
-    # leaves this trace: the address of a meeting to which nobody else is invited.
+    # On a machine without GPUs, `accelerate launch` ignores --num_processes and starts one
+    # process. It sets MASTER_ADDR for several processes, but not WORLD_SIZE.
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION") is not None
     if launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise RecipeError(

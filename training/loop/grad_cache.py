@@ -1,14 +1,15 @@
-"""GradCache: a batch of any size on the memory of a part of it (Gao et al. 2021, arXiv 2101.06983).
+"""GradCache: a batch of any size in the memory of a part of it (Gao et al. 2021, arXiv 2101.06983).
 
-1. embed    every part without a graph, and remember the random state it began with
-2. loss     of all embeddings together; its gradient ends at them
-3. embed    every part again, from the same random state, and hand each its gradient
+1. Embed every part without a graph; store the random state at its start.
+2. Compute the loss of all embeddings together, and its gradient at the embeddings.
+3. Embed every part again, with a graph and the same random state; backpropagate its share of that
+   gradient.
 
-Loss and gradient are those of the whole batch at once. Gradient accumulation is another thing:
-it averages the losses of small batches, and adds no negatives.
+Loss and gradient are those of the whole batch at once. Gradient accumulation differs: it averages
+the losses of small batches, and adds no negatives.
 
-A frozen X-Encoder says the same thing twice, so its visual tokens are kept instead: they wait
-where the pixels of their part have waited, which on a GPU is the memory of the machine.
+A frozen X-Encoder computes the same visual tokens in both passes, so step 3 reuses those of step 1.
+Until then they are stored in place of the pixels of their part: on a GPU, in the machine's memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,12 +28,15 @@ Batch = dict[str, torch.Tensor]  # arguments of the model's `forward`, without `
 
 
 def trim(part: Batch, prefix: str) -> None:
-    """Take away the last columns of `(b, L)` tokens if they are padding in every row of this part,
-    and a mask of ones only: nobody pays for the longest text of another part."""
+    """Remove from `(b, L)` tokens the last columns that are padding in every row of this part.
+
+    Also remove a mask that is all ones, which lets the encoders skip masking. A part then costs
+    what its own longest text costs, not the longest text of the batch.
+    """
     ids, mask = f"{prefix}input_ids", f"{prefix}attention_mask"
     if mask not in part:
         return
-    columns = part[mask].any(dim=0).nonzero()  # that hold a token; none where all texts are empty
+    columns = part[mask].any(dim=0).nonzero()  # columns with a token; empty if all texts are
     length = int(columns.max()) + 1 if len(columns) else 0
     part[ids], part[mask] = part[ids][:, :length], part[mask][:, :length]
     if part[mask].all():
@@ -40,20 +44,21 @@ def trim(part: Batch, prefix: str) -> None:
 
 
 def split(batch: Batch, rows: int) -> list[Batch]:
-    """A batch in parts of at most so many rows, each with an equal share of the distinct texts.
+    """Split a batch into parts of at most `rows` rows, each with an equal share of distinct texts.
 
-    Every part holds a text, though the last ones may hold some a second time: sharded data
-    parallelism needs every box in every part of every process.
+    Every part gets at least one text: sharded data parallelism runs every module in every part of
+    every process. If the texts do not divide evenly, the last parts repeat the first texts.
     """
     size = len(next(value for name, value in batch.items() if name not in TEXTS))
     count = -(-size // rows)  # parts
     texts = len(next(value for name, value in batch.items() if name in TEXTS))
-    places = torch.arange(-(-texts // count) * count) % texts
+    # Rounded up to a multiple of `count`; the modulo repeats texts from the start.
+    indices = torch.arange(-(-texts // count) * count) % texts
     parts = []
-    for part, some in zip(range(0, size, rows), places.chunk(count), strict=True):
+    for start, chunk in zip(range(0, size, rows), indices.chunk(count), strict=True):
         parts.append(
             {
-                name: value[some] if name in TEXTS else value[part : part + rows]
+                name: value[chunk] if name in TEXTS else value[start : start + rows]
                 for name, value in batch.items()
             }
         )
@@ -63,17 +68,21 @@ def split(batch: Batch, rows: int) -> list[Batch]:
 
 
 def frozen_vision(model: nn.Module) -> nn.Module | None:
-    """The X-Encoder, whatever is wrapped around it, if its tokens are the same at every pass:
-    nothing in it trains or draws random numbers."""
-    box = next(
+    """Return the X-Encoder if its tokens are equal in every pass, else `None`.
+
+    They are equal if none of its parameters trains and it is in evaluation mode, where it draws no
+    random numbers.
+    """
+    # By name, because data parallelism or adapters may wrap the model.
+    encoder = next(
         module for name, module in model.named_modules() if name.split(".")[-1] == "x_encoder"
     )
-    trains = any(parameter.requires_grad for parameter in box.parameters())
-    return None if trains or box.training else box
+    trains = any(parameter.requires_grad for parameter in encoder.parameters())
+    return None if trains or encoder.training else encoder
 
 
 class RandomState:
-    """The state of the CPU's generator and of the devices that hold these tensors."""
+    """State of the random generators of the CPU and of these tensors' devices."""
 
     def __init__(self, batch: Batch):
         self.cpu = torch.get_rng_state()
@@ -81,7 +90,7 @@ class RandomState:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Draw what was drawn then; afterwards go on as if nothing had been drawn."""
+        """Draw the same random numbers again; restore the current state afterwards."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu)
             set_device_states(self.devices, self.states)
@@ -89,17 +98,19 @@ class RandomState:
 
 
 def inner(value: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-    """What has this gradient at `value`; of the two, the longer one's last rows are left out.
+    """Return the scalar whose gradient at `value` is `gradient`: their inner product.
 
-    `None` is the gradient of what the objective does not read.
+    Rows that only one of the two has are ignored. A `gradient` of `None` counts as zero: the
+    objective ignores that value.
     """
+    # Zero times the value, not a constant: data parallelism needs every output in the graph.
     if gradient is None:
         return (0 * value).sum()
     rows = min(len(value), len(gradient))
     return (value[:rows] * gradient[:rows]).sum()
 
 
-def as_it_is(part: Batch) -> Batch:
+def unchanged(part: Batch) -> Batch:
     return part
 
 
@@ -110,18 +121,18 @@ def cached_step(
     loss_of: Callable[[Embeds], torch.Tensor],
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
-    make_ready: Callable[[Batch], Batch] = as_it_is,
+    make_ready: Callable[[Batch], Batch] = unchanged,
 ) -> torch.Tensor:
     """Accumulate the gradient of a whole batch in the model's parameters; return the loss `()`.
 
     Args:
-        model: a [`VLJEPAModel`], or what data parallelism made of it.
-        batch: what `make_ready` makes the arguments of its `forward` from, a part at a time.
-        rows: of one part.
+        model: a [`VLJEPAModel`], which data parallelism or adapters may wrap.
+        batch: inputs of `make_ready`, which receives them part by part.
+        rows: rows of one part.
         loss_of: the objective.
-        backward: of the training framework.
-        no_sync: keeps data parallelism from exchanging gradients before the last part.
-        make_ready: moves a part to the device and finishes it there.
+        backward: the training framework's backward function.
+        no_sync: context in which data parallelism does not exchange gradients.
+        make_ready: moves a part to the device and converts it to arguments of `model.forward`.
     """
     parts = split(batch, rows)
     vision = frozen_vision(model)
@@ -137,10 +148,10 @@ def cached_step(
             targets.append(output.target_embeds)
             pixels = next((name for name in PIXELS if name in part), None)
             if vision is not None and pixels is not None:
-                place = part.pop(pixels).device
-                # In the type of the encoder's weights: data parallelism hands out fp32, and
-                # autocast rounds it in the Predictor's first layer anyhow.
-                tokens = output.visual_embeds.to(place, next(vision.parameters()).dtype)
+                device = part.pop(pixels).device
+                # In the dtype of the encoder's weights: data parallelism converts outputs to fp32,
+                # and in the Predictor's first layer autocast rounds them to bf16 again.
+                tokens = output.visual_embeds.to(device, next(vision.parameters()).dtype)
                 part["visual_embeds"] = tokens
     texts = next(len(value) for name, value in batch.items() if name in TEXTS)
     bias = output.logit_bias
@@ -148,32 +159,33 @@ def cached_step(
         predicted_embeds=torch.cat(predicted),  # (b, D)
         distinct_target_embeds=torch.cat(targets)[:texts],  # (U, D)
         logit_scale=output.logit_scale.detach(),  # (1,)
-        logit_bias=None if bias is None else bias.detach(),  # not the parameter itself
+        logit_bias=None if bias is None else bias.detach(),  # the output is the parameter itself
     )
-    del ready, output, predicted, targets  # the last part's pixels and tokens among them
+    # Also frees the last part's pixels and tokens on the device.
+    del ready, output, predicted, targets
 
     # 2. Loss, and its gradient at the embeddings
     leaves = [leaf.requires_grad_() for leaf in vars(embeds).values() if leaf is not None]
     loss = loss_of(embeds)
     loss.backward(inputs=leaves)
     gradient = Embeds(*(None if leaf is None else leaf.grad for leaf in vars(embeds).values()))
-    loss = loss.detach()  # its graph would keep the embeddings
+    loss = loss.detach()  # its graph would keep the embeddings in memory
     del embeds, leaves
 
-    # 3. Embeddings again, with a graph, to which the gradient is handed
-    some_texts = -(-texts // len(states))
-    for number, state in enumerate(states):
-        is_last = number == len(states) - 1
+    # 3. Embeddings again, with a graph; backpropagate the gradient through it
+    texts_per_part = -(-texts // len(states))
+    for index, state in enumerate(states):
+        is_last = index == len(states) - 1
         with state.again(), nullcontext() if is_last else no_sync():
             output = model(**make_ready(parts.pop(0)))
-            handed = inner(output.predicted_embeds, gradient.predicted_embeds[number * rows :])
-            handed += inner(
-                output.target_embeds, gradient.distinct_target_embeds[number * some_texts :]
-            )
-            if is_last:  # all parts have the temperature in their graph; one hands its gradient on
-                handed += inner(output.logit_scale, gradient.logit_scale)
-                handed += 0 if bias is None else inner(output.logit_bias, gradient.logit_bias)
-            backward(handed)
+            # `inner` ignores the rows after this part's, and texts that a part has repeated.
+            first_text = index * texts_per_part
+            surrogate = inner(output.predicted_embeds, gradient.predicted_embeds[index * rows :])
+            surrogate += inner(output.target_embeds, gradient.distinct_target_embeds[first_text:])
+            if is_last:  # the temperature is in every part's graph, but its gradient counts once
+                surrogate += inner(output.logit_scale, gradient.logit_scale)
+                surrogate += 0 if bias is None else inner(output.logit_bias, gradient.logit_bias)
+            backward(surrogate)
     return loss
 
 

@@ -1,7 +1,7 @@
-"""What is minimised: the recipe's objective over the rows of all processes.
+"""The recipe's objective over the rows of all processes: a loss and regularizers.
 
-Shapes: b rows of this process, B of all, U distinct texts of this process, n hard negatives of a
-row, K of all rows, D embedding size.
+Shapes: b rows of this process, B rows of all processes, U distinct texts of this process, n hard
+negatives of a row, K hard negatives of all rows, D embedding size, S directions of SIGReg.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from training.model.adapters import any_trains
 
 @dataclass
 class Embeds:
-    """What the objective is a function of.
+    """Inputs of the objective that have a gradient.
 
     Attributes:
         predicted_embeds (`torch.FloatTensor` of shape `(b, D)`): Ŝ_Y.
         distinct_target_embeds (`torch.FloatTensor` of shape `(U, D)`): S_Y of every distinct text
-            of this process's rows, their hard negatives among them; `Ids` says whose is which.
-        logit_scale (`torch.FloatTensor` of shape `(1,)`)
-        logit_bias (`torch.FloatTensor` of shape `(1,)`, *optional*): of the sigmoid loss.
+            of this process's rows, their hard negatives included. `Ids` assigns them to rows.
+        logit_scale (`torch.FloatTensor` of shape `(1,)`): the inverse temperature.
+        logit_bias (`torch.FloatTensor` of shape `(1,)`, *optional*): the sigmoid loss's bias.
     """
 
     predicted_embeds: torch.Tensor
@@ -35,16 +35,16 @@ class Embeds:
 
 @dataclass
 class Ids:
-    """Which text is whose, as the collator says it.
+    """Assignment of texts to rows, from the collator.
 
     Attributes:
         target_index (`torch.LongTensor` of shape `(b,)`): each row's target among the texts.
-        target_ids (`torch.LongTensor` of shape `(b,)`): equal for equal texts, everywhere.
+        target_ids (`torch.LongTensor` of shape `(b,)`): equal for equal texts, in all processes.
         group_ids (`torch.LongTensor` of shape `(b,)`): equal for interchangeable targets.
         negative_index (`torch.LongTensor` of shape `(b, n)`, *optional*): each row's hard
             negatives among the texts.
-        negative_ids (`torch.LongTensor` of shape `(b, n)`, *optional*): of their texts; -1 where
-            a row has fewer than n.
+        negative_ids (`torch.LongTensor` of shape `(b, n)`, *optional*): their text ids; -1 for
+            padding in rows with fewer than n.
     """
 
     target_index: torch.Tensor
@@ -56,14 +56,14 @@ class Ids:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Embeddings to a loss whose mean over processes is the loss of the whole batch.
+    """A loss whose mean over processes is the loss of the whole batch.
 
     Attributes:
-        name: "info_nce", "sigmoid", "cosine", "l1" or "l2"; see `modeling_vljepa/losses.py`.
-        as_positives: whether interchangeable rows attract each other, or are only left out.
-        sigreg_weight, variance_weight, covariance_weight: of the terms that keep the embeddings
-            of both sides apart without negatives.
-        num_directions: of SIGReg's sketch.
+        name: a key of `LOSSES` in `modeling_vljepa/losses.py`.
+        as_positives: interchangeable rows attract each other. If false, their pairs are left out.
+        sigreg_weight, variance_weight, covariance_weight: weights of the regularizers, which keep
+            the embeddings of both sides apart without negatives.
+        num_directions: number of random directions of SIGReg.
     """
 
     name: str = "info_nce"
@@ -76,10 +76,10 @@ class Objective:
     def __call__(
         self, embeds: Embeds, ids: Ids, seed: int = 0
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss `()`, and its parts by name; only the loss is differentiated.
+        """Return the loss `()` and its parts by name; only the loss is differentiable.
 
         Args:
-            seed: of SIGReg's directions; the same in every process, another at every step.
+            seed: seed of SIGReg's directions: equal in all processes, different at every step.
         """
         loss, parts = self.contrast(embeds, ids)
         parts |= {"logit_scale": embeds.logit_scale.mean()}
@@ -87,13 +87,13 @@ class Objective:
             ("predicted", embeds.predicted_embeds),
             ("target", embeds.distinct_target_embeds),
         ):
-            parts[f"{side}_spread"] = spread(rows)
+            parts[f"{side}_spread"] = embedding_variance(rows)
         return loss + self.regularize(embeds, ids, seed, parts), parts
 
     def contrast(self, embeds: Embeds, ids: Ids) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss `()` of this process's rows, and its parts by name.
+        """Return the loss `()` of this process's rows and its parts by name.
 
-        The entry in `LOSSES` states which arguments the function takes.
+        The entry in `LOSSES` states the arguments that the function needs.
         """
         loss = LOSSES[self.name]
         targets = embeds.distinct_target_embeds[ids.target_index]  # (b, D)
@@ -102,6 +102,7 @@ class Objective:
             arguments["target_ids"] = all_gather(ids.target_ids)  # (B,)
             arguments["group_ids"] = all_gather(ids.group_ids)  # (B,)
             arguments["as_positives"] = self.as_positives
+            # Gathered rows are in rank order, so this process's own targets start here.
             arguments["first_row"] = rank() * len(targets)
             targets = gather_with_gradient(targets)  # (B, D)
         if loss.needs_scale:
@@ -124,10 +125,14 @@ class Objective:
     def regularize(
         self, embeds: Embeds, ids: Ids, seed: int, parts: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """The weighted terms over both sides' rows of all processes, added to `parts` as well."""
+        """Return the weighted sum `()` of the regularizers, and add each to `parts`.
+
+        Each regularizer reads the rows of all processes, on both sides.
+        """
         total = embeds.predicted_embeds.new_zeros(())
         if not (self.sigreg_weight or self.variance_weight or self.covariance_weight):
             return total
+        # On the CPU, so that one seed gives the same directions on every device.
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(
             embeds.predicted_embeds.shape[1], self.num_directions, generator=generator
@@ -150,19 +155,22 @@ class Objective:
 
 
 @torch.no_grad()
-def spread(embeds: torch.Tensor) -> torch.Tensor:
-    """Variance `()` of unit vectors `(B, D)` around their centre: 0 when all are one point, and 1
-    when they are spread over the sphere."""
+def embedding_variance(embeds: torch.Tensor) -> torch.Tensor:
+    """Return the variance `()` of unit vectors `(B, D)` around their mean.
+
+    It is 0 if all vectors are equal, and 1 if they cover the sphere evenly.
+    """
+    # The mean of |x - m|^2 is the mean of |x|^2, which is 1, minus |m|^2.
     return 1 - embeds.mean(dim=0).square().sum()
 
 
 def check_objective(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
-    """Reject an objective this model cannot use; freeze the parameters the objective ignores.
+    """Reject an objective that this model cannot use; freeze the parameters that it ignores.
 
     Raises:
-        RecipeError: a loss without negatives would pull all embeddings into one point, because
-            the side of the targets trains (paper section 4.6, 7c); or the loss needs a logit bias
-            and the model has none.
+        RecipeError: the loss has no negatives and the target side trains, so all embeddings would
+            become one point (paper section 4.6, 7c); or the loss needs a logit bias and the model
+            has none.
     """
     loss = LOSSES[args.objective]
     name = f"training.objective: {args.objective!r}"
@@ -170,9 +178,9 @@ def check_objective(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
     moves = [name for name in ("y_encoder", "y_head") if any_trains(getattr(model, name))]
     if not loss.needs_negatives and moves and not kept_apart:
         raise RecipeError(
-            f"{name} has no negatives, and the targets' {moves[0]} trains: everything would "
-            "become one point. Set model.config.freeze_text to true and project_target to false, "
-            "or give training.sigreg_weight or training.variance_weight."
+            f"{name} has no negatives, and the targets' {moves[0]} trains, so all embeddings "
+            "would become one point. Set model.config.freeze_text to true and project_target to "
+            "false, or give training.sigreg_weight or training.variance_weight."
         )
     if loss.needs_bias and model.logit_bias is None:
         raise RecipeError(f"{name} learns a bias: set model.config.logit_bias_init_value (-10).")
@@ -182,7 +190,7 @@ def check_objective(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
 def freeze_ignored(model: VLJEPAModel, loss: Loss) -> None:
     """Freeze the temperature and the bias if the loss ignores them.
 
-    Data-parallel training waits for the gradient of every parameter that trains.
+    Otherwise data-parallel training would wait for gradients that never arrive.
     """
     if not loss.needs_scale:
         model.logit_scale.requires_grad_(False)

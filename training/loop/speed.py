@@ -1,4 +1,4 @@
-"""How fast and in how much memory a model trains: the numbers beside the loss in the log."""
+"""Speed and memory of training, as reported in the log."""
 
 import resource
 import sys
@@ -15,21 +15,21 @@ PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished all submitted work."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held: of the accelerator's memory, or of the machine's."""
+    """Return this process's peak memory in bytes: GPU memory, or resident memory without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held if sys.platform == "darwin" else held * 1024  # bytes there, KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
 def reachable_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product: the best of ten."""
+    """Measure the operations per second of a large matrix product; return the best of ten."""
     size = 1024 if device.type == "cpu" else 8192
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     best = float("inf")
@@ -42,39 +42,41 @@ def reachable_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def forward_flops(box: nn.Module, sequences: int, length: int, attention_width: int) -> int:
-    """Operations of a transformer on so many sequences of one length.
+def forward_flops(module: nn.Module, sequences: int, length: int, attention_width: int) -> int:
+    """Count the operations of a transformer on `sequences` sequences of `length` tokens.
 
     Every weight of a matrix product is used once for each token, and attention multiplies each
-    pair of tokens twice; the rest does not count (Chowdhery et al. 2022, appendix B).
+    pair of tokens twice; all other operations are ignored (Chowdhery et al. 2022, appendix B).
     """
-    weights = sum(m.weight.numel() for m in box.modules() if isinstance(m, PRODUCTS))
-    layers = box.backbone.config.num_hidden_layers
+    weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, PRODUCTS))
+    layers = module.backbone.config.num_hidden_layers
     return 2 * sequences * length * (weights + 2 * layers * length * attention_width)
 
 
-def passes(box: nn.Module, through: bool = False) -> float:
-    """One for forward; where a gradient goes through, one for it and one to the trained weights.
+def passes(module: nn.Module, through: bool = False) -> float:
+    """Return the cost of a step in forward passes of the module.
 
-    It goes through a box that is trained, and through one that stands before another.
+    The forward pass costs 1. The gradient of the activations costs 1 if any weight trains or the
+    gradient passes `through` to an earlier module. The gradient of the weights costs the share of
+    weights that train.
     """
-    weights = [m.weight for m in box.modules() if isinstance(m, PRODUCTS)]
+    weights = [m.weight for m in module.modules() if isinstance(m, PRODUCTS)]
     trained = sum(w.numel() for w in weights if w.requires_grad)
     return 1 + (through or trained > 0) + trained / sum(w.numel() for w in weights)
 
 
 def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
-    """Operations of a step on these inputs, forward and backward, that the model asks for.
+    """Count the operations of a step on these inputs, forward and backward, for the MFU.
 
-    What is computed twice to save memory counts once, so that the rate made of this is a model's
-    (MFU), not a machine's. Padding counts: the machine does not skip it. Class and register
-    tokens of an image tower do not.
+    Operations repeated to save memory count once: MFU measures the model's work, not the
+    machine's. Padding counts, because the machine does not skip it. Class and register tokens of
+    an image tower do not count.
     """
     total = 0
     if "visual_embeds" in inputs:
         rows, tokens = inputs["visual_embeds"].shape[:2]
     else:
-        # The collator's uint8 frames have the shape of the pixels that are made of them.
+        # The collator's uint8 frames have the shape of the pixel values computed from them.
         clips = inputs["frames"] if "frames" in inputs else inputs["pixel_values_videos"]
         rows, frames, _, height, width = clips.shape
         vision = model.x_encoder.backbone.config
@@ -91,6 +93,7 @@ def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
     llama = model.predictor.backbone.config
     width = llama.num_attention_heads * llama.head_dim
     flops = forward_flops(model.predictor, rows, tokens + queries, width)
+    # The gradient passes through frozen Predictor layers as well, to the visual projection.
     total += flops * passes(model.predictor, through=True)
 
     if "target_input_ids" in inputs:
