@@ -237,6 +237,7 @@ class FrameStream:
 
     @property
     def name(self) -> str:
+        """Name of the source for messages, without a password."""
         if self.is_camera:
             return f"camera {self.source}"
         if isinstance(self.source, str | os.PathLike):
@@ -351,7 +352,7 @@ class FrameStream:
             for last, picture in self.in_order(self.decode(container, stream), period):
                 yield last, picture
             total = (container.duration or 0) / 1e6  # in microseconds (AV_TIME_BASE)
-            # Headers can be a frame or two off; more than that is missing.
+            # Headers can be wrong by a few frames; beyond that, the end is missing.
             if self.report.ended is None and last + 2 * period + LEAP_SECONDS < total:
                 self.end(f"ends early, after {last:g} of {total:g} seconds")
 
