@@ -280,7 +280,7 @@ def test_session_stores_tokens_of_a_window_near_the_middle():
 @pytest.mark.parametrize("lengths", [[60, 8, 40], [20, 6, 6, 50]])
 def test_session_stores_tokens_of_the_segment_itself(lengths):
     """Also for a segment that is closed soon after it was opened."""
-    # torch 2.9 and 2.13 draw other weights from one seed; these thresholds part the stills with both.
+    # torch 2.9 and 2.13 draw different weights from one seed; these thresholds suit both.
     segmenter = quick(window=8, patience=4, variance_threshold=0.01, drift_threshold=0.02)
     session = StreamSession(tiny_model(**TOWERS), PROCESSOR, segmenter=segmenter, batch_size=5)
     embedded = list(session.encoder.stream(cut(scenes(lengths)), 5))
