@@ -1,4 +1,4 @@
-"""Small stand-ins for the parts that real models download, and makers of rows and media."""
+"""Tiny models, tokenizers, rows and media, in place of downloaded ones."""
 
 import json
 import os
@@ -64,7 +64,7 @@ BERT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-# An image transformer, of any kind that has patches.
+# An image tower; tests add the `model_type` of a transformer with patches.
 TOWER = {
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -74,7 +74,7 @@ TOWER = {
     "patch_size": 16,
 }
 
-# A Y-Decoder that writes in the tokens of `tiny_tokenizer()`.
+# A Y-Decoder whose tokens are those of `tiny_tokenizer()`.
 DECODER = {
     **SUB_CONFIGS["predictor_config"],
     "bos_token_id": 1,
@@ -99,10 +99,10 @@ def tiny_tokenizer(
     max_length: int = 512,
     padding_side: str = "right",
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`; it can encode any string.
+    """Train a byte-level BPE tokenizer on `texts`; it can encode any string.
 
-    The ids of `<pad>`, `<bos>`, `<eos>` are 0, 1, 2. `bos` and `eos` say whether they are
-    added to a text. `vocab_size` is an upper bound; 259 are the least.
+    The ids of `<pad>`, `<bos>`, `<eos>` are 0, 1, 2. `bos` and `eos` add these tokens to every
+    text. `vocab_size` is an upper bound of at least 259.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -129,38 +129,39 @@ def tiny_tokenizer(
 
 
 def tiny_settings(**changes: object) -> dict:
-    """What `VLJEPAConfig` is made of, as a recipe would say it.
+    """Return the arguments of `VLJEPAConfig`, as in a recipe.
 
-    A dictionary for a sub-network changes its tiny one, or replaces it where it says a
-    `model_type`.
+    A dictionary for a sub-network changes the tiny one, or replaces it if it has a `model_type`.
     """
     settings = {"embedding_dim": 24, **SUB_CONFIGS, **changes}
-    for box, tiny in SUB_CONFIGS.items():
-        if "model_type" not in settings[box]:
-            settings[box] = tiny | settings[box]
+    for name, tiny in SUB_CONFIGS.items():
+        if "model_type" not in settings[name]:
+            settings[name] = tiny | settings[name]
     return settings
 
 
 def tiny_config(**changes: object) -> VLJEPAConfig:
-    """The three sub-networks with two layers each; `changes` as in `tiny_settings`."""
+    """Return a configuration with three sub-networks of two layers; `changes` as in
+    `tiny_settings`."""
     return VLJEPAConfig(**tiny_settings(**changes))
 
 
 def tiny_model(seed: int = 0, **changes: object) -> VLJEPAModel:
-    """A random `tiny_config` model in evaluation mode, as `from_pretrained` would hand it out."""
+    """Build a random `tiny_config` model in evaluation mode, as `from_pretrained` returns one."""
     torch.manual_seed(seed)
     return VLJEPAModel(tiny_config(**changes)).eval()
 
 
 def tiny_writer(seed: int = 0, **changes: object) -> VLJEPAForConditionalGeneration:
-    """A random `tiny_config` model with a random `DECODER`, in evaluation mode."""
+    """Build a random `tiny_config` model with a random `DECODER`, in evaluation mode."""
     torch.manual_seed(seed)
     config = tiny_config(**{"decoder_config": DECODER, **changes})
     return VLJEPAForConditionalGeneration(config).eval()
 
 
 def tiny_processor(num_frames: int = 4) -> VLJEPAProcessor:
-    """Crops of 32 pixels, and two tokenizers that disagree about every text."""
+    """Return a processor with crops of 32 pixels and two tokenizers that encode every text
+    differently."""
     return VLJEPAProcessor(
         VLJEPAVideoProcessor(crop_size=32, num_frames=num_frames),
         tiny_tokenizer(),
@@ -169,7 +170,7 @@ def tiny_processor(num_frames: int = 4) -> VLJEPAProcessor:
 
 
 def tiny_batch(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Three samples for a `tiny_model`: clips of four frames, queries and targets with padding."""
+    """Return three samples for a `tiny_model`: clips of four frames, padded queries and targets."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "pixel_values_videos": torch.randn(3, 4, 3, 32, 32, generator=generator),
@@ -181,7 +182,7 @@ def tiny_batch(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def noise(*shape: int) -> np.ndarray:
-    """uint8 pixels, the same on every call."""
+    """Return random uint8 pixels, equal on every call."""
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
@@ -196,7 +197,7 @@ def write_clip(path: Path, frames: np.ndarray, rotation: int = 0, **options: str
         stream = container.add_stream("libx264", rate=10)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p"
-        stream.options = {"crf": "1"}  # near lossless, with reordered frames
+        stream.options = {"crf": "1"}  # nearly lossless; B-frames reorder the packets
         if rotation:
             stream.set_display_rotation(rotation)
         for frame in frames:
@@ -206,7 +207,7 @@ def write_clip(path: Path, frames: np.ndarray, rotation: int = 0, **options: str
 
 
 def tiny_rows(folder: Path) -> Path:
-    """Two images and two clips, no two of one size, and a JSONL file with a row about each."""
+    """Write two images and two clips of different sizes, and a JSONL file with a row for each."""
     Image.fromarray(noise(40, 60, 3)).save(folder / "wide.png")
     Image.fromarray(255 - noise(70, 50, 3)).save(folder / "tall.jpg")
     write_clip(folder / "wide.mp4", noise(6, 48, 64, 3))
@@ -221,7 +222,7 @@ def tiny_rows(folder: Path) -> Path:
 
 
 def tiny_recipe(rows: Path, **training: object) -> Path:
-    """A recipe for a `tiny_config` model on `rows`, written beside them: fp32, on the CPU."""
+    """Write a recipe for a `tiny_config` model next to its `rows`: fp32, on the CPU."""
     recipe = {
         "model": {"vocab_size": 300, "config": tiny_settings()},
         "processor": {"image_size": 32, "num_frames": 4},
@@ -248,7 +249,7 @@ def tiny_recipe(rows: Path, **training: object) -> Path:
 
 
 def run_elsewhere(script: str, folder: Path) -> str:
-    """What a Python process prints that runs in `folder`, offline, without this repository."""
+    """Run Python in `folder`, offline and without this repository; return the printed text."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     environment.pop("PYTHONPATH", None)
     run = subprocess.run(

@@ -1,7 +1,7 @@
-"""transformers' own tests of every model, on this one.
+"""transformers' own common model tests, run on VLJEPAModel.
 
-They come from its source distribution, of the version that is installed; `make env` fetches them
-(`python -m tests.fetch_common`), and nothing of them is kept in this repository.
+They come from the source distribution of the installed version. `make env` fetches them
+(`python -m tests.fetch_common`); this repository holds no copy.
 """
 
 import importlib
@@ -17,18 +17,19 @@ from tests.fetch_common import FOLDER
 from tests.tiny import tiny_batch, tiny_config
 
 pytestmark = pytest.mark.slow  # half a minute
-os.environ["RUN_SLOW"] = "1"  # of theirs as well: what is still skipped needs other hardware
+os.environ["RUN_SLOW"] = "1"  # run their slow tests too; tests still skipped need other hardware
 
 if not FOLDER.is_dir():
     pytest.skip(
-        "transformers' own tests are not here: `make env` or `python -m tests.fetch_common` "
-        "fetches them",
+        "transformers' own tests are missing: fetch them with `make env` or "
+        "`python -m tests.fetch_common`",
         allow_module_level=True,
     )
 
 
 def upstream(module: str):
-    """A module of transformers' test suite, which calls itself `tests` as this one does."""
+    """Import a module of transformers' test suite, a package named `tests` like this one."""
+    # The import needs the name, so this suite's modules give it up until the import is done.
     own = {
         name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "tests"
     }
@@ -45,7 +46,7 @@ ConfigTester = upstream("test_configuration_common").ConfigTester
 
 
 class Tester:
-    """What the mixin asks a model's tester for."""
+    """The attributes and methods that `ModelTesterMixin` reads."""
 
     is_training = True
     batch_size = 3
@@ -55,7 +56,7 @@ class Tester:
     num_attention_heads = 4
 
     def get_config(self):
-        return tiny_config(freeze_vision=False)  # or its layers would record no graph
+        return tiny_config(freeze_vision=False)  # a frozen X-Encoder would record no graph
 
     def prepare_config_and_inputs_for_common(self):
         return self.get_config(), {**tiny_batch(), "return_loss": True}
@@ -87,7 +88,8 @@ class VLJEPAModelTest(ModelTesterMixin, unittest.TestCase):
         return config, {"pixel_values": batch["pixel_values_videos"][:, 0]}
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
-        """Some tests give a mask and the main input only, but the mask is the query's."""
+        """Add query tokens to inputs with a mask: some tests give the main input and a mask only,
+        but the mask belongs to the query."""
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
         mask = inputs.get("attention_mask")
         if mask is not None and "input_ids" not in inputs:

@@ -1,4 +1,4 @@
-"""From states to unit vectors: the mean is over real tokens, whatever stands in the others."""
+"""The embedding head: the mean over real tokens only, and unit vectors."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def head() -> EmbeddingHead:
     return EmbeddingHead(8, 6)
 
 
-def test_the_mean_equals_the_loop(states):
+def test_masked_mean_equals_the_loop(states):
     expected = np.zeros((3, 8))
     for row in range(3):
         real = [token for token in range(5) if MASK[row, token]]
@@ -32,7 +32,7 @@ def test_the_mean_equals_the_loop(states):
     assert not torch.allclose(mean, states.mean(1), atol=0.1)
 
 
-def test_the_result_is_the_projection_on_the_sphere(states, head):
+def test_embedding_head_returns_the_normalized_projection(states, head):
     embeds = head(masked_mean(states, MASK))
     weight, bias = head.projection.weight.detach().numpy(), head.projection.bias.detach().numpy()
     expected = masked_mean(states, MASK).numpy() @ weight.T + bias
@@ -41,18 +41,18 @@ def test_the_result_is_the_projection_on_the_sphere(states, head):
     torch.testing.assert_close(embeds.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
 
 
-def test_padding_changes_nothing(states, head):
-    """A pool that forgets the mask, or takes the last token, would depend on the batch."""
+def test_embedding_head_ignores_padding(states, head):
+    """A pool that ignores the mask, or takes the last token, would depend on the batch."""
     padded = torch.cat([states, torch.full((3, 4, 8), 50.0)], dim=1)
     mask = torch.cat([MASK, torch.zeros(3, 4, dtype=torch.long)], dim=1)
     expected = head(masked_mean(states, MASK))
     torch.testing.assert_close(head(masked_mean(padded, mask)), expected, rtol=0, atol=1e-6)
-    # Positive control: read as real tokens, they do change it.
+    # Positive control: read as real tokens, the padding changes the result.
     moved = head(masked_mean(padded, torch.ones_like(mask))) - expected
     assert moved.abs().amax(dim=1).min() > 0.1
 
 
-def test_a_row_without_a_real_token_has_the_zero_mean(states, head):
+def test_masked_mean_of_a_row_without_real_tokens_is_zero(states, head):
     mask = MASK.clone()
     mask[1] = 0
     assert (masked_mean(states, mask)[1] == 0).all()
@@ -64,7 +64,7 @@ def test_a_row_without_a_real_token_has_the_zero_mean(states, head):
     assert (states.grad[1] == 0).all()
 
 
-def test_bf16_autocast_does_not_reach_the_head(states, head):
+def test_embedding_head_disables_bf16_autocast(states, head):
     pooled = masked_mean(states, MASK)
     expected = head(pooled)
     with torch.autocast("cpu", torch.bfloat16):
@@ -74,11 +74,11 @@ def test_bf16_autocast_does_not_reach_the_head(states, head):
     assert embeds.dtype == rounded.dtype == torch.float32
     torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(rounded, expected, rtol=0, atol=0.01)
-    # A head stored in bf16 hands out fp32 as well.
+    # A head stored in bf16 returns fp32 too.
     assert head.bfloat16()(pooled).dtype == torch.float32
 
 
-def test_truncated_embeddings_are_the_first_dimensions_on_the_sphere(states, head):
+def test_embedding_head_normalizes_truncated_embeddings(states, head):
     pooled = masked_mean(states, MASK)
     expected = torch.nn.functional.normalize(head.projection(pooled)[:, :4], dim=1)
     torch.testing.assert_close(head(pooled, 4), expected, rtol=0, atol=1e-6)
@@ -88,7 +88,7 @@ def test_truncated_embeddings_are_the_first_dimensions_on_the_sphere(states, hea
             head(pooled, wrong)
 
 
-def test_without_a_projection_the_space_is_the_encoders_own(states):
+def test_embedding_head_without_projection_keeps_the_encoders_space(states):
     pooled = masked_mean(states, MASK)
     head = EmbeddingHead(8, 8, project=False)
     assert list(head.parameters()) == []

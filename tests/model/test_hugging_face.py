@@ -1,4 +1,4 @@
-"""What a user of transformers and peft expects of a model: each switch does what it says."""
+"""The model with the features of transformers and peft: each option has its documented effect."""
 
 import copy
 from pathlib import Path
@@ -46,15 +46,15 @@ def assert_same(model: VLJEPAModel, expected: VLJEPAModel, atol: float = 1e-6) -
 # -- memory, kernels, precision, placement -------------------------------------------------
 
 
-def test_gradient_checkpointing_changes_nothing_and_reaches_every_box():
+def test_gradient_checkpointing_covers_every_module_and_keeps_the_gradient():
     results = []
     for checkpointing in (False, True):
         model = tiny_model(**TRAINABLE).train()
         if checkpointing:
             model.activation_checkpointing_enable()
             layers = [m for m in model.modules() if "gradient_checkpointing" in vars(m)]
-            boxes = {n.split(".")[0] for n, m in model.named_modules() if m in layers}
-            assert {"x_encoder", "predictor", "y_encoder"} <= boxes
+            modules = {n.split(".")[0] for n, m in model.named_modules() if m in layers}
+            assert {"x_encoder", "predictor", "y_encoder"} <= modules
             assert all(layer.gradient_checkpointing for layer in layers)
         loss = model(**BATCH, return_loss=True).loss
         loss.backward()
@@ -65,7 +65,7 @@ def test_gradient_checkpointing_changes_nothing_and_reaches_every_box():
         torch.testing.assert_close(gradient, other, rtol=0, atol=1e-6)
 
 
-def test_attention_is_chosen_box_by_box(model, folder):
+def test_attention_implementation_is_chosen_for_each_module(model, folder):
     chosen = {
         "vision_config": "eager",
         "predictor_config": "sdpa",
@@ -74,20 +74,20 @@ def test_attention_is_chosen_box_by_box(model, folder):
     }
     mixed = VLJEPAModel.from_pretrained(folder, attn_implementation=chosen)
     eager = VLJEPAModel.from_pretrained(folder, attn_implementation="eager")
-    boxes = ("x_encoder", "predictor", "y_encoder")
+    modules = ("x_encoder", "predictor", "y_encoder")
     for some, expected in (
         (mixed, ["eager", "sdpa", "eager"]),
         (eager, ["eager"] * 3),
         (model, ["sdpa"] * 3),
     ):
-        found = [some.get_submodule(box).backbone.config._attn_implementation for box in boxes]
+        found = [some.get_submodule(m).backbone.config._attn_implementation for m in modules]
         assert found == expected
         assert_same(some, model, atol=1e-5)
     eager.set_attn_implementation("sdpa")
     assert_same(eager, model)
 
 
-def test_bf16_stays_near_fp32(model, folder):
+def test_bf16_model_stays_near_fp32(model, folder):
     half = VLJEPAModel.from_pretrained(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in embeds(half)} == {torch.float32}
@@ -95,26 +95,26 @@ def test_bf16_stays_near_fp32(model, folder):
     assert half(**BATCH, return_loss=True).loss.dtype == torch.float32
 
 
-def test_a_model_on_disk_gives_the_same(model, folder, tmp_path):
-    places = {"x_encoder": "cpu", "predictor": "disk", "y_encoder": "disk"}
-    places |= dict.fromkeys(("predictor_head", "y_head", "logit_scale"), "cpu")
-    offloaded = VLJEPAModel.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+def test_model_offloaded_to_disk_gives_the_same_embeddings(model, folder, tmp_path):
+    devices = {"x_encoder": "cpu", "predictor": "disk", "y_encoder": "disk"}
+    devices |= dict.fromkeys(("predictor_head", "y_head", "logit_scale"), "cpu")
+    offloaded = VLJEPAModel.from_pretrained(folder, device_map=devices, offload_folder=tmp_path)
     assert next(offloaded.predictor.parameters()).device.type == "meta"
     assert_same(offloaded, model)
 
 
-def test_layers_are_never_split_over_devices(model):
-    """What placement over several GPUs keeps together, as the stock models say."""
+def test_no_split_modules_names_the_layers_of_every_backbone(model):
+    """transformers keeps these layers whole when it places the model on several GPUs."""
     assert {"LlamaDecoderLayer", "VJEPA2Layer"} <= set(model._no_split_modules)
 
 
-def test_shards_hold_what_one_file_holds(model, tmp_path):
+def test_sharded_checkpoint_gives_the_same_embeddings(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3
     assert_same(AutoModel.from_pretrained(tmp_path), model)
 
 
-def test_nothing_is_tied(model, tmp_path):
+def test_tie_weights_ties_no_parameters(model, tmp_path):
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     assert len(set(before.values())) == len(before)
     model.tie_weights()
@@ -124,7 +124,7 @@ def test_nothing_is_tied(model, tmp_path):
 # -- tokens --------------------------------------------------------------------------------
 
 
-def test_new_query_tokens_make_room_in_the_predictor_alone(model, tmp_path):
+def test_resize_token_embeddings_changes_the_predictor_only(model, tmp_path):
     larger = copy.deepcopy(model)
     larger.resize_token_embeddings(310)
     assert larger.get_input_embeddings().weight.shape == (310, 32)
@@ -150,7 +150,7 @@ def lora() -> LoraConfig:
         r=4,
         target_modules=LORA_TARGET_MODULES,
         modules_to_save=LORA_MODULES_TO_SAVE,
-        init_lora_weights=False,  # not the identity, so that the adapter shows
+        init_lora_weights=False,  # random: the default adapter changes no output
     )
 
 
@@ -159,8 +159,8 @@ def trained_names(model: torch.nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("text_config", [{}, BERT], ids=["gemma", "bert"])
-def test_lora_adapts_the_predictor_alone(text_config):
-    """A list like ["q_proj", "v_proj"] also matches the Y-Encoder, "all-linear" everything."""
+def test_lora_adapts_the_predictor_only(text_config):
+    """A list such as ["q_proj", "v_proj"] also matches the Y-Encoder, "all-linear" all layers."""
     config = LoraConfig(target_modules=LORA_TARGET_MODULES, modules_to_save=LORA_MODULES_TO_SAVE)
     adapted = get_peft_model(tiny_model(text_config=text_config), config)
     layer = "predictor.backbone.layers.{}.{}"
@@ -170,18 +170,18 @@ def test_lora_adapts_the_predictor_alone(text_config):
     expected = {layer.format(i, name) for i in range(2) for name in inner}
     modules = dict(adapted.base_model.model.named_modules())
     assert {n.removesuffix(".lora_A") for n in modules if n.endswith(".lora_A")} == expected
-    boxes = {
+    trained = {
         name.removeprefix("base_model.model.").split(".")[0] for name in trained_names(adapted)
     }
-    assert boxes == {"predictor", "predictor_head", "y_head", "logit_scale"}
-    assert_same(adapted, tiny_model(text_config=text_config))  # nothing happens before training
+    assert trained == {"predictor", "predictor_head", "y_head", "logit_scale"}
+    assert_same(adapted, tiny_model(text_config=text_config))  # before training
     adapted.train()
     adapted(**BATCH, return_loss=True).loss.backward()
     empty = [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
     assert empty == []
 
 
-def test_an_adapter_is_saved_reloaded_and_merged(model, folder, lora, tmp_path):
+def test_lora_adapter_is_saved_loaded_and_merged(model, folder, lora, tmp_path):
     adapted = get_peft_model(VLJEPAModel.from_pretrained(folder), lora).eval()
     for name, parameter in adapted.named_parameters():
         if "modules_to_save" in name:
@@ -202,8 +202,8 @@ def test_an_adapter_is_saved_reloaded_and_merged(model, folder, lora, tmp_path):
     assert_same(loaded, again, atol=1e-5)
 
 
-def test_an_adapter_of_the_library_itself(model, folder, lora, tmp_path):
-    """`add_adapter` and `load_adapter`, which need no PeftModel around the model."""
+def test_add_adapter_and_load_adapter_of_transformers(model, folder, lora, tmp_path):
+    """These methods need no PeftModel around the model."""
     adapted = VLJEPAModel.from_pretrained(folder)
     adapted.add_adapter(lora, "vqa")
     adapted.eval()
@@ -224,7 +224,7 @@ def test_an_adapter_of_the_library_itself(model, folder, lora, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text_config", [{}, BERT], ids=["gemma", "bert"])
-def test_compiled_without_a_break_it_gives_the_same(text_config):
+def test_compiled_model_gives_the_same_embeddings_without_graph_breaks(text_config):
     model = tiny_model(text_config=text_config)
     texts = BATCH["target_input_ids"], BATCH["target_attention_mask"]
     query = BATCH["pixel_values_videos"], BATCH["input_ids"], BATCH["attention_mask"]

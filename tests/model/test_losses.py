@@ -1,4 +1,4 @@
-"""The objectives against closed forms and loops over pairs in numpy."""
+"""The losses against closed forms and loops over pairs in numpy."""
 
 import math
 
@@ -21,9 +21,9 @@ from modeling_vljepa.losses import (
 from training.loop.objective import Embeds, Ids, Objective
 
 SIZE = 6
-TARGET_IDS = torch.tensor([3, 5, 3, 8, 9, 5])  # rows 0 and 2, rows 1 and 5
-GROUP_IDS = torch.tensor([-1, -2, -3, 7, 7, -6])  # rows 3 and 4
-NEGATIVE_IDS = torch.tensor([20, 3, -1, 9, 21])  # of rows 0 and 2, nothing, of row 4
+TARGET_IDS = torch.tensor([3, 5, 3, 8, 9, 5])  # rows 0 and 2 share a text, and 1 and 5
+GROUP_IDS = torch.tensor([-1, -2, -3, 7, 7, -6])  # rows 3 and 4 share a group
+NEGATIVE_IDS = torch.tensor([20, 3, -1, 9, 21])  # 3: text of rows 0 and 2; 9: of row 4; -1: padding
 IDS = {"target_ids": TARGET_IDS, "group_ids": GROUP_IDS}
 
 
@@ -37,7 +37,7 @@ def scale_of(value: float) -> torch.Tensor:
 
 
 def interchangeable(size: int, with_ids: bool) -> np.ndarray:
-    """`same[i, j]`: rows i and j, two of them, share a target or a group."""
+    """Return `same[i, j]`: the two different rows i and j share a target or a group."""
     same = np.zeros((size, size), dtype=bool)
     for i in range(size):
         for j in range(size):
@@ -59,7 +59,7 @@ def loop(
     as_positives: bool = False,
     negatives: np.ndarray | None = None,
 ) -> tuple[float, float, float]:
-    """Loss, chance loss and accuracy, candidate by candidate."""
+    """Compute loss, chance loss and accuracy candidate by candidate."""
     size, losses, chances, right = len(predicted), [], [], []
     for queries, keys in ((predicted, target), (target, predicted)):
         for i in range(size):
@@ -90,7 +90,7 @@ def check(result: InfoNCE, expected: tuple[float, float, float]) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 32])
-def test_no_knowledge_costs_log_batch_size(size):
+def test_info_nce_of_equal_similarities_is_log_batch_size(size):
     zeros = torch.zeros(size, 8)
     result = info_nce(zeros, zeros, torch.tensor([14.3]))
     assert result.loss.item() == pytest.approx(math.log(size), abs=1e-6)
@@ -100,7 +100,7 @@ def test_no_knowledge_costs_log_batch_size(size):
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 @pytest.mark.parametrize("size", [1, 2, SIZE])
-def test_equals_the_loop(size, scale, with_ids):
+def test_info_nce_equals_the_loop(size, scale, with_ids):
     predicted, target = unit(size, 0), unit(size, 1)
     same = interchangeable(size, with_ids)
     ids = {name: values[:size] for name, values in IDS.items()} if with_ids else {}
@@ -110,7 +110,7 @@ def test_equals_the_loop(size, scale, with_ids):
 
 @pytest.mark.parametrize("as_positives", [False, True])
 @pytest.mark.parametrize("with_negatives", [False, True])
-def test_options_equal_the_loop(as_positives, with_negatives):
+def test_info_nce_with_options_equals_the_loop(as_positives, with_negatives):
     predicted, target, hard = unit(SIZE, 0), unit(SIZE, 1), unit(len(NEGATIVE_IDS), 2)
     negatives = {"negative_embeds": hard, "negative_ids": NEGATIVE_IDS} if with_negatives else {}
     result = info_nce(
@@ -124,8 +124,8 @@ def test_options_equal_the_loop(as_positives, with_negatives):
     assert (abs(result.loss - plain.loss) > 0.01) == differs  # positive control
 
 
-def test_equals_cross_entropy_of_the_whole_matrix():
-    """½ (cross_entropy(S) + cross_entropy(Sᵀ)) in value and in every gradient, to rounding."""
+def test_info_nce_equals_cross_entropy_of_the_whole_matrix():
+    """The reference is ½ (cross_entropy(S) + cross_entropy(Sᵀ)), in value and every gradient."""
     same = torch.from_numpy(interchangeable(SIZE, True))
     labels = torch.arange(SIZE)
 
@@ -148,7 +148,7 @@ def test_equals_cross_entropy_of_the_whole_matrix():
 
 
 @pytest.mark.parametrize("as_positives", [False, True])
-def test_gradients_are_those_of_finite_differences(as_positives):
+def test_info_nce_with_hard_negatives_has_the_gradient_of_finite_differences(as_positives):
     def loss(predicted, target, scale, hard):
         return info_nce(
             predicted,
@@ -166,8 +166,8 @@ def test_gradients_are_those_of_finite_differences(as_positives):
 
 
 @pytest.mark.parametrize("elements", [1, 3 * SIZE, 5 * SIZE, 1000])
-def test_tiles_of_any_size_give_one_result(elements):
-    """Whole rows, the last tile shorter, or one row at a time."""
+def test_info_nce_is_equal_for_tiles_of_any_size(elements):
+    """One row at a time, a shorter last tile, or all rows at once."""
     predicted, target = unit(SIZE, 0).requires_grad_(), unit(SIZE, 1).requires_grad_()
     results = []
     for tile_elements in (elements, 10**9):
@@ -178,9 +178,9 @@ def test_tiles_of_any_size_give_one_result(elements):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_halves_of_the_rows_average_to_the_whole():
-    """What two processes do: each has its own predictions and the targets of both, and learns
-    from the other the log-sum-exp of its columns."""
+def test_info_nce_of_two_halves_averages_to_that_of_all_rows():
+    """Two processes, simulated: each has its own predictions, the targets of both, and the
+    combined log-sum-exp of the columns."""
     predicted, target = unit(SIZE, 0).requires_grad_(), unit(SIZE, 1).requires_grad_()
     scale, half = scale_of(14.0).requires_grad_(), SIZE // 2
     leaves = [predicted, target, scale]
@@ -210,28 +210,29 @@ def test_halves_of_the_rows_average_to_the_whole():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_both_directions_count_alike():
+def test_info_nce_weighs_both_directions_equally():
     predicted, target = unit(SIZE, 0), unit(SIZE, 1)
     scale = scale_of(20.0)
     loss = info_nce(predicted, target, scale, **IDS).loss
     swapped = info_nce(target, predicted, scale, **IDS).loss
     torch.testing.assert_close(loss, swapped, rtol=1e-12, atol=0)
-    # Positive control: the two directions differ, so that one alone would be seen.
+    # Positive control: the two directions differ, so the test would notice a missing one.
     logits, labels = scale * predicted @ target.T, torch.arange(SIZE)
     assert abs(F.cross_entropy(logits, labels) - F.cross_entropy(logits.T, labels)) > 0.01
 
 
-# -- InfoNCE: what it learns from ----------------------------------------------------------
+# -- InfoNCE: positives and negatives ------------------------------------------------------
 
 
-def test_rows_that_share_a_target_or_a_group_do_not_push_each_other():
-    """Two captions of one clip, or two questions with one answer, are no negatives: with 512
-    rows of a captioning set, every fourteenth row would hold a false one."""
+def test_info_nce_does_not_push_rows_that_share_a_target_or_group():
+    """Two captions of one clip, or two questions with one answer, are not negatives. Among 512
+    rows of a captioning set, every fourteenth row would have a false negative."""
     same = [(0, 2), (1, 5), (3, 4)]
     same += [(j, i) for i, j in same]
 
     def pull(**ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Entry (i, j) is how much pair (i, j) moves prediction i, and target i."""
+        """Return gradients whose entry (i, j) is the push of pair (i, j) on prediction i, and on
+        target i."""
         predicted = torch.eye(SIZE).requires_grad_()
         target = torch.eye(SIZE).requires_grad_()
         info_nce(predicted, target, torch.tensor([3.0]), **ids).loss.backward()
@@ -244,7 +245,7 @@ def test_rows_that_share_a_target_or_a_group_do_not_push_each_other():
         assert (gradient != 0).all()
 
 
-def test_rows_counted_as_positives_pull_each_other():
+def test_info_nce_pulls_rows_that_count_as_positives():
     def pull(as_positives: bool) -> torch.Tensor:
         predicted = torch.eye(SIZE).requires_grad_()
         result = info_nce(
@@ -258,7 +259,7 @@ def test_rows_counted_as_positives_pull_each_other():
     assert not (pull(False) < 0).fill_diagonal_(False).any()
 
 
-def test_a_hard_negative_pushes_every_prediction_but_those_it_is_right_for():
+def test_info_nce_hard_negative_pushes_all_predictions_with_another_text():
     hard = torch.eye(8)[SIZE : SIZE + 1]  # orthogonal to all targets
     predicted = torch.eye(8)[:SIZE].clone().requires_grad_()
     ids = {"negative_embeds": hard, "negative_ids": TARGET_IDS[:1]}
@@ -267,7 +268,7 @@ def test_a_hard_negative_pushes_every_prediction_but_those_it_is_right_for():
     assert pushed == [False, True, False, True, True, True]  # rows 0 and 2 have this text
 
 
-def test_chance_loss_counts_the_negatives_that_are_left():
+def test_info_nce_chance_loss_counts_unmasked_negatives():
     result = info_nce(unit(4, 0), unit(4, 1), scale_of(1.0), torch.tensor([7, 7, 7, 1]))
     assert result.chance_loss.item() == pytest.approx((3 * math.log(2) + math.log(4)) / 4)
     blind = torch.zeros(SIZE, 8)
@@ -281,16 +282,16 @@ def test_chance_loss_counts_the_negatives_that_are_left():
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([0, 0, 1, 1])])
-def test_a_collapsed_model_is_never_right(ids):
-    """All rows tie. To take the first of them would count some as right, more than chance where
-    rows are masked; here a tie is wrong."""
+def test_info_nce_accuracy_of_a_collapsed_model_is_zero(ids):
+    """All rows tie, and a tie counts as wrong. If argmax took the first of the tied rows, some
+    would count as correct, above chance if rows are masked."""
     point = torch.eye(4)[[0, 0, 0, 0]]
     assert info_nce(point, point, torch.tensor([10.0]), ids).accuracy == 0
     apart = unit(4, 0)
     assert info_nce(apart, apart, scale_of(10.0), ids).accuracy == 1
 
 
-def test_one_text_for_all_rows_leaves_nothing_to_learn():
+def test_info_nce_of_one_text_for_all_rows_has_no_gradient():
     predicted = unit(4, 0).requires_grad_()
     result = info_nce(predicted, unit(4, 1), scale_of(10.0), torch.zeros(4))
     result.loss.backward()
@@ -299,7 +300,7 @@ def test_one_text_for_all_rows_leaves_nothing_to_learn():
     assert predicted.grad.abs().max() < 1e-12
 
 
-def test_autocast_does_not_round_the_logits():
+def test_info_nce_disables_autocast():
     predicted, target, scale = unit(SIZE, 0).float(), unit(SIZE, 1).float(), torch.tensor([100.0])
     expected = info_nce(predicted, target, scale).loss
     with torch.autocast("cpu", torch.bfloat16):
@@ -308,14 +309,14 @@ def test_autocast_does_not_round_the_logits():
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
-# -- every loss of the table ---------------------------------------------------------------
+# -- every entry of LOSSES -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("as_positives", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_have_the_gradient_of_finite_differences(name, as_positives):
-    """Every entry of `LOSSES`, called as in training: with hard negatives, two rows with one
-    target, and a temperature and a bias that get a gradient if the entry needs them."""
+    """Every loss is called as in training: with hard negatives, two rows with one target, and a
+    temperature and a bias that get a gradient only if the entry needs them."""
     index = torch.tensor([0, 1, 0, 2, 3, 1])  # rows 0 and 2, rows 1 and 5 share a target
     ids = Ids(
         target_index=index,
@@ -343,7 +344,7 @@ def test_losses_have_the_gradient_of_finite_differences(name, as_positives):
     assert torch.autograd.gradcheck(loss_of, leaves)
 
 
-# -- the other objectives ------------------------------------------------------------------
+# -- the other losses ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("elements", [2 * SIZE, 1000])
@@ -369,20 +370,24 @@ def test_sigmoid_loss_equals_the_loop(as_positives, elements):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_distances_of_pairs_equal_numpy():
+@pytest.mark.parametrize(
+    ("loss", "distance"),
+    [
+        (cosine_loss, lambda p, t: 1 - p @ t),
+        (l1_loss, lambda p, t: np.abs(p - t).sum()),
+        (l2_loss, lambda p, t: np.sqrt(((p - t) ** 2).sum())),
+    ],
+    ids=["cosine", "l1", "l2"],
+)
+def test_pairwise_loss_equals_numpy(loss, distance):
     predicted, target = unit(SIZE, 0), unit(SIZE, 1)
-    p, t = predicted.numpy(), target.numpy()
-    expected = {
-        cosine_loss: np.mean([1 - p[i] @ t[i] for i in range(SIZE)]),
-        l1_loss: np.mean([np.abs(p[i] - t[i]).sum() for i in range(SIZE)]),
-        l2_loss: np.mean([np.sqrt(((p[i] - t[i]) ** 2).sum()) for i in range(SIZE)]),
-    }
-    for loss, value in expected.items():
-        assert loss(predicted, target).item() == pytest.approx(value, rel=1e-12)
-        assert loss(target, target).item() == pytest.approx(0, abs=1e-12)
+    pairs = zip(predicted.numpy(), target.numpy(), strict=True)
+    expected = np.mean([distance(p, t) for p, t in pairs])
+    assert loss(predicted, target).item() == pytest.approx(expected, rel=1e-12)
+    assert loss(target, target).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_sigreg_equals_numpy_and_tells_a_gaussian_from_a_point():
+def test_sigreg_equals_numpy_and_separates_a_gaussian_from_a_point():
     embeds, directions = unit(50, 0, width=8), unit(12, 1, width=8).T
     projected = math.sqrt(8) * embeds.numpy() @ directions.numpy()  # (50, 12)
     points = np.linspace(-5, 5, 17)

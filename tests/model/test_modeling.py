@@ -1,4 +1,4 @@
-"""The joint model: what is saved is what is loaded, and every input and parameter counts."""
+"""The joint model: saving and loading, embedding, gradients and the loss."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def query(batch: dict[str, torch.Tensor] = BATCH) -> dict[str, torch.Tensor]:
 
 
 def assert_near(result: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare two computations of one thing: to rounding, not to the last bit.
+    """Compare two computations of one tensor: to rounding, not to the last bit.
 
     Weights from a file are not aligned in memory, and a matrix product of one row may round
     differently for them.
@@ -62,8 +62,8 @@ def test_model_loaded_equals_saved(model, folder, tmp_path):
     assert len(expected) == 5
 
 
-def test_the_saved_folder_works_without_this_package(model, folder, tmp_path):
-    """The model as remote code, in a process that cannot import `modeling_vljepa`."""
+def test_saved_model_loads_without_this_package(model, folder, tmp_path):
+    """The process loads the model as remote code; it cannot import `modeling_vljepa`."""
     with torch.no_grad():
         torch.save((BATCH, dict(model(**BATCH, return_loss=True))), tmp_path / "expected.pt")
     script = f"""
@@ -82,14 +82,14 @@ print("equal", len(expected))
     assert run_elsewhere(script, tmp_path) == "equal 5"
 
 
-def test_shipped_code_lies_flat_beside_the_weights(folder):
-    """All of the model's files, and none of the pipelines, which import the model."""
+def test_saved_folder_holds_the_code_of_the_model(folder):
+    """It holds all of the model's files, and none of the pipelines, which import the model."""
     shipped = {path.name for path in Path(__file__).parents[2].glob("modeling_vljepa/[!_]*.py")}
     assert {path.name for path in folder.glob("*.py")} == shipped
     assert len(shipped) == 8
 
 
-def test_the_temperature_starts_at_clips_value(model, folder, tmp_path):
+def test_temperature_starts_at_clips_value_and_is_bounded(model, folder, tmp_path):
     torch.testing.assert_close(model.logit_scale(), torch.tensor([1 / 0.07]))
     weights = load_file(folder / "model.safetensors")
     del weights["logit_scale.weight"]
@@ -100,7 +100,7 @@ def test_the_temperature_starts_at_clips_value(model, folder, tmp_path):
     assert loaded.logit_scale().item() == 100  # at most
 
 
-def test_new_projections_have_the_configured_spread():
+def test_new_projections_have_the_configured_standard_deviation():
     model = tiny_model(initializer_range=0.5, logit_scale_init_value=math.log(3))
     for layer in (
         model.predictor.visual_projection,
@@ -109,7 +109,7 @@ def test_new_projections_have_the_configured_spread():
     ):
         assert layer.weight.std().item() == pytest.approx(0.5, rel=0.1)
         assert (layer.bias == 0).all()
-    assert model.predictor.backbone.layers[0].mlp.up_proj.weight.std().item() < 0.03  # its own
+    assert model.predictor.backbone.layers[0].mlp.up_proj.weight.std().item() < 0.03  # own range
     assert model.logit_scale().item() == pytest.approx(3)
 
 
@@ -122,9 +122,8 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_what_is_frozen_is_frozen_after_loading(flag, tmp_path):
-    """Loading replaces every parameter by a new one, and a new one takes a gradient: the frozen
-    half of the model would come back as trainable."""
+def test_loaded_model_is_frozen_as_configured(flag, tmp_path):
+    """Loading replaces the parameters, and the new ones have `requires_grad=True`."""
     model = tiny_model(**{name: name == flag for name in FLAGS})
     model.save_pretrained(tmp_path)
     loaded, info = VLJEPAModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -141,7 +140,7 @@ def test_what_is_frozen_is_frozen_after_loading(flag, tmp_path):
 # -- embedding -----------------------------------------------------------------------------
 
 
-def test_visual_embeds_replace_the_pixels(model):
+def test_predict_from_visual_embeds_equals_from_pixels(model):
     with torch.no_grad():
         expected = model.predict(**query())
         texts = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
@@ -153,15 +152,15 @@ def test_visual_embeds_replace_the_pixels(model):
     torch.testing.assert_close(expected.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
 
 
-def test_refusals_of_predict(model):
+def test_predict_rejects_missing_or_double_visual_inputs(model):
     ids = BATCH["input_ids"]
     for both_or_none in ({}, {**query(), "visual_embeds": torch.zeros(3, 8, 48)}):
         with pytest.raises(ValueError, match="pixel_values_videos or visual_embeds, and not both"):
             model.predict(**({"input_ids": ids} | both_or_none))
 
 
-def test_without_a_query_the_query_is_empty(model):
-    """The paper's pretraining asks nothing and predicts a caption."""
+def test_predict_without_query_equals_an_empty_query(model):
+    """The paper's pretraining has no query and predicts a caption."""
     pixels, nothing = BATCH["pixel_values_videos"], torch.empty(3, 0, dtype=torch.long)
     with torch.no_grad():
         expected = model.predict(pixels, nothing)
@@ -170,7 +169,7 @@ def test_without_a_query_the_query_is_empty(model):
         assert not torch.allclose(model.predict(**query()), expected, atol=1e-3)
 
 
-def test_the_y_encoders_output_replaces_the_tokens(model):
+def test_encode_target_from_pooler_output_equals_from_tokens(model):
     ids, mask = BATCH["target_input_ids"], BATCH["target_attention_mask"]
     with torch.no_grad():
         expected = model.encode_target(ids, mask)
@@ -184,9 +183,9 @@ def test_the_y_encoders_output_replaces_the_tokens(model):
             model.encode_target(**both_or_none)
 
 
-def test_tokens_that_would_crash_a_gpu_or_be_misread_are_refused(model):
-    """An id beyond the vocabulary stops a GPU with an assertion that names nothing, and padding
-    without a mask is read as text."""
+def test_model_rejects_invalid_token_ids_masks_and_unmasked_padding(model):
+    """On a GPU, an id outside the vocabulary fails with an assertion that names no tensor. Padding
+    without a mask would be read as text."""
     pixels, ids = BATCH["pixel_values_videos"], BATCH["input_ids"]
     mask = BATCH["attention_mask"]
     for wrong in (300, -1):
@@ -204,19 +203,19 @@ def test_tokens_that_would_crash_a_gpu_or_be_misread_are_refused(model):
     ):
         model.predict(pixels, ids, mask[:, :4])
     with torch.no_grad():
-        embeds = model.encode_target(padded, mask)  # with the mask, it is left out
+        embeds = model.encode_target(padded, mask)  # with a mask, padding is ignored
         alone = model.encode_target(ids[2:, :1])
         torch.testing.assert_close(embeds[2:], alone, rtol=0, atol=1e-5)
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
-    """Upstream warns, and goes on with random weights."""
+def test_from_pretrained_rejects_another_architecture(tmp_path):
+    """Upstream warns only, and loads random weights."""
     AutoModel.from_config(tiny_model(text_config=BERT).config.text_config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a checkpoint of a 'bert' model, not of a VL-JEPA"):
         VLJEPAModel.from_pretrained(tmp_path)
 
 
-def test_features_under_the_librarys_names(model):
+def test_features_methods_equal_predict_and_encode(model):
     pixels, ids, mask = (query()[name] for name in query())
     with torch.no_grad():
         features = model.get_video_features(pixels, ids, mask)
@@ -231,7 +230,7 @@ def test_features_under_the_librarys_names(model):
         )
 
 
-def test_padding_order_and_size_of_the_batch_change_nothing(model):
+def test_model_output_is_independent_of_padding_and_batch(model):
     with torch.no_grad():
         expected = model(**BATCH)
         order = torch.tensor([2, 0, 1])
@@ -257,9 +256,9 @@ def test_padding_order_and_size_of_the_batch_change_nothing(model):
         assert (expected[name][0] - expected[name][1]).abs().max() > 1e-2  # rows do differ
 
 
-def test_frames_places_and_words_all_count(model):
-    """Pooling the visual tokens before the predictor would run and train, and be another model:
-    one that cannot tell the order of frames or where a thing is."""
+def test_predict_depends_on_order_of_frames_positions_and_words(model):
+    """A model that pools the visual tokens before the Predictor would run and train, but could not
+    distinguish the order of frames or the position of objects."""
     with torch.no_grad():
         expected = model.predict(**query())
 
@@ -268,14 +267,14 @@ def test_frames_places_and_words_all_count(model):
             return (changed - expected).norm(dim=1).min().item()
 
         pixels = BATCH["pixel_values_videos"]
-        assert moved(pixel_values_videos=pixels[:, [2, 3, 0, 1]]) > 1e-4  # frames
-        assert moved(pixel_values_videos=pixels.roll(16, dims=-1)) > 1e-4  # places
+        assert moved(pixel_values_videos=pixels[:, [2, 3, 0, 1]]) > 1e-4  # order of frames
+        assert moved(pixel_values_videos=pixels.roll(16, dims=-1)) > 1e-4  # position
         assert moved(input_ids=BATCH["input_ids"].roll(1, dims=0)) > 1e-3
         swapped = BATCH["input_ids"][:1, [1, 0, 2, 3, 4]].expand(3, -1)
         plain = BATCH["input_ids"][:1].expand(3, -1)
         full = torch.ones_like(plain)
         order = [model.predict(pixels, ids, full) for ids in (plain, swapped)]
-        assert (order[0] - order[1]).norm(dim=1).min() > 1e-4  # the order of words
+        assert (order[0] - order[1]).norm(dim=1).min() > 1e-4  # order of words
         assert moved() < 1e-6
 
 
@@ -292,14 +291,14 @@ def test_every_trainable_parameter_gets_a_gradient(text_config):
 # -- the loss ------------------------------------------------------------------------------
 
 
-def test_each_distinct_target_is_encoded_once(model):
-    """`target_index` names rows of the distinct targets; written out, they give the same loss
-    and the same gradient."""
+def test_target_index_gives_the_loss_and_gradient_of_repeated_targets(model):
+    """`target_index` selects rows of the distinct targets; repeating these rows in the input gives
+    the same loss and gradient."""
     index = torch.tensor([2, 0, 2])
     ids, mask = BATCH["target_input_ids"], BATCH["target_attention_mask"]
-    written_out = {"target_input_ids": ids[index], "target_attention_mask": mask[index]}
+    repeated = {"target_input_ids": ids[index], "target_attention_mask": mask[index]}
     results = []
-    for targets in ({"target_index": index}, written_out):
+    for targets in ({"target_index": index}, repeated):
         model.zero_grad()
         outputs = model(**(BATCH | targets))
         scale = outputs.logit_scale
@@ -313,7 +312,7 @@ def test_each_distinct_target_is_encoded_once(model):
         assert (gradient - reference).norm() <= 1e-5 * reference.norm()
 
 
-def test_repeated_targets_are_no_negatives(model):
+def test_model_loss_excludes_repeated_targets_from_the_negatives(model):
     index = torch.tensor([0, 0, 1])
     with torch.no_grad():
         outputs = model(**BATCH, target_index=index, return_loss=True)

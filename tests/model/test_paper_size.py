@@ -1,4 +1,4 @@
-"""The paper's model at its full size, from random checkpoints in the formats of the real ones."""
+"""The paper's model at full size, from random checkpoints in the formats of the real ones."""
 
 import json
 import resource
@@ -22,7 +22,7 @@ LIMIT = 12 * 2**30  # bytes
 
 
 def write_checkpoint(folder: Path, config: PreTrainedConfig, **options: object) -> Path:
-    """A bf16 model of full size, its weights uniform noise."""
+    """Write a bf16 model of full size with uniform random weights."""
     with torch.device("meta"):
         model = AutoModel.from_config(config).to(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def write_checkpoint(folder: Path, config: PreTrainedConfig, **options: object) 
 
 
 def tensors(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
+    """Map each tensor's name to its file."""
     found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -63,7 +63,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def test_the_papers_model_is_built_in_little_memory_and_bit_by_bit(parts, tmp_path):
+def test_init_checkpoint_builds_the_papers_model_in_little_memory_bit_by_bit(parts, tmp_path):
     output = tmp_path / "out"
     arguments = [word for part, path in parts.items() for word in (f"--{part}", str(path))]
     command = [sys.executable, "-m", "training.init_checkpoint", *arguments]
@@ -79,7 +79,7 @@ def test_the_papers_model_is_built_in_little_memory_and_bit_by_bit(parts, tmp_pa
     print(run.stdout, f"peak memory {peak / 2**30:.2f} GiB")
     assert peak < LIMIT
 
-    # The paper's 304M, 490M and 300M, each with what it includes.
+    # The paper's 304M, 490M and 300M, with the parts of each.
     lines = {line[:16].strip(): line[16:].split() for line in run.stdout.splitlines()}
     counts = {name: float(words[0][:-1]) for name, words in lines.items() if words[0][-1:] == "M"}
     assert counts["X-Encoder"] == 303.9
@@ -93,23 +93,27 @@ def test_the_papers_model_is_built_in_little_memory_and_bit_by_bit(parts, tmp_pa
     assert len(list(output.glob("model-*-of-*.safetensors"))) == 3
     stored = tensors(output)
     compared = 0
-    for box, part in (("x_encoder", "vision"), ("predictor", "predictor"), ("y_encoder", "text")):
+    for module, part in (
+        ("x_encoder", "vision"),
+        ("predictor", "predictor"),
+        ("y_encoder", "text"),
+    ):
         source = tensors(parts[part])
         for name in source:
-            kept = name
+            target = name
             if part == "vision" and name.startswith("predictor."):
                 continue
             if name.startswith("layers.") and part == "predictor":
-                number, rest = name.removeprefix("layers.").split(".", 1)
-                if int(number) < 8:
+                index, rest = name.removeprefix("layers.").split(".", 1)
+                if int(index) < 8:  # the Predictor takes the last 8 of 16 layers
                     continue
-                kept = f"layers.{int(number) - 8}.{rest}"
-            result = read(stored, f"{box}.backbone.{kept}")
+                target = f"layers.{int(index) - 8}.{rest}"
+            result = read(stored, f"{module}.backbone.{target}")
             assert result.dtype == torch.bfloat16
             assert torch.equal(result, read(source, name)), name
             compared += 1
     new = {"predictor.visual_projection", "predictor_head.projection", "y_head.projection"}
-    assert len(stored) == compared + 2 * len(new) + 1  # weights and biases, and the temperature
+    assert len(stored) == compared + 2 * len(new) + 1  # weights, biases, temperature
 
     config = json.loads((output / "config.json").read_text())
     assert config["embedding_dim"] == 1536 and config["predictor_config"]["is_causal"] is False

@@ -1,4 +1,4 @@
-"""The Predictor reads in both directions, over real tokens only."""
+"""The Predictor's attention: bidirectional, over real tokens only."""
 
 import copy
 
@@ -14,9 +14,9 @@ BACKENDS = ("sdpa", "eager")
 
 
 def predictor(backend: str = "sdpa", seed: int = 0) -> Predictor:
-    box = tiny_model(seed).predictor
-    box.backbone.set_attn_implementation(backend)
-    return box
+    module = tiny_model(seed).predictor
+    module.backbone.set_attn_implementation(backend)
+    return module
 
 
 @pytest.fixture
@@ -29,15 +29,15 @@ def input_ids() -> torch.Tensor:
     return torch.randint(3, 300, (3, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def read(box: Predictor, *inputs: torch.Tensor | None) -> torch.Tensor:
-    """The last states `(B, N + L, Dp)`."""
-    return box(*inputs)[0].last_hidden_state
+def read(module: Predictor, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """Return the last states `(B, N + L, Dp)`."""
+    return module(*inputs)[0].last_hidden_state
 
 
 def reaction(
-    box: Predictor, visual_embeds: torch.Tensor, input_ids: torch.Tensor, padded: bool
+    module: Predictor, visual_embeds: torch.Tensor, input_ids: torch.Tensor, padded: bool
 ) -> torch.Tensor:
-    """How far each visual position `(B, N)` moves when the last real query token changes."""
+    """Measure how much each visual position `(B, N)` changes with the last real query token."""
     last, mask = LENGTH - 1, None
     if padded:
         last, mask = LENGTH - 3, torch.ones_like(input_ids)
@@ -45,31 +45,33 @@ def reaction(
     other = input_ids.clone()
     other[:, last] = (other[:, last] + 1) % 300
     with torch.no_grad():
-        states = [read(box, visual_embeds, ids, mask)[:, :VISUAL] for ids in (input_ids, other)]
+        states = [read(module, visual_embeds, ids, mask)[:, :VISUAL] for ids in (input_ids, other)]
     return (states[0] - states[1]).abs().amax(dim=-1)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_visual_token_sees_the_last_query_token(visual_embeds, input_ids, backend, padded):
-    """Switching causality off on the attention modules alone does nothing under some back-ends,
-    and only for unpadded batches under others."""
-    box = predictor(backend)
-    assert reaction(box, visual_embeds, input_ids, padded).min() > 1e-3
-    causal = copy.deepcopy(box)  # positive control
+def test_predictor_visual_tokens_see_the_last_query_token(
+    visual_embeds, input_ids, backend, padded
+):
+    """Disabling causality on the attention modules alone has no effect with some back-ends, and
+    works for unpadded batches only with others."""
+    module = predictor(backend)
+    assert reaction(module, visual_embeds, input_ids, padded).min() > 1e-3
+    causal = copy.deepcopy(module)  # positive control
     causal.backbone.config.is_causal = True
     assert reaction(causal, visual_embeds, input_ids, padded).max() < 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_stock_llama_with_a_full_mask(visual_embeds, input_ids, backend):
-    box = predictor(backend)
-    config = copy.deepcopy(box.backbone.config)
+def test_predictor_equals_stock_llama_with_a_full_mask(visual_embeds, input_ids, backend):
+    module = predictor(backend)
+    config = copy.deepcopy(module.backbone.config)
     config.is_causal = True
     stock = LlamaModel(config).eval()
     stock.set_attn_implementation(backend)
-    stock.load_state_dict(box.backbone.state_dict())
-    visual, query = box.visual_projection(visual_embeds), stock.embed_tokens(input_ids)
+    stock.load_state_dict(module.backbone.state_dict())
+    visual, query = module.visual_projection(visual_embeds), stock.embed_tokens(input_ids)
     total = VISUAL + LENGTH
     expected = stock(
         inputs_embeds=torch.cat([visual, query], dim=1),  # the visual tokens come first
@@ -77,44 +79,46 @@ def test_equals_stock_llama_with_a_full_mask(visual_embeds, input_ids, backend):
         position_ids=torch.arange(total)[None],
         use_cache=False,
     ).last_hidden_state
-    states, mask = box(visual_embeds, input_ids)
+    states, mask = module(visual_embeds, input_ids)
     assert mask is None
     torch.testing.assert_close(states.last_hidden_state, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_and_batch_change_nothing(visual_embeds, input_ids, backend):
-    box = predictor(backend)
+def test_predictor_is_independent_of_padding_and_batch(visual_embeds, input_ids, backend):
+    module = predictor(backend)
     mask = (torch.arange(LENGTH) < torch.tensor([[5], [3], [0]])).long()
-    states, full_mask = box(visual_embeds, input_ids, mask)
+    states, full_mask = module(visual_embeds, input_ids, mask)
     states = states.last_hidden_state
     assert full_mask.tolist() == [[1] * VISUAL + row for row in mask.tolist()]
     for row, length in enumerate((5, 3, 0)):
-        alone = read(box, visual_embeds[row : row + 1], input_ids[row : row + 1, :length])
+        alone = read(module, visual_embeds[row : row + 1], input_ids[row : row + 1, :length])
         real = states[row : row + 1, : VISUAL + length]
         torch.testing.assert_close(real, alone, rtol=0, atol=1e-5)
     order = torch.tensor([2, 0, 1])
-    permuted = read(box, visual_embeds[order], input_ids[order], mask[order])
+    permuted = read(module, visual_embeds[order], input_ids[order], mask[order])
     torch.testing.assert_close(permuted, states[order], rtol=0, atol=1e-5)
     # Positive control: without the mask the padding is read.
-    unmasked = read(box, visual_embeds, input_ids)
+    unmasked = read(module, visual_embeds, input_ids)
     moved = (unmasked - states)[:, :VISUAL].abs().amax(dim=(1, 2))
     assert moved[0] < 1e-5 and moved[1] > 1e-3 and moved[2] > 1e-3
 
 
-def test_an_empty_query_leaves_the_visual_tokens(visual_embeds):
-    box = predictor()
+def test_predictor_with_empty_query_reads_the_visual_tokens(visual_embeds):
+    module = predictor()
     nothing = torch.empty(3, 0, dtype=torch.long)
-    expected = box.backbone(inputs_embeds=box.visual_projection(visual_embeds)).last_hidden_state
-    states, mask = box(visual_embeds, nothing)
+    expected = module.backbone(
+        inputs_embeds=module.visual_projection(visual_embeds)
+    ).last_hidden_state
+    states, mask = module(visual_embeds, nothing)
     assert mask is None
     torch.testing.assert_close(states.last_hidden_state, expected, rtol=0, atol=1e-6)
-    states, mask = box(visual_embeds, nothing, nothing)
+    states, mask = module(visual_embeds, nothing, nothing)
     assert mask.shape == (3, VISUAL) and mask.all()
     torch.testing.assert_close(states.last_hidden_state, expected, rtol=0, atol=1e-5)
 
 
-def test_bidirectional_whatever_the_configuration_says(tmp_path):
+def test_predictor_config_is_always_bidirectional(tmp_path):
     config = tiny_config(predictor_config={"is_causal": True})
     assert config.predictor_config.is_causal is False
     config.save_pretrained(tmp_path)

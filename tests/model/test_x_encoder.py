@@ -1,4 +1,4 @@
-"""The X-Encoder is V-JEPA 2's encoder, and frozen means frozen."""
+"""The X-Encoder: equal to the stock encoders, frozen or trained, and checked inputs."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,8 @@ def model() -> VLJEPAModel:
 
 
 def step(model: VLJEPAModel) -> Iterator[tuple[str, bool]]:
-    """One optimizer step with everything in it; yields which parameters of the box changed."""
+    """Run one optimizer step on all parameters; yield each X-Encoder parameter's name and whether
+    it changed."""
     before = {name: p.detach().clone() for name, p in model.x_encoder.named_parameters()}
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -40,9 +41,9 @@ def test_x_encoder_equals_the_stock_encoder(model):
     torch.testing.assert_close(visual_embeds, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_masked_token_predictor_is_gone(model):
-    """V-JEPA 2 runs a predictor of 22M parameters unless told not to: a third of a forward pass
-    that nothing reads."""
+def test_x_encoder_has_no_masked_token_predictor(model):
+    """By default, V-JEPA 2 runs a predictor of 22M parameters, which costs a third of a forward
+    pass and is not used here."""
     backbone = dict(model.x_encoder.backbone.named_children())
     assert list(backbone) == ["encoder"]
     everything = sum(p.numel() for p in VJEPA2Model(tiny_config().vision_config).parameters())
@@ -50,13 +51,13 @@ def test_the_masked_token_predictor_is_gone(model):
     assert kept == sum(p.numel() for p in backbone["encoder"].parameters()) < everything
 
 
-def test_a_frozen_encoder_stays_as_it_is():
+def test_x_encoder_frozen_does_not_change():
     model = tiny_model()
     assert not any(p.requires_grad for p in model.x_encoder.parameters())
     model.train()
     assert model.training and model.predictor.training
     assert not any(module.training for module in model.x_encoder.modules())
-    # Not even for pixels that ask for a gradient: its activations would fill the memory.
+    # Not even for pixels that require a gradient: the graph would fill the memory.
     visual_embeds = model.encode_video(PIXELS.clone().requires_grad_())
     assert not visual_embeds.requires_grad
     changed = dict(step(model))
@@ -65,7 +66,7 @@ def test_a_frozen_encoder_stays_as_it_is():
     torch.testing.assert_close(model.encode_video(PIXELS), visual_embeds, rtol=1e-6, atol=1e-6)
 
 
-def test_an_unfrozen_encoder_trains():
+def test_x_encoder_unfrozen_trains():
     model = tiny_model(freeze_vision=False)
     model.train()
     assert all(module.training for module in model.x_encoder.modules())
@@ -75,7 +76,7 @@ def test_an_unfrozen_encoder_trains():
     assert [name for name, changed in step(model) if not changed] == []
 
 
-def test_an_image_is_a_frame_shown_twice(model):
+def test_x_encoder_repeats_an_image_as_two_frames(model):
     image = PIXELS[:, :1]
     embeds = model.encode_video(image)
     assert embeds.shape == (3, 2 * 2, 48)
@@ -84,8 +85,8 @@ def test_an_image_is_a_frame_shown_twice(model):
     assert not torch.allclose(embeds, model.encode_video(PIXELS[:, :2]), atol=1e-3)
 
 
-def test_any_number_of_frames_is_filled_up_with_the_last(model):
-    """V-JEPA 2 alone would drop the last frame of an odd number without a word."""
+def test_x_encoder_repeats_the_last_frame_of_an_odd_number(model):
+    """V-JEPA 2 alone would drop the last frame without a warning."""
     embeds = model.encode_video(PIXELS[:, :3])
     assert embeds.shape == (3, 2 * 2 * 2, 48)
     filled = model.encode_video(PIXELS[:, [0, 1, 2, 2]])
@@ -105,8 +106,10 @@ SIZES = {
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [*SIZES.values(), (PIXELS[..., :16, :16], "with 3 channels, height and width 32")],
+    ids=[*SIZES, "size"],
 )
-def test_what_v_jepa_2_would_take_in_silence_is_refused(model, pixels, message):
+def test_x_encoder_rejects_wrong_layouts_and_sizes(model, pixels, message):
+    """V-JEPA 2 alone would accept them and compute wrong features."""
     with pytest.raises(ValueError, match=message):
         model.encode_video(pixels)
 
@@ -119,7 +122,7 @@ def tower(model_type: str, **changes: object) -> VLJEPAModel:
 
 
 @pytest.mark.parametrize("model_type", TOWERS)
-def test_an_image_tower_sees_frame_by_frame_and_the_predictor_their_order(model_type):
+def test_image_tower_encodes_frame_by_frame_and_predictor_sees_their_order(model_type):
     model = tower(model_type)
     query = torch.tensor([[5, 6]]).expand(3, -1)
     with torch.no_grad():
@@ -133,9 +136,8 @@ def test_an_image_tower_sees_frame_by_frame_and_the_predictor_their_order(model_
 
 
 @pytest.mark.parametrize("model_type", TOWERS)
-def test_an_unfrozen_image_tower_trains_whole(model_type):
-    """A pooling head that nothing reads would have no gradient, at which data-parallel training
-    stops."""
+def test_image_tower_unfrozen_trains_every_parameter(model_type):
+    """An unused pooling head would get no gradient, and data-parallel training would stop."""
     model = tower(model_type, freeze_vision=False).train()
     model(**tiny_batch(), return_loss=True).loss.backward()
     unread = [n for n, p in model.x_encoder.named_parameters() if p.grad is None]
@@ -143,7 +145,7 @@ def test_an_unfrozen_image_tower_trains_whole(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "siglip_vision_model", "vit"])
-def test_positions_from_a_table_are_right_at_one_size_only(model_type):
+def test_image_tower_with_a_position_table_rejects_other_sizes(model_type):
     model = tower(model_type)
     for pixels, message in (*SIZES.values(), (PIXELS[..., :16], "height and width 32")):
         with pytest.raises(ValueError, match=message):
@@ -151,7 +153,7 @@ def test_positions_from_a_table_are_right_at_one_size_only(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["dinov2", "dinov3_vit"])
-def test_interpolated_or_rotary_positions_take_any_whole_patches(model_type):
+def test_image_tower_with_other_positions_accepts_any_whole_patches(model_type):
     model = tower(model_type)
     wide = torch.randn(1, 2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
     special = model.encode_video(PIXELS).shape[1] // 4 - 4  # class and register tokens
@@ -173,6 +175,6 @@ def test_interpolated_or_rotary_positions_take_any_whole_patches(model_type):
         ({"img_temporal_dim_size": 1}, "with 'img_temporal_dim_size': that is V-JEPA 2.1"),
     ],
 )
-def test_an_encoder_without_usable_tokens_is_refused(vision, message):
+def test_x_encoder_rejects_encoders_without_usable_tokens(vision, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(vision_config=vision)

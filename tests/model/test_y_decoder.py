@@ -1,4 +1,4 @@
-"""The Y-Decoder: it writes what an embedding says, whatever stands beside it in the batch."""
+"""The Y-Decoder: learning, loss, generation, checkpoints and rejected inputs."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ def processor() -> VLJEPAProcessor:
 
 
 def labels_of(processor: VLJEPAProcessor, texts: list[str]) -> torch.Tensor:
-    """`(B, L)`: each text's tokens and an end, by hand."""
+    """Return labels `(B, L)` built by hand: each text's tokens and an end token."""
     tokens = [
         [*processor.tokenizer(text, add_special_tokens=False)["input_ids"], EOS] for text in texts
     ]
@@ -50,13 +50,13 @@ def labels_of(processor: VLJEPAProcessor, texts: list[str]) -> torch.Tensor:
 
 
 def points(count: int, seed: int = 0) -> torch.Tensor:
-    """Unit vectors `(count, 24)`."""
+    """Return random unit vectors `(count, 24)`."""
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(count, 24, generator=generator), dim=1)
 
 
 def teach(model: VLJEPAForConditionalGeneration, steps: int = 100, **batch: torch.Tensor) -> float:
-    """The loss after a few steps on one batch."""
+    """Train the Y-Decoder for a few steps on one batch; return the last loss."""
     model.train()
     optimizer = torch.optim.AdamW(model.y_decoder.parameters(), lr=5e-3)
     for _ in range(steps):
@@ -68,18 +68,18 @@ def teach(model: VLJEPAForConditionalGeneration, steps: int = 100, **batch: torc
     return loss.item()
 
 
-# -- what it learns --------------------------------------------------------------------------
+# -- learning --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def taught(processor) -> VLJEPAForConditionalGeneration:
-    """Knows three texts by their embeddings."""
+    """A model whose decoder has learnt three texts from their embeddings."""
     model = tiny_writer()
     assert teach(model, predicted_embeds=points(3), labels=labels_of(processor, TEXTS[:3])) < 0.05
     return model
 
 
-def test_it_overfits_three_embeddings(taught, processor):
+def test_decoder_overfits_three_embeddings(taught, processor):
     assert decode_texts(taught, processor, points(3)) == list(TEXTS[:3])
     assert decode_texts(taught, processor, points(3).flip(0)) == list(TEXTS[2::-1])
     nearby = F.normalize(points(3) + 0.02 * points(3, seed=1), dim=1)
@@ -88,13 +88,13 @@ def test_it_overfits_three_embeddings(taught, processor):
     assert not set(untaught) & set(TEXTS)
 
 
-def test_only_the_direction_of_an_embedding_counts(taught, processor):
-    """The mean of a segment's embeddings is shorter than one."""
+def test_decoder_reads_only_the_direction_of_an_embedding(taught, processor):
+    """The mean of a segment's embeddings is shorter than a unit vector."""
     assert decode_texts(taught, processor, 0.1 * points(3)) == list(TEXTS[:3])
     assert decode_texts(taught, processor, points(3), max_new_tokens=1) != list(TEXTS[:3])
 
 
-def test_the_end_of_a_text_is_learnt(taught, processor):
+def test_decoder_learns_the_end_of_a_text(taught, processor):
     tokens = taught.generate(predicted_embeds=points(3))
     lengths = [len(ids[ids != -100]) for ids in labels_of(processor, TEXTS[:3])]
     for row, length in zip(tokens, lengths, strict=True):
@@ -102,7 +102,7 @@ def test_the_end_of_a_text_is_learnt(taught, processor):
         assert (row[length:] == DECODER["pad_token_id"]).all()
 
 
-def test_two_contexts_give_one_embedding_two_texts(processor):
+def test_decoder_decodes_one_embedding_by_its_context(processor):
     model = tiny_writer(decoder_reads_query=True)
     queries = ["what ?", "what is the dog doing ?"]
     contexts = [model.config.decoder_context(query) for query in queries]
@@ -112,10 +112,10 @@ def test_two_contexts_give_one_embedding_two_texts(processor):
     assert decode_texts(model, processor, embeds, queries=queries) == list(TEXTS[:2])
 
 
-# -- the arithmetic --------------------------------------------------------------------------
+# -- loss and context ------------------------------------------------------------------------
 
 
-def test_the_loss_is_that_of_one_token_after_the_other(processor):
+def test_decoder_loss_equals_the_loop_over_tokens(processor):
     model = tiny_writer(decoder_reads_query=True)
     contexts = processor(contexts=["what ?\n", "open the door and close the window\n"])
     labels = labels_of(processor, TEXTS[:2])
@@ -161,7 +161,7 @@ def test_decoder_ignores_a_longer_context_in_the_batch(processor):
     assert (read.logits[0, -count:] - alone.logits[0]).abs().max() > 1e-3
 
 
-def test_contexts_say_what_the_configuration_asks_for():
+def test_decoder_context_holds_the_configured_texts():
     def config(query: bool, previous: bool) -> VLJEPAConfig:
         return tiny_config(decoder_reads_query=query, decoder_reads_previous=previous)
 
@@ -172,7 +172,7 @@ def test_contexts_say_what_the_configuration_asks_for():
     assert config(True, True).decoder_context("q") == "q\n\n"
 
 
-# -- the library's arguments -----------------------------------------------------------------
+# -- arguments of transformers ---------------------------------------------------------------
 
 
 def test_decoder_reads_the_prediction_for_pixels_and_query(processor):
@@ -199,7 +199,7 @@ def test_decoder_reads_the_prediction_for_pixels_and_query(processor):
     torch.testing.assert_close(by_pixels.loss, by_embeds.loss, rtol=1e-5, atol=0)
 
 
-def test_generation_takes_the_librarys_arguments(taught, processor):
+def test_generate_accepts_the_arguments_of_transformers(taught, processor):
     def texts(**kwargs) -> list[str]:
         return decode_texts(taught, processor, points(3), **kwargs)
 
@@ -207,7 +207,7 @@ def test_generation_takes_the_librarys_arguments(taught, processor):
     several = texts(num_beams=4, num_return_sequences=2)
     assert len(several) == 6 and several[::2] == list(TEXTS[:3])
     assert taught.generate(predicted_embeds=points(3), max_new_tokens=2).shape == (3, 2)
-    # The library's: with what stands before the text, here the embedding.
+    # As in transformers, `max_length` includes the input before the text: here the embedding.
     prefix = taught.config.decoder_prefix_tokens
     assert taught.generate(predicted_embeds=points(3), max_length=prefix + 2).shape == (3, 2)
     assert texts(generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=EOS)) == texts(
@@ -224,7 +224,7 @@ def test_generation_takes_the_librarys_arguments(taught, processor):
 # -- saved and loaded ------------------------------------------------------------------------
 
 
-def test_a_checkpoint_with_a_decoder(processor, tmp_path):
+def test_checkpoint_with_decoder_is_saved_and_loaded(processor, tmp_path):
     model = tiny_writer(decoder_config=DECODER | {"tie_word_embeddings": True})
     teach(model, predicted_embeds=points(3), labels=labels_of(processor, TEXTS[:3]))
     model.save_pretrained(tmp_path)
@@ -254,7 +254,7 @@ def test_a_checkpoint_with_a_decoder(processor, tmp_path):
         VLJEPAForConditionalGeneration.from_pretrained(tmp_path / "without")
 
 
-def test_a_checkpoint_without_one_is_as_before(tmp_path):
+def test_checkpoint_without_decoder_cannot_generate(tmp_path):
     model = tiny_model()
     assert model.config.decoder_config is None
     model.save_pretrained(tmp_path)
@@ -262,7 +262,7 @@ def test_a_checkpoint_without_one_is_as_before(tmp_path):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
-def test_a_third_tokenizer(processor, tmp_path):
+def test_processor_saves_and_loads_a_decoder_tokenizer(processor, tmp_path):
     own = tiny_tokenizer(("she reads a book",), vocab_size=270)
     three = VLJEPAProcessor(
         processor.video_processor,
@@ -289,7 +289,7 @@ def test_a_third_tokenizer(processor, tmp_path):
 
 def test_decoder_loads_without_this_repository(taught, processor, tmp_path):
     base = tiny_model()
-    base.save_pretrained(tmp_path / "base")  # as a trained model is: its config names the code
+    base.save_pretrained(tmp_path / "base")  # like a trained model's, its config names the code
     torch.save(points(3), tmp_path / "embeds.pt")
     model = copy.deepcopy(taught)
     model.config.auto_map = VLJEPAConfig.from_pretrained(tmp_path / "base").auto_map
@@ -315,10 +315,10 @@ print(type(AutoModel.from_pretrained("model", trust_remote_code=True)).__name__)
     assert printed.splitlines() == [str(list(TEXTS[:3])), "VLJEPAModel"]
 
 
-# -- refusals --------------------------------------------------------------------------------
+# -- rejected inputs -------------------------------------------------------------------------
 
 
-def test_what_cannot_be_read_is_named(processor):
+def test_decoder_rejects_inputs_it_cannot_read(processor):
     model, embeds = tiny_writer(), points(1)
     pixels = tiny_batch()["pixel_values_videos"]
     with pytest.raises(ValueError, match="predicted_embeds, or the inputs to predict them from"):

@@ -1,4 +1,4 @@
-"""The Y-Encoder is the stock text encoder, bidirectional, and frozen where it should be."""
+"""The Y-Encoder: equal to the stock text encoders, bidirectional, frozen or trained."""
 
 import pytest
 import torch
@@ -15,22 +15,22 @@ IDS, MASK = BATCH["target_input_ids"], BATCH["target_attention_mask"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_y_encoder_equals_the_stock_encoder(kind):
-    box = tiny_model(**KINDS[kind]).y_encoder
+    encoder = tiny_model(**KINDS[kind]).y_encoder
     stock = AutoModel.from_config(tiny_config(**KINDS[kind]).text_config).eval()
-    loaded = stock.load_state_dict(box.backbone.state_dict(), strict=False)
+    loaded = stock.load_state_dict(encoder.backbone.state_dict(), strict=False)
     assert all(key.startswith("pooler.") for key in loaded.missing_keys)
     assert loaded.unexpected_keys == []
     for mask in (None, MASK):
         expected = stock(input_ids=IDS, attention_mask=mask).last_hidden_state
-        states = box.read(IDS, mask).last_hidden_state
+        states = encoder.read(IDS, mask).last_hidden_state
         torch.testing.assert_close(states, expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(
-            box(IDS, mask), masked_mean(expected, mask), rtol=1e-6, atol=1e-6
+            encoder(IDS, mask), masked_mean(expected, mask), rtol=1e-6, atol=1e-6
         )
 
 
-def test_bert_has_no_pooler():
-    """Its parameters would never get a gradient, at which data-parallel training stops."""
+def test_y_encoder_removes_the_pooler_of_bert():
+    """Its parameters would get no gradient, and data-parallel training would stop."""
     model = tiny_model(**KINDS["bert"])
     assert not any("pooler" in name for name, _ in model.named_parameters())
     model(**BATCH, return_loss=True).loss.backward()
@@ -39,20 +39,20 @@ def test_bert_has_no_pooler():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_token_sees_the_last(kind):
-    box = tiny_model(**KINDS[kind]).y_encoder
+def test_y_encoder_first_token_sees_the_last(kind):
+    encoder = tiny_model(**KINDS[kind]).y_encoder
     other = IDS.clone()
     other[:, -1] = (other[:, -1] + 1) % 300
-    states, changed = (box.read(ids).last_hidden_state for ids in (IDS, other))
+    states, changed = (encoder.read(ids).last_hidden_state for ids in (IDS, other))
     assert (states - changed)[:, 0].abs().amax(dim=-1).min() > 1e-4
 
 
-def test_a_causal_gemma_is_refused():
-    """Gemma is causal unless told otherwise, and would encode half of what it reads."""
+def test_y_encoder_rejects_a_causal_gemma():
+    """Gemma is causal by default: a token's state would not depend on the tokens after it."""
     causal = {"use_bidirectional_attention": False}
     with pytest.raises(ValueError, match="use_bidirectional_attention"):
         tiny_model(text_config=causal)
-    # The positive control of the test above: what is refused is really blind to the last token.
+    # Positive control of the test above: the rejected model does ignore the last token.
     gemma = AutoModel.from_config(tiny_config(text_config=causal).text_config).eval()
     other = IDS.clone()
     other[:, -1] = (other[:, -1] + 1) % 300
@@ -61,7 +61,7 @@ def test_a_causal_gemma_is_refused():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_changes_nothing(kind):
+def test_y_encoder_ignores_padding(kind):
     model = tiny_model(**KINDS[kind])
     embeds = model.encode_target(IDS, MASK)
     for row, length in enumerate(MASK.sum(dim=1).tolist()):
@@ -73,7 +73,7 @@ def test_padding_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_encoder_stays_as_it_is_and_its_head_trains(kind):
+def test_y_encoder_frozen_does_not_change_and_its_head_trains(kind):
     model = tiny_model(freeze_text=True, **KINDS[kind])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     states = model.y_encoder(IDS, MASK)
@@ -81,7 +81,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_its_head_trains(kind):
     assert not any(p.requires_grad for p in model.y_encoder.parameters())
     assert not any(module.training for module in model.y_encoder.modules())
     assert not states.requires_grad
-    model.y_encoder.requires_grad_()  # even where an adapter or a user asks for a gradient
+    model.y_encoder.requires_grad_()  # as an adapter or a user may do
     assert not model.y_encoder(IDS, MASK).requires_grad
     model.freeze()
     again = model.y_encoder(IDS, MASK)
@@ -95,8 +95,8 @@ def test_a_frozen_encoder_stays_as_it_is_and_its_head_trains(kind):
     assert not any(name.startswith("y_head.") for name in same)
 
 
-def test_poolings_equal_the_loop():
-    """A last-token pool that takes `[:, -1]` reads padding."""
+def test_pool_equals_the_loop():
+    """A last-token pool that takes `[:, -1]` would read padding."""
     states = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 1, 0]])
     last = [max(i for i in range(5) if row[i]) for row in mask.tolist()]
@@ -109,7 +109,7 @@ def test_poolings_equal_the_loop():
     torch.testing.assert_close(mean, masked_mean(states, mask), rtol=1e-6, atol=1e-6)
 
 
-def test_dense_layers_follow_the_pooling_and_belong_to_the_encoder():
+def test_y_encoder_applies_dense_layers_after_the_pooling():
     dense = [
         {"out_features": 20, "bias": True, "activation": "tanh"},
         {"out_features": 24, "bias": False, "activation": "linear"},
@@ -127,8 +127,8 @@ def test_dense_layers_follow_the_pooling_and_belong_to_the_encoder():
         tiny_model(text_pooling="max")
 
 
-def test_an_unfrozen_encoder_has_dropout_and_trains():
-    """The positive control of the test above."""
+def test_y_encoder_unfrozen_has_dropout_and_trains():
+    """Positive control of the test of the frozen Y-Encoder."""
     model = tiny_model(**KINDS["bert"]).train()
     moved = model.y_encoder(IDS, MASK) - model.y_encoder(IDS, MASK)
     assert moved.abs().max() > 1e-3

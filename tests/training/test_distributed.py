@@ -1,4 +1,4 @@
-"""Some processes on parts of a batch are one process on the whole of it, with GradCache too."""
+"""Several processes with parts of a batch equal one process with all of it, also with GradCache."""
 
 import json
 import math
@@ -31,7 +31,7 @@ from training.train import main
 
 ROOT = Path(__file__).parents[2]
 ROWS = 8
-# Text 5 and group 9 stand in the parts of several processes: no pair of them is a negative.
+# Rows of different processes share text 5 and group 9, so they are not each other's negatives.
 TARGET_IDS = torch.tensor([1, 5, 3, 4, 5, 6, 7, 8])
 GROUP_IDS = torch.tensor([9, -2, -3, -4, -5, -6, 9, -8])
 NEGATIVE_IDS = torch.tensor([[2, 9], [0, -1], [9, 5], [2, 0], [0, 9], [2, -1], [-1, -1], [9, 2]])
@@ -43,7 +43,7 @@ SETTINGS = {
 
 
 class LocalGradient(torch.autograd.Function):
-    """The trap: an all-gather whose backward returns the local slice alone."""
+    """A wrong all-gather, whose backward returns the local slice alone."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ class LocalGradient(torch.autograd.Function):
 
 
 def share(rank: int, world_size: int) -> tuple[dict[str, torch.Tensor], Ids]:
-    """This process's rows of the batch, as the collator would make them."""
+    """Return this process's rows of the batch in the form of the collator's output."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(ROWS).chunk(world_size)[rank]
     pixels = torch.randn(ROWS, 2, 3, 32, 32, generator=generator)
@@ -88,7 +88,7 @@ def step(
     cache_rows: int | None = None,
     no_sync: AbstractContextManager = nullcontext,
 ) -> dict[str, torch.Tensor]:
-    """Loss and gradients of one step."""
+    """Compute loss and gradients of one step."""
     batch, ids = share(rank, world_size)
     parts = {}
 
@@ -130,14 +130,14 @@ def loss_of_setting(setting: str) -> Loss:
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    """FSDP2: every layer and the rest, each spread over the processes."""
+    """Shard every layer, and the rest of the model, over the processes (FSDP2)."""
     for layer in [*model.predictor.backbone.layers, *model.y_encoder.backbone.layers]:
         fully_shard(layer)
     return fully_shard(model)
 
 
 def no_sync_of(model: nn.Module) -> AbstractContextManager:
-    """What `Accelerator.no_sync` does for FSDP2."""
+    """Return a context like `Accelerator.no_sync` for FSDP2."""
 
     @contextmanager
     def no_sync():
@@ -179,10 +179,10 @@ def work(rank: int, world_size: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each of some processes found."""
+    """Loss and gradients computed by each of several processes."""
     world_size = request.param
     folder = tmp_path_factory.mktemp("processes")
-    # A server that has imported this module forks all of them: one import.
+    # The fork server imports this module once for all processes.
     mp.set_forkserver_preload([__name__])
     context = mp.start_processes(
         work, args=(world_size, folder), nprocs=world_size, join=False, start_method="forkserver"
@@ -199,7 +199,7 @@ def results(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def off(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative distance of each gradient."""
+    """Return the relative distance of each gradient."""
     assert result.keys() == expected.keys()
     return {
         name: ((result[name] - expected[name]).norm() / expected[name].norm()).item()
@@ -210,7 +210,7 @@ def off(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> d
 
 @pytest.mark.parametrize("cache_rows", [None, 1, 3])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_loss_and_gradient_equal_one_process(results, setting, cache_rows):
+def test_processes_have_the_loss_and_gradient_of_one_process(results, setting, cache_rows):
     expected = step(Objective(**SETTINGS[setting]), new_model(setting))
     found = [result[setting, cache_rows] for result in results]
     mean = torch.stack([result["loss"] for result in found]).mean()
@@ -227,7 +227,7 @@ def test_loss_and_gradient_equal_one_process(results, setting, cache_rows):
 
 
 @pytest.mark.parametrize("cache_rows", [None, 1])
-def test_weights_spread_over_processes_have_the_same_gradient(results, cache_rows):
+def test_sharded_weights_have_the_gradient_of_one_process(results, cache_rows):
     expected = step(Objective(), new_model("info_nce"))
     for result in results:
         assert max(off(result["sharded", cache_rows], expected).values()) <= 1e-5
@@ -235,16 +235,16 @@ def test_weights_spread_over_processes_have_the_same_gradient(results, cache_row
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 100])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_grad_cache_equals_the_whole_batch(setting, rows):
+def test_cached_step_equals_the_whole_batch(setting, rows):
     expected = step(Objective(**SETTINGS[setting]), new_model(setting))
     found = step(Objective(**SETTINGS[setting]), new_model(setting), cache_rows=rows)
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-6, atol=0)
     assert max(off(found, expected).values()) <= 1e-5
 
 
-def test_a_local_gradient_would_be_wrong(results):
-    """The positive control: with a gather whose backward returns only the local slice, the loss
-    is right, and the towers' gradients are not."""
+def test_gather_with_local_gradient_would_be_wrong(results):
+    """Positive control: if the backward of the gather returns the local slice only, the loss is
+    correct and the encoders' gradients are not."""
     expected = step(Objective(), new_model("local"))
     for result in results:
         loss, right = (result[name, None]["loss"] for name in ("local", "info_nce"))
@@ -254,9 +254,9 @@ def test_a_local_gradient_would_be_wrong(results):
         assert min(d for name, d in distances.items() if name.startswith("y_")) > 0.1
 
 
-def test_rows_of_other_processes_share_targets_and_groups(results):
-    """Two rows share text 5 and two share group 9, across the processes; hard negatives of other
-    processes count as well, and those that are somebody's own text do not."""
+def test_processes_share_targets_groups_and_hard_negatives(results):
+    """Two rows share text 5 and two share group 9, across processes. Hard negatives of other
+    processes count too, except for rows whose own text they are."""
     columns = [ROWS - 1 if i in (0, 1, 4, 6) else ROWS for i in range(ROWS)]
     hard = NEGATIVE_IDS.flatten()
     rows = [columns[i] + int(((hard != -1) & (hard != TARGET_IDS[i])).sum()) for i in range(ROWS)]
@@ -265,7 +265,7 @@ def test_rows_of_other_processes_share_targets_and_groups(results):
         assert result["info_nce", None]["chance"].item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_torchrun_goes_the_way_of_one_process(tmp_path):
+def test_torchrun_trains_like_one_process(tmp_path):
     recipe = tiny_recipe(tiny_rows(tmp_path), world_size_expected=2, max_steps=3)
     done = subprocess.run(
         [
@@ -296,7 +296,7 @@ def test_torchrun_goes_the_way_of_one_process(tmp_path):
 def start_node(
     rank: int, folder: Path, port: int, recipe: Path, *overrides: str
 ) -> subprocess.Popen:
-    """One of two nodes of a process each, which writes into a folder of its own."""
+    """Start one of two nodes with one process each, which writes into its own folder."""
     folder.mkdir(exist_ok=True)
     ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     settings = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
@@ -319,7 +319,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_nodes_without_a_shared_disk_are_told_so(tmp_path):
+def test_train_rejects_nodes_without_a_shared_disk(tmp_path):
     recipe = tiny_recipe(
         tiny_rows(tmp_path), world_size_expected=2, save_strategy="steps", save_steps=2
     )
@@ -328,11 +328,11 @@ def test_nodes_without_a_shared_disk_are_told_so(tmp_path):
     _, errors = second.communicate(timeout=HANG_SECONDS)
     assert second.returncode == 1
     assert f"error: training.output_dir: {tmp_path}/1/out on this node is not" in errors
-    first.communicate(timeout=HANG_SECONDS)  # it waits for the other until that is gone
+    first.communicate(timeout=HANG_SECONDS)  # it waits until the other has ended
     assert first.returncode != 0
 
 
-# -- how many processes there are ----------------------------------------------------------
+# -- the number of processes ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -342,7 +342,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_the_wrong_number_of_processes_is_refused(environment):
+def test_check_world_size_rejects_a_wrong_number(environment):
     for expected in (None, 2):
         check_world_size(2, expected)
     with pytest.raises(
@@ -352,9 +352,9 @@ def test_the_wrong_number_of_processes_is_refused(environment):
         check_world_size(1, 4)
 
 
-def test_accelerates_silent_single_process_is_refused(environment):
-    """On a machine without GPUs, `accelerate launch --num_processes 2` starts one process and
-    says nothing."""
+def test_check_world_size_rejects_the_single_process_of_accelerate(environment):
+    """On a machine without GPUs, `accelerate launch --num_processes 2` starts one process without a
+    warning."""
     environment.setenv("ACCELERATE_MIXED_PRECISION", "no")
     check_world_size(1, None)  # it was asked for one
     environment.setenv("MASTER_ADDR", "127.0.0.1")

@@ -1,4 +1,4 @@
-"""GradCache: the parts of a batch, and dropout that is drawn twice the same way."""
+"""GradCache: splitting a batch, and the same gradient as one pass, dropout included."""
 
 import copy
 
@@ -29,7 +29,7 @@ def loss_of(embeds: Embeds) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rows", "texts"), [(1, 1), (2, 9), (3, 4), (7, 2), (50, 1), (2, 3)])
-def test_parts_hold_every_row_once_and_at_least_one_text(rows, texts):
+def test_split_keeps_every_row_once_and_a_text_in_every_part(rows, texts):
     whole = batch(texts=texts)
     parts = split(whole, rows)
     assert len(parts) == -(-ROWS // rows)
@@ -45,8 +45,8 @@ def padded(lengths: list[int], columns: int) -> torch.Tensor:
     return (torch.arange(columns) < torch.tensor(lengths)[:, None]).long()
 
 
-def test_parts_have_the_columns_of_their_own_longest_text():
-    """And no mask where nothing is padding; the embeddings are those of the whole batch."""
+def test_split_trims_each_part_to_its_longest_text():
+    """A part without padding has no mask; its embeddings equal those of the whole batch."""
     whole = batch()
     whole["attention_mask"] = padded([2, 1, 2, 4, 1, 0, 0], 4)
     whole["target_attention_mask"] = padded([3, 3, 1, 6], 6)
@@ -65,7 +65,7 @@ def test_parts_have_the_columns_of_their_own_longest_text():
         for side, rows in (("predicted_embeds", ROWS), ("target_embeds", TEXTS)):
             found = torch.cat([output[side] for output in outputs])[:rows]
             torch.testing.assert_close(found, expected[side], rtol=0, atol=1e-6)
-        # Positive control: a column too few.
+        # Positive control: one column too few.
         parts[1]["input_ids"] = parts[1]["input_ids"][:, :-1]
         parts[1]["attention_mask"] = parts[1]["attention_mask"][:, :-1]
         less = model(**parts[1]).predicted_embeds
@@ -73,9 +73,9 @@ def test_parts_have_the_columns_of_their_own_longest_text():
 
 
 @pytest.mark.parametrize(("frozen", "trains"), [(True, False), (False, True), (False, False)])
-def test_a_frozen_x_encoder_runs_once(frozen, trains):
-    """Its tokens wait for the second pass. Those of one that trains need a graph, and one that is
-    in training mode might draw random numbers, which the second pass must draw as well."""
+def test_cached_step_runs_a_frozen_x_encoder_once(frozen, trains):
+    """The second pass reuses its tokens. An encoder that trains needs a graph, and one in training
+    mode may draw random numbers, so these run in both passes."""
     model, seen = tiny_model(freeze_vision=frozen).train(), []
     model.x_encoder.requires_grad_(trains)
     model.x_encoder.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
@@ -84,9 +84,9 @@ def test_a_frozen_x_encoder_runs_once(frozen, trains):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_dropout_is_drawn_again_as_it_was(rows):
-    """The second pass must see the masks of the first, or its gradient belongs to another loss;
-    and the step after it must not see them a third time."""
+def test_cached_step_repeats_dropout_in_the_second_pass(rows):
+    """The second pass needs the masks of the first, or its gradient is that of another loss. The
+    next step must draw new masks."""
     model = tiny_model(predictor_config={"attention_dropout": 0.5}).train()
     reference = copy.deepcopy(model)
     torch.manual_seed(1)
@@ -107,13 +107,13 @@ def test_dropout_is_drawn_again_as_it_was(rows):
         if parameter.requires_grad:
             distance = (found.grad - parameter.grad).norm() / parameter.grad.norm()
             assert distance <= 1e-5, name
-    # Positive control: other masks, another loss.
+    # Positive control: other masks give another loss.
     torch.manual_seed(2)
     assert abs(cached_step(model, batch(), rows, loss_of) - loss) > 1e-4
 
 
-def test_gradients_are_added_to_those_that_are_there():
-    """As a backward pass does it: gradient accumulation works on top."""
+def test_cached_step_adds_to_existing_gradients():
+    """A backward pass adds gradients too; gradient accumulation relies on it."""
     once, twice = tiny_model(), tiny_model()
     cached_step(once, batch(), 3, loss_of)
     for _ in range(2):
@@ -123,7 +123,7 @@ def test_gradients_are_added_to_those_that_are_there():
             torch.testing.assert_close(2 * one.grad, two.grad)
 
 
-def test_data_parallelism_exchanges_gradients_once():
+def test_cached_step_exchanges_gradients_in_the_last_part_only():
     calls = []
 
     class Recorder:
@@ -133,9 +133,9 @@ def test_data_parallelism_exchanges_gradients_once():
         def __exit__(self, *_):
             return None
 
-    def backward(handed: torch.Tensor) -> None:
+    def backward(loss: torch.Tensor) -> None:
         calls.append("backward")
-        handed.backward()
+        loss.backward()
 
     cached_step(tiny_model(), batch(), 3, loss_of, backward, Recorder)
     assert calls == ["no_sync", "backward", "no_sync", "backward", "backward"]

@@ -1,4 +1,4 @@
-"""What the log says of speed: operations counted by formula and by torch."""
+"""Speed in the log: operations by formula and as counted by torch, rates and memory."""
 
 from types import SimpleNamespace
 
@@ -32,15 +32,15 @@ def counted(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
     ],
     ids=str,
 )
-def test_operations_are_those_that_torch_counts(changes):
-    """To a tenth: heads are left out, class tokens of an image tower too, and that no gradient goes
-    through the first layer, which is much only where layers are few."""
+def test_training_flops_are_those_that_torch_counts(changes):
+    """To 10 %: the formula ignores the heads and the class tokens of an image tower. It also counts
+    a gradient through the first layer, which matters only if there are few layers."""
     model, batch = tiny_model(**changes), tiny_batch()
     batch.pop("attention_mask"), batch.pop("target_attention_mask")
     assert training_flops(model, batch) == pytest.approx(counted(model, batch), rel=0.1)
 
 
-def test_what_is_frozen_or_given_costs_less():
+def test_training_flops_are_fewer_for_frozen_or_given_parts():
     batch = tiny_batch()
     trained = training_flops(tiny_model(freeze_vision=False), batch)
     frozen = training_flops(tiny_model(), batch)
@@ -66,7 +66,7 @@ def test_reachable_flops_reads_the_real_clock():
     assert 1e6 < reachable_flops(torch.device("cpu"), torch.float32) < 1e16
 
 
-def test_peak_memory_is_of_this_process():
+def test_peak_memory_includes_memory_freed_since():
     before = peak_memory(torch.device("cpu"))
     block = torch.ones(64, 2**20)  # 256 MiB
     assert block.sum() == 64 * 2**20
