@@ -10,6 +10,7 @@ import argparse
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,7 @@ from training.data.feature_writer import (
     distinct_clips,
     make_plan,
     missing_shards,
+    only_writer,
     write_index,
     write_shards,
 )
@@ -195,6 +197,35 @@ def write_missing(
             progress.update(count)
 
 
+def write(
+    folder: Path,
+    plan: dict,
+    clips: dict[str, list[int]],
+    dataset: ContrastiveDataset,
+    encoder: Encoder,
+    recipe: Recipe,
+    options: argparse.Namespace,
+) -> None:
+    """Print the estimate and write the rest of the store, with a summary at the end."""
+    wait_for_everyone = recipe.training.distributed_state.wait_for_everyone
+    # 1. Size and time
+    trials = try_out(dataset, encoder, clips, options.batch_size)
+    shapes = {kind: trial.shape for kind, trial in trials.items()}
+    shards = cut_into_shards(clips, shapes, options.dtype)
+    missing = missing_shards(folder, shards)
+    print_once(estimate(folder, clips, missing, trials, options.dtype))
+
+    # 2. The shards, each by one process
+    # All processes list the missing shards before the first of them writes one.
+    wait_for_everyone()
+    write_missing(folder, missing, dataset, encoder, recipe, options)
+    wait_for_everyone()
+
+    # 3. The index, which completes the store
+    if rank() == 0:
+        print(report(folder, write_index(folder, plan, shards)))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="training.cache_features", description=__doc__.split("\n")[0]
@@ -222,33 +253,17 @@ def main(argv: list[str] | None = None) -> None:
     model, processor, dataset = read_as_training(recipe)
     video = processor.video_processor
 
-    # 2. A new store, or one to continue
+    # 2. A new store, or one to continue; the first process locks it for all of this run
     clips = distinct_clips(dataset.rows)
     facts = made_with(model, video, video.num_frames)
     plan = make_plan(dataset.rows, clips, facts, options.dtype, options.batch_size, args.bf16)
-    with args.main_process_first(local=False, desc="finding the folder"):
-        begin(folder, plan)
-    if (folder / FACTS).is_file():
-        print_once(f"complete already. {report(folder, read_facts(folder / FACTS))}")
-        return
-
-    # 3. Size and time
-    encoder = Encoder(model, video, args.bf16)
-    trials = try_out(dataset, encoder, clips, options.batch_size)
-    shapes = {kind: trial.shape for kind, trial in trials.items()}
-    shards = cut_into_shards(clips, shapes, options.dtype)
-    missing = missing_shards(folder, shards)
-    print_once(estimate(folder, clips, missing, trials, options.dtype))
-
-    # 4. The shards, each by one process
-    # All processes list the missing shards before the first of them writes one.
-    args.distributed_state.wait_for_everyone()
-    write_missing(folder, missing, dataset, encoder, recipe, options)
-    args.distributed_state.wait_for_everyone()
-
-    # 5. The index, which completes the store
-    if rank() == 0:
-        print(report(folder, write_index(folder, plan, shards)))
+    with only_writer(folder) if rank() == 0 else nullcontext():
+        with args.main_process_first(local=False, desc="finding the folder"):
+            begin(folder, plan)
+        if (folder / FACTS).is_file():
+            print_once(f"complete already. {report(folder, read_facts(folder / FACTS))}")
+            return
+        write(folder, plan, clips, dataset, Encoder(model, video, args.bf16), recipe, options)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -22,7 +26,18 @@ from training import cache_features
 from training.arguments import RecipeError
 from training.cache_features import main
 from training.data import feature_writer
-from training.data.feature_writer import clip_bytes, cut_into_shards, put
+from training.data.feature_writer import (
+    begin,
+    clip_bytes,
+    cut_into_shards,
+    distinct_clips,
+    make_plan,
+    missing_shards,
+    only_writer,
+    put,
+    write_index,
+    write_shards,
+)
 
 ROOT = Path(__file__).parents[2]
 IMAGE, VIDEO = (4, 48), (8, 48)  # tokens and width of a tiny clip
@@ -154,7 +169,7 @@ def test_cache_features_rejects_a_store_larger_than_the_free_space(recipe, tmp_p
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
     with pytest.raises(FeatureError, match="4.22kB are to be written and 4.22kB are free.*int8"):
         cache(recipe, tmp_path / "store")
-    assert sorted(content(tmp_path / "store")) == ["plan.json"]
+    assert sorted(content(tmp_path / "store")) == ["lock", "plan.json"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, needed))
     cache(recipe, tmp_path / "store")
 
@@ -212,7 +227,7 @@ def test_cache_features_killed_within_a_file_continues_to_the_same_store(
 
     def killed(tensors, path):
         save(tensors, path)
-        if path.name.endswith(file):
+        if path.name.endswith(f"-{file}"):
             os.truncate(path, 100)
             raise KeyboardInterrupt
         assert not (path.parent / file).exists()
@@ -222,7 +237,7 @@ def test_cache_features_killed_within_a_file_continues_to_the_same_store(
     monkeypatch.setattr(feature_writer, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         cache(recipe, folder)
-    assert f"incomplete-{file}" in content(folder)
+    assert any(re.fullmatch(rf"incomplete-.+-\d+-{file}", name) for name in content(folder))
     assert "index.json" not in content(folder)
     monkeypatch.setattr(feature_writer, "save_file", save)
     encoded.clear()
@@ -232,6 +247,105 @@ def test_cache_features_killed_within_a_file_continues_to_the_same_store(
     trial = [1, 7, 1, 2]
     left = {"00000.safetensors": [3, 3, 1, 1, 1], "00003.safetensors": [1, 1]}
     assert encoded == trial + left.get(file, [])
+
+
+class Clips:
+    """Images of one row each; the sample of a row is its index."""
+
+    def __init__(self, folder: Path, count: int = 12):
+        self.rows = [{"image": str(folder / f"{index}.png")} for index in range(count)]
+        for row in self.rows:
+            Path(row["image"]).touch()
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def encode_indices(samples: list[int]) -> torch.Tensor:
+    return torch.tensor(samples).float()[:, None, None].expand(-1, *IMAGE) + 1
+
+
+def write_store(
+    folder: Path, clips: Clips, encoder: Callable[[list[int]], torch.Tensor] = encode_indices
+) -> None:
+    torch.set_num_threads(1)  # a forked process does not have its parent's threads
+    distinct = distinct_clips(clips.rows)
+    plan = make_plan(clips.rows, distinct, {}, "bfloat16", 2, bf16=False)
+    with only_writer(folder):
+        begin(folder, plan)
+        if (folder / "index.json").exists():
+            return
+        shards = cut_into_shards(distinct, {"image": IMAGE}, "bfloat16", SHARD_BYTES)
+        missing = missing_shards(folder, shards)
+        list(write_shards(folder, missing, clips, encoder, dtype="bfloat16", batch_size=2))
+        write_index(folder, plan, shards)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_cache_features_rejects_a_second_run_while_one_is_writing(tmp_path, one_thread):
+    """The first run completes undisturbed; once it is killed, another run continues its store."""
+    clips, fork = Clips(tmp_path), get_context("fork")
+    write_store(tmp_path / "expected", clips)
+    for killed in (True, False):
+        folder, reached, go_on = tmp_path / f"killed {killed}", fork.Event(), fork.Event()
+
+        def wait(samples, reached=reached, go_on=go_on):
+            if samples[0] == 8:
+                reached.set()
+                go_on.wait(600)  # only against a hang
+            return encode_indices(samples)
+
+        first = fork.Process(target=write_store, args=(folder, clips, wait))
+        first.start()
+        assert reached.wait(600)
+        # Such a file would be an incomplete shard of the first run.
+        (folder / "incomplete-here-1-00002.safetensors").touch()
+        with pytest.raises(FeatureError, match=f"{folder}: another run is writing.*Wait until"):
+            write_store(folder, clips)
+        assert (folder / "incomplete-here-1-00002.safetensors").exists()
+        first.kill() if killed else go_on.set()
+        first.join()
+        assert first.exitcode == (-signal.SIGKILL if killed else 0)
+        if killed:
+            write_store(folder, clips)
+            assert content(folder) == content(tmp_path / "expected")
+        else:
+            assert content(folder).keys() - content(tmp_path / "expected").keys() == {
+                "incomplete-here-1-00002.safetensors"
+            }
+
+
+def test_cache_features_killed_twenty_times_continues_to_the_same_store(tmp_path, one_thread):
+    """Two runs start each time and are killed, wherever they are."""
+    clips, fork, moments = Clips(tmp_path), get_context("fork"), random.Random(0)
+    write_store(tmp_path / "expected", clips)
+
+    def slow(samples):
+        time.sleep(0.001)
+        return encode_indices(samples)
+
+    for _ in range(20):
+        runs = [
+            fork.Process(target=write_store, args=(tmp_path / "store", clips, slow))
+            for _ in range(2)
+        ]
+        for run in runs:
+            run.start()
+        time.sleep(moments.uniform(0, 0.05))
+        for run in runs:
+            run.kill()
+            run.join()
+        for shard in (tmp_path / "store").glob("0*.safetensors"):
+            assert shard.read_bytes() == (tmp_path / "expected" / shard.name).read_bytes()
+    write_store(tmp_path / "store", clips)
+    (tmp_path / "store" / "lock").unlink(missing_ok=True)  # of a run killed after its last write
+    assert content(tmp_path / "store") == content(tmp_path / "expected")
 
 
 def test_cache_features_leaves_a_complete_store_unchanged(recipe, whole, capsys, monkeypatch):

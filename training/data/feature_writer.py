@@ -10,11 +10,14 @@ processes or on whether an earlier run was killed.
 Shapes: B batch, T frames, h and w pixels, n clips of a shard, N visual tokens, Dx visual width.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +43,7 @@ from training.data.collator import to_pixel_values
 from training.data.dataset import ContrastiveDataset
 from training.data.sources import Source, StreamedSource
 
-PLAN = "plan.json"
+PLAN, LOCK = "plan.json", "lock"
 SHARD_BYTES = 256 * 2**20
 
 
@@ -191,9 +194,10 @@ def make_plan(
 def put(path: Path, content: dict[str, torch.Tensor] | str) -> None:
     """Write a file so that it is complete or missing, even if the machine stops.
 
-    It is written under another name, flushed to the disk and renamed.
+    It is written under another name, flushed to the disk and renamed. The other name contains the
+    host and the process, so that two processes never write to one file.
     """
-    written = path.with_name(f"incomplete-{path.name}")
+    written = path.with_name(f"incomplete-{socket.gethostname()}-{os.getpid()}-{path.name}")
     if isinstance(content, str):
         written.write_text(content)
     else:
@@ -205,18 +209,46 @@ def put(path: Path, content: dict[str, torch.Tensor] | str) -> None:
     written.rename(path)
 
 
-def begin(folder: Path, plan: dict) -> None:
-    """Write the plan into an empty folder, or check that the folder has the same plan.
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make the folder, and lock it so that no other run writes to it.
+
+    The system releases the lock when this process ends, also if it is killed. A complete store is
+    not locked, because nothing is written to it: it may be read-only.
 
     Raises:
-        FeatureError: the folder has another plan, or other files.
+        FeatureError: another run is writing to the folder, or the folder has other files.
+    """
+    if (folder / FACTS).is_file():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [path for path in folder.iterdir() if not path.match("incomplete-*")]
+    if {path.name for path in others} - {LOCK} and not (folder / PLAN).is_file():
+        raise FeatureError(f"{folder}: the folder has other files. Give an empty folder.")
+    with open(folder / LOCK, "w") as file:
+        try:
+            # `lockf` instead of `flock`: worker processes would inherit the latter's lock, and
+            # hold it after this process was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FeatureError(
+                f"{folder}: another run is writing to this folder. Wait until it ends, or give "
+                "another folder."
+            ) from error
+        for path in folder.glob("incomplete-*"):  # left by a killed run
+            path.unlink()
+        yield
+
+
+def begin(folder: Path, plan: dict) -> None:
+    """Write the plan into a new folder, or check that the folder has the same plan.
+
+    Raises:
+        FeatureError: the folder has another plan.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("incomplete-*"):  # left by a killed run
-        path.unlink()
     if not (folder / PLAN).is_file():
-        if any(folder.iterdir()):
-            raise FeatureError(f"{folder}: the folder has other files. Give an empty folder.")
         put(folder / PLAN, json.dumps(plan, indent=2))
     if found := differences(read_facts(folder / PLAN), plan):
         raise FeatureError(
@@ -325,6 +357,8 @@ def write_index(folder: Path, plan: dict, shards: list[Shard]) -> dict:
         "relative_error": {"mean": errors.mean().item(), "max": errors.max().item()},
     }
     put(folder / FACTS, json.dumps(facts, indent=2))
+    # A run that waited for the lock finds the facts, and writes nothing.
+    (folder / LOCK).unlink(missing_ok=True)
     return facts
 
 
@@ -337,6 +371,7 @@ __all__ = [
     "distinct_clips",
     "make_plan",
     "missing_shards",
+    "only_writer",
     "write_index",
     "write_shards",
 ]
