@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Protocol
 
-MIN_TOP = 0.2  # of the curve's axis: with a smaller top, noise would look like change
+MIN_TOP = 0.2  # a curve's axis ends here or higher: with a lower end, noise would look like change
 STEPS = (0.5, 1, 2, 5, 10, 15, 30, 60)  # seconds between the marks of the time axis
-MAX_MARKS = 8  # of the time axis
+MAX_MARKS = 8  # on the time axis
 WIDTH, HEIGHT = 1000, 100  # units of the drawing, which is stretched to the page
 GOLDEN_ANGLE = 137.5  # between the hues of texts, so that neighbours differ clearly
 
@@ -86,7 +86,7 @@ def draw(
 
     top = max([MIN_TOP, *curve.changes])
     bounds = [percent(segment.start_time) for segment in segments[1:]]
-    if open_since:  # at 0 no segment is closed yet, so there is no boundary
+    if open_since:  # at 0 every segment is still open: nothing to separate
         bounds.append(percent(open_since))
     parts = [
         '<figure class="timeline"><figcaption><b>Change of meaning</b>'

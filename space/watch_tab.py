@@ -17,7 +17,7 @@ from .watch import FRAMES_PER_SECOND, Watched, Watcher, image_error
 WATCH_EXAMPLES = EXAMPLES / "watch"
 MAX_FRAMES_PER_SECOND = 10
 SECONDS_BETWEEN = 0.25  # two updates of the page; the end of a segment is shown at once
-SECONDS_IN_MEMORY = 3600  # of a watched video: as long as uploads are stored
+SECONDS_IN_MEMORY = 3600  # a watched video is forgotten when its upload is deleted
 IMAGES = (".png", ".jpg", ".jpeg")
 
 
@@ -69,7 +69,7 @@ class Handlers:
     def run(
         self, path: str | None, name: str | None, query: str, texts: str, fps: float
     ) -> Iterator[tuple]:
-        """Yield what was watched, and the page that shows it."""
+        """Yield the watched part, and the page that shows it."""
         shown, closed = 0.0, 0
         for seen in self.watcher.watch(path or self.clips.get(name), query, texts, fps):
             now = time.monotonic()
@@ -108,7 +108,7 @@ class Settings(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a run writes, in the order of `page`."""
+    """The parts of the page that a run updates, in the order of `page`."""
 
     counts: gr.HTML
     timeline: gr.HTML
