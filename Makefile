@@ -142,7 +142,7 @@ test-portable: env
 
 # Every command of README and docs, in order; needs the model of make demo.
 test-docs: env
-	PATH=$(abspath $(VENV)/bin):$$PATH $(RUN) -m tests.docs
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m tests.docs
 
 # gradio needs an older pillow than that of the measured numbers. The app has an environment of its
 # own: its packages come first, and under.pth adds those of the main environment.
