@@ -9,7 +9,7 @@ import re
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .media import Clip, Limits, MediaError, MediaSource, name_of, open_file, stack
+from .media import Clip, Limits, MediaError, MediaSource, Prepare, name_of, open_file, stack
 from .sampling import uniform_indices
 
 # The formats that PIL may try for bytes, which can come from a stranger. Among the others is
@@ -31,6 +31,8 @@ def read_image(source: MediaSource | Image.Image, *, max_pixels: int | None = No
     Raises: `MediaError` naming the file.
     """
     if isinstance(source, Image.Image):
+        # `Image.open` has read only the header: the pixels may still be in the file.
+        Limits("the image", max_pixels=max_pixels).check_size(*source.size)
         return pixels_of(source, "the image")
     name = name_of(source)
     formats = IMAGE_FORMATS if isinstance(source, bytes) else None
@@ -66,7 +68,12 @@ def natural(name: str) -> list[str | int]:
     return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
-def read_folder(folder: str | os.PathLike, num_frames: int | None, limits: Limits) -> Clip:
+def read_folder(
+    folder: str | os.PathLike,
+    num_frames: int | None,
+    limits: Limits,
+    prepare: Prepare | None = None,
+) -> Clip:
     """Read a folder that holds only images, as a clip without times."""
     names = [name for name in os.listdir(folder) if not name.startswith(".")]
     for name in names:
@@ -84,7 +91,8 @@ def read_folder(folder: str | os.PathLike, num_frames: int | None, limits: Limit
     for index in sorted(set(indices.tolist())):
         limits.check_clock()
         path = os.path.join(folder, names[index])
-        pictures[index] = read_image(path, max_pixels=limits.max_pixels)[0]
+        [picture] = read_image(path, max_pixels=limits.max_pixels)
+        pictures[index] = picture if prepare is None else prepare(picture)
     return stack(
         [pictures[index] for index in indices.tolist()], np.full(len(indices), np.nan), limits
     )

@@ -10,7 +10,7 @@ import numpy as np
 from transformers.utils import is_av_available
 
 from .containers import duration_of, open_container, picture_of, reason_of
-from .media import Clip, Limits, MediaError, MediaSource, stack
+from .media import Clip, Limits, MediaError, MediaSource, Prepare, stack
 from .sampling import Part, sample, uniform_indices
 
 if is_av_available():
@@ -18,7 +18,13 @@ if is_av_available():
     from av.video.reformatter import VideoReformatter
 
 
-def read_linearly(source: MediaSource, num_frames: int | None, part: Part, limits: Limits) -> Clip:
+def read_linearly(
+    source: MediaSource,
+    num_frames: int | None,
+    part: Part,
+    limits: Limits,
+    prepare: Prepare | None = None,
+) -> Clip:
     """Read a clip in one pass over the file, or in two.
 
     The first pass keeps the frames that the header's frame count suggests. They are the wrong
@@ -32,7 +38,7 @@ def read_linearly(source: MediaSource, num_frames: int | None, part: Part, limit
         keep = set()  # the times of all frames decide which belong to the part
     elif num_frames is not None:
         keep = set(uniform_indices(max(header_count(source, limits), 1), num_frames).tolist())
-    pictures, seconds, duration = decode(source, keep, bounds)
+    pictures, seconds, duration = decode(source, keep, bounds, prepare)
     first, last = 0, len(seconds)
     if not part.is_whole:
         if not np.isfinite(seconds).all():
@@ -44,7 +50,7 @@ def read_linearly(source: MediaSource, num_frames: int | None, part: Part, limit
         limits.check_time(last - first, seconds[last - 1] - seconds[first])
     indices = first + sample(seconds[first:last], num_frames)
     if not pictures.keys() >= set(indices.tolist()):
-        pictures, seconds, _ = decode(source, set(indices.tolist()), bounds)
+        pictures, seconds, _ = decode(source, set(indices.tolist()), bounds, prepare)
     return stack([pictures[index] for index in indices.tolist()], seconds[indices], limits)
 
 
@@ -55,7 +61,7 @@ def header_count(source: MediaSource, limits: Limits) -> int:
 
 
 def decode(
-    source: MediaSource, keep: set[int] | None, limits: Limits
+    source: MediaSource, keep: set[int] | None, limits: Limits, prepare: Prepare | None
 ) -> tuple[dict[int, np.ndarray], np.ndarray, float]:
     """Decode the whole file; keep the frames whose index is in `keep` (`None`: all).
 
@@ -76,7 +82,8 @@ def decode(
                 times.append(index / rate if frame.time is None else frame.time)
                 limits.check_time(len(times), times[-1] - times[0])
                 if keep is None or index in keep:
-                    pictures[index] = picture_of(frame, reformatter)
+                    picture = picture_of(frame, reformatter)
+                    pictures[index] = picture if prepare is None else prepare(picture)
         except MediaError:
             raise
         except (av.FFmpegError, OSError, ValueError) as error:

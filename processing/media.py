@@ -6,13 +6,15 @@ Shapes: T frames, H height, W width.
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
 MediaSource = str | os.PathLike | bytes  # a path, or the content of a file
+
+Prepare = Callable[[np.ndarray], np.ndarray]  # resizes a picture (H, W, 3) as soon as it is decoded
 
 MAX_FRAME_RATE = 240  # frames per second of a clip whose length is limited
 

@@ -16,7 +16,7 @@ import numpy as np
 from transformers.utils import is_av_available
 
 from .containers import duration_of, open_container, picture_of
-from .media import Clip, Limits, MediaError, MediaSource, stack
+from .media import Clip, Limits, MediaError, MediaSource, Prepare, stack
 from .sampling import ROUNDING, Part, sample
 
 if is_av_available():
@@ -31,7 +31,11 @@ CACHE_BYTES = 2**25  # packets of a clip up to this size are cached; others are 
 
 
 def read_by_packets(
-    source: MediaSource, num_frames: int | None, part: Part, limits: Limits
+    source: MediaSource,
+    num_frames: int | None,
+    part: Part,
+    limits: Limits,
+    prepare: Prepare | None = None,
 ) -> Clip | None:
     """Return the clip, or `None` if it has to be decoded linearly."""
     with open_container(source, limits, for_packets=True) as container:
@@ -50,7 +54,8 @@ def read_by_packets(
             shown, seconds = shown[first:last], seconds[first:last]
             limits.check_time(len(seconds), seconds[-1] - seconds[0])
             indices = sample(seconds, num_frames)
-            pictures = decode_packets(container, packets, set(shown[indices].tolist()), limits)
+            wanted = set(shown[indices].tolist())
+            pictures = decode_packets(container, packets, wanted, limits, prepare)
         except MediaError:
             raise
         except (av.FFmpegError, OSError, ValueError):
@@ -171,7 +176,11 @@ def read_packets(
 
 
 def decode_packets(
-    container: "av.container.InputContainer", packets: Packets, wanted: set[int], limits: Limits
+    container: "av.container.InputContainer",
+    packets: Packets,
+    wanted: set[int],
+    limits: Limits,
+    prepare: Prepare | None,
 ) -> dict[int, np.ndarray] | None:
     """Decode the wanted frames and the frames that they need.
 
@@ -194,7 +203,8 @@ def decode_packets(
                 return None  # a packet may have been half a frame
             latest = frame.pts
             if latest in wanted:
-                pictures[latest] = picture_of(frame, reformatter)
+                picture = picture_of(frame, reformatter)
+                pictures[latest] = picture if prepare is None else prepare(picture)
     return pictures if pictures.keys() == wanted else None
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .frame_stream import StreamSource
+from .media import MediaError, name_of
 from .video_io import read_image
 from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch
 from .windows import WindowStream
@@ -136,9 +137,9 @@ class VLJEPAProcessor(ProcessorMixin):
         query_length = max_query_length or self.max_query_length
         batch = {}
         if images is not None:
-            limit = self.video_processor.max_pixels
-            clips = [image_clip(image, max_pixels=limit) for image in images]
-            batch |= self.video_processor(clips, do_sample_frames=False, return_tensors="pt")
+            # One by one, so that one image is in memory at its full size.
+            clips = [self.image_pixels(image) for image in images]
+            batch["pixel_values_videos"] = torch.stack(clips)
         if videos is not None:
             batch |= self.video_processor(videos, num_frames=num_frames, return_tensors="pt")
         if text is not None:
@@ -158,6 +159,17 @@ class VLJEPAProcessor(ProcessorMixin):
                 add_special_tokens=False,
             )
         return BatchFeature(batch)
+
+    def image_pixels(self, image: ImageLike) -> torch.Tensor:
+        """Return an image as the pixels of a one-frame clip, `(1, 3, h, w)`."""
+        clip = image_clip(image, max_pixels=self.video_processor.max_pixels)
+        try:
+            batch = self.video_processor(clip, do_sample_frames=False)
+        except ValueError as error:
+            if isinstance(image, str | os.PathLike | bytes):
+                raise MediaError(f"{name_of(image)}: {error}") from error
+            raise
+        return batch["pixel_values_videos"][0]
 
     def watch(
         self,

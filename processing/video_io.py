@@ -17,7 +17,7 @@ from transformers.utils import is_av_available
 
 from .images import read_folder, read_image
 from .linear import read_linearly
-from .media import Clip, Limits, MediaError, MediaSource, name_of
+from .media import Clip, Limits, MediaError, MediaSource, Prepare, name_of
 from .packets import read_by_packets
 from .sampling import Part, even_indices, uniform_indices
 
@@ -49,6 +49,7 @@ def read_clip(
     max_seconds: float | None = None,
     max_pixels: int | None = None,
     max_decode_seconds: float | None = None,
+    prepare: Prepare | None = None,
 ) -> Clip:
     """Decode a video or a part of it: all frames, or a sample with the first and the last.
 
@@ -70,6 +71,8 @@ def read_clip(
         max_decode_seconds (`float`, *optional*): give up after this time. It is checked whenever
             FFmpeg reads from the file or returns a frame, so it does not interrupt a file system
             that does not answer.
+        prepare (*optional*): function of an array `(H, W, 3)`, applied to each frame of the clip
+            when it is decoded: frames that it makes smaller are in memory one at a time.
 
     Raises: `MediaError` naming the file; `ImportError` if PyAV is missing.
     """
@@ -84,12 +87,12 @@ def read_clip(
                 f"{name}: a folder of images has no times. Leave out start and end, or put the "
                 "images of the part into another folder."
             )
-        return read_folder(source, num_frames, limits)
+        return read_folder(source, num_frames, limits, prepare)
     clip = None
     if num_frames is not None or not part.is_whole:
-        clip = read_by_packets(source, num_frames, part, limits)
+        clip = read_by_packets(source, num_frames, part, limits, prepare)
     if clip is None:
-        clip = read_linearly(source, num_frames, part, limits)
+        clip = read_linearly(source, num_frames, part, limits, prepare)
     return clip
 
 

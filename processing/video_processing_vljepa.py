@@ -25,6 +25,8 @@ from transformers.image_utils import (
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor, validate_typed_dict
 
+from .media import MediaError, name_of
+from .resampling import crop_of_resized, resized_size
 from .video_io import Excerpt, read_clip, read_image, uniform_indices
 
 Video = str | os.PathLike | bytes | Excerpt | list[Image.Image] | np.ndarray | torch.Tensor
@@ -33,6 +35,11 @@ _INTERPOLATION = {
     PILImageResampling.BILINEAR: "bilinear",
     PILImageResampling.BICUBIC: "bicubic",
 }
+# A frame whose resized long edge is more than this many short edges is resized only where it is
+# cropped. All other frames go through torch's own kernel.
+LONG_FRAME = 16
+MAX_RESIZED_PIXELS = 2**25  # of one resized frame that is not cropped
+_FIT = ("do_resize", "size", "resample", "do_center_crop", "crop_size")  # arguments of `fit`
 _UNSUPPORTED = {
     "data_format",
     "device",
@@ -62,6 +69,10 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
     Defaults are the paper's 256 x 256 pixels and uniform sampling. The paper's frame count differs
     by stage (1, 8, 32); the default here is 8. A `crop_size` without a `size` sets the `size` too,
     as in V-JEPA 2: shortest edge = `int(crop_size * 256 / 224)`.
+
+    Memory does not grow with the shape of a frame. Frames are resized one by one, and a frame whose
+    long edge is more than 16 short edges is resized only where it is cropped. Without a crop, a
+    frame that would be enlarged to more than 33.5 million pixels is refused.
 
     A server that decodes strangers' files should set the attributes `max_seconds` and `max_pixels`
     (of one frame). Files that exceed them raise a `MediaError`, as do files that take longer to
@@ -133,11 +144,11 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             num_frames = self.num_frames
         if do_sample_frames is None:
             do_sample_frames = self.do_sample_frames
-        # Clip by clip, so that only one clip of the batch is in memory at its full size.
+        fit = {name: settings.pop(name) for name in _FIT}
         clips = []
         for video in as_batch(videos):
-            frames = self.load_frames(video, num_frames if do_sample_frames else None)
-            clips.append(self.transform(frames, **settings))
+            frames = self.load_frames(video, num_frames if do_sample_frames else None, fit)
+            clips.append(self.finish(frames, **settings))
         if return_tensors == "pt" and len(clips) == 1:
             # The path below would copy the clip to stack it.
             return BatchFeature({"pixel_values_videos": clips[0][None]})
@@ -153,7 +164,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
     # checks take longer than the decoding of a small clip.
 
     def settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of `transform`: a call's, and the processor's for the others.
+        """Return the arguments of `fit` and `finish`: a call's, and the processor's for the others.
 
         Raises: `TypeError` for an option that is not supported here.
         """
@@ -182,66 +193,109 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         self._validate_preprocess_kwargs(**settings)
         return settings
 
-    def transform(
+    def load_frames(
+        self, video: Video, num_frames: int | None, fit: dict[str, Any]
+    ) -> torch.Tensor:
+        """Read one clip, sample, resize and crop it; `num_frames=None` keeps every frame.
+
+        Frames are resized one by one as they are decoded, so that one frame is in memory at its
+        full size, and a frame that a short clip repeats is resized once.
+
+        Returns: `torch.Tensor` of shape `(T, 3, h, w)`, uint8.
+        """
+        if isinstance(video, str | os.PathLike | bytes):
+            video = Excerpt(video)
+        if isinstance(video, Excerpt):
+            return self.load_file(video, num_frames, fit)
+        indices = uniform_indices(len(video), len(video) if num_frames is None else num_frames)
+        indices = indices.tolist()
+        if isinstance(video, list | tuple):
+            video = [read_image(frame, max_pixels=self.max_pixels)[0] for frame in video]
+            video = np.stack(video)
+        check_clip(video)
+        frames = {}
+        for index in sorted(set(indices)):
+            frame = video[index]
+            if isinstance(frame, np.ndarray):
+                frame = channels_first(frame)
+            frames[index] = self.fit(frame, **fit)
+        return torch.stack([frames[index] for index in indices])
+
+    def load_file(self, part: Excerpt, num_frames: int | None, fit: dict[str, Any]) -> torch.Tensor:
+        """Return the frames of a file or folder, resized and cropped, `(T, 3, h, w)` uint8."""
+        name, sizes = name_of(part.video), set()
+
+        def prepare(picture: np.ndarray) -> np.ndarray:
+            sizes.add(picture.shape)
+            try:
+                frame = self.fit(channels_first(picture), **fit)
+            except ValueError as error:
+                # The readers take any other ValueError for damage of the file.
+                raise MediaError(f"{name}: {error}") from error
+            return frame.permute(1, 2, 0).numpy()
+
+        clip = read_clip(
+            part.video,
+            num_frames,
+            start=part.start,
+            end=part.end,
+            max_seconds=self.max_seconds,
+            max_pixels=self.max_pixels,
+            max_decode_seconds=self.max_decode_seconds,
+            prepare=prepare,
+        )
+        # `read_clip` sees the resized frames only, whose size is the same.
+        if len(sizes) > 1:
+            raise MediaError(
+                f"{name}: the frame size changes within the video. Re-encode it to one size."
+            )
+        return torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
+
+    def fit(
         self,
-        frames: torch.Tensor,
+        frame: torch.Tensor,
         *,
         do_resize: bool,
         size: SizeDict,
         resample: PILImageResampling,
         do_center_crop: bool,
         crop_size: SizeDict,
+    ) -> torch.Tensor:
+        """Resize and crop one frame: (3, H, W) uint8 -> (3, h, w) uint8."""
+        height, width = frame.shape[-2:]
+        if not height * width:
+            raise ValueError(f"a frame is {width} x {height} pixels: give at least 1 x 1")
+        if do_resize:
+            new = new_size(height, width, size)
+            if do_center_crop and max(new) > LONG_FRAME * min(new):
+                crop = (crop_size.height, crop_size.width)
+                mode = _INTERPOLATION[resample]
+                return crop_of_resized(frame, new, crop_corner(*new, crop_size), crop, mode)
+            if new != (height, width) and new[0] * new[1] > MAX_RESIZED_PIXELS:
+                raise ValueError(
+                    f"{width} x {height} pixels become {new[1]} x {new[0]}, more than "
+                    f"{MAX_RESIZED_PIXELS}: cut the frame, reduce `size` or keep `do_center_crop` "
+                    "on"
+                )
+            frame = self.resize(frame[None], size, resample)[0]
+        return self.center_crop(frame, crop_size) if do_center_crop else frame
+
+    def finish(
+        self,
+        frames: torch.Tensor,
+        *,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
     ) -> torch.Tensor:
-        """Apply the steps that are on: (T, 3, H, W) uint8 -> (T, 3, h, w), uint8 or float32."""
-        if do_resize:
-            frames = self.resize(frames, size, resample)
-        if do_center_crop:
-            frames = self.center_crop(frames, crop_size)
+        """Rescale and normalise, if these steps are on: uint8 -> uint8 or float32."""
+        frames = frames.contiguous()  # channels first, because normalising goes by channel
         if do_rescale or do_normalize:
             frames = self.rescale_and_normalize(
                 frames, do_rescale, rescale_factor, do_normalize, image_mean, image_std
             )
-        return frames.contiguous()
-
-    def load_frames(self, video: Video, num_frames: int | None) -> torch.Tensor:
-        """Read one clip and sample it; `num_frames=None` keeps every frame.
-
-        Returns: `torch.Tensor` of shape `(T, 3, H, W)`, uint8. If read from a file, it is channels
-            last in memory, which is faster to resize.
-        """
-        if isinstance(video, str | os.PathLike | bytes):
-            video = Excerpt(video)
-        if isinstance(video, Excerpt):
-            frames = read_clip(
-                video.video,
-                num_frames,
-                start=video.start,
-                end=video.end,
-                max_seconds=self.max_seconds,
-                max_pixels=self.max_pixels,
-                max_decode_seconds=self.max_decode_seconds,
-            ).frames
-        else:
-            indices = uniform_indices(len(video), len(video) if num_frames is None else num_frames)
-            if isinstance(video, list | tuple):
-                frames = np.concatenate([read_image(video[index]) for index in indices.tolist()])
-            else:
-                frames = video[indices]
-        layout = "TCHW" if isinstance(frames, torch.Tensor) else "THWC"
-        if frames.ndim != 4 or frames.shape[layout.index("C")] != 3:
-            raise ValueError(
-                f"a clip is an array (T, H, W, 3) or a tensor (T, 3, H, W), got "
-                f"{type(frames).__name__} of shape {tuple(frames.shape)}"
-            )
-        if layout == "THWC":
-            frames = torch.from_numpy(frames.transpose(0, 3, 1, 2))
-        if frames.dtype != torch.uint8:
-            raise ValueError(f"a clip holds uint8 pixels from 0 to 255, got {frames.dtype}")
         return frames
 
     # BaseVideoProcessor needs torchvision for the next three.
@@ -251,13 +305,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
     ) -> torch.Tensor:
         """Resize (..., 3, H, W) -> (..., 3, h, w), antialiased; round the long edge down."""
         height, width = image.shape[-2:]
-        short = size.shortest_edge
-        if not short:
-            new = (size.height, size.width)
-        elif height <= width:
-            new = (short, int(short * width / height))
-        else:
-            new = (int(short * height / width), short)
+        new = new_size(height, width, size)
         if new == (height, width):
             return image
         resized = F.interpolate(
@@ -270,12 +318,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
 
         The result is channels first in memory, because normalising goes channel by channel.
         """
-        top, left = (image.shape[-2] - size.height) // 2, (image.shape[-1] - size.width) // 2
-        if top < 0 or left < 0:
-            raise ValueError(
-                f"a crop of {size.height} x {size.width} does not fit into frames of "
-                f"{image.shape[-2]} x {image.shape[-1]}: enlarge `size` or keep `do_resize` on"
-            )
+        top, left = crop_corner(*image.shape[-2:], size)
         return image[..., top : top + size.height, left : left + size.width].contiguous()
 
     def normalize(
@@ -290,6 +333,45 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         mean = torch.as_tensor(mean, device=image.device).view(-1, 1, 1)
         std = torch.as_tensor(std, device=image.device).view(-1, 1, 1)
         return (image.sub_(mean) if inplace else image - mean).div_(std)
+
+
+def new_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+    """Return height and width of a resized frame."""
+    if size.shortest_edge:
+        return resized_size(height, width, size.shortest_edge)
+    return size.height, size.width
+
+
+def crop_corner(height: int, width: int, crop: SizeDict) -> tuple[int, int]:
+    """Return row and column where the centre crop of a frame begins."""
+    top, left = (height - crop.height) // 2, (width - crop.width) // 2
+    if top < 0 or left < 0:
+        raise ValueError(
+            f"a crop of {crop.height} x {crop.width} does not fit into frames of "
+            f"{height} x {width}: enlarge `size` or keep `do_resize` on"
+        )
+    return top, left
+
+
+def channels_first(picture: np.ndarray) -> torch.Tensor:
+    """Return an array `(H, W, 3)` as a tensor `(3, H, W)`, channels last in memory.
+
+    This memory layout is faster to resize.
+    """
+    # Rotated pictures have negative strides, which torch does not take.
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+
+
+def check_clip(frames: np.ndarray | torch.Tensor) -> None:
+    """Raise `ValueError` unless a clip is a uint8 array `(T, H, W, 3)` or tensor `(T, 3, H, W)`."""
+    layout = "TCHW" if isinstance(frames, torch.Tensor) else "THWC"
+    if frames.ndim != 4 or frames.shape[layout.index("C")] != 3:
+        raise ValueError(
+            f"a clip is an array (T, H, W, 3) or a tensor (T, 3, H, W), got "
+            f"{type(frames).__name__} of shape {tuple(frames.shape)}"
+        )
+    if frames.dtype != (torch.uint8 if layout == "TCHW" else np.uint8):
+        raise ValueError(f"a clip holds uint8 pixels from 0 to 255, got {frames.dtype}")
 
 
 def as_batch(videos: Video | list[Video]) -> list[Video]:
