@@ -73,7 +73,9 @@ class EndpointHandler:
     max_seconds = 600  # per video
     max_pixels = 25_000_000  # per image or frame
     max_texts = 10_000
-    max_characters = 2_000  # per text
+    max_characters = 2_000  # per text; of a label, in its template
+    max_total_characters = 500_000  # texts of a request times the characters of the longest
+    max_address = 2_000  # characters
 
     def __init__(self, path: str = ""):
         path = path or os.path.dirname(os.path.abspath(__file__))
@@ -88,6 +90,7 @@ class EndpointHandler:
             )
             for task, entry in self.model.config.custom_pipelines.items()
         }
+        self.checks = self.pipelines["video-text-retrieval"]
         # Requests run one at a time: each is limited in memory, but their number is not.
         self.lock = Lock()
 
@@ -126,11 +129,17 @@ class EndpointHandler:
             raise ValueError(f"task is {str(task)[:50]!r}: choose one of {sorted(INPUTS)}.")
         parameters = check_object(f"parameters of {task}", parameters, PARAMETERS[task])
         inputs = check_object(f"inputs of {task}", data["inputs"], INPUTS[task])
-        return (
-            task,
-            {name: self.check(name, value) for name, value in inputs.items()},
-            {name: self.check(name, value) for name, value in parameters.items()},
-        )
+        inputs = {name: self.check(name, value) for name, value in inputs.items()}
+        parameters = {name: self.check(name, value) for name, value in parameters.items()}
+        if "candidate_labels" in inputs and "hypothesis_template" in parameters:
+            # The pipeline fills the template too, but with its own limits, which are higher.
+            self.checks.fill_template(
+                parameters["hypothesis_template"],
+                inputs["candidate_labels"],
+                self.max_characters,
+                self.max_total_characters,
+            )
+        return task, inputs, parameters
 
     def check(self, name: str, value: Any) -> Any:
         """Return one field, a medium as bytes; raise `ValueError` if it is beyond a limit."""
@@ -149,27 +158,21 @@ class EndpointHandler:
                 raise ValueError(f"{name} is a {type(value).__name__}: give a list of strings.")
             if len(value) > self.max_texts:
                 raise ValueError(f"{name} has {len(value)} texts: give at most {self.max_texts}.")
-            return [self.check_text(f"{name}[{i}]", text) for i, text in enumerate(value)]
-        return self.check_text(name, value)
-
-    def check_text(self, name: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is a {type(value).__name__}: give a string.")
-        if not value.strip():
-            raise ValueError(f"{name} is empty.")
-        if len(value) > self.max_characters:
-            raise ValueError(
-                f"{name} has {len(value)} characters: give at most {self.max_characters}."
-            )
-        return value
+            limits = self.max_characters, self.max_total_characters
+            return self.checks.check_texts(name, value, *limits)
+        return self.checks.check_text(name, value, self.max_characters)
 
     def read_medium(self, name: str, value: Any) -> bytes:
         if not isinstance(value, str):
             raise ValueError(f"{name} is a {type(value).__name__}: give the file in base64.")
         if value.lower().startswith(("http://", "https://")):
+            if len(value) > self.max_address:
+                raise ValueError(
+                    f"{name} is a URL of {len(value)} characters: give at most {self.max_address}."
+                )
             if os.environ.get("VLJEPA_ALLOW_URLS") != "1":
                 raise ValueError(f"{name} is a URL, but URLs are off here: send base64.")
-            return self.pipelines["video-text-retrieval"].fetch(value, self.max_bytes)
+            return self.checks.fetch(value, self.max_bytes)
         if len(value) * 3 // 4 > self.max_bytes:  # before decoding, which would need the memory
             raise ValueError(f"{name} is larger than {self.max_bytes} bytes: send a smaller file.")
         try:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +37,6 @@ def given(**parameters: Any) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def check_texts(name: str, texts: Iterable[str]) -> list[str]:
-    """Return texts as a list.
-
-    Raises: `ValueError` that names the argument, for an empty list or text and for other types.
-    """
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise ValueError(f"{name} is a {type(texts).__name__}: give a list of strings.")
-    texts = list(texts)
-    if not texts:
-        raise ValueError(f"{name} is empty: give at least one text.")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{name}[{index}] is a {type(text).__name__}: give a string.")
-        if not text.strip():
-            raise ValueError(f"{name}[{index}] is empty: give a text, or leave it out.")
-    return texts
-
-
 class PipelineBase(Pipeline):
     """Pipeline of a `VLJEPAModel`, with or without a Y-Decoder, and a `VLJEPAProcessor`."""
 
@@ -82,4 +63,4 @@ class PipelineBase(Pipeline):
             shutil.copy(path, save_directory)
 
 
-__all__ = ["CUSTOM_PIPELINES", "PipelineBase", "check_texts", "given"]
+__all__ = ["CUSTOM_PIPELINES", "PipelineBase", "given"]

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from .decoding import decode_texts
-from .pipeline_base import PipelineBase, check_texts, given
+from .pipeline_base import PipelineBase, given
 from .segmentation import OnlineSegmenter, Segment
 from .stream_session import EmbeddedWindow, FrameWindow, StreamSession, stream
+from .text_checks import check_texts
 
 
 class Writer:
@@ -195,8 +196,6 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
         batch_size: int = 1,
     ) -> StreamSession:
         """Return a new session; the arguments are those of a call."""
-        if query is not None and not isinstance(query, str):
-            raise ValueError(f"query is a {type(query).__name__}: give a string.")
         session = StreamSession(
             self.model,
             self.processor,

@@ -31,11 +31,8 @@ Shapes: B samples, N texts, T frames, h and w pixels, D embedding size.
 
 import mimetypes
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from http.client import HTTPException
 from typing import Any
-from urllib import request
 
 import numpy as np
 import torch
@@ -46,15 +43,15 @@ from transformers.utils import logging
 
 from .clip_library import ClipLibrary, check_datasets, unreadable_report
 from .decoding import decode_texts
-from .pipeline_base import CUSTOM_PIPELINES, PipelineBase, check_texts, given
+from .fetching import fetch
+from .pipeline_base import CUSTOM_PIPELINES, PipelineBase, given
 from .pipeline_streaming import VLJEPAStreamingCaptionPipeline
+from .text_checks import check_string, check_text, check_texts, fill_template
 
 logger = logging.get_logger(__name__)
 
 DESCRIBE = "Describe this video in detail."  # the captioning prompt of the paper's figure 2
 TEXTS_PER_PASS = 64
-MAX_URL_BYTES = 50 * 2**20
-MAX_URL_SECONDS = 60
 
 FILE = str | os.PathLike | bytes
 
@@ -105,43 +102,6 @@ def is_url(medium: Any) -> bool:
     return isinstance(medium, str) and medium.lower().startswith(("http://", "https://"))
 
 
-def fetch(url: str, max_bytes: int | None = None) -> bytes:
-    """Download at most `max_bytes` (default: `MAX_URL_BYTES`) in about `MAX_URL_SECONDS` over
-    http(s).
-
-    The address may be of a machine that only this one can reach, so the caller must allow it.
-    """
-    # `urlopen` also opens ftp:, file: and data:, and follows redirects to ftp:.
-    opener = request.OpenerDirector()
-    opener.addheaders = [("User-Agent", "vljepa")]
-    for handler in (
-        request.ProxyHandler,
-        request.HTTPHandler,
-        request.HTTPSHandler,
-        request.HTTPRedirectHandler,
-        request.HTTPDefaultErrorHandler,
-        request.HTTPErrorProcessor,
-        request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    max_bytes = max_bytes or MAX_URL_BYTES
-    content, deadline = bytearray(), time.monotonic() + MAX_URL_SECONDS
-    try:
-        # The timeout limits each read, not the download: hence the deadline.
-        with opener.open(url, timeout=MAX_URL_SECONDS) as response:
-            while part := response.read1(2**16):
-                content += part
-                if len(content) > max_bytes:
-                    raise ValueError(f"{url}: larger than {max_bytes} bytes. Make it smaller.")
-                if time.monotonic() > deadline:
-                    raise ValueError(
-                        f"{url}: took longer than {MAX_URL_SECONDS} seconds. Download it first."
-                    )
-    except (OSError, HTTPException) as error:
-        raise ValueError(f"{url}: cannot be fetched ({error}). Check the address.") from error
-    return bytes(content)
-
-
 # -- base class ----------------------------------------------------------------------------
 
 
@@ -149,7 +109,11 @@ class VLJEPAPipeline(PipelineBase):
     """Pipeline that ranks texts for samples. Texts are embedded once per call, not per sample."""
 
     label: str  # key of the text in a result
+    # For the endpoint's handler, which is alone in its module and can import nothing from here.
     fetch = staticmethod(fetch)
+    check_text = staticmethod(check_text)
+    check_texts = staticmethod(check_texts)
+    fill_template = staticmethod(fill_template)
 
     def __call__(self, inputs: Any = None, *, video: Any = None, image: Any = None, **kwargs: Any):
         """Rank texts for one sample or many.
@@ -228,8 +192,7 @@ class VLJEPAPipeline(PipelineBase):
     ) -> dict[str, Any]:
         """Return `pixels` `(T, 3, h, w)` and the `query`."""
         kind, medium = medium_of(as_sample(sample))
-        if not isinstance(query, str):
-            raise ValueError(f"query is a {type(query).__name__}: give a string.")
+        check_string("query", query)
         if is_url(medium):
             if not allow_urls:
                 raise ValueError(
@@ -297,7 +260,7 @@ class VLJEPAPipeline(PipelineBase):
         scores = cosines
         if calibrated:
             scores = (cosines * self.model.base_model.logit_scale().detach().cpu()).softmax(dim=0)
-        order = cosines.argsort(descending=True, stable=True)[:top_k].tolist()
+        order = cosines.argsort(descending=True, stable=True).tolist()[:top_k]
         return [(index, scores[index].item()) for index in order]
 
 
@@ -352,9 +315,7 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
             question = sample["question"]
         if question is None:
             raise ValueError("question is missing: give a string.")
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"question is {repr(question)[:50]}: give a string that is not empty.")
-        return super().preprocess(sample, question, allow_urls)
+        return super().preprocess(sample, check_text("question", question), allow_urls)
 
     def prepare(
         self,
@@ -407,7 +368,8 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
         """Return the model's own answers and their embeddings `(N, D)`."""
         answers = self.model.config.answers
         if self.vocabulary is None or self.vocabulary[0] != answers:
-            self.vocabulary = (list(answers), self.embed_texts(answers))
+            texts = check_texts("config.answers", answers)
+            self.vocabulary = (texts, self.embed_texts(texts))
         return self.vocabulary
 
 
@@ -430,7 +392,7 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
         Args:
             candidate_labels (`list[str]`): labels to choose from.
             hypothesis_template (`str`, *optional*, defaults to `"{}"`): the text that is embedded
-                for a label, with `{}` in the label's position.
+                for a label, with `{}`, once, in the label's position.
             query (`str`, *optional*, defaults to `"What is the action shown?"`): the query.
             top_k (`int`, *optional*): number of labels returned, best first; all by default.
             calibrated (`bool`, *optional*, defaults to `False`): probabilities, not cosines.
@@ -459,12 +421,7 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
         if candidate_labels is None:
             raise ValueError("candidate_labels is missing: give a list of labels.")
         labels = check_texts("candidate_labels", candidate_labels)
-        if not isinstance(hypothesis_template, str) or "{}" not in hypothesis_template:
-            raise ValueError(
-                f"hypothesis_template is {hypothesis_template!r}: put {{}} where the label goes."
-            )
-        # Not `format`: a template or a label may contain other braces.
-        hypotheses = [hypothesis_template.replace("{}", label) for label in labels]
+        hypotheses = fill_template(hypothesis_template, labels)
         return {
             "texts": labels,
             "text_embeds": self.embed_texts(hypotheses),
@@ -508,7 +465,7 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
             raise ValueError(f"{missing} is missing: give text and videos together.")
         if inputs is not None or given(**kwargs).keys() & {"video", "image", "texts"}:
             raise ValueError("give texts for a video, or videos for a text, and not both.")
-        check_texts("text", [text])
+        check_text("text", text)
         if isinstance(videos, FILE | Mapping) or not isinstance(videos, Iterable):
             raise ValueError(f"videos is a {type(videos).__name__}: give a list of videos.")
         samples = [{"video": video} for video in videos]
@@ -587,6 +544,7 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
             raise ValueError(f"output_dir: {output_dir} already exists. Give a new folder.")
         if isinstance(videos, FILE) or not isinstance(videos, Iterable):
             raise ValueError(f"videos is a {type(videos).__name__}: give a list of paths.")
+        check_string("query", query)  # `embed_clips` would report every clip as unreadable
         names, embeds, unreadable = self.embed_clips(videos, query, batch_size, allow_urls)
         if unreadable:
             logger.warning(unreadable_report(unreadable, len(names) + len(unreadable)))

@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .segmentation import EvenSample, OnlineSegmenter, Segment, ward_cost
+from .text_checks import check_string, check_texts
 
 TOKEN_SAMPLES = 8  # windows of the open segment whose visual tokens are stored
 WINDOWS_PER_PASS = 16  # windows per batch when a question is answered
@@ -83,7 +84,7 @@ class StreamEncoder:
     def tokens(self, query: str | None) -> dict[str, torch.Tensor]:
         if query is None:
             return {}
-        return dict(self.processor(text=[query]))
+        return dict(self.processor(text=[check_string("query", query)]))
 
     @torch.no_grad()
     def embed(self, windows: list[FrameWindow]) -> list[EmbeddedWindow]:
@@ -331,11 +332,7 @@ class StreamSession:
             the segment that it fits best. The score is a cosine.
         Raises: `ValueError` if no window was seen or no candidate is given.
         """
-        candidates = [] if isinstance(candidates, str | None) else list(candidates)
-        if not candidates or not all(isinstance(text, str) for text in candidates):
-            raise ValueError("candidates: give a list of at least one text.")
-        if not isinstance(query, str | None):
-            raise ValueError(f"query is a {type(query).__name__}: give a string.")
+        candidates = check_texts("candidates", candidates)
         memories = list(self.memories)
         still_open = self.segmenter.open_segment()
         if still_open is not None:

@@ -185,6 +185,11 @@ def changed(request: dict, changes: dict) -> Any:
         ({"inputs": {"candidates": []}}, "candidates is empty"),
         ({"inputs": {"candidates": ["red", 3]}}, "candidates[1] is a int"),
         ({"inputs": {"candidates": ["a"] * 10_001}}, "candidates has 10001 texts"),
+        ({"inputs": {"question": "\ud83d"}}, "question holds half a character, '\\ud83d'"),
+        ({"inputs": {"candidates": ["a", "\ud83d"]}}, "candidates[1] holds half a character"),
+        ({"inputs": {"candidates": ["a"] * 250 + ["b" * 2000]}}, "251 texts of up to 2000 char"),
+        ({"inputs": {"video": "\ud83d"}}, "video is not base64"),
+        ({"inputs": {"video": "http://a/" + "b" * 2000}}, "video is a URL of 2009 characters"),
         ({"parameters": {"top_k": 0}}, "top_k is 0"),
         ({"parameters": {"top_k": True}}, "top_k is True"),
         ({"parameters": {"calibrated": "yes"}}, "calibrated is a str"),
@@ -225,6 +230,48 @@ def test_handler_names_the_missing_field_of_a_task(post, folder, task, inputs, m
         inputs = inputs | {"video": encoded(folder / "clip.mp4")}
     answer = post({"inputs": inputs, "parameters": {"task": task}})
     assert message in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("task", "texts", "parameters", "message"),
+    [
+        ("zero-shot-video-classification", ["a"], {"hypothesis_template": "{}" * 1000}, "1000 tim"),
+        (
+            "zero-shot-video-classification",
+            ["a", "b" * 1999],
+            {"hypothesis_template": "a {}"},
+            "candidate_labels[1] in hypothesis_template has 2001 characters: give at most 2000",
+        ),
+        (
+            "zero-shot-video-classification",
+            ["a"] * 1000,
+            {"hypothesis_template": "a" * 500 + "{}"},
+            "candidate_labels in hypothesis_template has 1000 texts of up to 501 characters",
+        ),
+        ("zero-shot-video-classification", ["\ud83d"], {}, "candidate_labels[0] holds half"),
+        (
+            "zero-shot-video-classification",
+            ["a"],
+            {"hypothesis_template": "\ud83d{}"},
+            "hypothesis_template holds half a character",
+        ),
+        ("video-text-retrieval", ["a", "\ud83d"], {}, "texts[1] holds half a character"),
+        ("video-text-retrieval", ["a"], {"query": "\ud83d"}, "query holds half a character"),
+        ("embed", "\ud83d", {}, "text holds half a character"),
+        ("embed", "a" * 2001, {}, "text has 2001 characters"),
+    ],
+)
+def test_handler_limits_and_checks_texts_of_every_task(
+    post, folder, task, texts, parameters, message
+):
+    field = {"zero-shot-video-classification": "candidate_labels", "embed": "text"}
+    inputs = {field.get(task, "texts"): texts}
+    if task != "embed":
+        inputs["video"] = encoded(folder / "clip.mp4")
+    start = time.monotonic()
+    answer = post({"inputs": inputs, "parameters": {"task": task} | parameters})
+    assert message in answer["error"]
+    assert time.monotonic() - start < 2
 
 
 def test_handler_reads_no_file_of_the_machine(handler, folder, monkeypatch):

@@ -273,6 +273,8 @@ def test_caption_pipeline_takes_default_parameters_when_it_is_made(chooser):
         ("chooser", {"candidates": []}, ValueError, "candidates is empty"),
         ("chooser", {"candidates": "red"}, ValueError, "candidates is a str"),
         ("writer", {"query": 7}, ValueError, "query is a int"),
+        ("writer", {"query": "\ud83d"}, ValueError, "query holds half a character"),
+        ("chooser", {"candidates": ["a", "\ud83d"]}, ValueError, r"candidates\[1\] holds half"),
         ("writer", {"window": 0}, ValueError, "window is 0"),
         ("writer", {"segmenter_kwargs": {"patience": 0}}, ValueError, "patience is 0"),
         ("writer", {"segmenter_kwargs": {"patient": 1}}, TypeError, "'patient'"),
@@ -307,11 +309,18 @@ def test_session_ask_takes_a_generator_of_candidates(chooser):
     list(captions)
     expected = captions.session.ask(TEXTS)
     assert captions.session.ask(text for text in TEXTS) == approximately(expected)
-    for candidates in (None, [], "red", [3]):
-        with pytest.raises(ValueError, match="candidates: give a list of at least one text"):
+    for candidates, message in (
+        (None, "candidates is a NoneType"),
+        ([], "candidates is empty"),
+        ("red", "candidates is a str"),
+        ([3], "candidates.0. is a int"),
+        (["\ud83d"], "candidates.0. holds half a character"),
+    ):
+        with pytest.raises(ValueError, match=message):
             captions.session.ask(candidates)
-    with pytest.raises(ValueError, match="query is a int"):
-        captions.session.ask(TEXTS, query=3)
+    for query, message in ((3, "query is a int"), ("\ud83d", "query holds half a character")):
+        with pytest.raises(ValueError, match=message):
+            captions.session.ask(TEXTS, query=query)
 
 
 # -- without this package ------------------------------------------------------------------

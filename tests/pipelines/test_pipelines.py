@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import socket
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +24,7 @@ from modeling_vljepa import (
     VLJEPAForZeroShotImageClassification,
     VLJEPAModel,
 )
-from modeling_vljepa.pipelines import clip_library, pipeline_vljepa
+from modeling_vljepa.pipelines import clip_library, fetching, pipeline_vljepa
 from modeling_vljepa.pipelines.pipeline_vljepa import (
     DESCRIBE,
     VLJEPARetrievalPipeline,
@@ -465,8 +467,8 @@ def test_library_search_without_faiss_names_the_package(retrieval, library, monk
     ("task", "changes", "message"),
     [
         ("vqa", {"question": None}, "question is missing"),
-        ("vqa", {"question": " "}, "question is ' '"),
-        ("vqa", {"question": 7}, "question is 7"),
+        ("vqa", {"question": " "}, "question is empty: give a text"),
+        ("vqa", {"question": 7}, "question is a int"),
         ("vqa", {"candidates": []}, "candidates is empty"),
         ("vqa", {"candidates": "red"}, "candidates is a str"),
         ("vqa", {"candidates": ["red", None]}, r"candidates\[1\] is a NoneType"),
@@ -484,7 +486,9 @@ def test_library_search_without_faiss_names_the_package(retrieval, library, monk
         ("vqa", {"top_k": 0}, "top_k is 0"),
         ("vqa", {"top_k": 1.5}, "top_k is 1.5"),
         ("zero_shot", {"candidate_labels": None}, "candidate_labels is missing"),
-        ("zero_shot", {"hypothesis_template": "x"}, "hypothesis_template is 'x'"),
+        ("zero_shot", {"hypothesis_template": "x"}, "template is 'x' and has {} 0 times: put {}"),
+        ("zero_shot", {"hypothesis_template": "{}" * 1000}, r"has \{\} 1000 times: put \{\} once"),
+        ("zero_shot", {"hypothesis_template": 7}, "hypothesis_template is a int"),
         ("zero_shot", {"query": 3}, "query is a int"),
         ("retrieval", {"texts": None}, "texts is missing"),
         ("retrieval", {"text": "red"}, "videos.*missing"),
@@ -497,7 +501,7 @@ def test_library_search_without_faiss_names_the_package(retrieval, library, monk
         (
             "retrieval",
             {"video": None, "texts": None, "text": "", "videos": ["a"]},
-            "text.0. is empty",
+            "text is empty",
         ),
     ],
 )
@@ -514,6 +518,59 @@ def test_pipeline_rejects_a_malformed_request_and_serves_the_next(
     with pytest.raises(ValueError, match=message):
         pipe(**good | changes)
     assert pipe(**good) == approximately(expected)
+
+
+LONG = "a" * 100_000  # the longest text that pipelines take
+HALF = json.loads(r'"\ud83d"')  # valid JSON, but half a character
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        ("vqa", {"question": LONG + "a"}, "question has 100001 characters: give at most 100000"),
+        ("vqa", {"candidates": ["a", LONG + "a"]}, r"candidates\[1\] has 100001 characters"),
+        ("vqa", {"candidates": ["a"] * 10_000 + [LONG]}, "has 10001 texts of up to 100000 char"),
+        ("retrieval", {"query": LONG + "a"}, "query has 100001 characters"),
+        ("retrieval", {"texts": [LONG + "a"]}, r"texts\[0\] has 100001 characters"),
+        (
+            "zero_shot",
+            {"candidate_labels": ["red", LONG], "hypothesis_template": "a man {}"},
+            r"candidate_labels\[1\] in hypothesis_template has 100006 characters: give at most",
+        ),
+        (
+            "zero_shot",
+            {"candidate_labels": ["red"] * 10_001, "hypothesis_template": LONG[3:] + "{}"},
+            "candidate_labels in hypothesis_template has 10001 texts of up to 100000 characters: "
+            "give fewer or shorter ones; number times length is at most 1000000000",
+        ),
+        ("vqa", {"question": HALF}, r"question holds half a character, '\\ud83d': cut texts"),
+        ("vqa", {"candidates": ["red", f"a {HALF}"]}, r"candidates\[1\] holds half a character"),
+        ("retrieval", {"texts": ["red", HALF]}, r"texts\[1\] holds half a character"),
+        ("retrieval", {"query": HALF}, "query holds half a character"),
+        (
+            "retrieval",
+            {"video": None, "texts": None, "text": HALF, "videos": ["a"]},
+            "text holds half a character",
+        ),
+        ("zero_shot", {"candidate_labels": [HALF]}, r"candidate_labels\[0\] holds half"),
+        ("zero_shot", {"hypothesis_template": f"{{}}{HALF}"}, "hypothesis_template holds half"),
+    ],
+)
+def test_pipeline_limits_and_checks_texts(request, media, task, changes, message):
+    good = {
+        "vqa": {"question": QUESTION, "candidates": ANSWERS},
+        "zero_shot": {"candidate_labels": ANSWERS},
+        "retrieval": {"texts": ANSWERS},
+    }[task] | {"video": media.wide}
+    with pytest.raises(ValueError, match=message):
+        request.getfixturevalue(task)(**good | changes)
+
+
+def test_retrieval_checks_texts_of_libraries(retrieval, media, tmp_path):
+    with pytest.raises(ValueError, match="query holds half a character"):
+        retrieval.build_library([media.wide], tmp_path / "library", query=HALF)
+    with pytest.raises(ValueError, match=r"text\[1\] holds half a character"):
+        retrieval.search(["red", HALF], tmp_path / "library")
 
 
 def test_vqa_rejects_an_unknown_parameter(vqa, media):
@@ -583,15 +640,81 @@ def test_vqa_fetches_addresses_if_the_caller_allows_it(vqa, media, monkeypatch):
             vqa(video=f"{address}/file", **ask)
         with pytest.raises(ValueError, match="/ftp: cannot be fetched .*unknown url type"):
             vqa(video=f"{address}/ftp", **ask)
-        monkeypatch.setattr(pipeline_vljepa, "MAX_URL_BYTES", 1000)
+        monkeypatch.setattr(fetching, "MAX_URL_BYTES", 1000)
         with pytest.raises(ValueError, match="larger than 1000 bytes"):
             vqa(video=f"{address}/wide.mp4", **ask)
-        monkeypatch.setattr(pipeline_vljepa, "MAX_URL_BYTES", 10**9)
-        monkeypatch.setattr(pipeline_vljepa, "MAX_URL_SECONDS", 1e-9)
+        monkeypatch.setattr(fetching, "MAX_URL_BYTES", 10**9)
+        monkeypatch.setattr(fetching, "MAX_URL_SECONDS", 1e-9)
         with pytest.raises(ValueError, match="cannot be fetched|took longer"):
             vqa(video=f"{address}/wide.mp4", **ask)
     with pytest.raises(ValueError, match="cannot be fetched"):
         vqa(video=f"{address}/wide.mp4", **ask)  # the server has stopped
+
+
+@contextmanager
+def drip(start: bytes):
+    """Serve `start`, and then one byte each 0.05 s, on loopback."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    ended = threading.Event()
+
+    def answer():
+        connection, _ = listener.accept()
+        connection.recv(2**16)
+        try:
+            connection.sendall(start)
+            while not ended.wait(0.05):
+                connection.sendall(b"a")
+        except OSError:
+            ended.set()  # the client has gone
+
+    threading.Thread(target=answer, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/a.mp4", ended
+    ended.set()
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nX-Endless: ",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/",
+    ],
+    ids=["status", "header", "body", "redirect"],
+)
+def test_fetch_ends_at_its_time_limit(monkeypatch, start):
+    monkeypatch.setattr(fetching, "MAX_URL_SECONDS", 0.5)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with drip(start) as (address, ended):
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match=f"{address}: took longer than 0.5 seconds"):
+            fetching.fetch(address)
+        assert time.monotonic() - begin < 5
+        assert ended.wait(10)  # the connection is closed, not left open in the background
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://",
+        "http://[",
+        "http://127.0.0.1:port/a",
+        "http://127.0.0.1:99999999/a",
+        "http://127.0.0.1/a b",
+        "http://127.0.0.1/\u00fc",
+        "http://127.0.0.1/\ud83d",
+        "http://\ud83d/",
+        "http://127.0.0.1\r\nHost: a/",
+        f"http://{'a' * 300}/",
+        "http://.../",
+    ],
+)
+def test_vqa_names_a_malformed_address(vqa, monkeypatch, address):
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(ValueError, match="^http.*cannot be fetched .*Check the address") as raised:
+        vqa(video=address, question="a", candidates=["red"], allow_urls=True)
+    assert str(raised.value).isprintable()
 
 
 def test_readers_let_ffmpeg_open_no_other_file_or_address(media, tmp_path, monkeypatch):
