@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 
 from .frame_stream import StreamSource
 from .media import MediaError, name_of
+from .texts import check_text, check_texts
 from .video_io import read_image
 from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch
 from .windows import WindowStream
@@ -72,6 +73,10 @@ class VLJEPAProcessor(ProcessorMixin):
         self.target_prompt_name = target_prompt_name
         self.prompt(target_prompt_name)
 
+    # Callers check a text where it enters, under their own name for it. Shipped code reaches this
+    # package through the processor only.
+    check_text = staticmethod(check_text)
+
     def prompt(self, name: str | None) -> str:
         """Return the prompt of this name; the empty string for `None`."""
         if name is None:
@@ -122,8 +127,9 @@ class VLJEPAProcessor(ProcessorMixin):
             Texts are padded on the right to the longest of the batch, contexts on the left, because
             the embedding that follows a context must be next to its last token. Lq is 0 if every
             query is empty and the tokenizer adds no special token, C if every context is empty.
-        Raises: `ValueError` if parts differ in length, or for images together with videos;
-            `MediaError` for a file that cannot be read.
+        Raises: `ValueError` that names the argument, if parts differ in length, for images together
+            with videos, and for a part or text of another type; `MediaError` for a file that cannot
+            be read.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
@@ -131,7 +137,9 @@ class VLJEPAProcessor(ProcessorMixin):
             raise ValueError("give either images or videos: one batch has one number of frames")
         images = None if images is None else as_images(images)
         videos = None if videos is None else as_batch(videos)
-        text, targets, contexts = as_texts(text), as_texts(targets), as_texts(contexts)
+        text = None if text is None else check_texts("text", text)
+        targets = None if targets is None else check_texts("targets", targets)
+        contexts = None if contexts is None else check_texts("contexts", contexts)
         check_lengths(images=images, videos=videos, text=text, targets=targets, contexts=contexts)
 
         query_length = max_query_length or self.max_query_length
@@ -293,11 +301,6 @@ def as_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     if isinstance(images, str | os.PathLike | bytes | Image.Image):
         return [images]
     return list(images)
-
-
-def as_texts(texts: str | Sequence[str] | None) -> Sequence[str] | None:
-    """Return one text or several as a list of texts."""
-    return [texts] if isinstance(texts, str) else texts
 
 
 def check_lengths(**parts: Sequence | None) -> None:

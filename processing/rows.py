@@ -25,6 +25,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .texts import check_text
 from .video_io import Excerpt
 
 Media = str | bytes | Excerpt
@@ -206,12 +207,11 @@ def samples_of(row: dict, where: tuple[str, int], folder: Path | None = None) ->
         both = "both video and image are" if "video" in row else "neither video nor image is"
         raise RowError(f"{both} given: give exactly one")
     row.setdefault("query", "")
-    if folder is not None:
-        for name in ("video", "image"):
-            _check_text(row, name)
-    _check_text(row, "query")
-    _check_text(row, "previous")
-    _check_whole(str(row.get("group_id")), "group_id")
+    paths = () if folder is None else ("video", "image")
+    for name in (*paths, "query", "previous"):
+        if name in row:
+            _check_text(name, row[name])
+    _check_text("group_id", str(row.get("group_id")))
     _check_times(row)
     targets = row["target"] if isinstance(row.get("target"), list) else [row.get("target")]
     if not targets:
@@ -231,28 +231,17 @@ def samples_of(row: dict, where: tuple[str, int], folder: Path | None = None) ->
     return [{**each, "line": where[1]} for each in rows]
 
 
-def _check_text(row: dict, name: str) -> None:
-    if name in row and not isinstance(row[name], str):
-        raise RowError(f"{name} is not a string but a {type(row[name]).__name__}")
-    if name in row:
-        _check_whole(row[name], name)
-
-
-def _check_whole(text: str, name: str) -> None:
-    """Refuse half of a surrogate pair, which JSON has if a text was cut within an emoji."""
+def _check_text(name: str, text: object) -> None:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start])
-        raise RowError(
-            f"{name} holds half a character, {half}: cut texts between characters"
-        ) from error
+        check_text(name, text)
+    except ValueError as error:
+        raise RowError(str(error)) from error
 
 
 def _check_target(row: dict) -> None:
     if row["target"] is None:
         raise RowError("target is missing")
-    _check_text(row, "target")
+    _check_text("target", row["target"])
     if not row["target"].strip():
         raise RowError("target is empty")
     if row["query"].strip().casefold() == row["target"].strip().casefold():
@@ -289,7 +278,7 @@ def _check_negatives(row: dict) -> None:
     if row["target"] in negatives:
         raise RowError("negatives hold the target itself")
     for text in negatives:
-        _check_whole(text, "negatives")
+        _check_text("negatives", text)
 
 
 __all__ = [

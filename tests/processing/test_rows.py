@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from processing.rows import BadRow, bad_rows_report, read_rows
+from processing.texts import check_text
+from tests.tiny import tiny_processor
 
 
 @pytest.fixture
@@ -150,3 +153,55 @@ def test_bad_rows_report_names_rows_and_enforces_the_limit():
     with pytest.raises(ValueError, match="25 of 100 rows(.|\n)*At most 24.0% may be"):
         bad_rows_report(bad, total=100, max_share=0.24)
     assert bad_rows_report([], total=3, max_share=0.0) == "0 of 3 rows are unusable"
+
+
+# -- one check of texts --------------------------------------------------------------------
+
+HALF = json.loads(r'"cut \ud83d"')  # valid JSON
+
+
+@pytest.mark.parametrize("name", ["text", "targets", "contexts"])
+def test_processor_names_a_text_with_half_a_character(name):
+    """Tokenizers raise a TypeError that names no text."""
+    processor = tiny_processor()
+    message = r"holds half a character, '\\ud83d': cut texts between characters"
+    with pytest.raises(ValueError, match=rf"^{name} {message}"):
+        processor(**{name: HALF})
+    with pytest.raises(ValueError, match=rf"^{name}\[1\] {message}"):
+        processor(**{name: ["whole", HALF]})
+    assert len(processor(**{name: ["whole", "\U0001f6b2"]})) == 2  # positive control
+
+
+@pytest.mark.parametrize("name", ["text", "targets", "contexts"])
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([["a", "b"]], r"\[0\] is not a string but a list: give a string"),
+        ([("a", "b")], r"\[0\] is not a string but a tuple"),  # a tokenizer encodes a pair
+        (["a", None], r"\[1\] is not a string but a NoneType"),
+        (["a", 1], r"\[1\] is not a string but a int"),
+        (["a", b"b"], r"\[1\] is not a string but a bytes"),
+        (float("nan"), " is a float: give a string or a list of strings"),
+        (b"a", " is a bytes: give"),
+        ({"a": "b"}, " is a dict: give"),
+        ({"a", "b"}, " is a set: give"),
+        (np.array("a"), " is a single ndarray: give a string"),
+    ],
+)
+def test_processor_names_a_text_of_another_type(name, texts, message):
+    with pytest.raises(ValueError, match=f"^{name}{message}"):
+        tiny_processor()(**{name: texts})
+
+
+def test_processor_takes_texts_of_every_iterable_with_an_order():
+    expected = tiny_processor()(text=["a", "b"])["input_ids"].tolist()
+    for texts in (("a", "b"), np.array(["a", "b"]), (each for each in "ab")):
+        assert tiny_processor()(text=texts)["input_ids"].tolist() == expected
+
+
+def test_check_text_is_the_same_for_rows_and_the_processor(folder):
+    with pytest.raises(ValueError, match="query holds half a character") as found:
+        check_text("query", HALF)
+    path = write(folder, {"image": "b.png", "target": "x", "query": HALF})
+    assert str(read_rows(path)[1][0]) == f"{path}:1: {found.value}"
+    assert tiny_processor().check_text("question", "a ?") == "a ?"
