@@ -17,6 +17,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from processing.output import check_output_file, writing
+
 PROCEDURES = ("Cooking", "Bike Repair", "Health")
 
 
@@ -55,6 +57,7 @@ def events_of(annotations: list[dict]) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_output_file("--output", args.output)
     named = args.downloads / "annotations" / f"atomic_descriptions_{args.split}.json"
     takes = json.loads((args.downloads / "takes.json").read_text(encoding="utf-8"))
     annotations = json.loads(named.read_text(encoding="utf-8"))["annotations"]
@@ -82,9 +85,10 @@ def main(argv: list[str] | None = None) -> None:
             f"no take of {', '.join(args.domains)} can be used, so nothing is written. Download "
             "their videos, or name other --domains."
         )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    args.output.write_text(lines, encoding="utf-8")
+    with writing(args.output):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(lines, encoding="utf-8")
     count = sum(len(row["events"]) for row in rows)
     print(f"{args.output}: {len(rows)} streams, {count} annotations")
 

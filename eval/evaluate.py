@@ -19,6 +19,7 @@ from eval.results import TaskResult
 from eval.task import Task
 from eval.tasks import TASKS
 from processing.feature_store import FeatureError, FeatureStore
+from processing.output import check_output_folder, writing
 
 
 def at_least_one(text: str) -> int:
@@ -84,7 +85,8 @@ def write_results(
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
 
-    # 1. the benchmarks: checked before the model is loaded
+    # 1. the benchmarks and the folder: checked before the model is loaded
+    check_output_folder("--output", args.output)
     benchmarks = load_benchmarks(args.benchmarks, args.tasks)
 
     # 2. the model, with its decoder if it has one, and its processor
@@ -94,7 +96,6 @@ def main(argv: list[str] | None = None) -> None:
     model_name = Path(args.model).resolve().name
 
     # 3. one benchmark after the other; results are written after each, so none is lost
-    args.output.mkdir(parents=True, exist_ok=True)
     results, features = [], None
     for benchmark in benchmarks:
         print(f"{benchmark.name}: {benchmark.description}")
@@ -118,12 +119,15 @@ def main(argv: list[str] | None = None) -> None:
         if result.skipped:
             print(f"{len(result.skipped)} rows left out:", *result.skipped[:20], sep="\n  ")
         results.append(result)
-        write_results(args.output / "results.json", model_name, results, features)
+        with writing(args.output):
+            args.output.mkdir(parents=True, exist_ok=True)
+            write_results(args.output / "results.json", model_name, results, features)
 
     # 4. tables and report
     print(text_tables(results))
     trainer_state = Path(args.model) / "trainer_state.json"
-    write_report(args.output / "report.html", model_name, results, trainer_state)
+    with writing(args.output, "results.json is complete."):
+        write_report(args.output / "report.html", model_name, results, trainer_state)
     print(f"\n{args.output / 'results.json'}\n{args.output / 'report.html'}")
 
 

@@ -11,7 +11,6 @@ source without an end is watched until Ctrl-C.
 import argparse
 import inspect
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -36,6 +35,7 @@ from modeling_vljepa import (
 from modeling_vljepa.pipelines.pipeline_vljepa import VLJEPAStreamingCaptionPipeline
 from modeling_vljepa.pipelines.stream_session import EmbeddedWindow
 from processing import FrameStream, StreamReport, VLJEPAProcessor, WindowStream
+from processing.output import check_output_folder, writing
 
 SETTINGS = tuple(inspect.signature(OnlineSegmenter).parameters)
 FILE_BATCH = 8  # windows per forward pass of a file; a live source cannot wait and takes one
@@ -202,21 +202,6 @@ def new_session(
     return OfflineSession(session, WardSegmenter(args.segments, args.threshold))
 
 
-def make_folder(path: Path) -> None:
-    """Make the output folder before anything is watched: a live stream cannot be watched again.
-
-    Raises: `ValueError` if nothing can be written there.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--output: {path} cannot be made ({error.strerror}). Give another folder."
-        ) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(f"--output: {path} cannot be written to. Give another folder.")
-
-
 # -- watching ------------------------------------------------------------------------------
 
 
@@ -283,6 +268,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. options and source, checked before the model does anything
     check_options(args)
+    if args.output is not None:  # a live stream cannot be watched again
+        check_output_folder("--output", args.output)
     model, processor = load_model(args.model)
     windows = open_source(args, processor)
     seconds = seconds_of(windows.frames)
@@ -291,8 +278,6 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = VLJEPAStreamingCaptionPipeline(model=model, processor=processor, device=device)
     session = new_session(pipe, args)
-    if args.output is not None:
-        make_folder(args.output)
 
     # 3. watch
     size = args.batch_size if args.batch_size is not None else FILE_BATCH if seconds else 1
@@ -303,9 +288,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. subtitles and timeline
     if args.output is not None:
-        write_subtitles(args.output, watched.captions)
         figure = timeline(watched.captions, watched.times, watched.changes)
-        figure.savefig(args.output / "timeline.png", dpi=110, metadata={"Software": None})
+        with writing(args.output):
+            args.output.mkdir(parents=True, exist_ok=True)
+            write_subtitles(args.output, watched.captions)
+            figure.savefig(args.output / "timeline.png", dpi=110, metadata={"Software": None})
         names = ("captions.srt", "captions.vtt", "timeline.png")
         print(*(args.output / name for name in names), sep="\n")
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.feature_store import FACTS, FeatureError, made_with, read_facts
+from processing.output import OutputError, check_output_folder
 from training.arguments import Recipe, RecipeError, read_recipe
 from training.data.dataset import ContrastiveDataset, build_dataset
 from training.data.feature_writer import (
@@ -249,6 +250,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. Model, processor and rows, as training reads them
     recipe = read_recipe(options.recipe, options.overrides)
+    check_output_folder("--output", folder)
+    if recipe.data.decode_once:
+        check_output_folder("data.cache_dir", recipe.data.cache_dir)
     args = recipe.training
     model, processor, dataset = read_as_training(recipe)
     video = processor.video_processor
@@ -269,5 +273,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (FeatureError, RecipeError) as error:
+    except (FeatureError, OutputError, RecipeError) as error:
         sys.exit(f"error: {error}")

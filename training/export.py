@@ -9,6 +9,7 @@ vectors `(B, D)`. Batch size and lengths are free; frames, height and width are 
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.export import Dim
 from transformers import AutoModel, AutoProcessor
 
 from modeling_vljepa import VLJEPAModel
+from processing.output import OutputError, check_output_folder, writing
 from training.arguments import RecipeError
 from training.model.checkpoint_files import load
 
@@ -82,17 +84,21 @@ def main(argv: list[str] | None = None) -> list[Path]:
     parser.add_argument("--format", choices=("torch", "onnx"), default="torch")
     args = parser.parse_args(argv)
 
+    check_output_folder("--output", args.output)
     model = load(AutoModel, "--model", args.model).eval()
     processor = load(AutoProcessor, "--model", args.model).video_processor
     programs = export(model, processor.num_frames, processor.crop_size["height"])
-    args.output.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, program in programs.items():
         paths.append(args.output / f"{name}.{'pt2' if args.format == 'torch' else 'onnx'}")
-        if args.format == "torch":
-            torch.export.save(program, paths[-1])
-        else:
-            torch.onnx.export(program, dynamo=True, verbose=False).save(paths[-1])
+        with writing(paths[-1]):
+            args.output.mkdir(parents=True, exist_ok=True)
+            if args.format == "torch":
+                # Through memory: on a full disk, torch's own file would end the process.
+                torch.export.save(program, buffer := io.BytesIO())
+                paths[-1].write_bytes(buffer.getbuffer())
+            else:
+                torch.onnx.export(program, dynamo=True, verbose=False).save(paths[-1])
         print(f"{paths[-1]}: {paths[-1].stat().st_size / 1e6:.1f} MB")
     return paths
 
@@ -100,5 +106,5 @@ def main(argv: list[str] | None = None) -> list[Path]:
 if __name__ == "__main__":
     try:
         main()
-    except RecipeError as error:
+    except (OutputError, RecipeError) as error:
         sys.exit(f"error: {error}")

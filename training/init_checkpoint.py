@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from processing import VLJEPAProcessor
+from processing.output import OutputError, check_output_folder, writing
 from training.arguments import RecipeError
 from training.model.backbones import (
     PredictorBackbone,
@@ -129,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     # 1. Nothing is overwritten
+    check_output_folder("--output", args.output)
     if args.output.exists() and any(args.output.iterdir()):
         raise RecipeError(f"--output: {args.output} is not empty; give a new folder.")
 
@@ -163,13 +165,14 @@ def main(argv: list[str] | None = None) -> None:
     print(paper_table(model))
 
     # 5. Save everything that a user loads
-    model.save_pretrained(args.output, max_shard_size=args.max_shard_size)
-    processor.save_pretrained(args.output)
+    with writing(args.output):
+        model.save_pretrained(args.output, max_shard_size=args.max_shard_size)
+        processor.save_pretrained(args.output)
     print(f"{args.output}: {model.dtype}, ready as model.checkpoint of a recipe")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except RecipeError as error:
+    except (OutputError, RecipeError) as error:
         sys.exit(f"error: {error}")

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eval.evaluate import at_least_one
 from eval.page import png, render, strip
+from processing.output import OutputError, check_output_file, writing
 from processing.processing_vljepa import VLJEPAProcessor
 from processing.rows import BadRow, media_file, media_name
 from training.arguments import Recipe, RecipeError, SourceArguments, read_recipe
@@ -347,8 +348,9 @@ def write_page(
         shared_media=shared_media(facts),
         video_processor=processor.video_processor,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -366,6 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
     arguments = parser.parse_intermixed_args(argv)
+    check_output_file("--output", arguments.output)
 
     recipe = read_recipe(arguments.recipe, arguments.overrides)
     sources, processor = read_sources(recipe)
@@ -390,5 +393,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except RecipeError as error:
+    except (OutputError, RecipeError) as error:
         sys.exit(f"error: {error}")

@@ -14,6 +14,7 @@ an interruption continues the upload.
 import argparse
 import sys
 
+from processing.output import OutputError
 from training.arguments import RecipeError
 from training.hub.publishing import publish
 
@@ -48,5 +49,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except RecipeError as error:
+    except (OutputError, RecipeError) as error:
         sys.exit(f"error: {error}")

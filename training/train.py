@@ -20,6 +20,7 @@ from eval.task import Benchmark
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.feature_store import FeatureError, FeatureStore
+from processing.output import OutputError, check_output_folder, writing
 from training.arguments import (
     EvaluationArguments,
     Recipe,
@@ -182,17 +183,20 @@ def save(trainer: VLJEPATrainer, recipe: Recipe) -> None:
     """Save the log, the recipes, the adapters, the model that contains them, and the processor.
 
     Raises:
+        OutputError: the disk is full, or the folder cannot be written to.
         RecipeError: too many rows since the last log line are unusable. The model is saved then,
             but not published.
     """
     output_dir, is_first = recipe.training.output_dir, trainer.is_world_process_zero()
-    trainer.save_state()
-    if is_first:
-        save_recipes(recipe.model.checkpoint, output_dir, recipe.given)
-    if recipe.model.lora is not None:
-        trainer.model.save_pretrained(Path(output_dir, "adapter"), is_main_process=is_first)
-        trainer.model = trainer.model.merge_and_unload()
-    trainer.save_model(_internal_call=True)
+    kept = "Checkpoints are kept; training.resume_from_checkpoint=true continues from the last one."
+    with writing(f"training.output_dir: {output_dir}", kept):
+        trainer.save_state()
+        if is_first:
+            save_recipes(recipe.model.checkpoint, output_dir, recipe.given)
+        if recipe.model.lora is not None:
+            trainer.model.save_pretrained(Path(output_dir, "adapter"), is_main_process=is_first)
+            trainer.model = trainer.model.merge_and_unload()
+        trainer.save_model(_internal_call=True)
     trainer.report_bad_rows()
     if recipe.training.push_to_hub:
         trainer.push_to_hub()
@@ -208,6 +212,9 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     recipe = read_recipe(arguments.recipe, arguments.overrides)
     args = recipe.training
     check_world_size(args.world_size, args.world_size_expected)
+    check_output_folder("training.output_dir", args.output_dir)
+    if recipe.data.decode_once and recipe.data.features is None:
+        check_output_folder("data.cache_dir", recipe.data.cache_dir)
     set_seed(args.seed)
     resume_from = checkpoint_to_resume(args)
 
@@ -239,5 +246,5 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
 if __name__ == "__main__":
     try:
         main()
-    except (RecipeError, FeatureError) as error:
+    except (FeatureError, OutputError, RecipeError) as error:
         sys.exit(f"error: {error}")

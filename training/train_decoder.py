@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from processing import VLJEPAProcessor
+from processing.output import OutputError, check_output_folder, writing
 from training.arguments import RecipeError, save_recipes
 from training.decoder.model import with_decoder
 from training.decoder.recipe import DecoderRecipe, read_recipe
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     # 1. The recipe; its checkpoint must not be overwritten
     recipe = read_recipe(arguments.recipe, arguments.overrides)
     args = recipe.training
+    check_output_folder("training.output_dir", args.output_dir)
     if Path(args.output_dir).resolve() == Path(recipe.model.checkpoint).resolve():
         raise RecipeError(
             "training.output_dir: it is the folder of model.checkpoint; give a new one."
@@ -105,17 +107,19 @@ def main(argv: list[str] | None = None) -> Trainer:
     if trainer.is_world_process_zero():
         print(parameter_table(model))
         print(f"{len(texts)} embeddings of texts, {len(held_out or [])} of validation clips")
-    trainer.train()
+    with writing(f"training.output_dir: {args.output_dir}", "Earlier checkpoints are kept."):
+        trainer.train()
     if held_out is not None:
         trainer.evaluate()
 
     # 5. Save everything that a user loads
-    save(trainer, processor, recipe)
+    with writing(f"training.output_dir: {args.output_dir}"):
+        save(trainer, processor, recipe)
     return trainer
 
 
 if __name__ == "__main__":
     try:
         main()
-    except RecipeError as error:
+    except (OutputError, RecipeError) as error:
         sys.exit(f"error: {error}")

@@ -213,7 +213,7 @@ def test_watch_command_names_a_damaged_model_in_one_line(folder, tmp_path, name,
 
 def test_watch_command_checks_the_output_folder_first(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="--output: .* cannot be made"):
+    with pytest.raises(ValueError, match="--output: .*file is a file. Give a folder"):
         main(command(folder, "--output", str(tmp_path / "file" / "out")))
     assert capsys.readouterr().out == ""
 

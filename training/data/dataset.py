@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from datasets.fingerprint import Hasher
 
 from processing.feature_store import FeatureStore
+from processing.output import writing
 from processing.rows import BadRow, bad_rows_report, clip_key, file_stamp, media_file, media_of
 from processing.video_io import MediaError, read_image
 from processing.video_processing_vljepa import VLJEPAVideoProcessor
@@ -74,26 +75,29 @@ def decode_clips(
     Returns:
         The index of each clip by its `clip_key`, and the columns `frames` (bytes) and `error` (""
         if the clip could be read).
+    Raises:
+        OutputError: the Arrow file cannot be written.
     """
     wanted = {clip_key(row): media_row(row) for source in sources for row in source.rows}
     identities = [(key, file_stamp(media_file(row))) for key, row in wanted.items()]
     fingerprint = Hasher.hash((identities, video_processor.to_dict()))
     clips = datasets.Dataset.from_dict({"index": range(len(wanted))})
-    Path(arguments.cache_dir).mkdir(parents=True, exist_ok=True)
-    decoded = clips.map(
-        decode,
-        input_columns="index",
-        fn_kwargs={"rows": list(wanted.values()), "video_processor": video_processor},
-        num_proc=min(arguments.num_workers, len(clips)),
-        new_fingerprint=fingerprint,
-        cache_file_name=str(Path(arguments.cache_dir) / f"clips-{fingerprint}.arrow"),
-        features=datasets.Features(
-            index=datasets.Value("int64"),
-            frames=datasets.Value("large_binary"),
-            error=datasets.Value("string"),
-        ),
-        desc="Reading clips",
-    )
+    with writing(f"data.cache_dir: {arguments.cache_dir}"):
+        Path(arguments.cache_dir).mkdir(parents=True, exist_ok=True)
+        decoded = clips.map(
+            decode,
+            input_columns="index",
+            fn_kwargs={"rows": list(wanted.values()), "video_processor": video_processor},
+            num_proc=min(arguments.num_workers, len(clips)),
+            new_fingerprint=fingerprint,
+            cache_file_name=str(Path(arguments.cache_dir) / f"clips-{fingerprint}.arrow"),
+            features=datasets.Features(
+                index=datasets.Value("int64"),
+                frames=datasets.Value("large_binary"),
+                error=datasets.Value("string"),
+            ),
+            desc="Reading clips",
+        )
     return {key: index for index, key in enumerate(wanted)}, decoded
 
 

@@ -38,6 +38,7 @@ from processing.feature_store import (
     shard_path,
     to_int8,
 )
+from processing.output import writing
 from processing.rows import clip_key, file_stamp, key_number, media_file
 from training.data.collator import to_pixel_values
 from training.data.dataset import ContrastiveDataset
@@ -196,17 +197,22 @@ def put(path: Path, content: dict[str, torch.Tensor] | str) -> None:
 
     It is written under another name, flushed to the disk and renamed. The other name contains the
     host and the process, so that two processes never write to one file.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written to.
     """
     written = path.with_name(f"incomplete-{socket.gethostname()}-{os.getpid()}-{path.name}")
-    if isinstance(content, str):
-        written.write_text(content)
-    else:
-        save_file(content, written)
-        # `save_file` lets the owner alone read a file; the plan has the user's usual permissions.
-        shutil.copymode(path.with_name(PLAN), written)
-    with open(written, "rb") as file:
-        os.fsync(file.fileno())
-    written.rename(path)
+    with writing(path.parent, "Its complete shards are kept; the same command continues."):
+        if isinstance(content, str):
+            written.write_text(content)
+        else:
+            save_file(content, written)
+            # `save_file` lets the owner alone read a file; the plan has the user's usual
+            # permissions.
+            shutil.copymode(path.with_name(PLAN), written)
+        with open(written, "rb") as file:
+            os.fsync(file.fileno())
+        written.rename(path)
 
 
 @contextmanager

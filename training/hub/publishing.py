@@ -21,6 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, pipelines
 from modeling_vljepa.pipelines.pipeline_vljepa import CUSTOM_PIPELINES
 from processing import VLJEPAProcessor, read_rows
+from processing.output import writing
 from training.arguments import RecipeError
 from training.hub.licences import UNKNOWN, licence_of, licence_table
 from training.hub.model_card import write_card
@@ -316,9 +317,10 @@ def publish(
         )
     with tempfile.TemporaryDirectory() as scratch:
         folder, probe = Path(scratch) / "repo", Path(scratch) / "probe.safetensors"
-        write_probe(source, probe)
         base = base_repo if is_adapter else None
-        backbones, absent = write_folder(Path(source), folder, repo, base=base, answers=answers)
+        with writing(scratch, "TMPDIR names the folder."):
+            write_probe(source, probe)
+            backbones, absent = write_folder(Path(source), folder, repo, base=base, answers=answers)
         print(licence_table(backbones))
         print("\n".join(f"No licence file found for {line}" for line in absent))
         warn_of_licences(repo, backbones)

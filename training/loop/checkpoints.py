@@ -14,6 +14,7 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
+from processing.output import writing
 from training.arguments import RecipeError, SourceArguments, VLJEPATrainingArguments
 from training.data.mixture import Positions
 
@@ -172,8 +173,18 @@ class AtomicCheckpoints(Trainer):
         """Write a checkpoint.
 
         Raises:
+            OutputError: the disk is full, or the folder cannot be written to.
             RecipeError: the processes do not share a disk.
         """
+        kept = (
+            "Earlier checkpoints are kept; training.resume_from_checkpoint=true continues from the "
+            "last one."
+        )
+        with writing(f"training.output_dir: {self.args.output_dir}", kept):
+            self.write_checkpoint(trial)
+
+    def write_checkpoint(self, trial) -> None:
+        """Write a checkpoint under another name, and rename it when it is complete."""
         run = Path(self._get_output_dir(trial))
         written, replaced = run / INCOMPLETE, run / REPLACED
         final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
