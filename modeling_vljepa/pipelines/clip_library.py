@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers.utils import is_datasets_available, is_faiss_available
 
@@ -16,6 +17,7 @@ if is_datasets_available():
 
 
 INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT; faiss is optional and imported by datasets only
+CLIPS_PER_READ = 4096
 MAX_DRIFT = 1e-3  # in cosine: a model rounded to bf16 stays below, another model is far above
 
 
@@ -58,13 +60,18 @@ class ClipLibrary:
         probe: torch.Tensor,
         unreadable: list[dict],
     ) -> "ClipLibrary":
-        """Make a library of n clips from their paths and embeddings `(n, D)`."""
+        """Make a library of n clips from their paths and embeddings `(n, D)`.
+
+        Raises: `ValueError` for embeddings that are not finite.
+        """
         embedding = List(Value("float32"), length=embeds.shape[1])  # FAISS needs one fixed length
         dataset = Dataset.from_dict(
             {"video": videos, "embedding": embeds.numpy()},
             features=Features({"video": Value("string"), "embedding": embedding}),
         )
-        return cls(dataset, query, probe, unreadable)
+        library = cls(dataset, query, probe, unreadable)
+        library.check_numbers("library")
+        return library
 
     def save(self, folder: str | os.PathLike) -> None:
         self.dataset.save_to_disk(folder)
@@ -89,17 +96,31 @@ class ClipLibrary:
                 f"library: {folder} has no library.json. Write a library with build_library."
             )
         saved = json.loads(path.read_text())
-        return cls(
+        library = cls(
             dataset=load_from_disk(folder),
             query=saved["query"],
             probe=torch.tensor(saved["probe"]),
             unreadable=saved["unreadable"],
         )
+        library.check_numbers(f"library {folder}")
+        return library
+
+    def check_numbers(self, name: str) -> None:
+        """Raise `ValueError` for a probe or an embedding that is not finite: no search finds it."""
+        if not self.probe.isfinite().all():
+            raise ValueError(f"{name}: its probe is not finite. Build it again.")
+        # In batches: a large library is on disk and does not fit into memory.
+        for batch in self.dataset.with_format("numpy").iter(CLIPS_PER_READ):
+            finite = np.isfinite(batch["embedding"]).all(axis=1)
+            if not finite.all():
+                clip = batch["video"][int(finite.argmin())]
+                raise ValueError(f"{name}: the embedding of {clip} is not finite. Build it again.")
 
     def check_model(self, probe: torch.Tensor) -> None:
         """Raise `ValueError` if the probe is not that of the model that made this library."""
         same = probe.shape == self.probe.shape
-        if not same or (1 - (probe * self.probe).sum(dim=1)).max() > MAX_DRIFT:
+        # Not `1 - cosine > MAX_DRIFT`, which is false for NaN.
+        if not same or not ((probe * self.probe).sum(dim=1) >= 1 - MAX_DRIFT).all():
             raise ValueError(
                 "library: it was made with another model. Build it again with this model, or load "
                 "the model that made it."

@@ -80,7 +80,15 @@ class EndpointHandler:
     def __init__(self, path: str = ""):
         path = path or os.path.dirname(os.path.abspath(__file__))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device).eval()
+        model, report = AutoModel.from_pretrained(
+            path, trust_remote_code=True, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):  # transformers would leave them random
+            raise ValueError(
+                f"{path}: {len(missing)} weights are missing, such as {missing[0]}. Upload the "
+                "whole checkpoint."
+            )
+        self.model = model.to(device).eval()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         self.processor.video_processor.max_seconds = self.max_seconds
         self.processor.video_processor.max_pixels = self.max_pixels

@@ -43,6 +43,7 @@ from transformers.utils import logging
 
 from .clip_library import ClipLibrary, check_datasets, unreadable_report
 from .decoding import decode_texts
+from .embedding import check_finite, embed_texts
 from .fetching import fetch
 from .pipeline_base import CUSTOM_PIPELINES, PipelineBase, given
 from .pipeline_streaming import VLJEPAStreamingCaptionPipeline
@@ -51,7 +52,6 @@ from .text_checks import check_string, check_text, check_texts, fill_template
 logger = logging.get_logger(__name__)
 
 DESCRIBE = "Describe this video in detail."  # the captioning prompt of the paper's figure 2
-TEXTS_PER_PASS = 64
 
 FILE = str | os.PathLike | bytes
 
@@ -217,17 +217,13 @@ class VLJEPAPipeline(PipelineBase):
             pixels = torch.stack([items[i]["pixels"] for i in indices]).to(self.dtype)
             tokens = self.processor(text=[items[i]["query"] for i in indices]).to(self.device)
             predicted = self.model.base_model.predict(pixels, **tokens)  # (len(indices), D)
+            check_finite("a predicted embedding", predicted)
             embeds |= dict(zip(indices, predicted, strict=True))
         return [embeds[i] for i in range(len(items))]
 
-    @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Return target embeddings, unit vectors `(N, D)` on the CPU."""
-        embeds = []
-        for start in range(0, len(texts), TEXTS_PER_PASS):
-            batch = self.processor(targets=texts[start : start + TEXTS_PER_PASS])
-            embeds.append(self.model.base_model.encode_target(**batch.to(self.device)).cpu())
-        return torch.cat(embeds)
+        return embed_texts(self.model, self.processor, texts)
 
     def prepare(self, **parameters: Any) -> dict[str, Any]:
         """Return the arguments of `postprocess` that are computed once per call."""
@@ -259,7 +255,8 @@ class VLJEPAPipeline(PipelineBase):
             raise ValueError(f"top_k is {top_k!r}: give a whole number of at least 1.")
         scores = cosines
         if calibrated:
-            scores = (cosines * self.model.base_model.logit_scale().detach().cpu()).softmax(dim=0)
+            scale = check_finite("logit_scale", self.model.base_model.logit_scale().detach())
+            scores = (cosines * scale.cpu()).softmax(dim=0)
         order = cosines.argsort(descending=True, stable=True).tolist()[:top_k]
         return [(index, scores[index].item()) for index in order]
 
@@ -545,6 +542,8 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         if isinstance(videos, FILE) or not isinstance(videos, Iterable):
             raise ValueError(f"videos is a {type(videos).__name__}: give a list of paths.")
         check_string("query", query)  # `embed_clips` would report every clip as unreadable
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}: give a whole number of at least 1.")
         names, embeds, unreadable = self.embed_clips(videos, query, batch_size, allow_urls)
         if unreadable:
             logger.warning(unreadable_report(unreadable, len(names) + len(unreadable)))

@@ -113,6 +113,12 @@ class VLJEPAModule(InputModule):
             embeds.append(self.model.predict(features["pixel_values_videos"], *queries))
         order = features["order"].to(embeds[0].device).argsort()  # inverse of a permutation
         features["sentence_embedding"] = torch.cat(embeds)[order]  # (B, D)
+        # Not in training, where a GPU would wait for the answer, and the loss shows it.
+        if not torch.is_grad_enabled() and not features["sentence_embedding"].isfinite().all():
+            raise ValueError(
+                "an embedding of this model is not finite: its weights hold NaN, or they overflow "
+                "in this dtype. Load it in float32 or bfloat16, or replace the checkpoint."
+            )
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
@@ -148,9 +154,14 @@ class VLJEPAModule(InputModule):
             local_files_only=local_files_only,
         )
         trust = {"trust_remote_code": trust_remote_code}
-        model = AutoModel.from_pretrained(
-            model_name_or_path, **hub, **trust, **(model_kwargs or {})
+        model, report = AutoModel.from_pretrained(
+            model_name_or_path, **hub, **trust, **(model_kwargs or {}), output_loading_info=True
         )
+        if missing := sorted(report["missing_keys"]):  # transformers would leave them random
+            raise ValueError(
+                f"{model_name_or_path}: {len(missing)} weights are missing, such as {missing[0]}. "
+                "Load a whole checkpoint."
+            )
         processor = AutoProcessor.from_pretrained(model_name_or_path, **hub, **trust)
         return cls(model, processor, **config)
 

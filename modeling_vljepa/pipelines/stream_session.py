@@ -24,7 +24,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .segmentation import EvenSample, OnlineSegmenter, Segment, ward_cost
+from .embedding import check_finite, embed_texts
+from .segmentation import EvenSample, OnlineSegmenter, Segment, check_number, ward_cost
 from .text_checks import check_string, check_texts
 
 TOKEN_SAMPLES = 8  # windows of the open segment whose visual tokens are stored
@@ -124,24 +125,22 @@ class StreamEncoder:
         """Return Ŝ_Y `(B, D)` of B visual inputs under one query."""
         device, count = visual_embeds.device, len(visual_embeds)
         each = {name: ids.to(device).expand(count, -1) for name, ids in query.items()}
-        return self.model.predict(visual_embeds=visual_embeds, **each)
+        predicted = self.model.predict(visual_embeds=visual_embeds, **each)
+        return check_finite("a predicted embedding", predicted)
 
     def move(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels.to(self.model.device, self.model.dtype)
 
-    @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Return target embeddings `(B, D)`, on the CPU."""
-        batch = self.processor(targets=texts).to(self.model.device)
-        return self.model.encode_target(**batch).float().cpu()
+        return embed_texts(self.model, self.processor, texts)
 
     def stream(
         self, windows: Iterable[FrameWindow], batch_size: int = 1
     ) -> Iterator[EmbeddedWindow]:
         """Embed windows as they arrive. A larger `batch_size` is faster on a file and delays a
         live source."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: give at least 1.")
+        check_number("batch_size", batch_size, 1, whole=True)
         self.seen = {}  # frames of another stream have the same indices
         windows = iter(windows)
         while batch := list(islice(windows, batch_size)):
@@ -235,8 +234,7 @@ class StreamSession:
         batch_size: int = 1,
         max_segments: int = 64,
     ):
-        if max_segments < 4:
-            raise ValueError(f"max_segments is {max_segments}: give at least 4.")
+        check_number("max_segments", max_segments, 4, whole=True)
         self.encoder = StreamEncoder(model, processor, query)
         self.segmenter = OnlineSegmenter() if segmenter is None else segmenter
         self.decode = decode

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from modeling_vljepa.pipelines import handler as handler_module
 from modeling_vljepa.pipelines.handler import EndpointHandler
@@ -367,6 +368,27 @@ def test_handler_serves_simultaneous_requests_one_at_a_time(handler, post, folde
         found = list(pool.map(post, requests * 3))
     assert found == [approximately(answers) for answers in alone * 3]
     assert len(most) == 36 and max(most) == 1
+
+
+def test_handler_answers_an_error_for_numbers_that_are_not_finite(handler, folder, monkeypatch):
+    weight = handler.model.predictor_head.projection.weight
+    monkeypatch.setattr(weight, "data", weight.data * torch.nan)
+    clip = encoded(folder / "clip.mp4")
+    for inputs, task in (
+        ({"question": "a"}, "visual-question-answering"),
+        ({}, "embed"),
+    ):
+        answer = handler({"inputs": {"video": clip} | inputs, "parameters": {"task": task}})
+        assert "a predicted embedding of this model is not finite" in answer["error"]
+
+
+def test_handler_rejects_a_checkpoint_that_lacks_weights(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["y_head.projection.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights are missing, such as y_head.projection.weight"):
+        EndpointHandler(str(tmp_path / "model"))
 
 
 def test_handler_of_a_published_folder_serves_without_this_package(folder, post, tmp_path):

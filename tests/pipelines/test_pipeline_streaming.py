@@ -300,8 +300,27 @@ def test_caption_pipeline_names_a_source_that_cannot_be_opened(writer, tmp_path)
 
 
 def test_caption_pipeline_rejects_batches_of_no_windows(chooser):
-    with pytest.raises(ValueError, match="batch_size is 0: give at least 1"):
+    with pytest.raises(ValueError, match="batch_size is 0: give a whole number of at least 1"):
         list(chooser(scenes([3]), candidates=TEXTS, batch_size=0))
+
+
+@pytest.mark.parametrize("head", ["predictor_head", "y_head"])
+def test_caption_pipeline_rejects_embeddings_that_are_not_finite(head):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_submodule(head).projection.weight[0, 0] = torch.nan
+    pipe = VLJEPAStreamingCaptionPipeline(model=model, processor=PROCESSOR, device="cpu")
+    with pytest.raises(ValueError, match="embedding of this model is not finite"):
+        list(pipe(scenes([3]), candidates=TEXTS))
+    with pytest.raises(ValueError, match="embedding of this model is not finite"):
+        pipe.session(candidates=TEXTS).encoder.embed_texts(TEXTS)
+        list(pipe.stream(scenes([3])))
+
+
+@pytest.mark.parametrize("batch_size", [float("nan"), 1.5, True])
+def test_caption_pipeline_rejects_a_batch_size_that_is_no_whole_number(chooser, batch_size):
+    with pytest.raises(ValueError, match="batch_size is .*: give a whole number of at least 1"):
+        list(chooser(scenes([3]), candidates=TEXTS, batch_size=batch_size))
 
 
 def test_session_ask_takes_a_generator_of_candidates(chooser):

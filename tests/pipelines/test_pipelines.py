@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import av
 import datasets
@@ -25,6 +26,7 @@ from modeling_vljepa import (
     VLJEPAModel,
 )
 from modeling_vljepa.pipelines import clip_library, fetching, pipeline_vljepa
+from modeling_vljepa.pipelines.clip_library import ClipLibrary
 from modeling_vljepa.pipelines.pipeline_vljepa import (
     DESCRIBE,
     VLJEPARetrievalPipeline,
@@ -593,6 +595,75 @@ def test_vqa_names_the_index_of_a_broken_input(vqa, media):
     assert next(results) == approximately(next(results))
     with pytest.raises(ValueError, match="input 2: video: .*no such file"):
         next(results)
+
+
+# -- numbers that are not finite -----------------------------------------------------------
+
+
+def broken_pipe(kind: type, part: str, processor: VLJEPAProcessor) -> Any:
+    """Return a pipeline of a model with one NaN in the weights of a part."""
+    model = tiny_model()
+    with torch.no_grad():
+        next(model.get_submodule(part).parameters()).view(-1)[0] = torch.nan
+    return kind(model=model, processor=processor)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("predictor_head", "a predicted embedding of this model is not finite"),
+        ("y_head", "a target embedding of this model is not finite"),
+        ("logit_scale", "logit_scale of this model is not finite"),
+    ],
+)
+def test_pipelines_reject_numbers_that_are_not_finite(processor, media, tmp_path, part, message):
+    vqa = broken_pipe(VLJEPAVisualQuestionAnsweringPipeline, part, processor)
+    ask = {"question": QUESTION, "candidates": ANSWERS, "calibrated": True}
+    with pytest.raises(ValueError, match=message):
+        vqa(video=media.wide, **ask)
+    with pytest.raises(ValueError, match=message):
+        vqa([media.wide, media.image], **ask, batch_size=2)
+    retrieval = broken_pipe(VLJEPARetrievalPipeline, part, processor)
+    with pytest.raises(ValueError, match=message):
+        retrieval(text="red", videos=[media.wide], calibrated=True)
+    if part == "logit_scale":
+        assert len(vqa(video=media.wide, **ask | {"calibrated": False})) == 4  # it is not used
+    else:
+        with pytest.raises(ValueError, match=message):
+            retrieval.build_library([media.wide], tmp_path / "library")
+        assert not (tmp_path / "library").exists()
+
+
+def test_library_rejects_numbers_that_are_not_finite(retrieval, library, tmp_path):
+    made = ClipLibrary.load(library)
+    videos, embeds = made.dataset["video"][:], torch.tensor(made.dataset["embedding"][:])
+    kept = {"query": DESCRIBE, "unreadable": []}
+    probe, broken = made.probe, embeds.clone()
+    broken[5, 3] = torch.nan
+    with pytest.raises(ValueError, match="library: the embedding of .*5.mp4 is not finite"):
+        ClipLibrary.from_embeddings(videos, broken, probe=probe, **kept)
+    with pytest.raises(ValueError, match="library: its probe is not finite"):
+        ClipLibrary.from_embeddings(videos, embeds, probe=probe * torch.nan, **kept)
+    # A library that another program wrote.
+    dataset = made.dataset.map(lambda row, index: {"embedding": broken[index]}, with_indices=True)
+    ClipLibrary(dataset, DESCRIBE, probe, []).save(tmp_path / "embedding")
+    with pytest.raises(ValueError, match="library .*/embedding: the embedding of .*5.mp4 is not"):
+        retrieval.search("red", tmp_path / "embedding")
+    ClipLibrary(made.dataset, DESCRIBE, probe * torch.nan, []).save(tmp_path / "probe")
+    with pytest.raises(ValueError, match="library .*/probe: its probe is not finite"):
+        retrieval.search("red", tmp_path / "probe")
+    with pytest.raises(ValueError, match="library: it was made with another model"):
+        ClipLibrary(made.dataset, DESCRIBE, probe * torch.nan, []).check_model(probe)
+    with pytest.raises(ValueError, match="library: it was made with another model"):
+        made.check_model(probe * torch.nan)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, float("nan"), True])
+def test_build_library_rejects_a_batch_size_that_is_no_whole_number(
+    retrieval, media, tmp_path, batch_size
+):
+    with pytest.raises(ValueError, match="batch_size is .*: give a whole number of at least 1"):
+        retrieval.build_library([media.wide], tmp_path / "library", batch_size=batch_size)
 
 
 # -- addresses and files -------------------------------------------------------------------

@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -107,3 +108,18 @@ def test_sentence_transformer_trainer_learns_text_and_image_pairs(tmp_path):
         n.split(".")[2] for n, p in model.named_parameters() if not torch.equal(p, before[n])
     }
     assert changed == {"x_encoder", "predictor", "predictor_head", "y_encoder", "y_head"}
+
+
+def test_sentence_transformer_rejects_broken_checkpoints(tmp_path):
+    """Weights that are missing, and weights that are NaN."""
+    VLJEPAModule(tiny_model(), tiny_processor()).save(str(tmp_path))
+    path, name = tmp_path / "model.safetensors", "y_head.projection.weight"
+    weights = load_file(path)
+    save_file(weights | {name: weights[name] * torch.nan}, path, {"format": "pt"})
+    loaded = SentenceTransformer(modules=[VLJEPAModule.load(str(tmp_path))], device="cpu")
+    with pytest.raises(ValueError, match="an embedding of this model is not finite"):
+        loaded.encode(TEXTS)
+    del weights[name]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"1 weights are missing, such as {name}"):
+        VLJEPAModule.load(str(tmp_path))
