@@ -271,10 +271,33 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
     embedded once for all calls. With neither, a model with a Y-Decoder writes the answer. Its
     score is then the cosine of the predicted embedding and the written text's embedding. Several
     written answers (`num_return_sequences`) are ranked by this score.
+
+    Calls have the form of the pipeline of this name that transformers had:
+
+    ```python
+    ask("image.jpg", "What color is the cat?", top_k=2)
+    ask({"image": "image.jpg", "question": "What color is the cat?"}, candidates=["red", "black"])
+    ```
+
+    One difference: `"score"` is a cosine, not a probability. `calibrated=True` gives probabilities.
     """
 
     label = "answer"
     vocabulary: tuple[list[str], torch.Tensor] | None = None
+
+    def __call__(self, inputs: Any = None, question: str | None = None, **kwargs: Any):
+        """Answer a question about one sample or many.
+
+        Args:
+            inputs (*optional*): a sample, a list or another iterable of samples.
+            question (`str`, *optional*): the question for samples without one.
+            kwargs: `video`, `image`, `batch_size` and `num_workers`, as in `VLJEPAPipeline`, and
+                the parameters in `_sanitize_parameters`.
+
+        Returns: `[{"answer", "score"}]` for one sample, best first; the score is a cosine, from -1
+            to 1, or a probability with `calibrated=True`.
+        """
+        return super().__call__(inputs, **kwargs, **given(question=question))
 
     def _sanitize_parameters(
         self,

@@ -144,6 +144,18 @@ def test_vqa_gives_one_result_for_every_form_of_a_medium(vqa, media):
         assert vqa(bare, question=QUESTION, candidates=ANSWERS) == expected
 
 
+def test_vqa_takes_the_calls_of_the_pipeline_that_transformers_had(vqa, media):
+    image, options = Image.open(media.image), {"candidates": ANSWERS, "top_k": 2}
+    expected = approximately(vqa(image=media.image, question=QUESTION, **options))
+    assert len(expected) == 2
+    assert vqa(image, QUESTION, **options) == expected
+    assert vqa(str(media.image), QUESTION, **options) == expected
+    assert vqa({"image": image, "question": QUESTION}, **options) == expected
+    assert vqa([image, image], QUESTION, **options) == [expected, expected]
+    with pytest.raises(ValueError, match="question is a list: give a string"):
+        vqa(image, [QUESTION], **options)
+
+
 def test_vqa_results_do_not_depend_on_batches_or_order(vqa, media):
     samples = [
         {"video": str(media.wide), "question": QUESTION},
