@@ -383,6 +383,13 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         """
         if visual_embeds is None and pixel_values_videos is not None:
             visual_embeds = self.encode_video(pixel_values_videos)  # (B, N, Dx)
+        given = (visual_embeds, target_input_ids, target_pooler_output)
+        if all(each is None for each in given):
+            raise ValueError(
+                "forward needs a video (pixel_values_videos or visual_embeds) or a target "
+                "(target_input_ids or target_pooler_output); input_ids alone is a query. To embed "
+                "texts, tokenize them with processor(targets=...) or use SentenceTransformer."
+            )
         predicted_embeds = target_embeds = loss = None
         states = BaseModelOutput()
         if visual_embeds is not None:

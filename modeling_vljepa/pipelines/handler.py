@@ -97,6 +97,7 @@ class EndpointHandler:
                 model=self.model, processor=self.processor, task=task, device=device
             )
             for task, entry in self.model.config.custom_pipelines.items()
+            if task in INPUTS
         }
         self.checks = self.pipelines["video-text-retrieval"]
         # Requests run one at a time: each is limited in memory, but their number is not.

@@ -24,6 +24,16 @@ CUSTOM_PIPELINES = {
         "impl": "pipeline_vljepa.VLJEPAZeroShotClassificationPipeline",
         "pt": ["AutoModel"],
     },
+    # transformers' own pipelines of the next two names do not fit: they look for an image processor
+    # and for the target tokenizer in the root, or for a model that is a language model.
+    "zero-shot-image-classification": {
+        "impl": "pipeline_vljepa.VLJEPAZeroShotImageClassificationPipeline",
+        "pt": ["AutoModel"],
+    },
+    "image-text-to-text": {
+        "impl": "pipeline_vljepa.VLJEPAImageTextToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+    },
     "streaming-caption": {
         "impl": "pipeline_vljepa.VLJEPAStreamingCaptionPipeline",
         "pt": ["AutoModelForImageTextToText", "AutoModel"],  # with a Y-Decoder, or without

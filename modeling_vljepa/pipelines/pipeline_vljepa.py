@@ -10,6 +10,10 @@ classify a video, and caption one while it runs.
 |                                  | `pipe.build_library(...)`, `pipe.search(...)`     |
 | `zero-shot-video-classification` | `pipe(video=..., candidate_labels=[...])`         |
 | `streaming-caption`              | `pipe(source)`: see `pipeline_streaming`          |
+| `zero-shot-image-classification` | `pipe(image, candidate_labels=[...])`             |
+| `image-text-to-text`             | `pipe(image, text=...)`, with a Y-Decoder         |
+
+The last two have the calls of transformers' own pipelines.
 
 For a published model, `pipe` is `pipeline(task, model="user/name", trust_remote_code=True)`. For
 any other, make it from the class: `VLJEPARetrievalPipeline(model=model, processor=processor)`.
@@ -450,6 +454,75 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
         }
 
 
+class VLJEPAZeroShotImageClassificationPipeline(VLJEPAZeroShotClassificationPipeline):
+    """Pipeline with the calls and the defaults of transformers' own of this name.
+
+    Labels are put into `"This is a photo of {}."`, and scores are probabilities; with
+    `calibrated=False` they are cosines.
+    """
+
+    def __call__(self, inputs: Any = None, candidate_labels: Any = None, **kwargs: Any):
+        return super().__call__(inputs, **kwargs, **given(candidate_labels=candidate_labels))
+
+    def preprocess(
+        self, sample: Any, query: str = DESCRIBE, allow_urls: bool = False
+    ) -> dict[str, Any]:
+        return super().preprocess(sample, query, allow_urls)
+
+    def prepare(
+        self,
+        candidate_labels: Iterable[str] | None = None,
+        hypothesis_template: str = "This is a photo of {}.",
+        top_k: int | None = None,
+        calibrated: bool = True,
+    ) -> dict[str, Any]:
+        return super().prepare(candidate_labels, hypothesis_template, top_k, calibrated)
+
+
+class VLJEPAImageTextToTextPipeline(VLJEPAVisualQuestionAnsweringPipeline):
+    """Pipeline with the calls of transformers' own of this name: the Y-Decoder writes the answer
+    to a text about an image.
+
+    Use `visual-question-answering` for answers that are chosen, and for their scores.
+    """
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        """Write the answer to a text about one image or several.
+
+        Args:
+            images: an image, a list or another iterable of images.
+            text (`str`): the question.
+            max_new_tokens (`int`, *optional*): a limit for the answer.
+            generate_kwargs (`dict`, *optional*): other arguments of `generate`.
+
+        Returns: `[{"input_text", "generated_text"}]` for one image; the generated text does not
+            repeat the input text.
+        Raises: `ValueError` for a chat: the model reads one question.
+        """
+        check_text("text", text)
+        how = (generate_kwargs or {}) | given(max_new_tokens=max_new_tokens)
+        return super().__call__(images, text, generate_kwargs=how, **kwargs)
+
+    def prepare(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        # Not the answers of the configuration: this task writes.
+        return {"generate_kwargs": generate_kwargs, "top_k": None, "calibrated": False}
+
+    def results(self, items: list[dict[str, Any]], **ranking: Any) -> list[list[dict]]:
+        found = super().results(items, **ranking)
+        return [
+            [{"input_text": item["query"], "generated_text": each["answer"]} for each in answers]
+            for item, answers in zip(items, found, strict=True)
+        ]
+
+
 class VLJEPARetrievalPipeline(VLJEPAPipeline):
     """Pipeline that ranks texts for a video, or videos for a text.
 
@@ -648,8 +721,10 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
 
 __all__ = [
     "CUSTOM_PIPELINES",
+    "VLJEPAImageTextToTextPipeline",
     "VLJEPARetrievalPipeline",
     "VLJEPAStreamingCaptionPipeline",
     "VLJEPAVisualQuestionAnsweringPipeline",
     "VLJEPAZeroShotClassificationPipeline",
+    "VLJEPAZeroShotImageClassificationPipeline",
 ]

@@ -294,6 +294,67 @@ def test_pipeline_loads_the_decoder_if_the_folder_has_one(
     assert loaded(**asked) == approximately(same(**asked))
 
 
+@pytest.fixture(scope="module")
+def saved_writer(writer, processor, tmp_path_factory) -> str:
+    """Folder with the pipelines of a model with a Y-Decoder and answers of its own."""
+    folder = tmp_path_factory.mktemp("writer") / "model"
+    writer.config.answers = ANSWERS
+    VLJEPAVisualQuestionAnsweringPipeline(model=writer, processor=processor).save_pretrained(folder)
+    writer.config.answers = []
+    return str(folder)
+
+
+def test_image_text_to_text_pipeline_decodes_the_answer(saved_writer, media):
+    def load(task):
+        return pipeline(task, model=saved_writer, trust_remote_code=True)
+
+    write, vqa = load("image-text-to-text"), load("visual-question-answering")
+    vqa.model.config.answers = []
+    how = {"max_new_tokens": 6}
+    [answer] = vqa(image=media.image, question=QUESTION, generate_kwargs=how)
+    expected = [{"input_text": QUESTION, "generated_text": answer["answer"]}]
+    image = Image.open(media.image)
+    assert write(images=image, text=QUESTION, max_new_tokens=6) == expected
+    assert write(image, text=QUESTION, generate_kwargs=how) == expected
+    assert write([image, image], QUESTION, max_new_tokens=6) == [expected, expected]
+    with pytest.raises(ValueError, match="text is a list: give a string"):
+        write(text=[{"role": "user", "content": [{"type": "text", "text": QUESTION}]}])
+    with pytest.raises(ValueError, match="text is a NoneType: give a string"):
+        write(image)
+
+
+def test_image_text_to_text_pipeline_needs_a_decoder(model, processor, tmp_path):
+    retrieval = VLJEPARetrievalPipeline(model=model, processor=processor)
+    retrieval.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="this checkpoint has no Y-Decoder"):
+        pipeline("image-text-to-text", model=str(tmp_path / "model"), trust_remote_code=True)
+
+
+def test_zero_shot_image_pipeline_of_a_saved_folder(saved_writer, writer, processor, media):
+    classify = pipeline(
+        "zero-shot-image-classification", model=saved_writer, trust_remote_code=True
+    )
+    texts = [f"This is a photo of {label}." for label in ANSWERS]
+    by_hand = cosines(writer.vljepa, processor, DESCRIBE, texts, images=media.image)
+    logits = torch.tensor(list(by_hand.values())) * writer.vljepa.logit_scale().item()
+    expected = dict(zip(ANSWERS, logits.softmax(0).tolist(), strict=True))
+    image = Image.open(media.image)
+    found = classify(image, ANSWERS)
+    assert scores(found, "label") == close(expected, tolerance=1e-5)  # probabilities
+    both = classify([image, str(media.image)], candidate_labels=ANSWERS, batch_size=2)
+    assert both == [approximately(found, tolerance=1e-5)] * 2
+    plain = classify(image, ANSWERS, hypothesis_template="{}", calibrated=False)
+    by_hand = cosines(writer.vljepa, processor, DESCRIBE, ANSWERS, images=media.image)
+    assert scores(plain, "label") == close(by_hand)
+
+
+def test_feature_extraction_pipeline_is_refused(saved_writer):
+    """transformers' own would return the temperature as the features of a text."""
+    extract = pipeline("feature-extraction", model=saved_writer, trust_remote_code=True)
+    with pytest.raises(ValueError, match="forward needs a video .* or a target .*processor"):
+        extract("a cat")
+
+
 def test_vqa_takes_default_parameters_when_it_is_made(model, processor, media, vqa):
     once = VLJEPAVisualQuestionAnsweringPipeline(
         model=model, processor=processor, candidates=ANSWERS, top_k=1, question=QUESTION
