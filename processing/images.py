@@ -30,13 +30,14 @@ def read_image(source: MediaSource | Image.Image, *, max_pixels: int | None = No
         picture of an animation.
     Raises: `MediaError` naming the file.
     """
-    if isinstance(source, Image.Image):
-        # `Image.open` has read only the header: the pixels may still be in the file.
-        Limits("the image", max_pixels=max_pixels).check_size(*source.size)
-        return pixels_of(source, "the image")
-    name = name_of(source)
+    is_open = isinstance(source, Image.Image)
+    name = "the image" if is_open else name_of(source)
     formats = IMAGE_FORMATS if isinstance(source, bytes) else None
     try:
+        if is_open:
+            # `Image.open` has read only the header: the pixels may still be in the file.
+            Limits(name, max_pixels=max_pixels).check_size(*source.size)
+            return pixels_of(source, name)
         with open_file(source) as file, Image.open(file, formats=formats) as image:
             Limits(name, max_pixels=max_pixels).check_size(*image.size)
             return pixels_of(image, name)
@@ -53,6 +54,8 @@ def read_image(source: MediaSource | Image.Image, *, max_pixels: int | None = No
 
 def pixels_of(image: Image.Image, name: str) -> np.ndarray:
     """Return an image upright and in RGB, `(1, H, W, 3)` uint8."""
+    if 0 in image.size:
+        raise MediaError(f"{name}: {image.width} x {image.height} pixels. Give at least 1 x 1.")
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "F":
         raise MediaError(f"{name}: its pixels are fractions of unknown range. Save it as PNG.")

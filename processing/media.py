@@ -78,7 +78,9 @@ def name_of(source: MediaSource) -> str:
     """Return a name for messages: the path, shortened if it is too long to be one, or the size."""
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
-    name = os.fspath(source)
+    # A surrogate in a name cannot be written to a terminal, a log or an answer, and a message is
+    # one line.
+    name = os.fsdecode(source).encode(errors="backslashreplace").decode().replace("\n", "\\n")
     return name if len(name) < 1000 else f"{name[:50]}..."
 
 

@@ -8,7 +8,7 @@ Shapes: B samples, T frames, h and w pixels, Lq query tokens, Ly target tokens, 
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -17,11 +17,13 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 
 from .frame_stream import StreamSource
 from .media import MediaError, name_of
+from .sampling import check_count
 from .texts import check_text, check_texts
 from .video_io import read_image
-from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch
+from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch, check_pixels
 from .windows import WindowStream
 
+IMAGES = "a path, bytes, a PIL image, or a uint8 array or tensor"
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 
@@ -67,8 +69,8 @@ class VLJEPAProcessor(ProcessorMixin):
                     f"{name} has no padding token: set one that no text uses, such as "
                     "'<|finetune_right_pad_id|>' for Llama 3 (not its end-of-text token)"
                 )
-        self.max_query_length = max_query_length
-        self.max_target_length = max_target_length
+        self.max_query_length = check_count("max_query_length", max_query_length)
+        self.max_target_length = check_count("max_target_length", max_target_length)
         self.target_prompts = target_prompts or {}
         self.target_prompt_name = target_prompt_name
         self.prompt(target_prompt_name)
@@ -81,9 +83,10 @@ class VLJEPAProcessor(ProcessorMixin):
         """Return the prompt of this name; the empty string for `None`."""
         if name is None:
             return ""
-        if name not in self.target_prompts:
+        if not isinstance(name, str) or name not in self.target_prompts:
+            given = repr(name)[:50] if isinstance(name, str) else f"of type {type(name).__name__}"
             raise ValueError(
-                f"there is no target prompt {name!r}, only {sorted(self.target_prompts)}"
+                f"there is no target prompt {given}, only {sorted(self.target_prompts)}"
             )
         return self.target_prompts[name]
 
@@ -131,8 +134,9 @@ class VLJEPAProcessor(ProcessorMixin):
             with videos, and for a part or text of another type; `MediaError` for a file that cannot
             be read.
         """
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        if not isinstance(return_tensors, str) or return_tensors != "pt":
+            given = return_tensors if isinstance(return_tensors, str) else type(return_tensors)
+            raise ValueError(f"return_tensors must be 'pt', got {given!r:.50}")
         if images is not None and videos is not None:
             raise ValueError("give either images or videos: one batch has one number of frames")
         images = None if images is None else as_images(images)
@@ -142,21 +146,27 @@ class VLJEPAProcessor(ProcessorMixin):
         contexts = None if contexts is None else check_texts("contexts", contexts)
         check_lengths(images=images, videos=videos, text=text, targets=targets, contexts=contexts)
 
-        query_length = max_query_length or self.max_query_length
+        query_length = self.max_query_length
+        if max_query_length is not None:
+            query_length = check_count("max_query_length", max_query_length)
+        target_length = self.max_target_length
+        if max_target_length is not None:
+            target_length = check_count("max_target_length", max_target_length)
+        if target_prompt_name is None:
+            target_prompt_name = self.target_prompt_name
         batch = {}
         if images is not None:
             # One by one, so that one image is in memory at its full size.
-            clips = [self.image_pixels(image) for image in images]
+            clips = [self.image_pixels(images, index) for index in range(len(images))]
             batch["pixel_values_videos"] = torch.stack(clips)
         if videos is not None:
             batch |= self.video_processor(videos, num_frames=num_frames, return_tensors="pt")
         if text is not None:
             batch |= tokenize(self.tokenizer, text, query_length)
         if targets is not None:
-            prompt = self.prompt(target_prompt_name or self.target_prompt_name)
+            prompt = self.prompt(target_prompt_name)
             texts = [prompt + target for target in targets]
-            limit = max_target_length or self.max_target_length
-            batch |= tokenize(self.target_tokenizer, texts, limit, prefix="target_")
+            batch |= tokenize(self.target_tokenizer, texts, target_length, prefix="target_")
         if contexts is not None:
             batch |= tokenize(
                 self.text_tokenizer,
@@ -168,15 +178,20 @@ class VLJEPAProcessor(ProcessorMixin):
             )
         return BatchFeature(batch)
 
-    def image_pixels(self, image: ImageLike) -> torch.Tensor:
-        """Return an image as the pixels of a one-frame clip, `(1, 3, h, w)`."""
-        clip = image_clip(image, max_pixels=self.video_processor.max_pixels)
+    def image_pixels(self, images: list[ImageLike], index: int) -> torch.Tensor:
+        """Return one image of a batch as the pixels of a one-frame clip, `(1, 3, h, w)`."""
+        image = images[index]
         try:
+            clip = image_clip(image, max_pixels=self.video_processor.max_pixels)
             batch = self.video_processor(clip, do_sample_frames=False)
+        except MediaError:  # names the file
+            raise
         except ValueError as error:
             if isinstance(image, str | os.PathLike | bytes):
                 raise MediaError(f"{name_of(image)}: {error}") from error
-            raise
+            if len(images) == 1:
+                raise
+            raise ValueError(f"images[{index}]: {error}") from error
         return batch["pixel_values_videos"][0]
 
     def watch(
@@ -300,6 +315,9 @@ def as_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
         return list(images) if images.ndim == 4 else [images]
     if isinstance(images, str | os.PathLike | bytes | Image.Image):
         return [images]
+    # A set has no order, and iterating over a dictionary would give its keys.
+    if isinstance(images, Mapping | Set) or not isinstance(images, Iterable):
+        raise ValueError(f"images is a {type(images).__name__}: give {IMAGES}, or a list of these")
     return list(images)
 
 
@@ -314,7 +332,10 @@ def check_lengths(**parts: Sequence | None) -> None:
 def image_clip(image: ImageLike, *, max_pixels: int | None = None) -> np.ndarray | torch.Tensor:
     """Return an image as a one-frame clip: array `(1, H, W, 3)` or tensor `(1, 3, H, W)`."""
     if isinstance(image, np.ndarray | torch.Tensor):
+        check_pixels("image", image)
         return image[None]
+    if not isinstance(image, str | os.PathLike | bytes | Image.Image):
+        raise ValueError(f"an image is a {type(image).__name__}: give {IMAGES}")
     return read_image(image, max_pixels=max_pixels)
 
 
@@ -332,13 +353,20 @@ def tokenize(
     Args:
         prefix: put before the names `input_ids` and `attention_mask`.
     """
+    max_length = min(max_length, tokenizer.model_max_length, 2**31)  # tokenizers count in 64 bits
+    own = tokenizer.num_special_tokens_to_add() if add_special_tokens else 0
+    if max_length < max(own, 1):
+        raise ValueError(
+            f"max_{'target' if prefix == 'target_' else 'query'}_length is {max_length}, but the "
+            f"tokenizer adds {own} tokens to every text: give at least {own}"
+        )
     tokens = tokenizer(
         list(texts),
         padding=True,
         padding_side=padding_side,
         truncation=True,
         add_special_tokens=add_special_tokens,
-        max_length=min(max_length, tokenizer.model_max_length),
+        max_length=max_length,
         return_attention_mask=True,
     )
     # Not by the tokenizer's return_tensors, which makes float32 tensors if every text is empty.

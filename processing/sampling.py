@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -9,6 +10,14 @@ from .media import MediaError
 
 ROUNDING = 2e-3  # seconds; Matroska stores whole milliseconds, so smaller differences mean nothing
 SLACK = 0.5  # seconds by which a part may exceed its video: ends are often annotated as whole ones
+
+
+def check_count(name: str, count: int) -> int:
+    """Return a number of frames or tokens; raise `ValueError` unless it is a whole one above 0."""
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+        given = repr(count)[:50] if isinstance(count, Real | str) else f"a {type(count).__name__}"
+        raise ValueError(f"{name} is {given}: give a whole number of at least 1")
+    return count
 
 
 def uniform_indices(total: int, num_frames: int) -> np.ndarray:

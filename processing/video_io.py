@@ -12,6 +12,7 @@ Two readers return the same frames:
 
 import os
 from dataclasses import dataclass
+from numbers import Real
 
 from transformers.utils import is_av_available
 
@@ -79,6 +80,9 @@ def read_clip(
     if not is_av_available():
         raise ImportError("reading video files needs PyAV: pip install av")
     name = name_of(source)
+    for bound, seconds in (("start", start), ("end", end)):
+        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
+            raise MediaError(f"{name}: {bound} is {seconds!r:.50}. Give a number of seconds.")
     part = Part(name, start, end)
     limits = Limits(name, max_seconds, max_pixels, max_decode_seconds)
     if not isinstance(source, bytes) and os.path.isdir(source):

@@ -8,6 +8,7 @@ Shapes: B clips, T frames, H and W of the source, h and w after the crop.
 """
 
 import os
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,20 @@ from transformers.image_utils import (
     SizeDict,
 )
 from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.utils import logging
 from transformers.video_processing_utils import BaseVideoProcessor, validate_typed_dict
 
 from .media import MediaError, name_of
 from .resampling import crop_of_resized, resized_size
+from .sampling import check_count
 from .video_io import Excerpt, read_clip, read_image, uniform_indices
 
-Video = str | os.PathLike | bytes | Excerpt | list[Image.Image] | np.ndarray | torch.Tensor
+logger = logging.get_logger(__name__)
+
+Frames = list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
+Video = str | os.PathLike | bytes | Excerpt | Frames | np.ndarray | torch.Tensor
+VIDEOS = "a path, bytes, a uint8 array or tensor, or a list of frames"
+MAX_FRAMES = 10_000  # sampled from one clip
 
 _INTERPOLATION = {
     PILImageResampling.BILINEAR: "bilinear",
@@ -61,10 +69,11 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
     """Video processor: clips to the `pixel_values_videos` of the X-Encoder.
 
     A *clip* is the path of a video file or of a folder of images, the bytes of a video file, an
-    `Excerpt` of either file, a list of PIL images, a uint8 array `(T, H, W, 3)` or a uint8 tensor
-    `(T, 3, H, W)`. The layouts are checked, never guessed. A call takes one clip, a list of clips,
-    or an array or tensor with a leading batch axis. An image is a one-frame clip; give it with
-    `do_sample_frames=False`, or it is repeated `num_frames` times.
+    `Excerpt` of either file, a uint8 array `(T, H, W, 3)`, a uint8 tensor `(T, 3, H, W)`, or a list
+    of frames of one size: PIL images, arrays `(H, W, 3)` or tensors `(3, H, W)`. The layouts are
+    checked, never guessed. A call takes one clip, a list of clips, or an array or tensor with a
+    leading batch axis. An image is a one-frame clip; give it with `do_sample_frames=False`, or it
+    is repeated `num_frames` times.
 
     Defaults are the paper's 256 x 256 pixels and uniform sampling. The paper's frame count differs
     by stage (1, 8, 32); the default here is 8. A `crop_size` without a `size` sets the `size` too,
@@ -84,7 +93,8 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             and last frame included; a shorter clip repeats frames.
         crop_size (`int` or `dict`, *optional*, defaults to 256): side of the centre crop.
         size (`dict`, *optional*, defaults to `{"shortest_edge": 292}`): frame size before the
-            crop; `{"height": ..., "width": ...}` squashes, for towers trained that way.
+            crop; `{"height": ..., "width": ...}` squashes, for towers trained that way. An `int`
+            squashes to a square, as in transformers, with a warning.
         resample (`PILImageResampling`, *optional*, defaults to `BILINEAR`): or `BICUBIC`.
         kwargs: `do_resize`, `do_center_crop`, `do_rescale`, `rescale_factor`, `do_normalize`,
             `image_mean`, `image_std`, `do_sample_frames`.
@@ -104,6 +114,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
     model_input_names = ["pixel_values_videos"]
 
     def __init__(self, **kwargs: Unpack[VideosKwargs]) -> None:
+        warn_of_squashing(kwargs.get("size"))
         if "crop_size" in kwargs and "size" not in kwargs:
             crop = get_size_dict(kwargs["crop_size"], param_name="crop_size")
             kwargs["size"] = {"shortest_edge": shortest_edge(max(crop["height"], crop["width"]))}
@@ -144,10 +155,19 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             num_frames = self.num_frames
         if do_sample_frames is None:
             do_sample_frames = self.do_sample_frames
+        if check_count("num_frames", num_frames) > MAX_FRAMES:
+            raise ValueError(f"num_frames is {num_frames}: give at most {MAX_FRAMES}")
         fit = {name: settings.pop(name) for name in _FIT}
-        clips = []
-        for video in as_batch(videos):
-            frames = self.load_frames(video, num_frames if do_sample_frames else None, fit)
+        clips, videos = [], as_batch(videos)
+        for index, video in enumerate(videos):
+            try:
+                frames = self.load_frames(video, num_frames if do_sample_frames else None, fit)
+            except MediaError:  # names the file
+                raise
+            except ValueError as error:
+                if len(videos) == 1:
+                    raise
+                raise ValueError(f"videos[{index}]: {error}") from error
             clips.append(self.finish(frames, **settings))
         if return_tensors == "pt" and len(clips) == 1:
             # The path below would copy the clip to stack it.
@@ -172,6 +192,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             raise TypeError(
                 f"VLJEPAVideoProcessor does not support {', '.join(unsupported)}: leave it out"
             )
+        warn_of_squashing(kwargs.get("size"))
         # Upstream's type check is slow, and most calls only switch steps on or off.
         if not all(isinstance(value, bool) for value in kwargs.values()):
             validate_typed_dict(self.valid_kwargs, kwargs)
@@ -207,22 +228,42 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             video = Excerpt(video)
         if isinstance(video, Excerpt):
             return self.load_file(video, num_frames, fit)
+        if isinstance(video, np.ndarray | torch.Tensor):
+            check_pixels("clip", video)
+        elif not isinstance(video, list | tuple):
+            raise ValueError(f"a clip is a {type(video).__name__}: give {VIDEOS}")
         indices = uniform_indices(len(video), len(video) if num_frames is None else num_frames)
         indices = indices.tolist()
-        if isinstance(video, list | tuple):
-            video = [read_image(frame, max_pixels=self.max_pixels)[0] for frame in video]
-            video = np.stack(video)
-        check_clip(video)
-        frames = {}
+        frames, sizes = {}, set()
         for index in sorted(set(indices)):
-            frame = video[index]
-            if isinstance(frame, np.ndarray):
-                frame = channels_first(frame)
+            frame = self.load_frame(video[index])
+            sizes.add(f"{frame.shape[2]} x {frame.shape[1]}")
             frames[index] = self.fit(frame, **fit)
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the frames of a clip have {' and '.join(sorted(sizes)[:2])} pixels: give frames "
+                "of one size"
+            )
         return torch.stack([frames[index] for index in indices])
+
+    def load_frame(self, frame: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Return a frame of a list, `(3, H, W)` uint8; it may be the path of an image, too."""
+        if isinstance(frame, Image.Image | str | os.PathLike | bytes):
+            [frame] = read_image(frame, max_pixels=self.max_pixels)
+        elif not isinstance(frame, np.ndarray | torch.Tensor):
+            raise ValueError(
+                f"a frame of a clip is a {type(frame).__name__}: give PIL images, uint8 arrays "
+                "(H, W, 3) or uint8 tensors (3, H, W)"
+            )
+        check_pixels("frame", frame)
+        return channels_first(frame) if isinstance(frame, np.ndarray) else frame
 
     def load_file(self, part: Excerpt, num_frames: int | None, fit: dict[str, Any]) -> torch.Tensor:
         """Return the frames of a file or folder, resized and cropped, `(T, 3, h, w)` uint8."""
+        if not isinstance(part.video, str | os.PathLike | bytes):
+            raise ValueError(
+                f"an excerpt is of a {type(part.video).__name__}: give the path or bytes of a video"
+            )
         name, sizes = name_of(part.video), set()
 
         def prepare(picture: np.ndarray) -> np.ndarray:
@@ -362,27 +403,51 @@ def channels_first(picture: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
 
 
-def check_clip(frames: np.ndarray | torch.Tensor) -> None:
-    """Raise `ValueError` unless a clip is a uint8 array `(T, H, W, 3)` or tensor `(T, 3, H, W)`."""
-    layout = "TCHW" if isinstance(frames, torch.Tensor) else "THWC"
-    if frames.ndim != 4 or frames.shape[layout.index("C")] != 3:
+def check_pixels(kind: str, pixels: np.ndarray | torch.Tensor) -> None:
+    """Raise `ValueError` unless the layout, the size and the dtype are those of a clip, frame or
+    image."""
+    is_tensor = isinstance(pixels, torch.Tensor)
+    frames, ndim = ("T, ", 4) if kind == "clip" else ("", 3)
+    a_kind = f"{'an' if kind == 'image' else 'a'} {kind}"
+    if pixels.ndim != ndim or pixels.shape[-3 if is_tensor else -1] != 3:
         raise ValueError(
-            f"a clip is an array (T, H, W, 3) or a tensor (T, 3, H, W), got "
-            f"{type(frames).__name__} of shape {tuple(frames.shape)}"
+            f"{a_kind} is an array ({frames}H, W, 3) or a tensor ({frames}3, H, W), got "
+            f"{type(pixels).__name__} of shape {tuple(pixels.shape)}"
         )
-    if frames.dtype != (torch.uint8 if layout == "TCHW" else np.uint8):
-        raise ValueError(f"a clip holds uint8 pixels from 0 to 255, got {frames.dtype}")
+    if 0 in pixels.shape:
+        raise ValueError(f"{a_kind} has no pixels, got shape {tuple(pixels.shape)}")
+    if pixels.dtype != (torch.uint8 if is_tensor else np.uint8):
+        raise ValueError(f"{a_kind} holds uint8 pixels from 0 to 255, got {pixels.dtype}")
 
 
 def as_batch(videos: Video | list[Video]) -> list[Video]:
-    """Return one clip or several as a list of clips. A list of PIL images is one clip."""
+    """Return one clip or several as a list of clips. A list of frames is one clip."""
     if isinstance(videos, np.ndarray | torch.Tensor):
         return list(videos) if videos.ndim == 5 else [videos]
     if isinstance(videos, str | os.PathLike | bytes | Excerpt):
         return [videos]
+    # A set has no order, and iterating over a dictionary would give its keys.
+    if isinstance(videos, Mapping | Set) or not isinstance(videos, Iterable):
+        raise ValueError(f"videos is a {type(videos).__name__}: give {VIDEOS}, or a list of clips")
+    videos = list(videos)
     if not videos:
         raise ValueError("no video given: the list is empty")
-    return [videos] if isinstance(videos[0], Image.Image) else list(videos)
+    return [videos] if is_frame(videos[0]) else videos
+
+
+def is_frame(item: object) -> bool:
+    """Return whether an item of a list is a frame of one clip, not a clip of a batch."""
+    if isinstance(item, np.ndarray | torch.Tensor):
+        return item.ndim == 3
+    return isinstance(item, Image.Image)
+
+
+def warn_of_squashing(size: object) -> None:
+    if isinstance(size, int):
+        logger.warning_once(
+            f"size={size} squashes frames to a square, as in transformers. Give "
+            f'size={{"shortest_edge": {size}}} to keep their aspect ratio.'
+        )
 
 
 __all__ = ["VLJEPAVideoProcessor"]

@@ -6,6 +6,7 @@ Shapes: T frames of a window, H and W pixels of the source, h and w after the cr
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class Window:
 
 def check_stride(stride: int, size: int) -> None:
     """Raise `ValueError` for a stride that would leave out frames between windows."""
-    if not 1 <= stride <= size:
+    if not isinstance(stride, Integral) or isinstance(stride, bool) or not 1 <= stride <= size:
         raise ValueError(f"stride is {stride} and size {size}: give 1 <= stride <= size.")
 
 
@@ -102,8 +103,9 @@ class WindowStream:
         allow_urls: bool = False,
     ):
         self.window = video_processor.num_frames if window is None else window
-        if self.window < 1:
-            raise ValueError(f"window is {window}: give at least 1 frame.")
+        is_whole = isinstance(self.window, Integral) and not isinstance(self.window, bool)
+        if not is_whole or self.window < 1:
+            raise ValueError(f"window is {window!r}: give at least 1 frame.")
         self.stride = max(self.window // 2, 1) if stride is None else stride
         check_stride(self.stride, self.window)
         self.video_processor = video_processor
