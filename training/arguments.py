@@ -5,9 +5,11 @@ and `evaluation`. Every key is a field of a dataclass below, which alone defines
 """
 
 import difflib
+import importlib.util
 import math
 import os
 import re
+import sys
 import time
 import typing
 from dataclasses import MISSING, dataclass, field, fields
@@ -68,6 +70,13 @@ class ModelArguments:
 
     def __post_init__(self):
         check_least(self, "model", vocab_size=1)
+        if self.checkpoint is not None:
+            for name in ("text_encoder", "tokenizer_rows"):
+                if vars(self)[name]:
+                    raise RecipeError(
+                        f"model.{name}: a checkpoint has a Y-Encoder and tokenizers already; "
+                        f"remove {name} or checkpoint."
+                    )
 
 
 @dataclass(kw_only=True)
@@ -228,6 +237,93 @@ LEAST = {
 }
 
 
+# Larger numbers are mistakes: NumPy takes no larger seed, and the order of the rows of all steps is
+# drawn before the first.
+MOST = {
+    **dict.fromkeys(("max_steps", "global_batch_size", "gradient_accumulation_steps"), 10**8),
+    **dict.fromkeys(("seed", "data_seed"), 2**32 - 1),
+}
+MAPPINGS = (
+    "lr_scheduler_kwargs",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing_kwargs",
+)
+FILES_OR_MAPPINGS = ("deepspeed", "accelerator_config", "fsdp_config")
+# Optional packages, which transformers imports late: parts of the names of optimizers, the module
+# and the name on PyPI. The first match counts: `galore_adamw_8bit` contains `8bit` too.
+OPTIMIZERS = {
+    "galore": ("galore_torch", "galore-torch"),
+    "apollo": ("apollo_torch", "apollo-torch"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "anyprecision": ("torchdistx", "torchdistx"),
+    "adamw_torch_4bit": ("torchao", "torchao"),
+    "adamw_torch_8bit": ("torchao", "torchao"),
+    **dict.fromkeys(("8bit", "paged", "lion", "ademamix", "rmsprop_bnb"), ("bitsandbytes",) * 2),
+}
+REPORTERS = {
+    **{name: (name, name) for name in ("tensorboard", "wandb", "mlflow", "trackio", "clearml")},
+    **{name: (name, name) for name in ("codecarbon", "dagshub", "dvclive", "neptune", "swanlab")},
+    "comet_ml": ("comet_ml", "comet-ml"),
+    "flyte": ("flytekit", "flytekit"),
+    "azure_ml": ("azureml.core", "azureml-core"),
+}
+
+
+def check_package(key: str, value: str | bool, module: str, package: str) -> None:
+    """Raise `RecipeError` if a package that a setting needs is not installed."""
+    # A module's parents are imported to find it, so their absence is an error of its own.
+    try:
+        found = module in sys.modules or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise RecipeError(
+            f"training.{key}: {value} needs {package}, which is not installed: pip install "
+            f"{package}"
+        )
+
+
+def check_inherited(arguments: TrainingArguments) -> None:
+    """Check fields of transformers whose wrong values it reports late, or as a traceback.
+
+    Raises:
+        RecipeError: a number is too large, a mapping or its file is missing, or a package is not
+            installed.
+    """
+    given = vars(arguments)
+    for name, limit in MOST.items():
+        if name in given and given[name] is not None and given[name] > limit:
+            raise RecipeError(f"training.{name}: it is {given[name]}; give {limit} or less.")
+    for name in MAPPINGS:
+        if isinstance(given[name], str):
+            raise RecipeError(f"training.{name}: expected keys and values, found {given[name]!r}.")
+    for name in FILES_OR_MAPPINGS:
+        if isinstance(given[name], str) and not Path(given[name]).is_file():
+            raise RecipeError(
+                f"training.{name}: {given[name]}: no such file; give keys and values."
+            )
+    if given["deepspeed"]:
+        check_package("deepspeed", "it", "deepspeed", "deepspeed")
+    if given["use_liger_kernel"]:
+        check_package("use_liger_kernel", True, "liger_kernel", "liger-kernel")
+    for part, (module, package) in OPTIMIZERS.items():
+        if part in given["optim"]:
+            check_package("optim", given["optim"], module, package)
+            break
+    report_to = given["report_to"] or "none"
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name in ("all", "none"):
+            continue
+        if name not in REPORTERS:
+            raise RecipeError(
+                f"training.report_to: {name!r} is not one of none, all, {', '.join(REPORTERS)}."
+            )
+        check_package("report_to", name, *REPORTERS[name])
+
+
 @dataclass(kw_only=True)
 class VLJEPATrainingArguments(TrainingArguments):
     """The section `training`: `transformers.TrainingArguments` for this objective.
@@ -295,6 +391,7 @@ class VLJEPATrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         check_least(self, "training", **LEAST)
+        check_inherited(self)
         for name in ("save_steps", "device_tflops"):  # not in LEAST: a share of the steps is valid
             value = vars(self)[name]
             if value is not None and value <= 0:

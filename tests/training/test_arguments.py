@@ -1,5 +1,7 @@
 """Recipes are read and checked; every error names the key, the value and the cure."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,23 @@ def test_apply_override_reads_values_as_yaml(recipe):
         ("evaluation.limit=0", "evaluation.limit: it is 0; give 1 or more"),
         ("evaluation.limit=-1", "evaluation.limit: it is -1; give 1 or more"),
         ("training.lr_scheduler_type=cosin", "training: cosin is not a valid SchedulerType"),
+        ("training.global_batch_size=1180591620717411303424", "1303424; give 100000000 or less"),
+        ("training.max_steps=1180591620717411303424", "training.max_steps: .*100000000 or less"),
+        ("training.seed=4294967296", "training.seed: it is 4294967296; give 4294967295 or less"),
+        ("training.lr_scheduler_kwargs=x", "lr_scheduler_kwargs: expected keys and values, found"),
+        ("training.gradient_checkpointing_kwargs=x", "kwargs: expected keys and values, found 'x'"),
+        ("training.accelerator_config=x", "training.accelerator_config: x: no such file"),
+        ("training.deepspeed=x.json", "training.deepspeed: x.json: no such file"),
+        ('training.report_to="~"', "report_to: '~' is not one of none, all, tensorboard, wandb"),
+        # What belongs to a new model
+        (
+            ["model.checkpoint=a", "model.text_encoder=b"],
+            "model.text_encoder: a checkpoint has a Y-E",
+        ),
+        (
+            ["model.checkpoint=a", "model.tokenizer_rows=[b]"],
+            "model.tokenizer_rows: a checkpoint has",
+        ),
         # The override itself
         ("training.seed", "'training.seed': an override looks like training.seed=1"),
         ("seed=1", "'seed=1': an override looks like training.seed=1"),
@@ -140,7 +159,45 @@ def test_apply_override_reads_values_as_yaml(recipe):
 )
 def test_read_recipe_names_a_wrong_value(recipe, override, message):
     with pytest.raises(RecipeError, match=message):
-        read_recipe(str(recipe), [override])
+        read_recipe(str(recipe), override if isinstance(override, list) else [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "module", "package"),
+    [
+        ("report_to=wandb", "wandb", "wandb"),
+        ("report_to=[tensorboard]", "tensorboard", "tensorboard"),
+        ("report_to=comet_ml", "comet_ml", "comet-ml"),
+        ("report_to=azure_ml", "azureml.core", "azureml-core"),
+        ("optim=adamw_torch_4bit", "torchao", "torchao"),
+        ("optim=adamw_bnb_8bit", "bitsandbytes", "bitsandbytes"),
+        ("optim=paged_adamw_32bit", "bitsandbytes", "bitsandbytes"),
+        ("optim=galore_adamw_8bit", "galore_torch", "galore-torch"),
+        ("use_liger_kernel=true", "liger_kernel", "liger-kernel"),
+        ("deepspeed={zero_optimization: {stage: 1}}", "deepspeed", "deepspeed"),
+    ],
+)
+def test_read_recipe_names_a_package_that_is_not_installed(
+    recipe, override, module, package, monkeypatch
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == module else find(name)
+    )
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    key = override.split("=")[0]
+    with pytest.raises(RecipeError, match=f"^training.{key}: .* needs .*pip install {package}$"):
+        read_recipe(str(recipe), [f"training.{override}"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"architectures": 3}, {"return_dict": "q"}, {"id2label": 4}, {"is_encoder_decoder": "z"}],
+)
+def test_check_config_checks_inherited_fields(setting):
+    (key,) = setting
+    with pytest.raises(RecipeError, match=f"model.config.{key}: "):
+        check_config(tiny_settings(**setting))
 
 
 def test_read_recipe_names_an_output_dir_that_is_a_file(recipe):

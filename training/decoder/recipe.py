@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from training.arguments import (
     RecipeError,
+    check_inherited,
     check_keys,
     check_least,
     read_sections,
@@ -111,6 +112,7 @@ class DecoderTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         check_least(self, "training", max_steps=1, seed=0, learning_rate=0, weight_decay=0)
+        check_inherited(self)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = use_bf16(self.precision, torch.device("cpu") if self.use_cpu else None)
         super().__post_init__()

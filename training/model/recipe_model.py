@@ -1,6 +1,7 @@
 """A recipe's model and processor at the start of training: new, or from a checkpoint."""
 
 import copy
+import typing
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -110,7 +111,9 @@ def check_config(config: dict) -> dict:
         unknown += [f"{name}.{key}" for key in section if key not in {"model_type", *fields}]
     if unknown:
         raise RecipeError(f"model.config.{unknown[0]}: no such setting; correct or remove it.")
-    hints = VLJEPAConfig.__annotations__
+    # Fields that every configuration inherits are checked too; transformers does not.
+    # Its module imports torch for type checkers only, so the name is given here.
+    hints = typing.get_type_hints(VLJEPAConfig, localns={"torch": torch})
     return config | {
         key: check_value(f"model.config.{key}", config[key], hints[key])
         for key in config.keys() & hints.keys()
