@@ -95,7 +95,8 @@ def bad_rows_report(bad: list[BadRow], total: int, max_share: float) -> str:
         report += f"\n  ... and {len(bad) - 20} more"
     if len(bad) > max_share * total:
         raise ValueError(
-            f"{report}\nAt most {max_share:.1%} may be unusable; correct the rows above."
+            f"{report}\nAt most {100 * max_share:.3g}% may be unusable (data.max_bad_share), and "
+            f"{100 * len(bad) / total:.3g}% are; correct the rows above or raise the limit."
         )
     return report
 

@@ -70,6 +70,19 @@ def read_benchmarks(
         raise RecipeError(f"evaluation: {error}") from error
 
 
+def small_source(source: Source | StreamedSource, batch_size: int) -> list[str]:
+    """Return a line for each kind of clip of which the source has fewer rows than a batch."""
+    if isinstance(source, StreamedSource):
+        return []
+    counts = {kind: sum(kind in row for row in source.rows) for kind in ("image", "video")}
+    return [
+        f"note: {count} {kind} rows are fewer than a batch of {batch_size} (training."
+        "global_batch_size), so rows repeat within each batch"
+        for kind, count in counts.items()
+        if 0 < count < batch_size
+    ]
+
+
 def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source | StreamedSource]) -> str:
     """Return the start of the log: parameters, sources, precision and chance loss."""
     args = recipe.training
@@ -80,6 +93,7 @@ def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source | Stre
     for source in sources:
         lines.append(str(source))
         lines += [source.report] if isinstance(source, Source) and source.bad else []
+        lines += small_source(source, args.global_batch_size)
     lines.append(
         f"{args.world_size} process(es) on {args.device} · {args.max_steps} steps of "
         f"{args.global_batch_size} rows · {'bf16' if args.bf16 else 'fp32'} compute, fp32 weights"

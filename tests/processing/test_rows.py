@@ -150,7 +150,8 @@ def test_bad_rows_report_names_rows_and_enforces_the_limit():
     assert "rows.jsonl:20:" in report
     assert "rows.jsonl:21:" not in report
     assert report.endswith("... and 5 more")
-    with pytest.raises(ValueError, match="25 of 100 rows(.|\n)*At most 24.0% may be"):
+    cure = r"At most 24% may be unusable \(data.max_bad_share\), and 25% are"
+    with pytest.raises(ValueError, match=f"25 of 100 rows(.|\n)*{cure}"):
         bad_rows_report(bad, total=100, max_share=0.24)
     assert bad_rows_report([], total=3, max_share=0.0) == "0 of 3 rows are unusable"
 

@@ -264,7 +264,7 @@ def test_training_stops_at_too_many_bad_rows(tmp_path):
     ) as error:
         main([str(recipe)])
     assert "torn.png: not an image" in str(error.value)
-    assert "At most 0.0% may be unusable; correct" in str(error.value)
+    assert "At most 0% may be unusable (data.max_bad_share), and " in str(error.value)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     # Without log lines nothing stops the run before its end, and the model is saved.
     with pytest.raises(RecipeError, match="stream.jsonl: [1-9] of [0-9]+ rows are unusable"):

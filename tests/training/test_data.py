@@ -18,7 +18,8 @@ from training.data import dataset as data
 from training.data.collator import ContrastiveCollator, to_pixel_values
 from training.data.dataset import ContrastiveDataset, augment, build_dataset
 from training.data.mixture import EPOCH_STRIDE, Bucket, MixtureSampler
-from training.data.sources import read_source
+from training.data.sources import read_source, texts_of
+from training.train import small_source
 
 BUCKETS = [
     Bucket(3.0, rows=np.arange(0, 50)),
@@ -319,6 +320,14 @@ def test_dataset_rejects_and_names_bad_rows(spoilt, processor):
         assert f"rows.jsonl:{number}: " in line and reason in line
 
 
+def test_dataset_rejects_rows_of_bad_text_before_it_reads_clips(spoilt, processor, monkeypatch):
+    monkeypatch.setattr(data, "decode_clips", None)  # a call would be a TypeError
+    with pytest.raises(RecipeError, match="3 of 9 rows are unusable") as error:
+        build(processor, spoilt, max_bad_share=0.2)
+    cure = "At most 20% may be unusable (data.max_bad_share), and 33.3% are; correct the rows above"
+    assert cure in str(error.value)
+
+
 def test_dataset_drops_bad_rows_up_to_max_bad_share(spoilt, processor):
     dataset = build(processor, spoilt, max_bad_share=0.6)
     assert [sample["target"] for sample in dataset] == [
@@ -367,8 +376,21 @@ def test_dataset_rejects_a_source_of_bad_rows_only(spoilt, processor, media):
 
 
 def test_read_source_names_a_missing_jsonl_file(tmp_path):
-    with pytest.raises(RecipeError, match="gone.jsonl: no such JSONL file"):
+    with pytest.raises(RecipeError, match="^data.sources: .*gone.jsonl: no such JSONL file"):
         read_source(SourceArguments(rows=str(tmp_path / "gone.jsonl")))
+
+
+def test_texts_of_names_the_key_of_missing_tokenizer_rows(tmp_path):
+    with pytest.raises(RecipeError, match="^model.tokenizer_rows: .*gone.jsonl: no such JSONL"):
+        texts_of([], [str(tmp_path / "gone.jsonl")])
+
+
+def test_small_source_counts_rows_that_repeat_within_a_batch(spoilt):
+    source = read_source(SourceArguments(rows=str(spoilt)))
+    assert [len(small_source(source, size)) for size in (1, 2, 100)] == [0, 0, 2]
+    images = sum("image" in row for row in source.rows)
+    note = f"note: {images} image rows are fewer than a batch of 100 (training.global_batch_size)"
+    assert small_source(source, 100)[0].startswith(note)
 
 
 # -- the collator --------------------------------------------------------------------------

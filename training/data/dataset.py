@@ -313,6 +313,8 @@ def build_dataset(
             message names them.
     """
     in_memory = [source for source in sources if isinstance(source, Source)]
+    for source in in_memory:  # rows that are bad by their text, before hours of reading clips
+        set_aside(source, {}, arguments.max_bad_share)
     clips, errors = None, {}
     if features is not None:
         missing = [row for source in in_memory for row in features.missing(source.rows)]

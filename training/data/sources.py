@@ -185,12 +185,16 @@ def columns_of(arguments: SourceArguments) -> Columns:
     )
 
 
-def jsonl_files(pattern: str) -> list[Path]:
-    """Return the file of this name, or all files that match a pattern such as `data/*.jsonl`."""
+def jsonl_files(pattern: str, key: str = "data.sources") -> list[Path]:
+    """Return the file of this name, or all files that match a pattern such as `data/*.jsonl`.
+
+    Args:
+        key: the recipe's key that names them, for messages.
+    """
     found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
     paths = [Path(path) for path in found if os.path.isfile(path)]
     if not paths:
-        raise RecipeError(f"data.sources: {pattern}: no such JSONL file. Give the path of one.")
+        raise RecipeError(f"{key}: {pattern}: no such JSONL file. Give the path of one.")
     return paths
 
 
@@ -217,9 +221,11 @@ def load_dataset(arguments: SourceArguments) -> datasets.Dataset | datasets.Iter
     return dataset
 
 
-def read_source(arguments: SourceArguments) -> Source | StreamedSource:
+def read_source(arguments: SourceArguments, key: str = "data.sources") -> Source | StreamedSource:
     """Read all rows of a source, or the first ones if it is streamed.
 
+    Args:
+        key: the recipe's key that names the source, for messages.
     Raises:
         RecipeError: the source is missing, or none of its rows is usable.
     """
@@ -228,7 +234,7 @@ def read_source(arguments: SourceArguments) -> Source | StreamedSource:
         dataset = None if arguments.dataset is None else load_dataset(arguments).decode(False)
         return StreamedSource(arguments, dataset)
     if arguments.dataset is None:
-        rows, bad = read_jsonl(jsonl_files(arguments.rows))
+        rows, bad = read_jsonl(jsonl_files(arguments.rows, key), key)
     else:
         rows, bad = read_examples(arguments)
     if not rows:
@@ -244,13 +250,13 @@ def no_row(arguments: SourceArguments, bad: list[BadRow]) -> RecipeError:
     return RecipeError(f"{arguments.name}: no row is usable. {why}")
 
 
-def read_jsonl(paths: list[Path]) -> tuple[list[dict], list[BadRow]]:
+def read_jsonl(paths: list[Path], key: str) -> tuple[list[dict], list[BadRow]]:
     rows, bad = [], []
     for path in paths:
         try:
             file_rows, file_bad = read_rows(path)
         except ValueError as error:
-            raise RecipeError(f"data.sources: {error}") from error
+            raise RecipeError(f"{key}: {error}") from error
         rows += file_rows
         bad += file_bad
     return rows, bad
@@ -270,7 +276,8 @@ def read_examples(arguments: SourceArguments) -> tuple[list[dict], list[BadRow]]
 def texts_of(sources: list[Source | StreamedSource], more: list[str] = ()) -> list[str]:
     """Return the queries and targets of all sources and of `more` JSONL files, from which a
     tokenizer is trained."""
-    sources = [*sources, *(read_source(SourceArguments(rows=path)) for path in more)]
+    key = "model.tokenizer_rows"
+    sources = [*sources, *(read_source(SourceArguments(rows=path), key) for path in more)]
     return [
         row[name]
         for source in sources

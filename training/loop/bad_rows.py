@@ -65,8 +65,9 @@ class BadRows:
             )
             if bad > self.max_bad_share * max(seen, FEW_ROWS):
                 raise RecipeError(
-                    f"{report}{few}\nAt most {self.max_bad_share:.1%} may be unusable; correct the "
-                    "rows above or raise data.max_bad_share."
+                    f"{report}{few}\nAt most {100 * self.max_bad_share:.3g}% may be unusable "
+                    f"(data.max_bad_share), and {100 * bad / seen:.3g}% are; correct the rows "
+                    "above or raise the limit."
                 )
             reports.append(f"{report}{few}")
         return "\n".join(reports)
