@@ -12,7 +12,7 @@ TEXTS_PER_PASS = 64
 def check_finite(name: str, values: torch.Tensor) -> torch.Tensor:
     """Return a tensor; raise `ValueError` if it holds NaN or infinity.
 
-    NaN has no order: it would be ranked anywhere, and it is no JSON.
+    A ranking would put NaN anywhere, and JSON cannot hold it.
     """
     if not values.isfinite().all():
         raise ValueError(

@@ -54,7 +54,7 @@ class Download(threading.Thread):
             def connect(self) -> None:
                 super().connect()
                 download.sockets.append(self.sock)
-                if download.stopped:  # during the connection, when there was no socket to shut
+                if download.stopped:  # before the socket was in the list
                     raise TimeoutError
 
         class Connection(Watched, http.client.HTTPConnection):

@@ -72,9 +72,9 @@ class EndpointHandler:
     max_bytes = 50 * 2**20  # per file
     max_seconds = 600  # per video
     max_pixels = 25_000_000  # per image or frame
-    max_texts = 10_000
+    max_texts = 1_000
     max_characters = 2_000  # per text; of a label, in its template
-    max_total_characters = 500_000  # texts of a request times the characters of the longest
+    max_total_characters = 100_000  # per request: texts times the characters of the longest
     max_address = 2_000  # characters
 
     def __init__(self, path: str = ""):

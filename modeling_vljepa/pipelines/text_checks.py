@@ -6,8 +6,8 @@ The processor checks texts too, but it does not know the argument's name.
 from collections.abc import Iterable
 from typing import Any
 
-MAX_CHARACTERS = 100_000  # of a text; encoders read 512 tokens, but a tokenizer reads it all
-MAX_TOTAL_CHARACTERS = 10**9  # texts of a call times the characters of the longest
+MAX_CHARACTERS = 100_000  # per text: encoders read 512 tokens, but a tokenizer reads it all
+MAX_TOTAL_CHARACTERS = 10**9  # per call: texts times the characters of the longest
 
 
 def check_length(name: str, length: int, most: int) -> None:
