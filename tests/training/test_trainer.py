@@ -781,7 +781,7 @@ def test_train_command_names_a_wrong_recipe(tmp_path):
         main([str(tiny_recipe(tmp_path / "rows.jsonl"))])
     tiny_rows(tmp_path)
     recipe = tiny_recipe(tmp_path / "rows.jsonl", world_size_expected=2)
-    with pytest.raises(RecipeError, match="expects 2 process.es., but 1 run. Use: torchrun"):
+    with pytest.raises(RecipeError, match="expects 2 process.es. and 1 run. Use: torchrun"):
         main([str(recipe)])
 
 
