@@ -94,7 +94,7 @@ def test_resume_refuses_a_folder_without_a_checkpoint(arguments, tmp_path, name)
     if name == "empty":
         folder.mkdir(parents=True)
     with pytest.raises(
-        RecipeError, match=f"{name} is not a complete checkpoint: it lacks .*Give one"
+        RecipeError, match=f"{name} is not a complete checkpoint: it lacks .*Give a folder"
     ):
         main([*arguments, f"training.resume_from_checkpoint={folder}"])
 
