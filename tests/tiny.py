@@ -239,6 +239,7 @@ def tiny_recipe(rows: Path, **training: object) -> Path:
             "precision": "fp32",
             "use_cpu": True,
             "logging_steps": 1,
+            "save_strategy": "no",
             "report_to": "none",
             **training,
         },

@@ -373,7 +373,10 @@ class VLJEPATrainingArguments(TrainingArguments):
     world_size_expected: int | None = None
     max_grad_norm: float = 1.0
     logging_steps: float = 20
-    save_strategy: str = "no"
+    save_strategy: str = "steps"
+    save_steps: float = 0.2  # a share of all steps
+    save_total_limit: int | None = 1
+    hub_strategy: str = "end"  # upstream would publish the model of every checkpoint
     adam_beta2: float = 0.98
     disable_tqdm: bool = True
     logging_nan_inf_filter: bool = False  # upstream would log the average of earlier losses

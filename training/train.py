@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     if recipe.data.decode_once and recipe.data.features is None:
         check_output_folder("data.cache_dir", recipe.data.cache_dir)
     set_seed(args.seed)
-    resume_from = checkpoint_to_resume(args)
+    resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
 
     # 2. Benchmarks and rows; wrong ones are reported before a model is loaded
     benchmarks = read_benchmarks(recipe.evaluation, args)

@@ -31,6 +31,7 @@ from training.decoder.model import with_decoder
 from training.decoder.recipe import DecoderRecipe, read_recipe
 from training.decoder.texts import DecoderCollator, predicted_texts, read_source, training_texts
 from training.loop.callbacks import ProgressLine
+from training.loop.checkpoints import PARTS, AtomicCheckpoints, checkpoint_to_resume
 from training.model.parameters import parameter_table
 
 LOG = "decoder_trainer_state.json"  # `trainer_state.json` is the log of the model itself
@@ -82,6 +83,9 @@ def main(argv: list[str] | None = None) -> Trainer:
             "training.output_dir: it is the folder of model.checkpoint; give a new one."
         )
     set_seed(args.seed)
+    # Its rows are shuffled by the seed alone, so a checkpoint has no positions in them.
+    parts = [part for part in PARTS if part != "place in the data"]
+    resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, parts)
 
     # 2. The frozen model and its trainable decoder
     model, processor = with_decoder(recipe.model, args.seed)
@@ -95,7 +99,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         raise RecipeError("data.validation: training.eval_strategy needs sources; name some.")
 
     # 4. Train
-    trainer = Trainer(
+    trainer = AtomicCheckpoints(
         model=model,
         args=args,
         train_dataset=texts,
@@ -107,13 +111,12 @@ def main(argv: list[str] | None = None) -> Trainer:
     if trainer.is_world_process_zero():
         print(parameter_table(model))
         print(f"{len(texts)} embeddings of texts, {len(held_out or [])} of validation clips")
-    with writing(f"training.output_dir: {args.output_dir}", "Earlier checkpoints are kept."):
-        trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     if held_out is not None:
         trainer.evaluate()
 
     # 5. Save everything that a user loads
-    with writing(f"training.output_dir: {args.output_dir}"):
+    with writing(f"training.output_dir: {args.output_dir}", "Its checkpoint is kept."):
         save(trainer, processor, recipe)
     return trainer
 

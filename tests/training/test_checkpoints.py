@@ -7,7 +7,6 @@ own memory, so both runs do the same operations on equally aligned data.
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +47,28 @@ def test_checkpoints_are_complete_and_old_ones_are_deleted(arguments, tmp_path):
         folder = tmp_path / "out" / f"checkpoint-{number}"
         assert {path.name for path in folder.iterdir()} >= SAVED
         assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == number
+
+
+def test_train_keeps_the_last_fifth_of_a_run_by_default(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=10)
+    content = yaml.safe_load(recipe.read_text())
+    del content["training"]["save_strategy"]
+    recipe.write_text(yaml.safe_dump(content))
+    out, step = tmp_path / "out", VLJEPATrainer.training_step
+
+    def killed(trainer: VLJEPATrainer, *given) -> torch.Tensor:
+        if trainer.state.global_step == 7:
+            raise KeyboardInterrupt
+        return step(trainer, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VLJEPATrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main([str(recipe)])
+    assert [path.name for path in out.iterdir()] == ["checkpoint-6"]
+    main([str(recipe), "training.resume_from_checkpoint=true"])
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-10"]
+    assert {path.name for path in out.iterdir()} >= {"config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize("part", ["_save_optimizer_and_scheduler", "_save_rng_state"])
@@ -106,9 +127,7 @@ def test_checkpoint_to_resume_refuses_an_incomplete_checkpoint(arguments, tmp_pa
     last = out / "checkpoint-4"
 
     def resume(wanted: Path | bool) -> str | None:
-        return checkpoint_to_resume(
-            SimpleNamespace(output_dir=str(out), resume_from_checkpoint=wanted)
-        )
+        return checkpoint_to_resume(wanted, str(out))
 
     def refused(wanted: Path | bool, message: str) -> None:
         with pytest.raises(RecipeError, match=message):

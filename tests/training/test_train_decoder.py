@@ -1,13 +1,14 @@
 """Training a Y-Decoder changes only the decoder and saves the whole checkpoint."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from eval.embed import embed_texts
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, decode_texts
@@ -68,6 +69,7 @@ def recipe(checkpoint: Path, **changes: dict) -> Path:
             "precision": "fp32",
             "use_cpu": True,
             "logging_steps": 10,
+            "save_strategy": "no",
             "report_to": "none",
         },
     }
@@ -171,6 +173,35 @@ def test_with_decoder_continues_the_checkpoints_decoder(tmp_path):
         RecipeError, match="decoder_reads_previous: .*decoder has False, which cannot"
     ):
         with_decoder(DecoderModelArguments(checkpoint=str(tmp_path), config=other), seed=0)
+
+
+def test_train_decoder_resumes_a_killed_run_from_its_default_checkpoint(
+    checkpoint, tmp_path, monkeypatch
+):
+    path = recipe(checkpoint, data={"noise": 0.5})
+    content = yaml.safe_load(path.read_text())
+    del content["training"]["save_strategy"]
+    path.write_text(yaml.safe_dump(content))
+    arguments = [str(path), "training.max_steps=10", "training.logging_steps=1"]
+    expected = main(arguments).model.state_dict()
+    shutil.rmtree(tmp_path / "out")
+    step = Trainer.training_step
+
+    def killed(trainer: Trainer, *given) -> torch.Tensor:
+        if trainer.state.global_step == 7:
+            raise KeyboardInterrupt
+        return step(trainer, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-6"]
+    resumed = main([*arguments, "training.resume_from_checkpoint=true"])
+    losses = [entry for entry in resumed.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [*range(1, 11)]
+    for name, weight in resumed.model.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_train_decoder_gives_the_same_losses_for_the_same_seed(checkpoint):

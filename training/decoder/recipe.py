@@ -95,14 +95,18 @@ class DecoderTrainingArguments(TrainingArguments):
     """The section `training`: `transformers.TrainingArguments`, counted in steps.
 
     Attributes:
-        precision: see `VLJEPATrainingArguments`.
+        precision, resume_from_checkpoint: see `VLJEPATrainingArguments`.
     """
 
     output_dir: str = field()  # `field()`: or the parent's default would make it optional
     max_steps: int = field()
     precision: str = "auto"
     logging_steps: float = 20
-    save_strategy: str = "no"
+    resume_from_checkpoint: str | bool | None = None
+    save_strategy: str = "steps"
+    save_steps: float = 0.2  # a share of all steps
+    save_total_limit: int | None = 1
+    hub_strategy: str = "end"
     disable_tqdm: bool = True
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = False

@@ -6,7 +6,7 @@
 # Adapt the #SBATCH lines to the cluster. The recipe's global batch does not change, so it must be
 # divisible by nodes x GPUs. After a failed node or a preemption Slurm queues the job again, and it
 # resumes from the last checkpoint in the recipe's output_dir. All nodes must see that folder, and
-# the recipe needs `save_strategy: steps`. After the time limit, submit the job again.
+# the recipe must write checkpoints, as by default. After the time limit, submit the job again.
 #SBATCH --job-name=vljepa
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

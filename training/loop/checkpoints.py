@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,7 +16,7 @@ from transformers.trainer_utils import (
 )
 
 from processing.output import writing
-from training.arguments import RecipeError, SourceArguments, VLJEPATrainingArguments
+from training.arguments import RecipeError, SourceArguments
 from training.data.mixture import Positions
 
 # Names that `get_last_checkpoint` does not match.
@@ -46,11 +47,16 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def fault_of(folder: Path) -> str | None:
-    """Return why a run cannot resume from this folder, or `None` if it can."""
+def fault_of(folder: Path, parts: Iterable[str]) -> str | None:
+    """Return why a run cannot resume from this folder, or `None` if it can.
+
+    Args:
+        parts: names of the parts that the run needs.
+    """
     if folder.name in (INCOMPLETE, REPLACED):
         return "it was being written or deleted when its run stopped"
-    for part, patterns in PARTS.items():
+    for part in parts:
+        patterns = PARTS[part]
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             return f"it lacks the run's {part} ({' or '.join(patterns)})"
     for path in folder.glob("*.safetensors"):
@@ -61,20 +67,24 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
-def checkpoint_to_resume(args: VLJEPATrainingArguments) -> str | None:
+def checkpoint_to_resume(
+    wanted: str | bool | None, output_dir: str, parts: Iterable[str] = tuple(PARTS)
+) -> str | None:
     """Return the checkpoint to resume from; `None` to start from the beginning.
 
+    Args:
+        wanted: the recipe's `training.resume_from_checkpoint`.
+        parts: names of the parts that the run needs.
     Raises:
         RecipeError: the checkpoint is incomplete.
     """
-    wanted = args.resume_from_checkpoint
     if wanted in (None, False):
         return None
     cure = f"Give a folder {PREFIX_CHECKPOINT_DIR}-STEP of a run, or true for the last one"
     if wanted is True:
-        wanted = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        wanted = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         cure = "Remove this folder to resume from the previous one"
-    if wanted is not None and (fault := fault_of(Path(wanted))):
+    if wanted is not None and (fault := fault_of(Path(wanted), parts)):
         raise RecipeError(
             f"training.resume_from_checkpoint: {wanted} is not a complete checkpoint: {fault}. "
             f"{cure}, or start a new run from its weights with model.checkpoint."
