@@ -163,6 +163,27 @@ def test_demo_data_that_is_unfinished_or_different_is_made_again(tmp_path: Path)
         assert len(list(leftover.parent.glob("train_*"))) == episodes
 
 
+def test_demo_data_first_index_continues_the_training_clips(tmp_path: Path) -> None:
+    names = {}
+    for first, episodes in ((0, 3), (1, 2)):
+        folder = tmp_path / str(first)
+        sizes = ["--episodes", str(episodes), "--eval-clips", "1", "--first-index", str(first)]
+        main(["--output", str(folder), "--workers", "1", *sizes])
+        names[first] = sorted(path.name for path in (folder / "babyai" / "clips").iterdir())
+    train = [name for name in names[0] if name.startswith("train_")]
+    assert [name for name in names[1] if name.startswith("train_")] == train[1:]
+    assert [name for name in names[0] if name not in train] == [
+        name for name in names[1] if name not in train
+    ]
+
+
+@pytest.mark.parametrize("first", ["-1", "10000000"])
+def test_demo_data_rejects_an_index_of_another_split(tmp_path: Path, first: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path), "--episodes", "1", "--first-index", first])
+    assert "the indices are 0 to 9999999" in capsys.readouterr().err
+
+
 def test_babyai_splits_have_their_sizes(demo: Path) -> None:
     counts = json.loads((demo / "manifest.json").read_text())["counts"]["babyai"]
     assert [counts[split]["clips"] for split in babyai.SPLITS] == [EPISODES] + 5 * [EVAL_CLIPS]

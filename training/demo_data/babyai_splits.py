@@ -30,8 +30,14 @@ NARRATE = "Tell what the agent did."
 CONSECUTIVE = ("train", "test_actions")
 
 
-def write(directory: Path, *, episodes: int, eval_clips: int, workers: int) -> dict[str, dict]:
-    """Write clips and rows of every split; return the counts of each split."""
+def write(
+    directory: Path, *, episodes: int, eval_clips: int, workers: int, first_index: int = 0
+) -> dict[str, dict]:
+    """Write clips and rows of every split; return the counts of each split.
+
+    Args:
+        first_index: index of the first training clip; the other splits do not depend on it.
+    """
     (directory / "clips").mkdir(parents=True)
     summary: dict[str, dict] = {}
     trained_on: frozenset[str] = frozenset()
@@ -39,7 +45,8 @@ def write(directory: Path, *, episodes: int, eval_clips: int, workers: int) -> d
         for split in SPLITS:
             size = episodes if split == "train" else min(EVAL_CLIPS[split], eval_clips)
             if split in CONSECUTIVE:
-                seeds = [first_seed(split, index) for index in range(size)]
+                first = first_index if split == "train" else 0
+                seeds = [first_seed(split, first + index) for index in range(size)]
             else:
                 seeds = _distinct_stories(pool, split, size)
             done = pool.imap(partial(_record, directory), seeds, chunksize=8)
