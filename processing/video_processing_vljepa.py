@@ -236,27 +236,36 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         indices = indices.tolist()
         frames, sizes = {}, set()
         for index in sorted(set(indices)):
-            frame = self.load_frame(video[index])
-            sizes.add(f"{frame.shape[2]} x {frame.shape[1]}")
+            frame = video[index : index + 1]
+            if isinstance(frame, list | tuple):
+                frame = self.load_frame(frame[0])
+            if isinstance(frame, np.ndarray):
+                frame = channels_first(frame)
+            sizes.add(f"{frame.shape[3]} x {frame.shape[2]}")
             frames[index] = self.fit(frame, **fit)
         if len(sizes) > 1:
             raise ValueError(
                 f"the frames of a clip have {' and '.join(sorted(sizes)[:2])} pixels: give frames "
                 "of one size"
             )
-        return torch.stack([frames[index] for index in indices])
+        return torch.cat([frames[index] for index in indices])
 
-    def load_frame(self, frame: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Return a frame of a list, `(3, H, W)` uint8; it may be the path of an image, too."""
+    def load_frame(
+        self, frame: Image.Image | np.ndarray | torch.Tensor
+    ) -> np.ndarray | torch.Tensor:
+        """Return a frame of a list as an array `(1, H, W, 3)` or a tensor `(1, 3, H, W)`.
+
+        It may be the path of an image, too.
+        """
         if isinstance(frame, Image.Image | str | os.PathLike | bytes):
-            [frame] = read_image(frame, max_pixels=self.max_pixels)
-        elif not isinstance(frame, np.ndarray | torch.Tensor):
+            return read_image(frame, max_pixels=self.max_pixels)
+        if not isinstance(frame, np.ndarray | torch.Tensor):
             raise ValueError(
                 f"a frame of a clip is a {type(frame).__name__}: give PIL images, uint8 arrays "
                 "(H, W, 3) or uint8 tensors (3, H, W)"
             )
         check_pixels("frame", frame)
-        return channels_first(frame) if isinstance(frame, np.ndarray) else frame
+        return frame[None]
 
     def load_file(self, part: Excerpt, num_frames: int | None, fit: dict[str, Any]) -> torch.Tensor:
         """Return the frames of a file or folder, resized and cropped, `(T, 3, h, w)` uint8."""
@@ -269,11 +278,11 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         def prepare(picture: np.ndarray) -> np.ndarray:
             sizes.add(picture.shape)
             try:
-                frame = self.fit(channels_first(picture), **fit)
+                frame = self.fit(channels_first(picture[None]), **fit)
             except ValueError as error:
                 # The readers take any other ValueError for damage of the file.
                 raise MediaError(f"{name}: {error}") from error
-            return frame.permute(1, 2, 0).numpy()
+            return frame[0].permute(1, 2, 0).numpy()
 
         clip = read_clip(
             part.video,
@@ -302,7 +311,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         do_center_crop: bool,
         crop_size: SizeDict,
     ) -> torch.Tensor:
-        """Resize and crop one frame: (3, H, W) uint8 -> (3, h, w) uint8."""
+        """Resize and crop one frame: (1, 3, H, W) uint8 -> (1, 3, h, w) uint8."""
         height, width = frame.shape[-2:]
         if not height * width:
             raise ValueError(f"a frame is {width} x {height} pixels: give at least 1 x 1")
@@ -318,7 +327,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
                     f"{MAX_RESIZED_PIXELS}: cut the frame, reduce `size` or keep `do_center_crop` "
                     "on"
                 )
-            frame = self.resize(frame[None], size, resample)[0]
+            frame = self.resize(frame, size, resample)
         return self.center_crop(frame, crop_size) if do_center_crop else frame
 
     def finish(
@@ -394,13 +403,13 @@ def crop_corner(height: int, width: int, crop: SizeDict) -> tuple[int, int]:
     return top, left
 
 
-def channels_first(picture: np.ndarray) -> torch.Tensor:
-    """Return an array `(H, W, 3)` as a tensor `(3, H, W)`, channels last in memory.
+def channels_first(frame: np.ndarray) -> torch.Tensor:
+    """Return an array `(1, H, W, 3)` as a tensor `(1, 3, H, W)`, channels last in memory.
 
-    This memory layout is faster to resize.
+    This memory layout is faster to resize. torch recognises it only with the leading axis.
     """
     # Rotated pictures have negative strides, which torch does not take.
-    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(frame)).permute(0, 3, 1, 2)
 
 
 def check_pixels(kind: str, pixels: np.ndarray | torch.Tensor) -> None:
