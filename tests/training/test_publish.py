@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -31,6 +32,7 @@ from tests.tiny import (
 )
 from training.arguments import RecipeError
 from training.hub.licences import UNKNOWN, licence_of
+from training.hub.model_card import protocol_line
 from training.hub.publishing import verify, write_folder, write_probe
 from training.publish import main
 
@@ -384,6 +386,22 @@ def test_model_card_is_complete_and_its_numbers_are_the_results(card, published)
     assert str(results["parameters"]["all"]["parameters"]) in cells
 
 
+def test_model_card_tables_are_tables_to_a_markdown_parser(card):
+    """A blank line between header, rule and rows would make text of them."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
+    tables = [token for token in tokens if token.type == "table_open"]
+    rules = re.findall(r"^\|[-|]+\|$", card.text, re.MULTILINE)
+    assert len(tables) == len(rules) >= 3  # architecture, a benchmark, licences
+    cells = [token.content for token in tokens if token.type == "inline"]
+    assert not [cell for cell in cells if cell.count("|") > 1]  # no row was left as text
+
+
+def test_protocol_line_names_an_empty_prompt():
+    assert protocol_line({"protocol": {"prompt": "", "rows_file": "a"}}) == (
+        "prompt: none; rows file: a"
+    )
+
+
 def test_model_card_metadata_contain_scores_and_protocol(card, published):
     data = card.data
     assert data.pipeline_tag == "visual-question-answering"
@@ -391,6 +409,7 @@ def test_model_card_metadata_contain_scores_and_protocol(card, published):
     assert data.base_model == ["sentence-transformers/all-MiniLM-L6-v2"]
     (result,) = data.eval_results
     assert result.metric_value == 0.9123 and result.dataset_args == PROTOCOL
+    assert result.dataset_name == "easy_vqa"
     entries = yaml.safe_load(published[0].repositories["me/tiny"][".eval_results/easy_vqa.yaml"])
     assert entries[0]["value"] == 0.9123 and "split: test" in entries[0]["notes"]
 

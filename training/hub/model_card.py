@@ -22,7 +22,8 @@ TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 
 def protocol_line(benchmark: dict[str, Any]) -> str:
     """Return a benchmark's protocol in one line."""
-    return "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in benchmark["protocol"].items())
+    facts = {name.replace("_", " "): value for name, value in benchmark["protocol"].items()}
+    return "; ".join(f"{name}: {'none' if value == '' else value}" for name, value in facts.items())
 
 
 def eval_results(results: dict[str, Any]) -> list[EvalResult]:
@@ -31,7 +32,7 @@ def eval_results(results: dict[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type=TASKS[benchmark["task"]].hub_task,
             dataset_type=name,
-            dataset_name=benchmark["description"],
+            dataset_name=name,
             dataset_args=benchmark["protocol"],
             metric_type=metric,
             metric_name=metric,
