@@ -240,6 +240,7 @@ def tiny_recipe(rows: Path, **training: object) -> Path:
             "use_cpu": True,
             "logging_steps": 1,
             "save_strategy": "no",
+            "save_total_limit": None,
             "report_to": "none",
             **training,
         },

@@ -303,7 +303,9 @@ def test_guide_links_to_existing_headings():
 
 
 @pytest.mark.parametrize("command", training_commands(), ids=" ".join)
-def test_guide_command_is_a_valid_recipe(command):
+def test_guide_command_is_a_valid_recipe(command, monkeypatch):
+    # The guide names torchao, which the tests' environment does not have.
+    monkeypatch.setattr("training.arguments.check_package", lambda *_: None)
     recipe, *overrides = command
     read_recipe(str(ROOT / recipe), ["training.use_cpu=true", *overrides])
 
