@@ -1,4 +1,8 @@
-"""Checks of texts before a tokenizer gets them: one for JSONL rows, processor and pipelines."""
+"""Checks of texts before a tokenizer gets them, for JSONL rows and the processor.
+
+Pipelines have their own in `text_checks.py`: they are shipped without this package, and also bound
+the lengths of texts.
+"""
 
 from collections.abc import Iterable, Mapping, Set
 
