@@ -62,6 +62,7 @@ def test_model_loaded_equals_saved(model, folder, tmp_path):
     assert len(expected) == 5
 
 
+@pytest.mark.slow
 def test_saved_model_loads_without_this_package(model, folder, tmp_path):
     """The process loads the model as remote code; it cannot import `modeling_vljepa`."""
     with torch.no_grad():

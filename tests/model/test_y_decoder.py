@@ -287,6 +287,7 @@ def test_processor_saves_and_loads_a_decoder_tokenizer(processor, tmp_path):
     assert not (tmp_path / "two/decoder_tokenizer").exists()
 
 
+@pytest.mark.slow
 def test_decoder_loads_without_this_repository(taught, processor, tmp_path):
     base = tiny_model()
     base.save_pretrained(tmp_path / "base")  # like a trained model's, its config names the code

@@ -391,6 +391,7 @@ def test_handler_rejects_a_checkpoint_that_lacks_weights(folder, tmp_path):
         EndpointHandler(str(tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_handler_of_a_published_folder_serves_without_this_package(folder, post, tmp_path):
     """Import the file by its path as a module of its own, like the endpoint's server."""
     request = {"inputs": {"video": encoded(folder / "clip.mp4"), "question": QUESTION}}

@@ -345,6 +345,7 @@ def test_session_ask_takes_a_generator_of_candidates(chooser):
 # -- without this package ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_caption_pipeline_of_a_published_folder_runs_without_this_package(tmp_path):
     """The folder is published, then saved again by another pipeline that was loaded from it."""
     write_clip(tmp_path / "clip.mp4", np.stack([frame for _, frame in scenes([40, 30])]))

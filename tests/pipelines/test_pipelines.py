@@ -942,6 +942,7 @@ def test_readers_raise_only_media_errors_for_damaged_bytes(suffix, media, tmp_pa
 # -- without this package ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_saved_pipelines_answer_without_this_package(model, processor, media, vqa, tmp_path):
     retrieval = VLJEPARetrievalPipeline(model=tiny_model(), processor=processor)
     retrieval.save_pretrained(tmp_path / "model")

@@ -153,6 +153,7 @@ def test_demo_data_that_exists_is_not_made_again(
     assert "already contains this data" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_demo_data_that_is_unfinished_or_different_is_made_again(tmp_path: Path) -> None:
     leftover = tmp_path / "babyai" / "clips" / "leftover.mp4"
     leftover.parent.mkdir(parents=True)
@@ -163,6 +164,7 @@ def test_demo_data_that_is_unfinished_or_different_is_made_again(tmp_path: Path)
         assert len(list(leftover.parent.glob("train_*"))) == episodes
 
 
+@pytest.mark.slow
 def test_demo_data_first_index_continues_the_training_clips(tmp_path: Path) -> None:
     names = {}
     for first, episodes in ((0, 3), (1, 2)):

@@ -177,7 +177,7 @@ def work(rank: int, world_size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def results(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Loss and gradients computed by each of several processes."""
     world_size = request.param
