@@ -14,17 +14,39 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.processing_utils import Unpack
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from .chat import CHAT_TEMPLATE, read_conversations
 from .frame_stream import StreamSource
 from .media import MediaError, name_of
+from .options import (
+    MODALITIES,
+    TEXT,
+    VLJEPACallKwargs,
+    VLJEPAProcessorKwargs,
+    check_call,
+    check_options,
+)
 from .sampling import check_count
-from .texts import check_text, check_texts
+from .texts import check_text, check_texts, tokenize
 from .video_io import read_image
-from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch, check_pixels
+from .video_processing_vljepa import Video, VLJEPAVideoProcessor, as_batch, check_pixels, stack
 from .windows import WindowStream
 
 IMAGES = "a path, bytes, a PIL image, or a uint8 array or tensor"
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+# Settings of the processor that a call may replace.
+SETTINGS = ("max_query_length", "max_target_length", "target_prompt_name")
+# Arguments of upstream's `apply_chat_template` for other conversations than a question.
+NO_CHAT = {
+    "continue_final_message",
+    "documents",
+    "load_audio_from_video",
+    "return_assistant_tokens_mask",
+    "sanitize_control_tokens",
+    "tools",
+}
 
 
 class VLJEPAProcessor(ProcessorMixin):
@@ -46,9 +68,13 @@ class VLJEPAProcessor(ProcessorMixin):
             no prompt, because the paper mentions none.
         decoder_tokenizer ([`PreTrainedTokenizerBase`], *optional*): the Y-Decoder's, if it differs
             from the query tokenizer.
+        chat_template (`str`, *optional*): Jinja template of `apply_chat_template`. The default
+            gives the question alone, because the Predictor reads no other text.
 
     Raises: `ValueError` for a tokenizer without a padding token, or an unknown prompt name.
     """
+
+    valid_processor_kwargs = VLJEPAProcessorKwargs
 
     def __init__(
         self,
@@ -60,8 +86,14 @@ class VLJEPAProcessor(ProcessorMixin):
         target_prompts: dict[str, str] | None = None,
         target_prompt_name: str | None = None,
         decoder_tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | dict[str, str] | None = None,
     ) -> None:
-        super().__init__(video_processor, tokenizer, target_tokenizer)
+        super().__init__(
+            video_processor,
+            tokenizer,
+            target_tokenizer,
+            chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
+        )
         self.decoder_tokenizer = decoder_tokenizer
         for name, part in (("tokenizer", tokenizer), ("target_tokenizer", target_tokenizer)):
             if part.pad_token is None:
@@ -97,12 +129,7 @@ class VLJEPAProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         targets: str | Sequence[str] | None = None,
         contexts: str | Sequence[str] | None = None,
-        *,
-        num_frames: int | None = None,
-        max_query_length: int | None = None,
-        max_target_length: int | None = None,
-        target_prompt_name: str | None = None,
-        return_tensors: str = "pt",
+        **kwargs: Unpack[VLJEPACallKwargs],
     ) -> BatchFeature:
         """Make a batch from the parts that are given; a single item is a batch of one.
 
@@ -115,12 +142,16 @@ class VLJEPAProcessor(ProcessorMixin):
             targets (*optional*): target texts.
             contexts (*optional*): texts that the Y-Decoder reads before an embedding, as
                 `config.decoder_context` makes them.
-            num_frames (`int`, *optional*): frames per video, instead of the video processor's.
             max_query_length, max_target_length (`int`, *optional*): instead of the processor's.
             target_prompt_name (`str`, *optional*): instead of the processor's.
-            return_tensors (`str`, *optional*, defaults to `"pt"`): no other value is supported.
+            kwargs: options of [`VLJEPATextKwargs`] for the queries, of [`VLJEPAImagesKwargs`] for
+                images, of [`VLJEPAVideosKwargs`] for videos. As in transformers, each is given on
+                its own, as in `num_frames=4`, in the dictionary of its modality, `text_kwargs`,
+                `images_kwargs` or `videos_kwargs`, or in `common_kwargs`. `None` stands for the
+                default. `return_tensors` is `"pt"` or `"np"`; targets and contexts have that of
+                the queries.
 
-        Returns: the tensors of the given parts:
+        Returns: the tensors or arrays of the given parts:
 
             - `pixel_values_videos`, float32 `(B, T, 3, h, w)`
             - `input_ids` and `attention_mask`, int64 `(B, Lq)`
@@ -131,12 +162,9 @@ class VLJEPAProcessor(ProcessorMixin):
             the embedding that follows a context must be next to its last token. Lq is 0 if every
             query is empty and the tokenizer adds no special token, C if every context is empty.
         Raises: `ValueError` that names the argument, if parts differ in length, for images together
-            with videos, and for a part or text of another type; `MediaError` for a file that cannot
-            be read.
+            with videos, and for a part, text or option of another type or value; `TypeError` for an
+            option that this processor does not have; `MediaError` for a file that cannot be read.
         """
-        if not isinstance(return_tensors, str) or return_tensors != "pt":
-            given = return_tensors if isinstance(return_tensors, str) else type(return_tensors)
-            raise ValueError(f"return_tensors must be 'pt', got {given!r:.50}")
         if images is not None and videos is not None:
             raise ValueError("give either images or videos: one batch has one number of frames")
         images = None if images is None else as_images(images)
@@ -145,30 +173,32 @@ class VLJEPAProcessor(ProcessorMixin):
         targets = None if targets is None else check_texts("targets", targets)
         contexts = None if contexts is None else check_texts("contexts", contexts)
         check_lengths(images=images, videos=videos, text=text, targets=targets, contexts=contexts)
+        replaced = {name: kwargs.pop(name, None) for name in SETTINGS}
+        parts = {"text": text, "images": images, "videos": videos}
+        options = self.options(kwargs, {name for name, part in parts.items() if part is not None})
+        query_length = self.query_length(options["text"], replaced["max_query_length"])
+        target_length = replaced["max_target_length"]
+        if target_length is None:
+            target_length = self.max_target_length
+        target_length = check_count("max_target_length", target_length)
+        prompt_name = replaced["target_prompt_name"]
+        prompt = self.prompt(self.target_prompt_name if prompt_name is None else prompt_name)
 
-        query_length = self.max_query_length
-        if max_query_length is not None:
-            query_length = check_count("max_query_length", max_query_length)
-        target_length = self.max_target_length
-        if max_target_length is not None:
-            target_length = check_count("max_target_length", max_target_length)
-        if target_prompt_name is None:
-            target_prompt_name = self.target_prompt_name
-        batch = {}
+        text_tensors = options["text"].pop("return_tensors", "pt")
+        pixels, tokens = {}, {}
         if images is not None:
             # One by one, so that one image is in memory at its full size.
-            clips = [self.image_pixels(images, index) for index in range(len(images))]
-            batch["pixel_values_videos"] = torch.stack(clips)
+            clips = [self.image_pixels(images, i, options["images"]) for i in range(len(images))]
+            pixels["pixel_values_videos"] = stack(clips)
         if videos is not None:
-            batch |= self.video_processor(videos, num_frames=num_frames, return_tensors="pt")
+            pixels |= self.video_processor(videos, **options["videos"] | {"return_tensors": "pt"})
         if text is not None:
-            batch |= tokenize(self.tokenizer, text, query_length)
+            tokens |= tokenize(self.tokenizer, text, query_length, **options["text"])
         if targets is not None:
-            prompt = self.prompt(target_prompt_name)
             texts = [prompt + target for target in targets]
-            batch |= tokenize(self.target_tokenizer, texts, target_length, prefix="target_")
+            tokens |= tokenize(self.target_tokenizer, texts, target_length, prefix="target_")
         if contexts is not None:
-            batch |= tokenize(
+            tokens |= tokenize(
                 self.text_tokenizer,
                 contexts,
                 query_length,
@@ -176,14 +206,56 @@ class VLJEPAProcessor(ProcessorMixin):
                 padding_side="left",
                 add_special_tokens=False,
             )
-        return BatchFeature(batch)
+        media = "videos" if images is None else "images"
+        if options[media].get("return_tensors") == "np":
+            pixels = {name: tensor.numpy() for name, tensor in pixels.items()}
+        if text_tensors == "np":
+            tokens = {name: tensor.numpy() for name, tensor in tokens.items()}
+        return BatchFeature(pixels | tokens)
 
-    def image_pixels(self, images: list[ImageLike], index: int) -> torch.Tensor:
-        """Return one image of a batch as the pixels of a one-frame clip, `(1, 3, h, w)`."""
+    def options(self, kwargs: dict, parts: set[str]) -> dict[str, dict[str, object]]:
+        """Return the checked options of a call by modality: "text", "images" and "videos".
+
+        Args:
+            parts: the modalities that the call gives.
+        """
+        checked = check_call(type(self).__name__, kwargs, parts)
+        merged = self._merge_kwargs(self.valid_processor_kwargs, **checked)
+        return {modality: merged[f"{modality}_kwargs"] for modality in MODALITIES}
+
+    def query_length(self, options: dict[str, object], max_query_length: int | None) -> int:
+        """Return the limit of queries in tokens, and complete the options of `tokenize`.
+
+        Options that the query tokenizer was created with are defaults, as in transformers. Its
+        padding side is not one of them, because queries are padded on the right.
+        """
+        name, given = "max_length", options.pop("max_length", None)
+        if max_query_length is not None:
+            if given is not None:
+                raise ValueError("max_length is another name of max_query_length: give one of them")
+            name, given = "max_query_length", max_query_length
+        created = {
+            option: self.tokenizer.init_kwargs.get(option) for option in TEXT - {"return_tensors"}
+        }
+        created = check_options("the query tokenizer", created, TEXT)
+        limit = min(self.max_query_length, created.pop("max_length", self.max_query_length))
+        for option, value in created.items():
+            options.setdefault(option, value)
+        return check_count(name, limit if given is None else given)
+
+    def image_pixels(
+        self, images: list[ImageLike], index: int, options: dict[str, object]
+    ) -> torch.Tensor:
+        """Return one image of a batch as the pixels of a one-frame clip, `(1, 3, h, w)`.
+
+        `options` are those of [`VLJEPAImagesKwargs`].
+        """
         image = images[index]
         try:
             clip = image_clip(image, max_pixels=self.video_processor.max_pixels)
-            batch = self.video_processor(clip, do_sample_frames=False)
+            batch = self.video_processor(
+                clip, **options | {"do_sample_frames": False, "return_tensors": None}
+            )
         except MediaError:  # names the file
             raise
         except ValueError as error:
@@ -229,6 +301,63 @@ class VLJEPAProcessor(ProcessorMixin):
             allow_urls=allow_urls,
         )
 
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        add_generation_prompt: bool = False,
+        return_tensors: str | None = None,
+        processor_kwargs: dict | None = None,
+        **kwargs: object,
+    ) -> str | list[str] | torch.Tensor | np.ndarray | BatchFeature:
+        """Return the question of a user turn, or the batch of the question and its medium.
+
+        Args:
+            conversation: one user turn, or a list of them: `[{"role": "user", "content": [{"type":
+                "video", "video": "a.mp4"}, {"type": "text", "text": "what happens?"}]}]`. A medium
+                is of type `video` or `image`; the key of its value is the type, `url` or `path`,
+                and the value anything that `__call__` takes. A turn without a text asks for a
+                caption.
+            chat_template (*optional*): Jinja template, or the name of one of several, instead of
+                the processor's.
+            tokenize: return tokens, not text.
+            return_dict: with `tokenize`, return what `__call__` returns for text and media;
+                otherwise, return the tokens `input_ids` alone.
+            add_generation_prompt: given to the template. The default template ignores it: no text
+                follows the question.
+            return_tensors (*optional*): as in `__call__`; transformers' "auto" is the default.
+            processor_kwargs, kwargs: options of `__call__`.
+
+        Raises: `ValueError` for a system or assistant turn, and for several turns, texts or media:
+            the Predictor reads one question.
+        """
+        for name in sorted(NO_CHAT & kwargs.keys()):
+            if kwargs.pop(name):
+                raise ValueError(f"a question has no {name}: leave it out")
+        turns, is_batched = read_conversations(conversation)
+        texts, _ = render_jinja_template(
+            conversations=[turn.messages() for turn in turns],
+            chat_template=self._resolve_chat_template(chat_template),
+            add_generation_prompt=add_generation_prompt,
+            **self.tokenizer.special_tokens_map,
+        )
+        if not tokenize:
+            return texts if is_batched else texts[0]
+        options = {**(processor_kwargs or {}), **kwargs}
+        if return_tensors not in (None, "auto"):
+            options["return_tensors"] = return_tensors
+        kinds = {turn.part for turn in turns}
+        if len(kinds) > 1:
+            raise ValueError("a batch of conversations needs media of one kind: images or videos")
+        media = {kind: [turn.medium for turn in turns] for kind in kinds if kind is not None}
+        if any(medium is None for listed in media.values() for medium in listed):
+            raise ValueError("a part of the conversation names no file: give it as url or path")
+        batch = self(text=texts, **media, **options)
+        return batch if return_dict else batch["input_ids"]
+
     @property
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
         """The Y-Decoder's tokenizer."""
@@ -244,13 +373,8 @@ class VLJEPAProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [
-            "pixel_values_videos",
-            "input_ids",
-            "attention_mask",
-            "target_input_ids",
-            "target_attention_mask",
-        ]
+        """Names of the inputs of a prediction; targets and contexts add theirs."""
+        return ["pixel_values_videos", "input_ids", "attention_mask"]
 
     # ProcessorMixin has no optional parts: it would require a decoder tokenizer, and fail to save
     # `None`.
@@ -267,6 +391,9 @@ class VLJEPAProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> list[str]:
         saved = super().save_pretrained(save_directory, **kwargs)
+        # Upstream writes the names of the code files into the configuration through the processor,
+        # and removes them from the tokenizers only: the processor would differ from a loaded one.
+        vars(self).pop("auto_map", None)
         if self.decoder_tokenizer is not None:
             folder = os.path.join(save_directory, "decoder_tokenizer")
             saved += self.decoder_tokenizer.save_pretrained(folder)
@@ -337,43 +464,6 @@ def image_clip(image: ImageLike, *, max_pixels: int | None = None) -> np.ndarray
     if not isinstance(image, str | os.PathLike | bytes | Image.Image):
         raise ValueError(f"an image is a {type(image).__name__}: give {IMAGES}")
     return read_image(image, max_pixels=max_pixels)
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    max_length: int,
-    *,
-    prefix: str = "",
-    padding_side: str = "right",
-    add_special_tokens: bool = True,
-) -> dict[str, torch.Tensor]:
-    """Return token ids and mask, both int64 `(B, L)`, padded to the longest text.
-
-    Args:
-        prefix: put before the names `input_ids` and `attention_mask`.
-    """
-    max_length = min(max_length, tokenizer.model_max_length, 2**31)  # tokenizers count in 64 bits
-    own = tokenizer.num_special_tokens_to_add() if add_special_tokens else 0
-    if max_length < max(own, 1):
-        raise ValueError(
-            f"max_{'target' if prefix == 'target_' else 'query'}_length is {max_length}, but the "
-            f"tokenizer adds {own} tokens to every text: give at least {own}"
-        )
-    tokens = tokenizer(
-        list(texts),
-        padding=True,
-        padding_side=padding_side,
-        truncation=True,
-        add_special_tokens=add_special_tokens,
-        max_length=max_length,
-        return_attention_mask=True,
-    )
-    # Not by the tokenizer's return_tensors, which makes float32 tensors if every text is empty.
-    return {
-        prefix + name: torch.tensor(tokens[name], dtype=torch.long)
-        for name in ("input_ids", "attention_mask")
-    }
 
 
 __all__ = ["VLJEPAProcessor"]

@@ -25,39 +25,24 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.utils import logging
-from transformers.video_processing_utils import BaseVideoProcessor, validate_typed_dict
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from .media import MediaError, name_of
+from .options import CHECKS, INTERPOLATION, VIDEOS, check_options
 from .resampling import crop_of_resized, resized_size
-from .sampling import check_count
 from .video_io import Excerpt, read_clip, read_image, uniform_indices
 
 logger = logging.get_logger(__name__)
 
 Frames = list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
 Video = str | os.PathLike | bytes | Excerpt | Frames | np.ndarray | torch.Tensor
-VIDEOS = "a path, bytes, a uint8 array or tensor, or a list of frames"
-MAX_FRAMES = 10_000  # sampled from one clip
+CLIPS = "a path, bytes, a uint8 array or tensor, or a list of frames"
 
-_INTERPOLATION = {
-    PILImageResampling.BILINEAR: "bilinear",
-    PILImageResampling.BICUBIC: "bicubic",
-}
 # A frame whose resized long edge is more than this many short edges is resized only where it is
 # cropped. All other frames go through torch's own kernel.
 LONG_FRAME = 16
 MAX_RESIZED_PIXELS = 2**25  # of one resized frame that is not cropped
 _FIT = ("do_resize", "size", "resample", "do_center_crop", "crop_size")  # arguments of `fit`
-_UNSUPPORTED = {
-    "data_format",
-    "device",
-    "do_convert_rgb",
-    "do_pad",
-    "fps",
-    "input_data_format",
-    "return_metadata",
-    "video_metadata",
-}
 
 
 def shortest_edge(crop: int) -> int:
@@ -114,6 +99,9 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
     model_input_names = ["pixel_values_videos"]
 
     def __init__(self, **kwargs: Unpack[VideosKwargs]) -> None:
+        # Upstream takes any other name too: a loaded configuration has some.
+        known = {name: kwargs[name] for name in VIDEOS - {"return_tensors"} if name in kwargs}
+        check_options(type(self).__name__, known, VIDEOS)
         warn_of_squashing(kwargs.get("size"))
         if "crop_size" in kwargs and "size" not in kwargs:
             crop = get_size_dict(kwargs["crop_size"], param_name="crop_size")
@@ -139,24 +127,26 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
     ) -> BatchFeature:
         """Sample, resize, crop, rescale and normalise; every step can be overridden per call.
 
+        An option that is `None` has the processor's value.
+
         Two calls can share the work, with the same result: one that stops at uint8
         (`do_rescale=False, do_normalize=False`), for a cache, and one that finishes the cached
         clips (`do_sample_frames=False, do_resize=False, do_center_crop=False`).
 
         Returns: `pixel_values_videos`, a list of `(T, 3, h, w)` tensors, or with
-            `return_tensors="pt"` one tensor of shape `(B, T, 3, h, w)`; float32, or uint8 if
-            neither rescaled nor normalised.
+            `return_tensors="pt"` one tensor of shape `(B, T, 3, h, w)`, with `"np"` one array;
+            float32, or uint8 if neither rescaled nor normalised.
         Raises: `MediaError` for a file that cannot be read, `ValueError` for clips of unequal
-            length or in another layout, `TypeError` for an option of the base class that is not
-            supported here.
+            length or size or in another layout, and for an option with a wrong value, `TypeError`
+            for an option that is not supported here.
         """
         settings = self.settings(kwargs)
-        if num_frames is None:
-            num_frames = self.num_frames
-        if do_sample_frames is None:
-            do_sample_frames = self.do_sample_frames
-        if check_count("num_frames", num_frames) > MAX_FRAMES:
-            raise ValueError(f"num_frames is {num_frames}: give at most {MAX_FRAMES}")
+        given = {"num_frames": num_frames, "do_sample_frames": do_sample_frames}
+        given = check_options(type(self).__name__, given, VIDEOS)
+        num_frames = CHECKS["num_frames"]("num_frames", given.get("num_frames", self.num_frames))
+        do_sample_frames = given.get("do_sample_frames", self.do_sample_frames)
+        if return_tensors is not None:
+            return_tensors = CHECKS["return_tensors"]("return_tensors", return_tensors)
         fit = {name: settings.pop(name) for name in _FIT}
         clips, videos = [], as_batch(videos)
         for index, video in enumerate(videos):
@@ -169,16 +159,12 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
                     raise
                 raise ValueError(f"videos[{index}]: {error}") from error
             clips.append(self.finish(frames, **settings))
-        if return_tensors == "pt" and len(clips) == 1:
-            # The path below would copy the clip to stack it.
-            return BatchFeature({"pixel_values_videos": clips[0][None]})
-        lengths = [len(clip) for clip in clips]
-        if return_tensors is not None and len(set(lengths)) > 1:
-            raise ValueError(
-                f"clips of one batch need one length, got {lengths} frames: sample them "
-                "(do_sample_frames=True) or process them one by one"
-            )
-        return BatchFeature({"pixel_values_videos": clips}, tensor_type=return_tensors)
+        if return_tensors is None:
+            return BatchFeature({"pixel_values_videos": clips})
+        pixels = stack(clips)
+        return BatchFeature(
+            {"pixel_values_videos": pixels.numpy() if return_tensors == "np" else pixels}
+        )
 
     # The base class does the next two for a batch. It copies every clip at each step, and its
     # checks take longer than the decoding of a small clip.
@@ -186,16 +172,10 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
     def settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of `fit` and `finish`: a call's, and the processor's for the others.
 
-        Raises: `TypeError` for an option that is not supported here.
+        Raises: `TypeError` for an option that is not supported here, `ValueError` for a value.
         """
-        if unsupported := sorted(_UNSUPPORTED & kwargs.keys()):
-            raise TypeError(
-                f"VLJEPAVideoProcessor does not support {', '.join(unsupported)}: leave it out"
-            )
-        warn_of_squashing(kwargs.get("size"))
-        # Upstream's type check is slow, and most calls only switch steps on or off.
-        if not all(isinstance(value, bool) for value in kwargs.values()):
-            validate_typed_dict(self.valid_kwargs, kwargs)
+        options = check_options(type(self).__name__, kwargs, VIDEOS)
+        warn_of_squashing(options.get("size"))
         settings = {
             "do_resize": self.do_resize,
             "size": self.size,
@@ -209,7 +189,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             "image_mean": self.image_mean,
             "image_std": self.image_std,
         }
-        settings = self._standardize_kwargs(**settings | kwargs)
+        settings = self._standardize_kwargs(**settings | options)
         del settings["pad_size"]
         self._validate_preprocess_kwargs(**settings)
         return settings
@@ -231,7 +211,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         if isinstance(video, np.ndarray | torch.Tensor):
             check_pixels("clip", video)
         elif not isinstance(video, list | tuple):
-            raise ValueError(f"a clip is a {type(video).__name__}: give {VIDEOS}")
+            raise ValueError(f"a clip is a {type(video).__name__}: give {CLIPS}")
         indices = uniform_indices(len(video), len(video) if num_frames is None else num_frames)
         indices = indices.tolist()
         frames, sizes = {}, set()
@@ -319,7 +299,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             new = new_size(height, width, size)
             if do_center_crop and max(new) > LONG_FRAME * min(new):
                 crop = (crop_size.height, crop_size.width)
-                mode = _INTERPOLATION[resample]
+                mode = INTERPOLATION[resample]
                 return crop_of_resized(frame, new, crop_corner(*new, crop_size), crop, mode)
             if new != (height, width) and new[0] * new[1] > MAX_RESIZED_PIXELS:
                 raise ValueError(
@@ -359,7 +339,7 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         if new == (height, width):
             return image
         resized = F.interpolate(
-            image.flatten(0, -4), size=new, mode=_INTERPOLATION[resample], antialias=True
+            image.flatten(0, -4), size=new, mode=INTERPOLATION[resample], antialias=True
         )
         return resized.unflatten(0, image.shape[:-3])
 
@@ -383,6 +363,25 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
         mean = torch.as_tensor(mean, device=image.device).view(-1, 1, 1)
         std = torch.as_tensor(std, device=image.device).view(-1, 1, 1)
         return (image.sub_(mean) if inplace else image - mean).div_(std)
+
+
+def stack(clips: list[torch.Tensor]) -> torch.Tensor:
+    """Return clips `(T, 3, h, w)` as a batch `(B, T, 3, h, w)`; raise ValueError if they differ."""
+    if len(clips) == 1:
+        return clips[0][None]  # `torch.stack` would copy the clip
+    lengths = [len(clip) for clip in clips]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"clips of one batch need one length, got {lengths} frames: sample them "
+            "(do_sample_frames=True) or process them one by one"
+        )
+    sizes = sorted({f"{clip.shape[3]} x {clip.shape[2]}" for clip in clips})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"clips of one batch need one size, got {' and '.join(sizes[:2])} pixels: crop them "
+            "(do_center_crop=True) or process them one by one"
+        )
+    return torch.stack(clips)
 
 
 def new_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
@@ -437,7 +436,7 @@ def as_batch(videos: Video | list[Video]) -> list[Video]:
         return [videos]
     # A set has no order, and iterating over a dictionary would give its keys.
     if isinstance(videos, Mapping | Set) or not isinstance(videos, Iterable):
-        raise ValueError(f"videos is a {type(videos).__name__}: give {VIDEOS}, or a list of clips")
+        raise ValueError(f"videos is a {type(videos).__name__}: give {CLIPS}, or a list of clips")
     videos = list(videos)
     if not videos:
         raise ValueError("no video given: the list is empty")

@@ -1,11 +1,15 @@
 """Download the common tests of the installed transformers: `python -m tests.fetch_common`."""
 
+import importlib
+import os
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import transformers
 
 FOLDER = Path(sys.prefix) / f"transformers-{transformers.__version__}-tests"
@@ -43,6 +47,31 @@ def fetch() -> Path:
         (part / name).write_text(code)
     (part / "tests" / "__init__.py").touch()
     return part.rename(FOLDER)
+
+
+def upstream(module: str) -> ModuleType:
+    """Import a module of transformers' test suite, a package named `tests` like this one.
+
+    The tests of the caller's module are skipped if the suite was not fetched.
+    """
+    if not FOLDER.is_dir():
+        pytest.skip(
+            "transformers' own tests are missing: fetch them with `make env` or "
+            "`python -m tests.fetch_common`",
+            allow_module_level=True,
+        )
+    # Run their slow tests too; tests still skipped need other hardware.
+    os.environ["RUN_SLOW"] = "1"
+    # The import needs the name, so this suite's modules give it up until the import is done.
+    own = {
+        name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "tests"
+    }
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(f"tests.{module}")
+    finally:
+        sys.path.remove(str(FOLDER))
+        sys.modules.update(own)
 
 
 if __name__ == "__main__":

@@ -4,43 +4,16 @@ They come from the source distribution of the installed version. `make env` fetc
 (`python -m tests.fetch_common`); this repository holds no copy.
 """
 
-import importlib
-import os
-import sys
 import unittest
 
 import pytest
 import torch
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
-from tests.fetch_common import FOLDER
+from tests.fetch_common import upstream
 from tests.tiny import tiny_batch, tiny_config
 
 pytestmark = pytest.mark.slow  # half a minute
-os.environ["RUN_SLOW"] = "1"  # run their slow tests too; tests still skipped need other hardware
-
-if not FOLDER.is_dir():
-    pytest.skip(
-        "transformers' own tests are missing: fetch them with `make env` or "
-        "`python -m tests.fetch_common`",
-        allow_module_level=True,
-    )
-
-
-def upstream(module: str):
-    """Import a module of transformers' test suite, a package named `tests` like this one."""
-    # The import needs the name, so this suite's modules give it up until the import is done.
-    own = {
-        name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "tests"
-    }
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module(f"tests.{module}")
-    finally:
-        sys.path.remove(str(FOLDER))
-        sys.modules.update(own)
-
-
 ModelTesterMixin = upstream("test_modeling_common").ModelTesterMixin
 ConfigTester = upstream("test_configuration_common").ConfigTester
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from processing import Excerpt, MediaError, VLJEPAProcessor, VLJEPAVideoProcessor
+from processing.options import CHECKS
 from tests.tiny import noise, tiny_processor, tiny_tokenizer, write_clip
 
 ROOT = Path(__file__).parents[2]
@@ -154,9 +156,9 @@ def test_processor_refuses_an_unknown_target_prompt_per_call(name):
         processor(targets="a", target_prompt_name=name)
 
 
-@pytest.mark.parametrize("value", ["np", None, ["pt"], np.array(["pt", "pt"])])
+@pytest.mark.parametrize("value", ["tf", None, ["pt"], np.array(["pt", "pt"])])
 def test_processor_refuses_other_kinds_of_tensors(processor, value):
-    with pytest.raises(ValueError, match="return_tensors must be 'pt'"):
+    with pytest.raises(ValueError, match="return_tensors must be 'pt' or 'np', got"):
         processor(text="a", return_tensors=value)
 
 
@@ -169,6 +171,264 @@ def test_video_processor_warns_once_that_a_whole_number_as_size_squashes(caplog)
     assert len(messages) == 1
     assert messages[0].startswith("size=37 squashes frames to a square, as in transformers. Give ")
     assert (squashing.size["height"], squashing.size["width"]) == (37, 37)
+
+
+# -- options -------------------------------------------------------------------------------
+
+
+def test_processor_returns_arrays_equal_to_its_tensors(processor):
+    parts = {"videos": FRAMES, "text": "what ?", "targets": "a", "contexts": "b"}
+    tensors, arrays = processor(**parts), processor(**parts, return_tensors="np")
+    assert arrays.keys() == tensors.keys()
+    assert len(arrays) == 7
+    for name, array in arrays.items():
+        assert isinstance(array, np.ndarray)
+        torch.testing.assert_close(torch.from_numpy(array), tensors[name], rtol=0, atol=1e-6)
+    mixed = processor(**parts, videos_kwargs={"return_tensors": "np"})
+    assert isinstance(mixed["pixel_values_videos"], np.ndarray)
+    assert isinstance(mixed["input_ids"], torch.Tensor)
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_video_processor_returns_arrays_on_request(processor, array):
+    pixels = processor.video_processor([FRAMES, FRAMES], return_tensors="np" if array else "pt")
+    assert isinstance(pixels["pixel_values_videos"], np.ndarray if array else torch.Tensor)
+    assert pixels["pixel_values_videos"].shape == (2, 4, 3, 32, 32)
+    assert str(pixels["pixel_values_videos"].dtype).removeprefix("torch.") == "float32"
+
+
+IDS = [[1, 285], [1, 285, 290, 223]]  # of "what" and "what is "
+
+
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [
+        ({}, [[1, 285, 0, 0], IDS[1]]),
+        ({"padding": "longest", "max_length": 3}, [[1, 285, 0], IDS[1][:3]]),
+        ({"padding": "max_length", "max_length": 6}, [IDS[0] + [0] * 4, IDS[1] + [0] * 2]),
+        ({"padding": "max_length", "max_query_length": 5}, [IDS[0] + [0] * 3, IDS[1] + [0]]),
+        ({"pad_to_multiple_of": 3}, [IDS[0] + [0] * 4, IDS[1] + [0] * 2]),
+        ({"pad_to_multiple_of": 3, "max_length": 5}, [[1, 285, 0], IDS[1][:3]]),
+        ({"padding": False, "max_length": 2}, [IDS[0], IDS[1][:2]]),
+        ({"add_special_tokens": False}, [[285, 0, 0], IDS[1][1:]]),
+        ({"truncation": False, "max_length": 2}, [[1, 285, 0, 0], IDS[1]]),
+        ({"truncation": None, "max_length": 2}, [IDS[0], IDS[1][:2]]),
+    ],
+)
+@pytest.mark.parametrize("layout", ["flat", "text_kwargs", "common_kwargs"])
+def test_processor_takes_options_of_queries(processor, options, ids, layout):
+    own = {name: value for name, value in options.items() if name == "max_query_length"}
+    options = {name: value for name, value in options.items() if name not in own}
+    given = options if layout == "flat" else {layout: options}
+    batch = processor(text=["what", "what is "], **given, **own)
+    assert batch["input_ids"].tolist() == ids
+    assert batch["attention_mask"].sum(1).tolist() == [sum(i > 0 for i in row) for row in ids]
+
+
+def test_processor_takes_options_that_its_query_tokenizer_was_created_with(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding="max_length", max_length=7)
+    created = VLJEPAProcessor(processor.video_processor, tokenizer, tiny_tokenizer())
+    assert created(text="what")["input_ids"].shape == (1, 7)
+    assert created(text="what", padding=True)["input_ids"].shape == (1, 2)
+    assert created(text="what", max_length=9)["input_ids"].shape == (1, 9)
+    created.max_query_length = 5  # the lower limit holds
+    assert created(text="what is it")["input_ids"].shape == (1, 5)
+
+
+@pytest.mark.parametrize("part", ["images", "videos"])
+@pytest.mark.parametrize("layout", ["flat", "nested", "common"])
+def test_processor_takes_options_of_pixels(processor, part, layout):
+    options = {"do_resize": False, "do_normalize": False, "rescale_factor": 0.5, "crop_size": 20}
+    given = {"flat": options, "nested": {f"{part}_kwargs": options}}
+    medium = {"images": FRAMES[0], "videos": FRAMES}[part]
+    batch = processor(**{part: medium}, **given.get(layout, {"common_kwargs": options}))
+    corner = torch.from_numpy(FRAMES[0, 10:30, 15:35]).permute(2, 0, 1) * 0.5
+    torch.testing.assert_close(batch["pixel_values_videos"][0, 0], corner, rtol=0, atol=1e-6)
+
+
+def test_processor_prefers_the_options_of_a_modality_to_common_ones(processor):
+    common = {"num_frames": 2, "return_tensors": "np"}
+    batch = processor(videos=FRAMES, common_kwargs=common, videos_kwargs={"num_frames": 3})
+    assert isinstance(batch["pixel_values_videos"], np.ndarray)
+    assert batch["pixel_values_videos"].shape[1] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padded": True}, "^VLJEPAProcessor does not support padded: leave it out$"),
+        ({"stride": 2}, "^VLJEPAProcessor does not support stride: leave it out$"),
+        ({"padding_side": "left"}, "does not support padding_side: leave it out$"),
+        ({"audio": FRAMES}, "^VLJEPAProcessor does not support audio: leave it out$"),
+        ({"return_offsets_mapping": True}, "does not support return_offsets_mapping: leave"),
+        ({"images_kwargs": {"do_pad": True}}, "^images_kwargs does not support do_pad: leave"),
+        ({"images_kwargs": {"num_frames": 2}}, "^images_kwargs does not support num_frames: leave"),
+        ({"images_kwargs": {"pad_size": 2, "device": "cpu"}}, "support device, pad_size: leave"),
+        ({"videos_kwargs": {"fps": 2}}, "^videos_kwargs does not support fps: leave it out$"),
+        ({"text_kwargs": {"do_resize": True}}, "^text_kwargs does not support do_resize: leave"),
+        ({"common_kwargs": {"text_pair": "a"}}, "^common_kwargs does not support text_pair: leave"),
+    ],
+)
+def test_processor_names_an_option_that_it_does_not_have(processor, options, message):
+    with pytest.raises(TypeError, match=message):
+        processor(videos=FRAMES, text="a", **options)
+    switched_off = {"audio": None, "return_token_type_ids": False, "videos_kwargs": {"fps": None}}
+    assert processor(videos=FRAMES, text="a", **switched_off)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": "left"}, "^padding is 'left': give True, False or 'max_length'$"),
+        ({"padding": False, "text": ["a", "b c"]}, "^the texts of a batch have 2 and 3 tokens: "),
+        ({"truncation": 3}, "^truncation is 3: give True or False$"),
+        ({"max_length": 0}, "^max_length is 0: give a whole number of at least 1$"),
+        ({"max_length": 9, "max_query_length": 9}, "^max_length is another name of max_query_l"),
+        ({"pad_to_multiple_of": 10**9}, "^pad_to_multiple_of is 1000000000: give at most 1048576$"),
+        ({"pad_to_multiple_of": 999}, "^pad_to_multiple_of is 999, more than the limit of a text"),
+        ({"text_kwargs": 3}, "^text_kwargs is 3: give a dictionary of options$"),
+        ({"text_kwargs": {"padding": True}, "padding": True}, "^padding is given twice, in text_k"),
+        ({"do_resize": 1}, "^do_resize is 1: give True or False$"),
+        ({"size": {"longest_edge": 9}}, "^size is .*: give a shortest_edge, or a height and a wid"),
+        ({"size": 0}, "^size is 0: give a whole number of at least 1$"),
+        ({"crop_size": {"shortest_edge": 9}}, "^crop_size is .*: give a height and a width$"),
+        ({"crop_size": 10**5}, "^crop_size is 100000: give at most 33554432 pixels$"),
+        ({"resample": 0}, r"^resample is 0: give BILINEAR \(2\) or BICUBIC \(3\)$"),
+        ({"rescale_factor": float("nan")}, "^rescale_factor is nan: give a finite number$"),
+        ({"image_mean": [0, 1]}, r"^image_mean is \[0, 1\]: give one number or three, for the ch"),
+        ({"image_std": [1, 0, 1]}, "^image_std is .*: give numbers other than 0, which divide$"),
+        ({"do_center_crop": False, "videos": [FRAMES, FRAMES[:, :30]]}, "need one size, got 45 x"),
+    ],
+)
+def test_processor_names_an_option_with_a_wrong_value(processor, options, message):
+    texts = options.get("text", ["a"] * len(options.get("videos", ["a"])))
+    with pytest.raises(ValueError, match=message):
+        processor(**{"videos": [FRAMES] * len(texts), "text": texts} | options)
+    if options.keys() < {"size", "resample", "do_resize", "crop_size", "rescale_factor"}:
+        with pytest.raises(ValueError, match=message):
+            VLJEPAVideoProcessor(**options)
+        with pytest.raises(ValueError, match=message):
+            processor.video_processor(FRAMES, **options)
+
+
+@pytest.mark.parametrize(
+    ("part", "options"),
+    [
+        ({"targets": "a"}, {"max_length": 3}),
+        ({"images": FRAMES[0]}, {"num_frames": 2}),
+        ({"text": "a"}, {"do_rescale": False}),
+    ],
+)
+def test_processor_refuses_an_option_of_a_part_that_is_not_given(processor, part, options):
+    with pytest.raises(ValueError, match="is an option of .*, but this call has none: leave it"):
+        processor(**part, **options)
+    nested = {"text_kwargs": {"max_length": 3}, "videos_kwargs": {"num_frames": 2}}
+    assert processor(**part, **nested)  # settings for every call
+
+
+# -- conversations -------------------------------------------------------------------------
+
+
+def turn(*parts: object, role: str = "user") -> list[dict]:
+    return [{"role": role, "content": list(parts)}]
+
+
+VIDEO = {"type": "video", "video": FRAMES}
+QUESTION = {"type": "text", "text": "what is {{ it }} ?"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([VIDEO, QUESTION], {"videos": [FRAMES], "text": [QUESTION["text"]]}),
+        ([QUESTION, VIDEO], {"videos": [FRAMES], "text": [QUESTION["text"]]}),
+        ([VIDEO], {"videos": [FRAMES], "text": [""]}),
+        ([QUESTION], {"text": [QUESTION["text"]]}),
+        ([{"type": "image", "image": FRAMES[0]}, QUESTION], {"images": [FRAMES[0]], "text": "?"}),
+        ([{"type": "image", "url": "image.png"}], {"images": ["image.png"], "text": [""]}),
+        ([{"type": "image_url", "image_url": {"url": "image.png"}}], {"images": "image.png"}),
+        ([{"type": "video", "path": "clip.mp4"}], {"videos": ["clip.mp4"], "text": [""]}),
+    ],
+)
+def test_chat_template_gives_the_batch_of_a_question_and_its_medium(
+    processor, folder, monkeypatch, parts, expected
+):
+    monkeypatch.chdir(folder)
+    expected = expected | {"text": [part["text"] for part in parts if part is QUESTION] or [""]}
+    options = {"return_tensors": "np", "processor_kwargs": {"padding": "max_length"}}
+    for conversation in (turn(*parts), [turn(*parts)]):
+        batch = processor.apply_chat_template(
+            conversation,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            tools=None,
+            **options,
+        )
+        reference = processor(**expected, padding="max_length", return_tensors="np")
+        assert batch.keys() == reference.keys()
+        for name, array in reference.items():
+            np.testing.assert_allclose(batch[name], array, rtol=0, atol=1e-6)
+    assert processor.apply_chat_template(turn(*parts)) == expected["text"][0]
+    assert processor.apply_chat_template([turn(*parts)]) == expected["text"]
+    ids = processor.apply_chat_template(turn(*parts), tokenize=True)
+    assert ids.tolist() == processor(text=expected["text"])["input_ids"].tolist()
+
+
+def test_chat_template_is_saved_and_loaded(processor, tmp_path):
+    again = tiny_processor()
+    again.tokenizer.chat_template = "{{ messages }}"  # a language model's own
+    again.save_pretrained(tmp_path / "default")
+    again.chat_template = "{{ messages[0]['content'][-1]['text'] }} Answer briefly."
+    again.save_pretrained(tmp_path / "own")
+    for name, expected in (("default", "why ?"), ("own", "why ? Answer briefly.")):
+        loaded = VLJEPAProcessor.from_pretrained(tmp_path / name)
+        assert (
+            loaded.apply_chat_template(turn(VIDEO, {"type": "text", "text": "why ?"})) == expected
+        )
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        (
+            [SYSTEM, *turn(QUESTION)],
+            "conversation has the turns 'system', 'user': give one user tu",
+        ),
+        (turn(QUESTION) * 2, "conversation has the turns 'user', 'user': give one user turn, bec"),
+        (turn(QUESTION, role="assistant"), "conversation has the turns 'assistant': give one user"),
+        ([turn(QUESTION), turn(QUESTION) * 2], r"conversation\[1\] has the turns 'user', 'user': "),
+        ([], "conversation is not a list of messages: give a list with one message"),
+        ("what ?", "conversation is not a list of messages: give a list with one message"),
+        (["what ?"], r"conversation\[0\] is not a message with a role: give a list"),
+        ([turn(QUESTION), {}], r"conversation\[1\] is not a list of messages: give a list"),
+        ([{"role": "user"}], r"conversation\[0\]\['content'\] is a NoneType: give a string or a"),
+        (turn("what ?"), r"conversation\[0\]\['content'\]\[0\] has no type: give"),
+        (turn({"type": "audio", "url": "a"}), "is of type 'audio': give text, image or video"),
+        (turn({"type": "video", "video": "a", "fps": 2}), "has 'video', 'fps': give its type and"),
+        (turn({"type": "image", "base64": "a"}), r"has 'base64': give its type and one of \['im"),
+        (turn(QUESTION, QUESTION), "has 2 texts and 0 images and videos: give at most one of each"),
+        (turn(VIDEO, VIDEO), "has 0 texts and 2 images and videos: give at most one of each"),
+        (turn({"type": "text", "text": "\ud83d"}), "a text, holds half a character"),
+        (turn({"type": "text"}), "has nothing: give its type and one of"),
+        (turn({"type": "video"}), "a part of the conversation names no file: give it as url or p"),
+        ([turn(VIDEO), turn(QUESTION)], "a batch of conversations needs media of one kind"),
+    ],
+)
+def test_chat_template_refuses_other_conversations(processor, conversation, message):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
+
+
+def test_chat_template_takes_a_placeholder_for_a_medium_given_elsewhere(processor):
+    question = processor.apply_chat_template(turn({"type": "video"}, QUESTION))
+    assert question == QUESTION["text"]
+    with pytest.raises(ValueError, match="a question has no tools: leave it out"):
+        processor.apply_chat_template(turn(QUESTION), tools=[{"name": "a"}])
 
 
 # -- fuzz ----------------------------------------------------------------------------------
@@ -264,7 +524,7 @@ def some_call(pick: random.Random, folder: Path) -> dict[str, object]:
         "num_frames": lambda: pick.choice([1, 2, 5]),
         "max_query_length": lambda: pick.choice([1, 2, 600]),
         "max_target_length": lambda: pick.choice([2, 10**30]),
-        "return_tensors": lambda: "pt",
+        "return_tensors": lambda: pick.choice(["pt", "np"]),
     }
     names = {pick.choice(["images", "videos", "text"])}
     names |= {name for name in list(good)[2:] if pick.random() < 0.2}
@@ -272,7 +532,28 @@ def some_call(pick: random.Random, folder: Path) -> dict[str, object]:
     if pick.random() < 0.6:
         name = pick.choice([*names, "videos", "images", "target_prompt_name"])
         call[name] = some_value(pick, folder)
+    if pick.random() < 0.4:
+        name = pick.choice([*CHECKS, "stride", "do_pad"])
+        value = some_option(pick) if pick.random() < 0.8 else some_value(pick, folder)
+        modality = pick.choice(
+            [None, "text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs"]
+        )
+        call |= {name: value} if modality is None else {modality: {name: value}}
     return call
+
+
+def some_option(pick: random.Random) -> object:
+    sizes = [None, 0, 1, 20, -5, 2**40, True, np.int64(9)]
+    edges = ["height", "width", "shortest_edge", "longest_edge"]
+    kinds: list[Callable[[], object]] = [
+        lambda: pick.choice([True, False, None]),
+        lambda: pick.choice(sizes),
+        lambda: pick.choice(["longest", "max_length", "do_not_pad", "longest_first", "np", ""]),
+        lambda: pick.choice([0.5, -1.0, float("nan"), float("inf"), 0]),
+        lambda: {edge: pick.choice(sizes) for edge in pick.sample(edges, pick.randrange(4))},
+        lambda: [pick.choice([0, 0.5, 1, None, "a"]) for _ in range(pick.randrange(4))],
+    ]
+    return pick.choice(kinds)()
 
 
 OURS = tuple(str(ROOT / folder) for folder in ("processing", "modeling_vljepa"))
@@ -295,8 +576,8 @@ def outcome(processor: VLJEPAProcessor, call: dict[str, object]) -> str:
         raise AssertionError(f"{error!r} for {shown}") from error
     assert batch
     for name, tensor in batch.items():
-        assert isinstance(tensor, torch.Tensor), name
-        assert tensor.isfinite().all(), name
+        assert isinstance(tensor, torch.Tensor | np.ndarray), name
+        assert torch.as_tensor(tensor).isfinite().all(), name
     return "batch"
 
 
