@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from eval.evaluate import at_least_one
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.feature_store import FACTS, FeatureError, made_with, read_facts
@@ -240,7 +241,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="bfloat16",
         help="dtype of the stored features; int8 halves the size",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="clips per batch")
+    parser.add_argument("--batch-size", type=at_least_one, default=32, help="clips per batch")
     return parser.parse_intermixed_args(argv)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from processing.feature_store import FeatureError
+from processing.output import OutputError
 from tests.tiny import noise, tiny_recipe, tiny_rows, write_rows
 from training import cache_features
 from training.arguments import RecipeError
@@ -211,6 +213,14 @@ def test_cache_features_rejects_features_that_are_not_finite(recipe, tmp_path, m
         cache(recipe, tmp_path / "store")
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "1.5"])
+def test_cache_features_rejects_a_batch_size_below_one(recipe, tmp_path, capsys, size):
+    with pytest.raises(SystemExit):
+        cache(recipe, tmp_path / "store", f"--batch-size={size}")
+    assert f"argument --batch-size: it is {size}; give 1 or more" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
 # -- killed runs -------------------------------------------------------------------------------
 
 
@@ -346,6 +356,65 @@ def test_cache_features_killed_twenty_times_continues_to_the_same_store(tmp_path
     write_store(tmp_path / "store", clips)
     (tmp_path / "store" / "lock").unlink(missing_ok=True)  # of a run killed after its last write
     assert content(tmp_path / "store") == content(tmp_path / "expected")
+
+
+def outcome(folder: Path, clips: Clips, results) -> None:
+    try:
+        write_store(folder, clips)
+        results.put("")
+    except (FeatureError, OutputError) as error:
+        results.put(str(error))
+
+
+@pytest.mark.slow
+def test_cache_features_of_two_runs_is_written_by_one_in_ten_rounds(tmp_path, one_thread):
+    """One run writes; the other is refused, or finds the complete store."""
+    clips, fork = Clips(tmp_path), get_context("fork")
+    write_store(tmp_path / "expected", clips)
+    for number in range(10):
+        folder, results = tmp_path / f"store{number}", fork.SimpleQueue()
+        runs = [fork.Process(target=outcome, args=(folder, clips, results)) for _ in range(2)]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join()
+        first, second = sorted(results.get() for _ in runs)
+        assert first == "" and (second == "" or "another run is writing" in second)
+        # The refused run may have made the lock's file again.
+        assert content(folder).items() - {("lock", b"")} == content(tmp_path / "expected").items()
+
+
+def on_a_full_disk(folder: Path, clips: Clips, size: int, results) -> None:
+    # Without the signal's handler, the system would end the process.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    outcome(folder, clips, results)
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [
+        pytest.param(100, 0, id="within the plan"),
+        pytest.param(500, 0, id="within a shard"),
+        pytest.param(-1, 20, id="within the index"),
+    ],
+)
+def test_cache_features_reports_a_full_disk_and_continues(tmp_path, one_thread, size, kept):
+    clips, fork, folder = Clips(tmp_path, 60), get_context("fork"), tmp_path / "store"
+    write_store(tmp_path / "expected", clips)
+    if size < 0:  # one byte less than the index, which is larger than a shard
+        size += (tmp_path / "expected" / "index.safetensors").stat().st_size
+    results = fork.SimpleQueue()
+    run = fork.Process(target=on_a_full_disk, args=(folder, clips, size, results))
+    run.start()
+    run.join()
+    assert run.exitcode == 0
+    message = results.get()
+    assert message.startswith(f"{folder}: it cannot be written (") and "\n" not in message
+    assert message.endswith("Its complete shards are kept; the same command continues.")
+    assert len(list(folder.glob("0*"))) == kept
+    write_store(folder, clips)
+    assert content(folder) == content(tmp_path / "expected")
 
 
 def test_cache_features_leaves_a_complete_store_unchanged(recipe, whole, capsys, monkeypatch):
