@@ -51,7 +51,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--source", required=True, help="a video file, the index of a camera, or an address"
     )
-    parser.add_argument("--query", help="the query for every window; a caption by default")
+    parser.add_argument("--query", help="query of every window; default: the model's caption")
     parser.add_argument(
         "--candidates", nargs="+", help="texts to choose from, instead of a decoder's"
     )
@@ -181,8 +181,9 @@ def seconds_of(frames: FrameStream) -> float | None:
     """Return a file's length from its header; None if unknown, and for cameras and addresses."""
     if frames.is_camera or frames.scheme is not None:
         return None
-    with FrameStream(frames.source).container() as container:
-        return container.duration / 1e6 if container.duration else None  # AV_TIME_BASE
+    with FrameStream(frames.source).video() as stream:
+        duration = stream.container.duration
+        return duration / 1e6 if duration else None  # AV_TIME_BASE
 
 
 def new_session(

@@ -11,17 +11,38 @@ Shapes: H height, W width.
 """
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from functools import cache
 
 import numpy as np
-from transformers.utils import is_av_available
+from PIL import Image
+from transformers.utils import is_av_available, logging
 
-from .media import Limits, MediaError, MediaSource, name_of, open_file
+from .media import Limits, MediaError, MediaSource, name_of, on_white, open_file
 
 if is_av_available():
     import av
+    from av.codec.context import CodecContext
+    from av.stream import Disposition
     from av.video.reformatter import VideoReformatter
+
+logger = logging.get_logger(__name__)
+
+# Packets read to learn which of several video streams are stills. A still next to a film is one
+# packet, stored at the beginning.
+PROBED_PACKETS = 500
+# A shorter gap between the first sound and the first picture is padding of the audio codec, or the
+# delay of reordered frames; in a player it cannot be noticed.
+MIN_GAP = 0.1  # seconds
+MAX_DISPLAY_PIXELS = 2**25  # of a frame stretched to its display aspect
+MIN_STRETCH = 0.01  # aspects of pixels nearer to 1 are rounding of the file's author
+UNUSED_ALPHA = ("\0\0\0\0", "DIB ")  # codec tags of raw pixels
+HDR = {16: "PQ", 18: "HLG"}  # by FFmpeg's number of the transfer (ITU-T H.273)
+NAMED_HDR: set[int] = set()  # transfers that a warning has named
 
 
 class WatchedFile:
@@ -55,20 +76,110 @@ def is_mp4(file: io.BufferedIOBase) -> bool:
     return start[4:] == b"ftyp"
 
 
-def video_stream(container: "av.container.InputContainer") -> "av.VideoStream | None":
-    """Return the first video stream, or `None` if FFmpeg cannot decode it."""
-    found = container.streams.video
+def video_stream(
+    container: "av.container.InputContainer",
+    name: str,
+    reopen: "Callable[[], av.container.InputContainer] | None" = None,
+) -> "av.VideoStream":
+    """Return the video stream that a player shows.
+
+    A cover is never the video. A film is preferred to a still picture, then the default stream, as
+    in FFmpeg's `av_find_best_stream`, then one that is not much shorter than another, then the
+    first. `av_find_best_stream` itself counts decoded frames, which are none if the container was
+    opened for packets, and prefers a default still to a film.
+
+    Args:
+        name: of the file, for messages.
+        reopen (*optional*): opens the file again, to look at the packets of several streams.
+            Without it, those count as films whose header does not state a single frame.
+
+    Raises: `MediaError` if FFmpeg can decode no video.
+    """
+    streams = [stream for stream in container.streams.video if not is_cover(stream)]
+    films = film_indices(streams, reopen) if len(streams) > 1 else set()
+    longest = max([length_of(stream) or 0.0 for stream in streams], default=0.0)
+
+    def rank(stream: "av.VideoStream") -> tuple[bool, bool, bool, int]:
+        is_long = 2 * (length_of(stream) or 0.0) >= longest
+        is_default = Disposition.default in stream.disposition
+        return stream.index in films, is_default, is_long, -stream.index
+
+    best = max(streams, key=rank, default=None)
     # FFmpeg reads plain text files as terminal animations, through its tty demuxer.
-    if not found or found[0].codec_context is None or container.format.name == "tty":
+    if best is None or best.codec_context is None or container.format.name == "tty":
+        raise MediaError(
+            f"{name}: has no video stream that FFmpeg can decode (a cover is not one). Give a file "
+            "with a video in it."
+        )
+    return best
+
+
+def is_cover(stream: "av.VideoStream") -> bool:
+    """Return whether a stream is a cover or the pictures of chapters."""
+    return bool(stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails))
+
+
+def film_indices(
+    streams: "list[av.VideoStream]", reopen: "Callable[[], av.container.InputContainer] | None"
+) -> set[int]:
+    """Return the indices of the streams with more than one frame."""
+    films = {
+        stream.index
+        for stream in streams
+        if stream.frames != 1 and Disposition.still_image not in stream.disposition
+    }
+    if reopen is None or len(films) < 2:
+        return films
+    # Most headers have no number of frames, and AVI's can count ticks of the clock.
+    counted = dict.fromkeys(films, 0)
+    with reopen() as container:
+        packets = container.demux([container.streams[index] for index in films])
+        try:
+            for packet, _ in zip(packets, range(PROBED_PACKETS), strict=False):
+                counted[packet.stream.index] += packet.size > 0
+                if min(counted.values()) > 1:
+                    break
+        except (av.FFmpegError, OSError, ValueError):
+            pass  # the reader reports damage
+    return {index for index, count in counted.items() if count > 1}
+
+
+def length_of(stream: "av.VideoStream") -> float | None:
+    """Return the seconds of a stream that the header states; `None` if it states none."""
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    # Matroska's header has one duration for all streams, and a tag for each.
+    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
+    if tag is None:
         return None
-    return found[0]
+    return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
+
+
+def gap_before(stream: "av.VideoStream", first: float) -> float:
+    """Return the seconds from the file's beginning, as a player counts, to its first picture.
+
+    A file begins with its earliest sound or picture. If that is the picture, the gap is 0.
+
+    Args:
+        first: when the first frame is shown, in the container's seconds.
+    """
+    starts = [
+        # Sound before 0 is padding of the codec, which is not played.
+        max(float(each.start_time * each.time_base), 0.0)
+        for each in stream.container.streams
+        if each is not stream
+        and each.start_time is not None
+        and (each.type == "audio" or (each.type == "video" and not is_cover(each)))
+    ]
+    gap = first - min(starts, default=first)
+    return gap if gap > MIN_GAP else 0.0
 
 
 @contextmanager
-def open_container(
+def open_video(
     source: MediaSource, limits: Limits, *, for_packets: bool = False
-) -> Iterator["av.container.InputContainer"]:
-    """Yield a container with a video stream.
+) -> Iterator["av.VideoStream"]:
+    """Yield the video stream of a file; its `container` is open.
 
     Args:
         for_packets (`bool`, *optional*): only packets will be read, so do not decode on opening.
@@ -78,14 +189,20 @@ def open_container(
 
     Raises: `MediaError` for a file that is not a video, or whose size exceeds the limits.
     """
-    with open_file(source) as file:
-        try:
+    with ExitStack() as files:
+
+        def opened() -> "av.container.InputContainer":
+            # Each container needs a file of its own: reading moves a file's position.
+            file = files.enter_context(open_file(source))
             # Without any protocol, a playlist cannot open other files or addresses.
             options, kind = {"protocol_whitelist": "none"}, None
             if for_packets and is_mp4(file):
                 # Without any decoder, FFmpeg cannot decode on opening.
                 options, kind = options | {"codec_whitelist": "none"}, "mp4"
-            container = av.open(WatchedFile(file, source, limits), format=kind, options=options)
+            return av.open(WatchedFile(file, source, limits), format=kind, options=options)
+
+        try:
+            container = opened()
         except MediaError:
             raise
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -94,26 +211,154 @@ def open_container(
                 "video or was truncated; fetch or export it again."
             ) from error
         with container:
-            stream = video_stream(container)
-            if stream is None:
-                raise MediaError(
-                    f"{limits.name}: has no video stream that FFmpeg can decode. Give a file with "
-                    "pictures in it."
-                )
+            stream = video_stream(container, limits.name, opened)
             context = stream.codec_context
             context.thread_count = 1
             limits.check_size(context.width, context.height)
-            yield container
+            yield stream
 
 
-def picture_of(frame: "av.VideoFrame", reformatter: "VideoReformatter") -> np.ndarray:
-    """Return a decoded frame as an upright picture, `(H, W, 3)` uint8.
+class Decoder:
+    """Packets of one stream to frames with their times, in the order of showing.
 
-    Give the same reformatter for all frames of a video: it keeps its tables between calls.
+    Alpha next to the frames is decoded too. AVI attaches times to reordered frames in decoding
+    order. Its packets are in that order, and their times ascend, so the next frame shown has the
+    next packet's time.
     """
-    picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    # Both FFmpeg's rotation and rot90's are counterclockwise.
-    return np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
+
+    def __init__(self, stream: "av.VideoStream") -> None:
+        self.context = stream.codec_context
+        # FFmpeg's own decoders of VP8 and VP9 ignore alpha.
+        library = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(self.context.codec.canonical_name)
+        if has_stored_alpha(stream) and library in av.codecs_available:
+            self.context = CodecContext.create(library, "r")
+            self.context.thread_count = 1
+        self.is_avi = stream.container.format.name == "avi"
+        self.times: deque[float] = deque()  # of AVI's packets whose frames have not come
+
+    def __call__(self, packet: "av.Packet") -> "list[tuple[float | None, av.VideoFrame]]":
+        """Return frames and their times in the container's seconds; `None` if it has no times."""
+        is_timed = self.is_avi and packet.size > 0 and packet.dts is not None
+        if is_timed:
+            self.times.append(float(packet.dts * packet.time_base))
+        try:
+            frames = self.context.decode(packet)
+        except av.FFmpegError:
+            if is_timed:
+                self.times.pop()
+            raise
+        return [(self.times.popleft() if self.times else frame.time, frame) for frame in frames]
+
+
+def has_stored_alpha(stream: "av.VideoStream") -> bool:
+    """Return whether alpha is stored next to the frames, as in Matroska and WebM."""
+    return stream.metadata.get("alpha_mode") == "1"
+
+
+class Pictures:
+    """Upright RGB pictures from the decoded frames of one stream, as a player shows them.
+
+    Pixels that are not square are stretched, alpha is composited on white, and rotation and
+    mirroring that the file states are applied.
+
+    Args:
+        stream: where the frames come from.
+        name: of the file, for messages.
+        max_pixels (`int`, *optional*): of a stretched frame; a frame that would exceed them, or
+            `MAX_DISPLAY_PIXELS`, is shrunk in the other direction instead.
+    """
+
+    def __init__(self, stream: "av.VideoStream", name: str, max_pixels: int | None = None) -> None:
+        self.stream = stream
+        self.name = name
+        self.room = min(MAX_DISPLAY_PIXELS, max_pixels or MAX_DISPLAY_PIXELS)
+        self.reformatter = VideoReformatter()  # keeps its tables between frames
+
+    def __call__(self, frame: "av.VideoFrame") -> np.ndarray:
+        """Return a frame as a picture, `(H, W, 3)` uint8."""
+        warn_of_hdr(frame, self.name)
+        if not is_translucent(frame, self.stream):
+            picture = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        else:
+            rgba = self.reformatter.reformat(frame, format="rgba", threads=1).to_ndarray()
+            picture = np.array(on_white(Image.fromarray(rgba)))
+        size = display_size(frame.width, frame.height, self.aspect, self.room)
+        if size != (frame.width, frame.height):
+            stretched = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+            picture = np.array(stretched)
+        return upright(picture, frame)
+
+    @property
+    def aspect(self) -> Fraction | None:
+        """Width of a pixel divided by its height; `None` if unknown."""
+        # If the container was opened for packets, only the decoder knows what the codec states.
+        return self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
+
+
+def display_size(width: int, height: int, aspect: Fraction | None, room: int) -> tuple[int, int]:
+    """Return width and height of a frame in square pixels.
+
+    The frame is enlarged in one direction. If it would have more than `room` pixels, it is shrunk
+    in the other: the aspect of a damaged file can be thousands.
+
+    Args:
+        aspect: width of a pixel divided by its height, if known.
+    """
+    if not aspect or abs(aspect - 1) < MIN_STRETCH:
+        return width, height
+    if aspect > 1:
+        wide = round(width * aspect)
+        return (wide, height) if wide * height <= room else (width, max(round(height / aspect), 1))
+    high = round(height / aspect)
+    return (width, high) if width * high <= room else (max(round(width * aspect), 1), height)
+
+
+def upright(picture: np.ndarray, frame: "av.VideoFrame") -> np.ndarray:
+    """Return a frame's picture `(H, W, 3)` rotated and mirrored as the file states.
+
+    Other angles are rounded to quarter turns.
+    """
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV has no name for some side data, such as EXIF of a picture
+        # The angle is known nevertheless; it is half a turn for a mirrored picture. Both FFmpeg's
+        # rotation and rot90's are counterclockwise.
+        return np.rot90(picture, round(frame.rotation / 90))
+    if matrix is None:
+        return picture
+    # A stored pixel (x, y) is shown at (m0 x + m3 y, m1 x + m4 y).
+    xx, xy, yx, yy = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].astype(np.int64)
+    if abs(xx) + abs(yy) < abs(xy) + abs(yx):
+        picture = picture.transpose(1, 0, 2)
+        xx, yy = yx, xy
+    return picture[:: -1 if yy < 0 else 1, :: -1 if xx < 0 else 1]
+
+
+def is_translucent(frame: "av.VideoFrame", stream: "av.VideoStream") -> bool:
+    """Return whether a frame has alpha."""
+    if not has_alpha(frame.format.name):
+        return False
+    # Raw 32-bit pixels in AVI have an unused byte, often 0, where others have alpha.
+    context = stream.codec_context
+    return not (context.name == "rawvideo" and context.codec_tag in UNUSED_ALPHA)
+
+
+@cache
+def has_alpha(pixel_format: str) -> bool:
+    """Return whether a pixel format of FFmpeg has alpha, in a channel or in its palette."""
+    found = av.VideoFormat(pixel_format)
+    return found.has_palette or any(part.is_alpha for part in found.components)
+
+
+def warn_of_hdr(frame: "av.VideoFrame", name: str) -> None:
+    """Warn at the first frame of each HDR transfer. Tones are not mapped: colours look pale."""
+    transfer = frame.color_trc
+    if transfer in HDR and transfer not in NAMED_HDR:
+        NAMED_HDR.add(transfer)
+        logger.warning(
+            f"{name}: an HDR video ({HDR[transfer]}). Its tones are not mapped, so colours look "
+            "pale: convert such videos to SDR. This warning appears once."
+        )
 
 
 def duration_of(seconds: np.ndarray, stream: "av.VideoStream") -> float:

@@ -36,8 +36,9 @@ from typing import Any
 import numpy as np
 from transformers.utils import is_av_available, logging
 
-from .containers import reason_of, video_stream
-from .video_io import MediaError
+from .containers import Decoder, Pictures, gap_before, length_of, reason_of, video_stream
+from .images import animation_frames, animation_in
+from .media import Limits, MediaError
 
 if is_av_available():
     import av
@@ -64,7 +65,8 @@ class Frame:
 
     Attributes:
         number (`int`): its index in the stream; dropped frames have one, too.
-        time (`float`): seconds since the first frame; for an iterator, the seconds that it gave.
+        time (`float`): seconds since the beginning of a file, as a player counts; since the first
+            frame of a camera or an rtsp address; for an iterator, the seconds that it gave.
         pixels (`np.ndarray` of shape `(H, W, 3)`, uint8): RGB.
     """
 
@@ -203,6 +205,7 @@ class FrameStream:
         self.max_pixels = max_pixels
         self.report = StreamReport()
         self.running: Iterator[Frame] | None = None
+        self.picture_of: Pictures | None = None  # of the open file, camera or address
 
     def __enter__(self) -> "FrameStream":
         return self
@@ -331,7 +334,7 @@ class FrameStream:
             return None
         if shape is not None:
             return picture
-        return np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90))
+        return self.picture_of(picture)
 
     def broken(self, what: str) -> None:
         """Report a packet or frame that is left out."""
@@ -343,15 +346,30 @@ class FrameStream:
         if not isinstance(self.source, str | os.PathLike | bytes | int):
             yield from self.in_order(pairs(self.source), period=0.0)
             return
-        with self.container() as container:
-            stream = container.streams.video[0]
+        if self.scheme is None and not self.is_camera and animation_in(self.source):
+            limits = Limits(self.name, max_pixels=self.max_pixels)
+            start = None
+            try:
+                for start, _, picture in animation_frames(self.source, limits):
+                    yield start, picture
+            except MediaError as error:
+                if start is None:
+                    raise
+                self.end(f"cannot be read any further ({error})")
+            return
+        with self.video() as stream:
             stream.codec_context.thread_count = 1
+            self.picture_of = Pictures(stream, self.name, self.max_pixels)
             # 25 frames per second, FFmpeg's own default, if nothing states a rate.
             period = float(1 / stream.guessed_rate) if stream.guessed_rate else 0.04
-            last = 0.0
-            for last, picture in self.in_order(self.decode(container, stream), period):
+            first, last = None, 0.0
+            for last, picture in self.in_order(self.decode(stream), period):
+                first = last if first is None else first
                 yield last, picture
-            total = (container.duration or 0) / 1e6  # in microseconds (AV_TIME_BASE)
+            total = (stream.container.duration or 0) / 1e6  # in microseconds (AV_TIME_BASE)
+            # The container's is the longest stream's: sound can go on after the picture.
+            if first is not None and (length := length_of(stream)) is not None:
+                total = min(total, first + length)
             # Headers can be wrong by a few frames; beyond that, the end is missing.
             if self.report.ended is None and last + 2 * period + LEAP_SECONDS < total:
                 self.end(f"ends early, after {last:g} of {total:g} seconds")
@@ -377,9 +395,10 @@ class FrameStream:
             last = seconds if last is None else max(last, seconds)
             yield last, picture
 
-    def decode(self, container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
-        """Yield every picture that can be decoded, with seconds since the first."""
-        packets, failures, count, first = container.demux(stream), 0, 0, None
+    def decode(self, stream: Any) -> Iterator[tuple[float, Any]]:
+        """Yield every picture that can be decoded, with its time."""
+        container, decode_packet = stream.container, Decoder(stream)
+        packets, failures, count, origin = container.demux(stream), 0, 0, None
         while True:
             try:
                 packet = next(packets)
@@ -400,22 +419,23 @@ class FrameStream:
                 self.end(f"breaks off after {count} frames ({reason_of(error)})")
                 return
             try:
-                pictures = packet.decode()
+                pictures = decode_packet(packet)
             except av.FFmpegError as error:
                 self.broken(f"a packet is damaged after {count} frames ({reason_of(error)})")
                 continue
-            for picture in pictures:
-                seconds = picture.time
-                # Raw streams have no times, and AVI's are out of order for reordered frames.
-                if seconds is None or container.format.name == "avi":
+            for seconds, picture in pictures:
+                if seconds is None:  # raw streams have no times
                     seconds = count * float(1 / (stream.guessed_rate or 25))
-                first = seconds if first is None else first
+                if origin is None:
+                    # The clocks of a live source's sound and picture can differ.
+                    is_file = not self.is_camera and self.scheme != "rtsp"
+                    origin = seconds - (gap_before(stream, seconds) if is_file else 0.0)
                 count, failures = count + 1, 0
-                yield seconds - first, None if picture.is_corrupt else picture
+                yield seconds - origin, None if picture.is_corrupt else picture
 
     @contextmanager
-    def container(self) -> Iterator[Any]:
-        """Yield the opened source.
+    def video(self) -> Iterator[Any]:
+        """Yield the video stream of the opened source.
 
         Raises: `MediaError` for a source that is not a video; `ImportError` if PyAV is missing.
         """
@@ -432,12 +452,9 @@ class FrameStream:
                 "exists, is a video and is complete."
             ) from (error if self.scheme is None else None)
         with container:
-            if video_stream(container) is None:
-                raise MediaError(
-                    f"{self.name}: has no video stream that FFmpeg can decode. Give a source with "
-                    "pictures in it."
-                )
-            yield container
+            # Packets are looked at in files only: an address would be opened twice.
+            is_file = not self.is_camera and self.scheme is None
+            yield video_stream(container, self.name, self.open if is_file else None)
 
     def open(self) -> Any:
         """Open the source with FFmpeg."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+from PIL import Image
 
 MediaSource = str | os.PathLike | bytes  # a path, or the content of a file
 
@@ -29,8 +30,8 @@ class Clip:
 
     Attributes:
         frames (`np.ndarray` of shape `(T, H, W, 3)`, uint8): RGB.
-        timestamps (`np.ndarray` of shape `(T,)`, float64): seconds since the first frame of the
-            video, also if the clip is a part of it; NaN for a folder of images.
+        timestamps (`np.ndarray` of shape `(T,)`, float64): seconds since the beginning of the file
+            as a player counts, also if the clip is a part of it; NaN for a folder of images.
     """
 
     frames: np.ndarray
@@ -98,6 +99,18 @@ def open_file(source: MediaSource) -> Iterator[io.BufferedIOBase]:
         )
     with open(source, "rb") as file:
         yield file
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Return an image with alpha on a white ground, in RGB.
+
+    Most browsers and documents show such images on white. Without the ground, pixels that nobody
+    sees would come to light, usually black ones.
+    """
+    if image.mode == "La":  # PIL converts it to LA only
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def stack(pictures: list[np.ndarray], seconds: np.ndarray, limits: Limits) -> Clip:

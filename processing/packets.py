@@ -15,13 +15,12 @@ from itertools import chain
 import numpy as np
 from transformers.utils import is_av_available
 
-from .containers import duration_of, open_container, picture_of
+from .containers import Pictures, duration_of, gap_before, has_stored_alpha, open_video
 from .media import Clip, Limits, MediaError, MediaSource, Prepare, stack
 from .sampling import ROUNDING, Part, sample
 
 if is_av_available():
     import av
-    from av.video.reformatter import VideoReformatter
 
 # Formats and codecs where each packet is one frame, shown at the packet's time, and a seek by time
 # is exact. Not VP8 (has hidden frames), AVI (has no times) or MPEG-TS (FFmpeg seeks by guessing).
@@ -38,24 +37,26 @@ def read_by_packets(
     prepare: Prepare | None = None,
 ) -> Clip | None:
     """Return the clip, or `None` if it has to be decoded linearly."""
-    with open_container(source, limits, for_packets=True) as container:
-        stream = container.streams.video[0]
+    with open_video(source, limits, for_packets=True) as stream:
         codec = stream.codec_context.codec.canonical_name
-        if container.format.name not in TRUSTED_FORMATS or codec not in TRUSTED_CODECS:
+        if stream.container.format.name not in TRUSTED_FORMATS or codec not in TRUSTED_CODECS:
             return None
+        brand = stream.container.metadata.get("major_brand")
+        if has_stored_alpha(stream) or brand in ("avif", "avis"):
+            return None  # alpha may need another decoder
         try:
-            packets = read_packets(container, stream, part, limits)
+            packets = read_packets(stream, part, limits)
             if packets is None:
                 return None
             shown, seconds = packets.shown(stream.time_base)
             if packets.is_complete and not part.is_whole:
-                part.check(duration_of(seconds, stream))
+                part.check(seconds[0], duration_of(seconds, stream))
             first, last = part.window(seconds)
             shown, seconds = shown[first:last], seconds[first:last]
             limits.check_time(len(seconds), seconds[-1] - seconds[0])
             indices = sample(seconds, num_frames)
             wanted = set(shown[indices].tolist())
-            pictures = decode_packets(container, packets, wanted, limits, prepare)
+            pictures = decode_packets(stream, packets, wanted, limits, prepare)
         except MediaError:
             raise
         except (av.FFmpegError, OSError, ValueError):
@@ -72,19 +73,19 @@ class Packets:
     Attributes:
         times: when the frame of each packet is shown; all differ.
         is_key: whether decoding can begin at the packet; true for the first one.
-        origin: when the video's first frame is shown.
+        origin: the beginning of the file, as a player counts.
         is_complete: whether the last packet is the video's last.
         cached: the packets themselves; empty if they exceed `CACHE_BYTES`.
     """
 
     times: list[int]
     is_key: list[bool]
-    origin: int
+    origin: float
     is_complete: bool
     cached: list["av.Packet"]
 
     def shown(self, time_base: "av.AVRational") -> tuple[np.ndarray, np.ndarray]:
-        """Return times in the order of showing: ticks, and seconds since the video's first frame.
+        """Return times in the order of showing: ticks, and seconds since the file's beginning.
 
         Frames shown before the first key frame are left out: they refer to earlier packets.
         """
@@ -121,21 +122,21 @@ class Packets:
         return runs
 
 
-def read_packets(
-    container: "av.container.InputContainer",
-    stream: "av.VideoStream",
-    part: Part,
-    limits: Limits,
-) -> Packets | None:
+def read_packets(stream: "av.VideoStream", part: Part, limits: Limits) -> Packets | None:
     """Read a part's packets without decoding; return `None` if they do not determine its frames."""
+    container = stream.container
     packets = container.demux(stream)
     head = next(packets)
     if head.pts is None:
         return None
-    origin, per_second = head.pts, stream.time_base.denominator / stream.time_base.numerator
+    first, per_second = head.pts, stream.time_base.denominator / stream.time_base.numerator
+    gap = gap_before(stream, float(first * stream.time_base))
+    origin = first - gap * per_second if gap else first
     start, end = part.bounds
-    begin = origin + (start + ROUNDING / 2) * per_second  # the same tolerance as in `Part.window`
-    if start > 0:
+    is_late = start > gap  # does not begin with the first frame
+    # The same tolerance as in `Part.window`.
+    begin = origin + (max(start, gap) + ROUNDING / 2) * per_second
+    if is_late:
         container.seek(int(min(begin, 2**62)), stream=stream)  # FFmpeg takes 64 bits
         packets = container.demux(stream)
         head = next(packets)
@@ -163,20 +164,20 @@ def read_packets(
         else:
             cached.clear()  # all or none: `packets_of` indexes this list as it does `times`
         if part.is_whole:
-            limits.check_time(len(times), (packet.pts - origin) / per_second)
+            limits.check_time(len(times), (packet.pts - first) / per_second)
     if not times or not is_key[0] or len(set(times)) < len(times):
         return None
     if times[0] > begin:
         return None  # the seek went too far
-    if start == 0 and min(times) < times[0]:
+    if not is_late and min(times) < times[0]:
         return None  # a recording that begins within a GOP: some frames cannot be decoded
-    if start == 0 and is_complete and stream.frames not in (0, len(times)):
+    if not is_late and is_complete and stream.frames not in (0, len(times)):
         return None  # the header has another count
     return Packets(times, is_key, origin, is_complete, cached)
 
 
 def decode_packets(
-    container: "av.container.InputContainer",
+    stream: "av.VideoStream",
     packets: Packets,
     wanted: set[int],
     limits: Limits,
@@ -186,15 +187,14 @@ def decode_packets(
 
     Returns: pictures by time, each `(H, W, 3)` uint8; `None` if any frame was unexpected.
     """
-    stream = container.streams.video[0]
     # Open the decoder before `decode_run` sets `skip_frame`: AV1's reads it only on opening, and
     # would skip wanted frames.
     stream.codec_context.open(strict=False)
-    reformatter = VideoReformatter()
+    picture_of = Pictures(stream, limits.name, limits.max_pixels)
     pictures: dict[int, np.ndarray] = {}
     for run in packets.runs(wanted):
         latest = -math.inf
-        for frame in decode_run(container, stream, packets, run, wanted):
+        for frame in decode_run(stream, packets, run, wanted):
             limits.check_clock()
             limits.check_size(frame.width, frame.height)
             if frame.is_corrupt or frame.pts is None or frame.pts <= latest:
@@ -203,13 +203,12 @@ def decode_packets(
                 return None  # a packet may have been half a frame
             latest = frame.pts
             if latest in wanted:
-                picture = picture_of(frame, reformatter)
+                picture = picture_of(frame)
                 pictures[latest] = picture if prepare is None else prepare(picture)
     return pictures if pictures.keys() == wanted else None
 
 
 def decode_run(
-    container: "av.container.InputContainer",
     stream: "av.VideoStream",
     packets: Packets,
     run: tuple[int, int],
@@ -218,7 +217,7 @@ def decode_run(
     """Yield the frames of the packets of `run`, without those that no wanted frame needs."""
     decoder = stream.codec_context
     decoder.flush_buffers()
-    for packet in packets_of(container, stream, packets, run):
+    for packet in packets_of(stream, packets, run):
         # Only the decoder knows which frames no other frame refers to (NONREF); it skips them.
         decoder.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
         yield from decoder.decode(packet)
@@ -226,19 +225,16 @@ def decode_run(
 
 
 def packets_of(
-    container: "av.container.InputContainer",
-    stream: "av.VideoStream",
-    packets: Packets,
-    run: tuple[int, int],
+    stream: "av.VideoStream", packets: Packets, run: tuple[int, int]
 ) -> Iterator["av.Packet"]:
     """Yield the packets of `run`, from the cache or from the file again."""
     first, last = run
     if packets.cached:
         yield from packets.cached[first : last + 1]
         return
-    container.seek(packets.times[first], stream=stream)
+    stream.container.seek(packets.times[first], stream=stream)
     before = set(packets.times[:first])
-    found = container.demux(stream)
+    found = stream.container.demux(stream)
     for pts in packets.times[first : last + 1]:
         packet = next(found)
         while packet.pts in before:

@@ -76,7 +76,7 @@ def sample(seconds: np.ndarray, num_frames: int | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """Part of the video `name`, in seconds since its first frame.
+    """Part of the video `name`, in seconds since the file's beginning, as a player counts.
 
     `None` is the video's own start or end.
     """
@@ -96,14 +96,24 @@ class Part:
         end = math.inf if self.end is None else self.end
         return (start, end) if 0 <= start < end else (0.0, math.inf)  # false for NaN, too
 
-    def check(self, duration: float) -> None:
-        """Raise `MediaError` if a video of this duration, in seconds, has no such part."""
+    def check(self, begin: float, duration: float) -> None:
+        """Raise `MediaError` if a video has no such part.
+
+        Args:
+            begin: when the first picture appears, in seconds; usually 0.
+            duration: when the last one disappears.
+        """
         start = 0.0 if self.start is None else self.start
         end = duration if self.end is None else self.end
         if not (0 <= start < end and start < duration and end <= duration + SLACK):
             raise MediaError(
                 f"{self.name}: has no part from {start:g} to {end:g} seconds, for it lasts "
                 f"{duration:.3f}. Give 0 <= start < end <= its length."
+            )
+        if end <= begin:
+            raise MediaError(
+                f"{self.name}: shows nothing from {start:g} to {end:g} seconds, for its picture "
+                f"begins at {begin:.3f}, after the sound. Give an end after that."
             )
 
     def window(self, seconds: np.ndarray) -> tuple[int, int]:

@@ -29,7 +29,8 @@ class Excerpt:
 
     Attributes:
         video (`str`, `os.PathLike` or `bytes`): path of a video file, or its content.
-        start, end (`float`, *optional*): seconds since the video's first frame.
+        start, end (`float`, *optional*): seconds since the file's beginning, as a player counts:
+            its picture can begin after its sound.
     """
 
     video: MediaSource
@@ -56,8 +57,12 @@ def read_clip(
 
     A part begins with the frame on screen at `start` and contains the frames that appear before
     `end`. A sample is taken from the frames that the file really has, not from the header's count,
-    and only sampled frames are in memory. Rotation stored by phones is applied. A truncated file
-    raises an error if its container reveals it; Matroska does not, and is read to its end.
+    and only sampled frames are in memory. A truncated file raises an error if its container reveals
+    it; Matroska does not, and is read to its end.
+
+    Frames are those that a player shows: of the default video stream, never of a cover; with square
+    pixels, upright, and transparent parts on white. Cropping that only the container states
+    (Matroska's `PixelCrop`, MP4's `clap`) is not applied, for PyAV does not report it.
 
     A folder of images is a clip too: its frames in natural order (`2.png` before `10.png`), without
     times.
@@ -66,7 +71,8 @@ def read_clip(
         source (`str`, `os.PathLike` or `bytes`): path of a video file or of a folder of images,
             or a video file's content.
         num_frames (`int`, *optional*): T, sampled by `even_indices`; all frames by default.
-        start, end (`float`, *optional*): seconds since the video's first frame.
+        start, end (`float`, *optional*): seconds since the file's beginning, as a player counts:
+            its picture can begin after its sound.
         max_seconds (`float`, *optional*): refuse a longer clip.
         max_pixels (`int`, *optional*): refuse frames with more pixels.
         max_decode_seconds (`float`, *optional*): give up after this time. It is checked whenever

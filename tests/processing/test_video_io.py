@@ -267,16 +267,15 @@ def test_read_clip_does_not_count_frames_that_an_edit_list_hides(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["b-frames.mp4", "hevc.mp4", "av1.mp4", "mpeg4.mp4"])
-def test_open_container_for_packets_needs_no_decoder(kinds, tmp_path, readers, name):
+def test_open_video_for_packets_needs_no_decoder(kinds, tmp_path, readers, name):
     """MP4 is opened without a decoder; a file without the `ftyp` box is opened with one."""
     hidden = tmp_path / name
     hidden.write_bytes((kinds / name).read_bytes().replace(b"ftyp", b"free", 1))
     opened = []
     for path in (kinds / name, hidden):
-        with containers.open_container(path, media.Limits(name), for_packets=True) as container:
-            stream = container.streams.video[0]
+        with containers.open_video(path, media.Limits(name), for_packets=True) as stream:
             opened.append((stream.frames, stream.time_base, stream.guessed_rate))
-            found = container.format.name
+            found = stream.container.format.name
             assert found == ("mp4" if path != hidden else "mov,mp4,m4a,3gp,3g2,mj2")
     assert opened[0] == opened[1] == (60, opened[0][1], 10)
     for num_frames, start in ((5, None), (3, 2.5), (1, 5.9)):
@@ -454,14 +453,14 @@ def test_read_clip_gives_up_when_the_time_is_up(tmp_path, monkeypatch, name, ste
     assert len(read_clip(path, num_frames, max_decode_seconds=5).frames) == (num_frames or 20)
 
 
-def test_open_container_gives_up_when_opening_takes_too_long(tmp_path, monkeypatch):
+def test_open_video_gives_up_when_opening_takes_too_long(tmp_path, monkeypatch):
     """The file that FFmpeg reads from raises, which ends FFmpeg's search for readable data."""
     path = grey_clip(tmp_path / "clip.mp4")
     monkeypatch.setattr(media, "time", Clock(6.0))
     limits = media.Limits("clip.mp4", max_decode_seconds=5)
     with (
         pytest.raises(MediaError, match="clip.mp4: not decoded within 5 seconds"),
-        containers.open_container(path, limits),
+        containers.open_video(path, limits),
     ):
         pytest.fail("it was opened")
 
@@ -478,10 +477,10 @@ def test_video_processor_limits_decoding_time_and_does_not_save_the_limit(tmp_pa
         processor(path)
 
 
-def test_open_container_decodes_with_one_thread(tmp_path):
+def test_open_video_decodes_with_one_thread(tmp_path):
     path = grey_clip(tmp_path / "clip.mp4")
-    with containers.open_container(path, media.Limits("clip")) as container:
-        assert container.streams.video[0].codec_context.thread_count == 1
+    with containers.open_video(path, media.Limits("clip")) as stream:
+        assert stream.codec_context.thread_count == 1
 
 
 # -- whole videos --------------------------------------------------------------------------
