@@ -1,5 +1,6 @@
 """Tests of mixtures with streamed sources: their sequence, their rows, and bad rows."""
 
+import gzip
 import io
 import json
 import pickle
@@ -266,14 +267,14 @@ def test_jsonl_blocks_read_each_line_in_the_chunk_in_which_it_begins(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [streamed, webdataset, parquet])
-def test_streamed_source_first_rows_has_each_row_once(folder, kind):
+def test_streamed_source_some_rows_has_each_row_once(folder, kind):
     texts = Counter(f"number {number}" for number in range(60))
     if kind is parquet:
         texts += Counter(f"nr. {number}" for number in range(60))
     for shuffle_rows in (16, 10_000):
         source = read_source(kind(folder, shuffle_rows=shuffle_rows))
-        assert Counter(row["target"] for row in source.first_rows()) == texts
-        assert source.first_rows(5) == source.first_rows()[:5]
+        assert Counter(row["target"] for row in source.some_rows()) == texts
+        assert source.some_rows(5) == source.some_rows()[:5]
 
 
 def test_streamed_source_skips_empty_files(folder, tmp_path):
@@ -281,7 +282,7 @@ def test_streamed_source_skips_empty_files(folder, tmp_path):
     for number, part in enumerate(([], rows[:4], [], rows[4:], [])):
         write_rows(tmp_path / f"{number}.jsonl", part)
     source = read_source(SourceArguments(rows=str(tmp_path / "*.jsonl"), streaming=True))
-    assert sorted(row["target"] for row in source.first_rows()) == list("012345")
+    assert sorted(row["target"] for row in source.some_rows()) == list("012345")
 
 
 @pytest.mark.parametrize("kind", [streamed, webdataset, parquet])
@@ -291,7 +292,7 @@ def test_lane_shuffles_each_epoch_in_another_order(folder, kind):
     rows = 120 if kind is parquet else 60
     first, second = ([row["target"] for row in lane.take(rows)] for _ in range(2))
     assert first != second
-    assert sorted(set(first + second)) == sorted({row["target"] for row in source.first_rows()})
+    assert sorted(set(first + second)) == sorted({row["target"] for row in source.some_rows()})
 
 
 @pytest.mark.parametrize(("kind", "rows"), [(webdataset, 15), (parquet, 30)])
@@ -309,7 +310,7 @@ def test_lane_reads_its_own_shards_if_there_are_enough(folder, kind, rows):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_read_source_maps_examples_and_groups_captions_of_an_image(folder, streaming):
     source = read_source(parquet(folder, streaming=streaming, query="describe"))
-    rows = source.first_rows()
+    rows = source.some_rows()
     assert len(rows) == 120 and {row["query"] for row in rows} == {"describe"}
     groups = Counter(row["group_id"] for row in rows)
     assert len(groups) == 60 and set(groups.values()) == {2}
@@ -341,37 +342,175 @@ def test_read_source_maps_class_indices_to_names(tmp_path, streaming):
             streaming=streaming,
         )
     )
-    rows = source.first_rows()
+    rows = source.some_rows()
     assert [row["target"] for row in rows] == ["a dog", "a cat", "a dog"]
     assert [row["image"] for row in rows] == [f"pictures/{number}.png" for number in range(3)]
 
 
+def read(streaming: bool, **arguments) -> tuple[list[str], list[str]]:
+    """Return the targets of a dataset and the reasons of its bad rows."""
+    source = read_source(SourceArguments(streaming=streaming, **arguments))
+    rows, bad = source.blocks(0, 1, seed=0).read() if streaming else (source.rows, source.bad)
+    return [row["target"] for row in rows], [row.reason for row in bad]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_read_source_maps_lists_of_class_indices_to_names(tmp_path, streaming):
+    label = datasets.ClassLabel(names=["a cat", "a dog"])
+    features = datasets.Features(
+        file=datasets.Value("string"),
+        labels=datasets.List(label),
+        boxes=datasets.List({"kinds": datasets.List(label), "x": datasets.Value("int64")}),
+    )
+    boxes = [[{"kinds": [1, 0], "x": 3}, {"kinds": [], "x": 4}], [{"kinds": [-1], "x": 5}]]
+    table = {"file": ["0.png", "1.png"], "labels": [[0, 1], [1]], "boxes": boxes}
+    path = str(tmp_path / "labels.parquet")
+    datasets.Dataset.from_dict(table, features=features).to_parquet(path)
+    for target, texts in (
+        ("labels[]", ["a cat", "a dog", "a dog"]),
+        ("labels", ["a cat", "a dog", "a dog"]),  # a list of right texts, as in JSONL
+        ("boxes[].kinds[]", ["a dog", "a cat"]),
+    ):
+        columns = {"image": "file", "target": target}
+        found, bad = read(streaming, dataset="parquet", data_files=path, columns=columns)
+        assert found == texts
+        assert bad == (["columns: boxes[].kinds[] is null"] if "boxes" in target else [])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_read_source_names_a_class_index_without_a_name(tmp_path, streaming):
+    kinds = {"file": {"dtype": "string", "_type": "Value"}}
+    kinds["label"] = {"names": ["a cat"], "_type": "ClassLabel"}
+    table = pa.table({"file": ["0.png", "1.png"], "label": [0, 9]})
+    header = {"huggingface": json.dumps({"info": {"features": kinds}})}
+    path = str(tmp_path / "labels.parquet")
+    pq.write_table(table.replace_schema_metadata(header), path)
+    columns = {"image": "file", "target": "label"}
+    found, bad = read(streaming, dataset="parquet", data_files=path, columns=columns)
+    assert found == ["a cat"]
+    assert bad == ["class 9 has no name: the classes are 0 to 0"]
+
+
+MIXED = ["one", ["one", "two"], "3", "null", "007", ["3"], None, 'say "a"', []]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["lines", "array"])
+def test_read_source_gives_the_values_of_a_json_column_of_several_types(tmp_path, kind, streaming):
+    """`datasets` stores such a column as JSON texts; `rows` reads the same file by itself."""
+    examples = [{"image": "a.png", "target": target} for target in MIXED]
+    file = write_rows(tmp_path / "mixed.jsonl", examples)
+    (tmp_path / "a.png").write_bytes(picture(0))
+    plain = [row["target"] for row in read_source(SourceArguments(rows=str(file))).rows]
+    assert plain == ["one", "one", "two", "3", "null", "007", "3", 'say "a"']
+    if kind == "array":
+        file.write_text(json.dumps(examples))
+    columns = {"image": "image", "target": "target"}
+    found, bad = read(streaming, dataset="json", data_files=str(file), columns=columns)
+    assert found == plain
+    assert bad == ["columns: target is null"] * 2
+
+
+TABLE = """file,answer,count,id,split
+a.png,None,3,007,1
+a.png,NA,,008,1
+a.png,null,12,009,1
+a.png,nan,1,010,1
+a.png,,1,011,1
+a.png,True,1,012,2
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["csv", "gz", "tsv"])
+def test_read_source_keeps_every_text_of_a_csv_file(tmp_path, form, streaming):
+    """pandas reads None, NA, null and nan as nulls, 007 as 7, and 3 above a gap as 3.0."""
+    path = tmp_path / "train.csv"
+    path.write_text(TABLE, encoding="utf-8-sig")
+    place = {"dataset": "csv", "data_files": str(path)}
+    if form == "gz":
+        place["data_files"] += ".gz"
+        Path(place["data_files"]).write_bytes(gzip.compress(path.read_bytes()))
+    elif form == "tsv":  # a folder, whose format `datasets` finds
+        path.unlink()
+        (tmp_path / "train.tsv").write_text(TABLE.replace(",", "\t"), encoding="utf-8")
+        place = {"dataset": str(tmp_path)}
+    columns = {"image": "{id}.png", "target": "answer"}
+    found, bad = read(streaming, columns=columns | {"where": {"split": 1}}, **place)
+    assert found == ["None", "NA", "null", "nan"]
+    assert bad == ["columns: answer is null"]
+    found, _ = read(streaming, columns=columns | {"target": "{id} {answer}"}, **place)
+    assert found[0] == "007 None" and found[-1] == "012 True"
+    with pytest.raises(
+        RecipeError, match="every target is a whole number, such as '3'. If it is a"
+    ):
+        read(streaming, columns=columns | {"target": "count"}, **place)
+    found, bad = read(streaming, columns=columns | {"target": "count", "numbers": True}, **place)
+    assert found == ["3", "12", "1", "1", "1"]
+    assert bad == ["columns: count is null"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_read_source_names_the_encoding_of_a_csv_file(tmp_path, streaming):
+    (tmp_path / "a.csv").write_text(TABLE, encoding="utf-16")
+    columns = {"image": "file", "target": "answer"}
+    with pytest.raises(RecipeError, match="a.csv: 'utf-8' codec .* Save the file as UTF-8"):
+        read(streaming, dataset="csv", data_files=str(tmp_path / "a.csv"), columns=columns)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_read_source_counts_the_nulls_of_an_image_folder(tmp_path, streaming):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(picture(0))
+    (tmp_path / "metadata.csv").write_text("file_name,answer\na.png,None\nb.png,red\n")
+    files = {"dataset": "imagefolder", "data_files": str(tmp_path / "*")}
+    found, bad = read(streaming, **files, columns={"image": "image", "target": "answer"})
+    assert found == ["red"]
+    assert len(bad) == 1 and "answer is null; texts such as NA or None in a metadata.csv" in bad[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_read_source_finds_webdataset_members_with_dots(tmp_path, streaming):
+    """The last of six examples has no caption."""
+    members = {"left.jpg": picture(0, "JPEG"), "txt": b"None", "meta.json": b'{"q": "what ?"}'}
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(6):
+            for kind, content in members.items():
+                if (number, kind) != (5, "txt"):
+                    member = tarfile.TarInfo(f"{number:04d}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    columns = {"image": "left.jpg", "target": "{meta.json.q} {txt}"}
+    files = {"dataset": "webdataset", "data_files": str(tmp_path / "0.tar")}
+    found, bad = read(streaming, **files, columns=columns)
+    assert found == ["what ? None"] * 5
+    assert bad == ["columns: {meta.json.q} {txt} is null"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_read_source_treats_a_missing_class_as_null(tmp_path, streaming):
-    """Test splits have -1 as the class. As a target, it makes no row."""
+    """Test splits have -1 as the class."""
     label = datasets.ClassLabel(names=["a cat", "a dog"])
     features = datasets.Features(file=datasets.Value("string"), label=label)
     table = {"file": ["0.png", "1.png", "2.png", "3.png"], "label": [1, -1, None, 0]}
 
-    def read(name: str, **columns: str) -> tuple[list[str], list[str]]:
-        """Return the targets and the reasons of bad rows of a file."""
+    def read_file(name: str, **columns: str | list) -> tuple[list[str], list[str]]:
         datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / name)
-        files = {"dataset": "parquet", "data_files": str(tmp_path / name)}
-        source = read_source(SourceArguments(**files, streaming=streaming, columns=columns))
-        if streaming:
-            rows, bad = source.blocks(0, 1, seed=0).read()
-        else:
-            rows, bad = source.rows, source.bad
-        return [row["target"] for row in rows], [row.reason for row in bad]
+        return read(streaming, dataset="parquet", data_files=str(tmp_path / name), columns=columns)
 
-    assert read("some.parquet", image="file", target="file") == (table["file"], [])
-    assert read("some.parquet", image="file", target="label") == (["a dog", "a cat"], [])
-    texts, reasons = read("some.parquet", image="file", target="file", query="is it {label} ?")
+    assert read_file("some.parquet", image="file", target="file") == (table["file"], [])
+    texts, reasons = read_file("some.parquet", image="file", target="label")
+    assert (texts, reasons) == (["a dog", "a cat"], ["columns: label is null"] * 2)
+    labels = {"image": "file", "target": "label", "absent": [None]}
+    assert read_file("some.parquet", **labels) == (["a dog", "a cat"], [])
+    texts, reasons = read_file("some.parquet", image="file", target="file", query="is {label} ?")
     assert texts == ["0.png", "3.png"]
     assert len(reasons) == 2 and all("is null" in reason for reason in reasons)
     table["label"] = [-1] * 4
+    with pytest.raises(RecipeError, match="no row is usable. 4 of 4 rows are unusable"):
+        read_file("none.parquet", image="file", target="label")
     with pytest.raises(RecipeError, match="no row is usable. The source is empty, or every target"):
-        read("none.parquet", image="file", target="label")
+        read_file("none.parquet", **labels)
 
 
 def test_read_source_keeps_the_good_rows_of_an_example_with_a_bad_one(tmp_path):

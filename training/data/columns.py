@@ -8,15 +8,22 @@ Each element becomes a row. Values from outside the list are repeated in all of 
 lists must have equal lengths and are read together. A value with braces is a text that contains
 paths: `{page}/{id}.mp4`, `{image_id:012d}.jpg`.
 
+A column's name may hold dots, brackets, colons and braces itself, such as WebDataset's `left.jpg`
+and the `answer.text` of a flattened table. The longest name that exists wins: `answer.text` is the
+column of this name, or else the part `text` of the column `answer`.
+
 No code here opens a file or depends on a particular data set.
 """
 
+import datetime
 import difflib
 import json
+import math
 import re
-import string
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -26,9 +33,13 @@ from processing.rows import media_name
 
 # Columns of an image or a video that `datasets` has not decoded; one of them may be null.
 _STORED = {"bytes", "path"}
-_SEGMENT = re.compile(r"([^\[\]{}]+)((?:\[[^\[\]]*\])*)")
+_LISTS = (list, tuple, np.ndarray)
+_BRACKET = re.compile(r"\[([^\[\]]*)\]")
+_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_FORMAT = re.compile(r"((?:[^\[:]|\[[^\]]*\]?)*)(?::(.*))?", re.DOTALL)
 _SLICE = re.compile(r"(-?\d+)?(?::(-?\d+)?)?(?::(-?\d+)?)?")
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d*)?)")
+_NO_TIME = {"", "na", "n/a", "nan", "null", "none"}  # texts of tables for an unknown number
 
 Index = tuple[int, ...]  # indices into the lists on the path to a value
 
@@ -41,73 +52,123 @@ class ExampleError(ValueError):
     """Example that is broken, though its columns fit the mapping."""
 
 
+class Record(dict):
+    """JSON object, whose keys may differ from one example to the next."""
+
+
+def read_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text, with objects as [`Record`].
+
+    Raises:
+        ValueError: it is not JSON, or nested too deep.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=Record)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 # -- paths ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Step:
-    """Step of a path: into a column, to the elements of a slice, or to one element."""
+@cache
+def _names(path: str) -> tuple[tuple[str, str], ...]:
+    """Return the ways to divide a path into a column's name and the rest, longest names first."""
+    marks = [mark.start() for mark in re.finditer(r"[.\[]", path)]
+    return tuple((path[:end], path[end:]) for end in [len(path), *reversed(marks)] if end)
 
-    column: str | None = None
-    every: slice | None = None
-    element: int | None = None  # -1: the only one
+
+def _after(rest: str, path: str) -> str:
+    """Return what follows a name or a bracket in a path, without the dot."""
+    if not rest or rest[0] == "[":
+        return rest
+    if rest[0] != "." or len(rest) == 1:
+        raise _no_path(path)
+    return rest[1:]
+
+
+def _no_path(path: str) -> ColumnError:
+    return ColumnError(f"{path!r} is not a path; write one such as name.name[].name")
 
 
 @cache
-def _steps(path: str) -> tuple[_Step, ...]:
-    steps = []
-    for segment in path.split("."):
-        match = _SEGMENT.fullmatch(segment)
-        if match is None:
-            raise ColumnError(f"{path!r} is not a path; write one such as name.name[].name")
-        steps.append(_Step(column=match[1]))
-        steps += [_bracket(text, path) for text in re.findall(r"\[([^\]]*)\]", match[2])]
-    return tuple(steps)
-
-
-def _bracket(text: str, path: str) -> _Step:
+def _bracket(text: str, path: str) -> slice | int:
+    """Return a slice of a list, or the index of one element, -1 for the only one."""
     match = _SLICE.fullmatch(text)
     if text == "only":
-        return _Step(element=-1)
+        return -1
     if text.isdecimal():
-        return _Step(element=int(text))
+        return int(text)
     if match is None or text.startswith("-") and ":" not in text:
         raise ColumnError(f"{path!r}: [{text}] is not one of [], [0], [0::2] and [only]")
-    return _Step(every=slice(*(part and int(part) for part in match.groups())))
+    return slice(*(part and int(part) for part in match.groups()))
 
 
-def _walk(value: Any, steps: tuple[_Step, ...], where: str) -> Iterator[tuple[Index, Any]]:
+@cache
+def _depth(path: str) -> int:
+    """Return the number of nested lists of which a path selects elements."""
+    texts = _BRACKET.findall(path)
+    return sum(_SLICE.fullmatch(text) is not None and not text.isdecimal() for text in texts)
+
+
+def _walk(value: Any, path: str, where: str) -> Iterator[tuple[Index, Any]]:
     """Yield every value at the end of a path, with its index.
 
     A null before the end of the path gives the value `None`; in place of a list, it gives no value.
     """
-    if not steps:
-        yield (), value
+    if not path:
+        # A gap in a column of numbers is NaN in some files and null in others.
+        is_nan = isinstance(value, float | np.floating) and math.isnan(value)
+        yield (), None if is_nan else value
     elif value is None:
-        if all(step.every is None for step in steps):
+        if not _depth(path):
             yield (), None
-    elif steps[0].column is not None:
-        name = steps[0].column
-        columns = _object(value, where)
-        if name not in columns:
-            raise ColumnError(
-                f"{where or 'an example'} has no column {name!r}, but "
-                f"{', '.join(map(repr, columns)) or 'none'}.{_near(name, columns)}"
-            )
-        yield from _walk(columns[name], steps[1:], f"{where}.{name}" if where else name)
-    elif steps[0].every is not None:
-        for first, element in enumerate(_list(value, where)[steps[0].every]):
-            for index, end in _walk(element, steps[1:], f"{where}[]"):
+    elif path[0] == "[" and not _has_name(value, path):
+        match = _BRACKET.match(path)
+        if match is None:
+            raise _no_path(where + path)
+        chosen, rest = _bracket(match[1], where + path), _after(path[match.end() :], where + path)
+        values = _list(value, where)
+        if isinstance(chosen, int):
+            yield from _walk(_element(values, chosen, where), rest, where)
+            return
+        for first, element in enumerate(values[chosen]):
+            for index, end in _walk(element, rest, f"{where}[]"):
                 yield (first, *index), end
     else:
-        yield from _walk(_element(_list(value, where), steps[0].element, where), steps[1:], where)
+        columns = _object(value, where)
+        name, rest = _column(columns, path, where)
+        yield from _walk(columns[name], _after(rest, path), f"{where}.{name}" if where else name)
+
+
+def _has_name(value: Any, path: str) -> bool:
+    """Return whether a value has a column with whose name a path begins."""
+    return isinstance(value, Mapping) and any(name in value for name, _ in _names(path))
+
+
+def _column(columns: Mapping, path: str, where: str) -> tuple[str, str]:
+    """Return the name of the column with which a path begins, and the rest of the path."""
+    for name, rest in _names(path):
+        if name in columns:
+            return name, rest
+    first = re.split(r"[.\[]", path, maxsplit=1)[0]
+    if not first:
+        raise _no_path(path)
+    hint = _near(first, columns) or _near(path, columns)
+    # All examples of a table have its columns, so one that lacks a column is an error of the
+    # mapping. A JSON object has its own keys.
+    kind = ExampleError if isinstance(columns, Record) else ColumnError
+    raise kind(
+        f"{where or 'an example'} has no column {first!r}, but "
+        f"{', '.join(map(repr, columns)) or 'none'}.{hint}"
+    )
 
 
 def _object(value: Any, where: str) -> Mapping:
     """Return a value that has columns; a text in its place is read as JSON."""
     if isinstance(value, str | bytes):
         try:
-            value = json.loads(value)
+            value = read_json(value)
         except ValueError as error:
             raise ExampleError(f"{where} is a text but not JSON") from error
     if not isinstance(value, Mapping):
@@ -117,9 +178,14 @@ def _object(value: Any, where: str) -> Mapping:
 
 
 def _list(value: Any, where: str) -> list | tuple | np.ndarray:
-    if not isinstance(value, list | tuple | np.ndarray):
+    """Return a list; a text in its place is read as JSON."""
+    found = value
+    if isinstance(value, str | bytes):
+        with suppress(ValueError):
+            found = read_json(value)
+    if not isinstance(found, _LISTS):
         raise ExampleError(f"{where} is a {type(value).__name__}, not a list")
-    return value
+    return found
 
 
 def _element(values: list | tuple | np.ndarray, index: int, where: str) -> Any:
@@ -156,27 +222,40 @@ class _Values:
 
 
 def _path_values(example: Mapping, path: str) -> _Values:
-    steps = _steps(path)
-    depth = sum(step.every is not None for step in steps)
-    return _Values(path, depth, dict(_walk(example, steps, "")))
+    at = dict(_walk(example, path, ""))
+    # The path alone does not show the depth: a column's name may hold brackets.
+    return _Values(path, len(next(iter(at))) if at else _depth(path), at)
 
 
 @cache
-def _pieces(text: str) -> tuple[tuple[str, str | None, str], ...]:
-    """Split a text with braces into pieces of (text before the path, path, format)."""
-    try:
-        pieces = [(before, path, spec) for before, path, spec, _ in string.Formatter().parse(text)]
-    except ValueError as error:
-        raise ColumnError(f"{text!r}: {error}") from error
-    for _, path, _ in pieces:
-        if path is not None:
-            _steps(path)
-    return tuple(pieces)
+def _pieces(text: str) -> tuple[tuple[str, str | None], ...]:
+    """Split a text with braces into pieces of (text before the braces, text in braces)."""
+    pieces, before, end = [], "", 0
+    for match in _FIELD.finditer(text):
+        before, end = before + text[end : match.start()], match.end()
+        if match[0] in ("{{", "}}"):
+            before += match[0][0]
+        elif match[1] is None:
+            raise ColumnError(
+                f"{text!r}: expected '}}' after '{{'; write '{{{{' for a brace itself"
+            )
+        elif not match[1]:
+            raise _no_path("")
+        else:
+            pieces.append((before, match[1]))
+            before = ""
+    return *pieces, (before + text[end:], None)
 
 
 def _text_values(example: Mapping, text: str) -> _Values:
     """Fill in the paths of a text, once for each element; `None` if a path's value is null."""
-    pieces = _pieces(text)
+    pieces = []  # (text before the path, path, format)
+    for before, inside in _pieces(text):
+        if inside is None or inside in example:  # `in`: a name may hold a colon
+            pieces.append((before, inside, ""))
+        else:
+            path, spec = _FORMAT.fullmatch(inside).groups(default="")
+            pieces.append((before, path, spec))
     parts = {path: _path_values(example, path) for _, path, _ in pieces if path is not None}
     depth = max((part.depth for part in parts.values()), default=0)
     return _Values(
@@ -184,7 +263,7 @@ def _text_values(example: Mapping, text: str) -> _Values:
     )
 
 
-def _filled(pieces: tuple[tuple[str, str | None, str], ...], found: dict[str, Any]) -> str | None:
+def _filled(pieces: list[tuple[str, str | None, str]], found: dict[str, Any]) -> str | None:
     if None in found.values():
         return None
     return "".join(
@@ -194,14 +273,19 @@ def _filled(pieces: tuple[tuple[str, str | None, str], ...], found: dict[str, An
 
 
 def _values(example: Mapping, text: str) -> _Values:
-    return _text_values(example, text) if "{" in text else _path_values(example, text)
+    is_text = "{" in text and text not in example
+    return _text_values(example, text) if is_text else _path_values(example, text)
 
 
 def _formatted(value: Any, spec: str, path: str) -> str:
     """Return a path's value as it appears in a text."""
-    # CSV files give numbers as texts, so a format such as `06d` converts them first.
     try:
-        return format(int(value) if spec.endswith("d") else _text(value, path, True), spec)
+        if spec.endswith("d"):
+            # CSV files give numbers as texts, so a format such as `06d` converts them first.
+            number = int(value) if isinstance(value, str | bytes) else _whole(value)
+            if number is not None:
+                return format(number, spec)
+        return format(_text(value, path, True), spec)
     except (TypeError, ValueError) as error:
         raise ExampleError(f"{path} is {value!r}: {error}") from error
 
@@ -229,22 +313,38 @@ def _side_by_side(parts: dict[str, _Values]) -> Iterator[tuple[Index, dict[str, 
         yield index, together
 
 
+def _whole(value: Any) -> int | None:
+    """Return a whole number as an integer, else `None`.
+
+    A column of whole numbers with a gap is one of floats in pandas and in the files it writes.
+    """
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    is_number = isinstance(value, float | np.floating | Decimal) and math.isfinite(value)
+    return int(value) if is_number and value == int(value) else None
+
+
 def _text(value: Any, where: str, numbers: bool) -> str:
-    """Return a value as a text; an integer only if `numbers` is true."""
+    """Return a value as a text; a whole number only if `numbers` is true."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ExampleError(f"{where} is not UTF-8") from error
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+    if (number := _whole(value)) is not None:
         if not numbers:
             raise ExampleError(
-                f"{where} is the number {value}, not a text. If it is a class index, map the name "
+                f"{where} is the number {number}, not a text. If it is a class index, map the name "
                 "of the class; if it is the answer itself, set `numbers: true` in the mapping"
             )
-        return str(value)
+        return str(number)
     if not isinstance(value, str):
-        raise ExampleError(f"{where} is a {type(value).__name__}, not a text")
+        cure = ""
+        if isinstance(value, datetime.date):
+            cure = (
+                ". datasets reads JSON texts such as 2020-01-01 as times; name the file as `rows`"
+            )
+        raise ExampleError(f"{where} is a {type(value).__name__}, not a text{cure}")
     return value
 
 
@@ -257,6 +357,23 @@ def _seconds(value: Any, where: str) -> float:
         return float(value)
     except (TypeError, ValueError) as error:
         raise ExampleError(f"{where} is {value!r}, not a time") from error
+
+
+def _is_unknown(value: Any) -> bool:
+    """Return whether a time is missing: null, or a text such as "NA" in its place."""
+    return value is None or isinstance(value, str) and value.strip().casefold() in _NO_TIME
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    """Return whether a value is the wanted one; CSV files give numbers and booleans as texts."""
+    if not isinstance(value, str) or isinstance(wanted, str | None):
+        return value == wanted
+    if isinstance(wanted, bool):
+        return value.strip().casefold() == str(wanted).casefold()
+    try:
+        return float(value) == wanted
+    except ValueError:
+        return False
 
 
 def _media(value: Any, where: str) -> str | bytes:
@@ -283,9 +400,10 @@ def _check_type(key: str, value: Any) -> None:
         ColumnError: the type is wrong.
     """
     if key in ("target", "absent", "remove"):
-        kind = "a text or a list of texts"
+        kind = "a text or a list of texts" + (" and nulls" if key == "absent" else "")
+        types = str | None if key == "absent" else str
         right = isinstance(value, str) or (
-            isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+            isinstance(value, list | tuple) and all(isinstance(text, types) for text in value)
         )
     elif key == "seconds":
         kind = "a number of seconds above 0"
@@ -310,15 +428,17 @@ class Columns:
         image, video: path to the media, one of the two: a file's path, its bytes, or the undecoded
             value of `datasets`.
         query: a constant, or a text with paths in braces.
-        target: paths, or texts with paths in braces; each makes rows of its own.
+        target: paths, or texts with paths in braces; each makes rows of its own. A list of texts at
+            the end of a path makes a row of each.
         start, end: paths to the clip's times, in seconds or as `00:01:02.5`.
         moment, seconds: instead of these, a path to a moment, and the length of a clip around it.
         negatives: path to a list of wrong texts.
         where: values by path; only examples with these values make rows. A list gives alternatives.
-        absent: targets that mean a missing one, such as "N/A".
+        absent: targets that mean a missing one, such as "N/A"; with a null in this list, nulls and
+            empty lists do too. By default they are faults.
         remove: texts that are cut out of queries and targets.
-        numbers: accept an integer as a target. By default it is an error, because it is usually a
-            class index, and the name of the class is wanted.
+        numbers: accept a whole number as a target. By default it is an error, because it is usually
+            a class index, and the name of the class is wanted.
     """
 
     name: str
@@ -332,7 +452,7 @@ class Columns:
     seconds: float | None = None
     negatives: str | None = None
     where: dict[str, Any] = field(default_factory=dict)
-    absent: tuple[str, ...] = ()
+    absent: tuple[str | None, ...] = ()
     remove: tuple[str, ...] = ()
     numbers: bool = False
 
@@ -372,37 +492,43 @@ class Columns:
             raise ColumnError("give both moment and seconds, or neither.")
         if self.moment is not None and (self.start is not None or self.end is not None):
             raise ColumnError("give either start and end, or moment and seconds.")
-        # Parsed now, though only examples need them: a wrong path is an error of the recipe.
+        # Paths are not checked before an example is seen: a name may hold any character.
         paths = [self.image or self.video, self.start, self.end, self.moment, self.negatives]
-        for text in (*filter(None, paths), *self.target, *self.where):
-            _pieces(text) if "{" in text else _steps(text)
-        _pieces(self.query)
+        for text in (self.query, *filter(None, paths), *self.target, *self.where):
+            _pieces(text)
 
-    def rows(self, example: Mapping[str, Any]) -> list[dict]:
-        """Return the rows of one example.
+    def read(self, example: Mapping[str, Any]) -> tuple[list[dict], list[str]]:
+        """Return the rows of one example, and why other targets of it make none.
 
         A row has `image` or `video`, `query`, `target`, `group_id` and, if they are mapped, `start`
         and `end` in seconds and `negatives`. Rows with the same clip and query share a `group_id`:
-        their targets are interchangeable. A target that is null or `absent` makes no row.
+        their targets are interchangeable. A target that is `absent` or excluded by `where` makes no
+        row; a null makes none either and is a fault, unless `absent` contains it.
 
         Raises:
             ColumnError: a column of the mapping is missing.
             ExampleError: this example is broken.
         """
+        rows, faults = [], []
         try:
-            parts = self._parts(example)
-            return [row for target in self.target for row in self._rows(example, target, parts)]
+            where = {f"where {path}": _values(example, path) for path in self.where}
+            outer = {name: part.at[()] for name, part in where.items() if not part.depth}
+            if not self._wanted(outer):
+                return [], []
+            parts = self._parts(example) | where
+            for target in self.target:
+                self._read_target(example, target, parts, rows, faults)
         except (ColumnError, ExampleError) as error:
             raise type(error)(f"{self.name}: {error}") from error
+        return rows, [f"{self.name}: {fault}" for fault in faults]
 
     def _parts(self, example: Mapping[str, Any]) -> dict[str, _Values]:
-        """Return the values of every part but the targets."""
+        """Return the values of every part but the targets and `where`."""
         texts = {
             "start": self.start,
             "end": self.end,
             "moment": self.moment,
             "negatives": self.negatives,
-            **{f"where {path}": path for path in self.where},
         }
         parts = {name: _values(example, text) for name, text in texts.items() if text is not None}
         media = _values(example, self.image or self.video)
@@ -413,22 +539,47 @@ class Columns:
             "query": _text_values(example, self.query),
         }
 
-    def _rows(
-        self, example: Mapping[str, Any], target: str, parts: dict[str, _Values]
-    ) -> Iterator[dict]:
-        for _, found in _side_by_side(parts | {"target": _values(example, target)}):
-            if self._wanted(found) and (text := self._target(found["target"], target)) is not None:
-                yield self._row(found, text)
+    def _read_target(
+        self,
+        example: Mapping[str, Any],
+        target: str,
+        parts: dict[str, _Values],
+        rows: list[dict],
+        faults: list[str],
+    ) -> None:
+        """Add the rows that one path of targets makes, and its faults."""
+        elements = list(_side_by_side(parts | {"target": _values(example, target)}))
+        if not elements and None not in self.absent:
+            faults.append(f"{target} has no element")
+        for _, found in elements:
+            if not self._wanted(found):
+                continue
+            value = found["target"]
+            # As in a JSONL file, a list holds several right texts.
+            for each in value if isinstance(value, _LISTS) and len(value) else [value]:
+                text = self._target(each, target)
+                if text in self.absent:
+                    continue
+                if text is None:
+                    faults.append(f"{target} is null")
+                else:
+                    rows.append(self._row(found, text))
 
     def _wanted(self, found: dict[str, Any]) -> bool:
+        """Return whether the conditions among these values hold."""
         return all(
-            found[f"where {path}"] in (values if isinstance(values, list) else [values])
-            for path, values in self.where.items()
+            any(
+                _equal(found[f"where {path}"], each)
+                for each in (wanted if isinstance(wanted, list) else [wanted])
+            )
+            for path, wanted in self.where.items()
+            if f"where {path}" in found
         )
 
     def _target(self, value: Any, where: str) -> str | None:
-        text = None if value is None else self._clean(_text(value, where, self.numbers))
-        return None if text in self.absent else text
+        if value is None or isinstance(value, _LISTS) and not len(value):
+            return None
+        return self._clean(_text(value, where, self.numbers))
 
     def _clean(self, text: str) -> str:
         for part in self.remove:
@@ -458,8 +609,8 @@ class Columns:
         return {
             name: _seconds(found[name], name)
             for name in ("start", "end")
-            if found.get(name) is not None
+            if not _is_unknown(found.get(name))
         }
 
 
-__all__ = ["ColumnError", "Columns", "ExampleError"]
+__all__ = ["ColumnError", "Columns", "ExampleError", "read_json"]

@@ -134,10 +134,10 @@ def convert(public: PublicSet, annotations: Path, media: Path, output: Path) -> 
         for example in tqdm(read_examples(annotations, public), desc=public.name):
             examples += 1
             try:
-                rows = public.columns.rows(example)
+                rows, faults = public.columns.read(example)
             except ExampleError as error:
-                bad.append(BadRow(str(annotations), examples, str(error)))
-                continue
+                rows, faults = [], [str(error)]
+            bad += [BadRow(str(annotations), examples, fault) for fault in faults]
             empty += not rows
             written += len(rows)
             for row in rows:

@@ -11,16 +11,20 @@ import glob
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
+from datasets.packaged_modules.csv.csv import CsvConfig
 
 from processing.rows import BadRow, RowError, bad_rows_report, read_rows, samples_of
 from training.arguments import RecipeError, SourceArguments
-from training.data.columns import ColumnError, Columns, ExampleError
+from training.data.columns import ColumnError, Columns, ExampleError, read_json
 from training.data.lanes import Blocks, DatasetBlocks, JSONLBlocks, Lane
 from training.data.public_sets import load_columns, public_sets
 
 FIRST_ROWS = 20_000  # rows of a streamed source from which a tokenizer or a page is made
+# `datasets` reads the metadata.csv of these with pandas' list of nulls, which no option changes.
+FOLDERS = ("imagefolder", "videofolder")
 FALLBACK_ROWS = 64  # if nine rows of ten are broken, 99.9 % of such samples have a readable one
 
 
@@ -39,7 +43,7 @@ class Source:
     bad: list[BadRow]
     report: str = ""
 
-    def first_rows(self) -> list[dict]:
+    def some_rows(self) -> list[dict]:
         """Return all rows; a streamed source returns its first ones."""
         return self.rows
 
@@ -67,8 +71,10 @@ class StreamedSource:
 
     def __post_init__(self):
         if self.dataset is not None:  # one reader for all lanes
-            self.reader = ExampleReader(self.arguments, self.dataset.features)
-        first = self.first_rows(FALLBACK_ROWS)
+            self.reader = ExampleReader(self.arguments, self.dataset)
+        first = self.some_rows(FALLBACK_ROWS)
+        if self.dataset is not None:
+            check_numbers(self.dataset, self.reader, first)
         self.kind = "video" if "video" in first[0] else "image"
         self.fallback_rows = [row for row in first if self.kind in row]
 
@@ -87,7 +93,7 @@ class StreamedSource:
         blocks = self.blocks(lane, lanes, seed)
         return Lane(blocks, self.kind, (seed, lane), self.arguments.query)
 
-    def first_rows(self, limit: int = FIRST_ROWS) -> list[dict]:
+    def some_rows(self, limit: int = FIRST_ROWS) -> list[dict]:
         """Return up to `limit` rows from the start of a shuffled epoch, each once.
 
         Raises:
@@ -110,20 +116,22 @@ class StreamedSource:
 class ExampleReader:
     """Reader of a dataset's examples as rows, by the mapping of its columns.
 
-    A class index becomes the name of its class.
+    A class index becomes the name of its class, and JSON texts that `datasets` makes of a column of
+    several types become their values.
 
     Args:
-        features: features of the dataset, if they are known.
+        dataset: the dataset, with its features.
     """
 
-    def __init__(self, arguments: SourceArguments, features: datasets.Features | None):
+    def __init__(
+        self, arguments: SourceArguments, dataset: datasets.Dataset | datasets.IterableDataset
+    ):
         self.columns = columns_of(arguments)
         self.folder = arguments.media_folder
-        self.labels = {
-            name: feature
-            for name, feature in (features or {}).items()
-            if isinstance(feature, datasets.ClassLabel)
-        }
+        self.coded = {name: kind for name, kind in dataset.features.items() if is_coded(kind)}
+        self.hint = ""
+        if dataset.info.builder_name in FOLDERS:
+            self.hint = "; texts such as NA or None in a metadata.csv are nulls: use metadata.jsonl"
 
     def __call__(self, example: dict, where: tuple[str, int]) -> tuple[list[dict], list[BadRow]]:
         """Return the rows and the bad rows of an example.
@@ -133,14 +141,14 @@ class ExampleReader:
         Raises:
             RecipeError: a column of the mapping is missing.
         """
-        names = {name: class_name(label, example[name]) for name, label in self.labels.items()}
         try:
-            rows = self.columns.rows({**example, **names})
+            plain = {name: decoded(kind, example[name]) for name, kind in self.coded.items()}
+            rows, faults = self.columns.read({**example, **plain})
         except ColumnError as error:
             raise RecipeError(f"data.sources: {error}") from error
         except ExampleError as error:
             return [], [BadRow(*where, str(error))]
-        samples, bad = [], []
+        samples, bad = [], [BadRow(*where, fault + self.hint) for fault in faults]
         for row in rows:
             try:
                 samples += samples_of(self.in_folder(row), where)
@@ -156,9 +164,70 @@ class ExampleReader:
         return {**row, media: os.path.join(self.folder, row[media])}
 
 
-def class_name(label: datasets.ClassLabel, index: int | None) -> str | None:
-    """Return the class name, or `None` if unlabelled (null or -1, as in many test splits)."""
-    return None if index is None or index < 0 else label.int2str(index)
+def parts_of(feature: Any) -> list:
+    """Return the features within a feature of `datasets`: of a struct's fields or a list's
+    elements."""
+    if isinstance(feature, dict):
+        return list(feature.values())
+    if isinstance(feature, list | tuple):
+        return list(feature)
+    return [feature.feature] if isinstance(feature, datasets.List | datasets.LargeList) else []
+
+
+def is_coded(feature: Any) -> bool:
+    """Return whether a feature stores codes, at any depth: class indices or JSON texts."""
+    coded = isinstance(feature, datasets.ClassLabel | datasets.Json)
+    return coded or any(map(is_coded, parts_of(feature)))
+
+
+def decoded(feature: Any, value: Any) -> Any:
+    """Return a stored value with class names and JSON values instead of their codes.
+
+    `IterableDataset.decode(False)` leaves media as they are stored, which is wanted, and JSON texts
+    too, which is not: of `"one"` and `["one", "two"]` in one column it would give the source.
+
+    Raises:
+        ExampleError: a class index has no name.
+    """
+    if value is None or not is_coded(feature):
+        return value
+    if isinstance(feature, datasets.ClassLabel):
+        return class_name(feature, value)
+    if isinstance(feature, datasets.Json):
+        return json_value(value)
+    if isinstance(feature, dict):
+        return {name: decoded(part, value[name]) for name, part in feature.items()}
+    (part,) = parts_of(feature)
+    return [decoded(part, element) for element in value]
+
+
+def json_value(text: str) -> Any:
+    """Return the value of a cell of a JSON column.
+
+    `datasets` stores the text "3" as the number 3 is stored, and the text "null" as `null`; only a
+    list, an object and a text that is not JSON itself are stored without doubt. Everything else is
+    returned as the text.
+    """
+    try:
+        value = read_json(text)
+    except ValueError:  # the reader of `datasets` accepts more, such as 007
+        return text
+    return value if isinstance(value, dict | list | str) else text
+
+
+def class_name(label: datasets.ClassLabel, index: int) -> str | None:
+    """Return the class name, or `None` if unlabelled (-1, as in many test splits).
+
+    Raises:
+        ExampleError: there is no such class.
+    """
+    if index < 0:
+        return None
+    if index >= label.num_classes:
+        raise ExampleError(
+            f"class {index} has no name: the classes are 0 to {label.num_classes - 1}"
+        )
+    return label.int2str(index)
 
 
 def with_query(rows: list[dict], arguments: SourceArguments) -> list[dict]:
@@ -199,26 +268,60 @@ def jsonl_files(pattern: str, key: str = "data.sources") -> list[Path]:
 
 
 def load_dataset(arguments: SourceArguments) -> datasets.Dataset | datasets.IterableDataset:
-    """Load a source's dataset.
+    """Load a source's dataset; a streamed one leaves media as they are stored.
 
     Raises:
         RecipeError: the dataset, its split or a file is missing or broken.
     """
     try:
-        dataset = datasets.load_dataset(
-            arguments.dataset,
-            arguments.config,
-            split=arguments.split,
-            data_files=arguments.data_files,
-            revision=arguments.revision,
-            streaming=arguments.streaming,
-        )
+        builder = dataset_builder(arguments)
+        if arguments.streaming:
+            return with_features(builder.as_streaming_dataset(split=arguments.split)).decode(False)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=arguments.split)
     # Builders, fsspec and the Hub raise errors of any type. `datasets` wraps a builder's own error,
     # which names the broken file, as the cause.
     except Exception as error:
         cause = "" if error.__cause__ is None else f" ({error.__cause__!r})"
+        if isinstance(error.__cause__ or error, UnicodeError):
+            cause += ". Save the file as UTF-8."
         raise RecipeError(f"data.sources: {arguments.name}: {error}{cause}") from error
-    return dataset
+
+
+def dataset_builder(arguments: SourceArguments) -> datasets.DatasetBuilder:
+    """Return the builder of a source's dataset; one of CSV files reads every cell as a text.
+
+    Without these options pandas reads the answers "None" and "NA" as nulls, the id 007 as 7, and a
+    column of whole numbers with a gap as floats.
+    """
+    if Path(arguments.dataset, "state.json").is_file():
+        raise ValueError(
+            "this folder is one of save_to_disk; name its files: dataset: arrow, data_files: "
+            f"{arguments.dataset}/*.arrow"
+        )
+    given = {"data_files": arguments.data_files, "revision": arguments.revision}
+    builder = datasets.load_dataset_builder(arguments.dataset, arguments.config, **given)
+    if not isinstance(builder.config, CsvConfig):
+        return builder
+    given |= {"keep_default_na": False, "na_values": [""]}
+    if builder.info.features is None:  # otherwise the types are the dataset's own
+        builder = datasets.load_dataset_builder(arguments.dataset, arguments.config, **given)
+        head = builder.as_streaming_dataset(split=arguments.split)
+        texts = {name: datasets.Value("string") for name in next(iter(head), {})}
+        given["features"] = datasets.Features(texts)
+    return datasets.load_dataset_builder(arguments.dataset, arguments.config, **given)
+
+
+def with_features(dataset: datasets.IterableDataset) -> datasets.IterableDataset:
+    """Return a streamed dataset with the features of its first example, if it states none.
+
+    Some files show their types only when they are read, such as a JSON array.
+    """
+    if dataset.features is not None:
+        return dataset
+    for table in dataset.with_format("arrow").iter(batch_size=1):
+        return dataset.cast(datasets.Features.from_arrow_schema(table.schema))
+    return dataset.cast(datasets.Features())
 
 
 def read_source(arguments: SourceArguments, key: str = "data.sources") -> Source | StreamedSource:
@@ -231,7 +334,7 @@ def read_source(arguments: SourceArguments, key: str = "data.sources") -> Source
     """
     if arguments.streaming:
         # Undecoded: `shuffle_rows` rows are in memory, and decoded media are many times larger.
-        dataset = None if arguments.dataset is None else load_dataset(arguments).decode(False)
+        dataset = None if arguments.dataset is None else load_dataset(arguments)
         return StreamedSource(arguments, dataset)
     if arguments.dataset is None:
         rows, bad = read_jsonl(jsonl_files(arguments.rows, key), key)
@@ -244,7 +347,7 @@ def read_source(arguments: SourceArguments, key: str = "data.sources") -> Source
 
 def no_row(arguments: SourceArguments, bad: list[BadRow]) -> RecipeError:
     """Return the error for a source that has bad rows only, or none."""
-    why = "The source is empty, or every target is null, `absent` or excluded by `where`."
+    why = "The source is empty, or every target is `absent` or excluded by `where`."
     if bad:
         why = bad_rows_report(bad, len(bad), max_share=1.0)
     return RecipeError(f"{arguments.name}: no row is usable. {why}")
@@ -264,13 +367,33 @@ def read_jsonl(paths: list[Path], key: str) -> tuple[list[dict], list[BadRow]]:
 
 def read_examples(arguments: SourceArguments) -> tuple[list[dict], list[BadRow]]:
     dataset = load_dataset(arguments)
-    reader = ExampleReader(arguments, dataset.features)
+    reader = ExampleReader(arguments, dataset)
     rows, bad = [], []
     for number, example in enumerate(dataset.to_iterable_dataset().decode(False), start=1):
         example_rows, example_bad = reader(example, (arguments.name, number))
         rows += example_rows
         bad += example_bad
+    check_numbers(dataset, reader, rows)
     return rows, bad
+
+
+def check_numbers(
+    dataset: datasets.Dataset | datasets.IterableDataset, reader: ExampleReader, rows: list[dict]
+) -> None:
+    """Refuse targets of a CSV file that are all whole numbers, and usually class indices.
+
+    In other files a column's type shows this for each row; all cells of a CSV file are texts.
+
+    Raises:
+        RecipeError: they are, and the mapping does not state `numbers: true`.
+    """
+    is_table = dataset.info.builder_name == "csv" and not reader.columns.numbers
+    if is_table and rows and all(row["target"].isdecimal() for row in rows):
+        raise RecipeError(
+            f"data.sources: {reader.columns.name}: every target is a whole number, such as "
+            f"{rows[0]['target']!r}. If it is a class index, map the name of the class; if it is "
+            "the answer itself, set `numbers: true` in the mapping."
+        )
 
 
 def texts_of(sources: list[Source | StreamedSource], more: list[str] = ()) -> list[str]:
@@ -281,6 +404,6 @@ def texts_of(sources: list[Source | StreamedSource], more: list[str] = ()) -> li
     return [
         row[name]
         for source in sources
-        for row in source.first_rows()
+        for row in source.some_rows()
         for name in ("query", "target")
     ]
