@@ -49,8 +49,9 @@ def read_by_packets(
             if packets is None:
                 return None
             shown, seconds = packets.shown(stream.time_base)
-            if packets.is_complete and not part.is_whole:
-                part.check(seconds[0], duration_of(seconds, stream))
+            if not part.is_whole:
+                end = duration_of(seconds, stream) if packets.is_complete else math.inf
+                part.check(seconds[0], end)
             first, last = part.window(seconds)
             shown, seconds = shown[first:last], seconds[first:last]
             limits.check_time(len(seconds), seconds[-1] - seconds[0])
