@@ -8,13 +8,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eval.page import png, render, strip
-from eval.results import Score, TaskResult
+from eval.results import Example, Score, TaskResult
 from eval.tasks import TASKS
 from processing import Excerpt, read_clip, read_image
+from processing.images import media_kind
 from processing.rows import Media
 
 COLOURS = {"uniform": "#64748b", "selective": "#2563eb", "online": "#16a34a"}
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def percent(share: float) -> str:
@@ -39,7 +39,7 @@ def text_tables(results: list[TaskResult]) -> str:
             for result in family
             for name, numbers in result.comparisons.items()
         ]
-        protocols = [f"{result.name}: {_protocol_line(result)}" for result in family]
+        protocols = [f"{result.name}: {_facts(_protocol(result))}" for result in family]
         tables.append("\n".join([f"{task} (in %)", _aligned(rows), "", *compared, *protocols]))
     return "\n\n".join(tables)
 
@@ -50,7 +50,14 @@ def write_report(
     """Write `report.html`, with the loss curve of the file `trainer_state` if it exists."""
     page = render(
         Path(__file__).with_name("report_template.html"),
-        {"percent": percent, "strip": frame_strip, "protocol": _protocol_line, "facts": _facts},
+        {
+            "percent": percent,
+            "strip": frame_strip,
+            "kind": kind_of,
+            "shared_kind": shared_kind,
+            "protocol": _protocol,
+            "facts": _facts,
+        },
         model_name=model_name,
         results=results,
         baselines=list(
@@ -69,20 +76,32 @@ def write_report(
     path.write_text(page, encoding="utf-8")
 
 
+def kind_of(media: Media) -> str:
+    """Return "video" or "image"."""
+    return "video" if isinstance(media, Excerpt) else media_kind(media)
+
+
+def shared_kind(examples: list[Example]) -> str:
+    """Return the kind of all clips of retrieval examples, or "clip" if there are both kinds."""
+    kinds = {kind_of(path) for each in examples for path, _ in each.ranked}
+    return kinds.pop() if len(kinds) == 1 else "clip"
+
+
 @cache
 def frame_strip(media: Media, num_frames: int) -> str:
     """Return frames of a clip side by side, or an image, as a data URI."""
     if isinstance(media, Excerpt):
         return strip(read_clip(media.video, num_frames, start=media.start, end=media.end).frames)
-    is_image = Path(media).suffix.lower() in IMAGE_SUFFIXES
-    return strip(read_image(media) if is_image else read_clip(media, num_frames).frames)
+    return strip(
+        read_image(media) if kind_of(media) == "image" else read_clip(media, num_frames).frames
+    )
 
 
 def type_chart(by_type: dict[str, Score]) -> str | None:
     """Draw the score of each type with its interval, and the last of its baselines."""
     if not by_type:
         return None
-    figure = Figure(figsize=(6, 0.8 + 0.5 * len(by_type)), layout="constrained")
+    figure = Figure(figsize=(5, 0.8 + 0.5 * len(by_type)), layout="constrained")
     axes = figure.subplots()
     rows = np.arange(len(by_type))
     scores = list(by_type.values())
@@ -129,7 +148,7 @@ def loss_curve(trainer_state: Path) -> str | None:
 
 def loss_figure(history: list[dict]) -> Figure | None:
     """Draw the training loss with the loss at chance level; return None if no loss was logged."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure = Figure(figsize=(5, 2.8), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "loss", "-"), ("chance_loss", "chance", "--")):
         logged = [(entry["step"], entry[key]) for entry in history if key in entry]
@@ -161,16 +180,17 @@ def _aligned(rows: list[list[str]]) -> str:
     )
 
 
-def _protocol_line(result: TaskResult) -> str:
+def _protocol(result: TaskResult) -> dict[str, str]:
+    """Return the facts of a measurement, by names with spaces."""
     facts = {**result.protocol, **result.ranks, **result.numbers, "skipped": len(result.skipped)}
-    return _facts(facts)
+    return {
+        name.replace("_", " "): "(empty)" if value == "" else str(value)
+        for name, value in facts.items()
+    }
 
 
 def _facts(facts: dict[str, str | int | float]) -> str:
-    return ", ".join(
-        f"{name.replace('_', ' ')} {'(empty)' if value == '' else value}"
-        for name, value in facts.items()
-    )
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 __all__ = ["loss_figure", "percent", "text_tables", "write_report"]

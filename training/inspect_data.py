@@ -8,6 +8,7 @@ texts that were cut to their limit.
 
 import argparse
 import random
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -225,7 +226,7 @@ def examine(
     seed: int,
 ) -> SourceFacts:
     """Collect the facts about one source."""
-    args, rows, whole = recipe.training, source.first_rows(), isinstance(source, Source)
+    args, rows, whole = recipe.training, source.some_rows(), isinstance(source, Source)
     draw = random.Random(seed)
     examined = rows if len(rows) <= limit else draw.sample(rows, limit)
     batch = args.global_batch_size // args.gradient_accumulation_steps
@@ -273,8 +274,11 @@ def bins(values: list[int] | list[float]) -> np.ndarray:
     return np.histogram_bin_edges(values, bins=30)
 
 
-def histograms(facts: SourceFacts, processor: VLJEPAProcessor) -> str:
-    """Plot the lengths of both texts, and seconds, frames and shorter sides of the clips."""
+def histograms(facts: SourceFacts, processor: VLJEPAProcessor) -> dict[str, str]:
+    """Plot the lengths of both texts, and seconds, frames and shorter sides of the clips.
+
+    Returns: a picture for each, as a data URI, so that a narrow page can scroll through them.
+    """
     video = processor.video_processor
     seconds = [clip_seconds(row, header) for row, header in facts.headers if "video" in row]
     panels = {
@@ -288,18 +292,37 @@ def histograms(facts: SourceFacts, processor: VLJEPAProcessor) -> str:
         ),
     }
     known = {name: [v for v in values if v is not None] for name, (values, _) in panels.items()}
-    known = {name: values for name, values in known.items() if values}
-    figure = Figure(figsize=(3 * len(known), 2.4), layout="constrained")
-    for axes, (name, values) in zip(
-        figure.subplots(1, len(known), squeeze=False)[0], known.items(), strict=True
-    ):
-        mark = panels[name][1]
-        axes.hist(values, bins=bins(values), color="#2563eb")
-        if mark is not None and mark <= 2 * max(values):
-            axes.axvline(mark, linestyle="--", color="#dc2626")
-        axes.set_xlabel(name)
-        axes.locator_params(integer=True, nbins=4)
+    return {name: histogram(name, known[name], panels[name][1]) for name in panels if known[name]}
+
+
+def histogram(name: str, values: list[int] | list[float], mark: int | None) -> str:
+    figure = Figure(figsize=(3, 2.4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(values, bins=bins(values), color="#2563eb")
+    if mark is not None and mark <= 2 * max(values):
+        axes.axvline(mark, linestyle="--", color="#dc2626")
+    axes.set_xlabel(name)
+    axes.set_ylabel("number")
+    axes.locator_params(integer=True, nbins=4)
     return png(figure)
+
+
+def short(text: str, source: SourceFacts | None = None) -> str:
+    """Make the paths in a text relative to the folder of the source's rows or to the working
+    folder, if they are in it."""
+    folders = [Path.cwd()]
+    if source is not None and source.arguments.rows is not None:
+        rows = Path(source.arguments.rows).absolute().parent
+        folders = [rows, rows.resolve(), *folders]
+    for folder in folders:
+        # Only where a path begins: the working folder may be `/data`, and a path `/mnt/data/a.mp4`.
+        text = re.sub(rf"(?<![^\s'\"(:]){re.escape(str(folder))}/", "", text)
+    return text
+
+
+def count(number: int, noun: str) -> str:
+    """Return, for example, "1 row" or "2 rows"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def shared_media(facts: list[SourceFacts]) -> list[tuple[str, str, int]]:
@@ -340,7 +363,12 @@ def write_page(
 ) -> None:
     page = render(
         Path(__file__).with_name("inspection_template.html"),
-        {"strip": strip, "media_name": lambda row: media_name(media_file(row))},
+        {
+            "strip": strip,
+            "media_name": lambda row: media_name(media_file(row)),
+            "short": short,
+            "count": count,
+        },
         recipe_path=recipe_path,
         recipe=recipe,
         sources=facts,

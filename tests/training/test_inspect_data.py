@@ -26,7 +26,7 @@ from training.data.facts import (
     sharing,
 )
 from training.data.sources import read_source
-from training.inspect_data import count_tokens, main, samples_of
+from training.inspect_data import count_tokens, main, samples_of, short
 
 SCRIPT = "<script>alert(1)</script>"
 ROWS = [
@@ -97,18 +97,43 @@ def test_inspect_data_page_is_self_contained_and_escapes_rows(inspected):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 2 + 5 + 1  # histograms, samples
+    assert page.count('alt="histogram of ') == 5 + 3  # the second source has images only
+    assert len(sources) == 5 + 3 + 5 + 1  # histograms, samples
     assert all(source.startswith("data:image/") for source in sources)
     assert not re.search(r"<link|<iframe|<script|url\(|@import", page)
 
 
 def test_inspect_data_page_lists_bad_rows_unreadable_files_and_leaks(inspected):
     page, _ = inspected
-    assert "1: video file is missing" in page
-    assert "1: target is empty" in page
+    assert "<li>1 row: video file is missing</li>" in page
+    assert "<li>1 row: target is empty</li>" in page
+    assert "<li>rows.jsonl:8: target is empty</li>" in page
     assert "broken.mp4: " in page  # when its header was read
     assert "line 6: " in page  # when it was decoded for the samples
     assert page.count("is it red or blue ? → red") == 2
+
+
+def test_inspect_data_page_counts_files_in_two_sources(folder, inspected):
+    page, _ = inspected
+    assert f"<li>1 file: in {folder}/rows.jsonl and in {folder}/other.jsonl</li>" in page
+
+
+def test_inspect_data_page_shows_relative_paths(folder, tmp_path, monkeypatch):
+    """Relative to the folder of the rows, and for sources to the working folder."""
+    monkeypatch.chdir(folder)
+    main([str(folder / "recipe.yaml"), "--output", str(tmp_path / "page.html")])
+    page = read(tmp_path / "page.html")
+    assert str(folder) not in page
+    assert "<h1>recipe.yaml</h1>" in page and "<h2>rows.jsonl</h2>" in page
+    assert "<code>wide.png" in page
+
+
+def test_short_changes_no_path_that_only_contains_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = f"/mnt{tmp_path}/a.mp4 and {tmp_path}er/a.mp4"
+    assert short(f"{tmp_path}/a.mp4: line 3: {tmp_path}/b.mp4; {other}") == (
+        f"a.mp4: line 3: b.mp4; {other}"
+    )
 
 
 def test_inspect_data_page_states_how_many_rows_were_examined(folder, inspected, tmp_path):
