@@ -115,7 +115,7 @@ def embed_streams(
     left_out: list[str] = []
     found = []
     for stream in tqdm(streams, "streams"):
-        encoder = StreamEncoder(model, task.processor, benchmark.query)
+        encoder = StreamEncoder(model, task.processor, task.query)
         try:
             with task.processor.watch(
                 stream.video,

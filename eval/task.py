@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -53,6 +53,8 @@ class Benchmark:
     A kind with keys of its own adds them in a subclass.
 
     Attributes:
+        prompt (`str`, *optional*): name in `config.prompts` of the query of rows that ask none, if
+            the benchmark has no `query`; `None` for a kind whose rows ask. No key of an entry.
         name (`str`): the entry's name.
         task (`str`): the name of its kind.
         rows (`Path`): JSONL file, as [`read_rows`] reads it.
@@ -60,6 +62,8 @@ class Benchmark:
         query (`str`, *optional*): replaces the queries of the rows.
         num_frames (`int`, *optional*): frames per video; the processor's by default.
     """
+
+    prompt: ClassVar[str | None] = None
 
     name: str
     task: str
@@ -127,9 +131,29 @@ class Task:
             )
         return self.model
 
+    @property
+    def query(self) -> str | None:
+        """Query of rows that ask none: the benchmark's, or the model's for this kind."""
+        benchmark = self.benchmark
+        if benchmark.query is not None or benchmark.prompt is None:
+            return benchmark.query
+        return self.model.config.prompts[benchmark.prompt]
+
+    def query_source(self, queries: list[str]) -> str:
+        """Return the origin of these queries, for the protocol."""
+        if self.benchmark.query is not None:
+            return "the benchmark"
+        if self.query not in queries:
+            return "the rows"
+        own = f"the model's {self.benchmark.prompt} prompt"
+        return own if len(set(queries)) == 1 else f"the rows and {own}"
+
     @cached_property
     def _loaded(self) -> tuple[list[dict], list[BadRow]]:
-        return self.benchmark.load()
+        rows, bad = self.benchmark.load()
+        if self.query is not None:
+            rows = [row if row["query"] else row | {"query": self.query} for row in rows]
+        return rows, bad
 
     def all_rows(self) -> list[dict]:
         """Return every good row of the benchmark."""
@@ -193,6 +217,7 @@ class Task:
             "frames": ", ".join(map(str, frames)),
             "pixels": f"{crop['height']}x{crop['width']}",
             "prompt": queries[0] if distinct == 1 else f"{distinct} distinct queries",
+            "prompt_from": self.query_source(queries),
             "ablation": self.ablation,
             "queries_changed_by_ablation": moved,
             "limit": "none" if self.limit is None else self.limit,

@@ -17,6 +17,6 @@ with torch.inference_mode():
     scores = model.predict(**asked) @ model.encode_target(**processor(targets=answers)).T
     print(clips[0], dict(zip(answers, scores[0].tolist(), strict=True)))
 
-    library = processor(videos=clips, text=["Describe this video in one sentence."] * len(clips))
+    library = processor(videos=clips, text=[model.config.prompts["retrieval"]] * len(clips))
     wanted = model.encode_target(**processor(targets="pick up the blue key"))
     print(clips[(model.predict(**library) @ wanted.T).argmax()])

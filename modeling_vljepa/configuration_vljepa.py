@@ -1,11 +1,15 @@
 """Configuration of a VL-JEPA model: its sub-networks and their shared embedding space."""
 
 import math
+import os
 from dataclasses import field
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from .hub_files import AUTO_MAP, CUSTOM_PIPELINES, write_hub_files
+from .prompts import complete_prompts, complete_target_prompts
 
 
 class VLJEPAConfig(PreTrainedConfig):
@@ -49,6 +53,16 @@ class VLJEPAConfig(PreTrainedConfig):
             Hub id or the name of a folder. A part without an entry started from random weights.
         answers (`list[str]`, *optional*):
             Default candidate answers of the question answering pipeline.
+        prompts (`dict[str, str]`, *optional*):
+            The queries that the model was trained with, which pipelines, libraries,
+            sentence-transformers and benchmarks use by default: `"caption"`, `"detail"`,
+            `"question"` (a template that contains the question as `{}`), `"action"` and
+            `"retrieval"` (default: the caption query). A dictionary with some of the names is
+            completed: a new configuration with the defaults of `prompts.py`, an existing one with
+            its current queries.
+        target_prompts (`dict[str, str]`, *optional*):
+            Templates of the target texts of labels, with the label as `{}`: `"action"` for videos,
+            `"image"` for images. Completed like `prompts`.
         freeze_vision (`bool`, *optional*, defaults to `True`):
             The X-Encoder gets no gradient and stays in evaluation mode. The paper's last
             pretraining stage sets this to `False`.
@@ -128,6 +142,9 @@ class VLJEPAConfig(PreTrainedConfig):
     decoder_reads_previous: bool = False
     backbones: dict[str, str] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
+    # `Any`: `__setattr__` checks these two, and its messages name the prompt.
+    prompts: Any = field(default_factory=dict)
+    target_prompts: Any = field(default_factory=dict)
     freeze_vision: bool = True
     freeze_text: bool = False
     freeze_token_embedding: bool = True
@@ -142,6 +159,14 @@ class VLJEPAConfig(PreTrainedConfig):
         # `is_causal` set on the attention modules alone, padded or eager batches stay causal.
         self.predictor_config.is_causal = False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Complete `prompts` and `target_prompts`; raise ValueError if one is invalid."""
+        if name == "prompts":
+            value = complete_prompts(value, vars(self).get(name))
+        elif name == "target_prompts":
+            value = complete_target_prompts(value, vars(self).get(name))
+        super().__setattr__(name, value)
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Return the Predictor's configuration: `input_ids` are the Predictor's tokens."""
         return self.predictor_config
@@ -150,6 +175,17 @@ class VLJEPAConfig(PreTrainedConfig):
         """Return the text that the Y-Decoder reads before the embedding; empty if it reads none."""
         lines = [query] * self.decoder_reads_query + [previous] * self.decoder_reads_previous
         return "".join(f"{line}\n" for line in lines)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the configuration, and the code that it names: that of models and pipelines.
+
+        Every way to save a model saves its configuration, so that every saved folder is complete.
+        """
+        # A model that is loaded by a Hub id names the code of that repository.
+        self.auto_map = dict(AUTO_MAP)
+        if write_hub_files(save_directory, self.prompts, source=self.name_or_path):
+            self.custom_pipelines = CUSTOM_PIPELINES
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "VLJEPAConfig":

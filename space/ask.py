@@ -63,8 +63,9 @@ class Asker:
         if not answers:
             raise user_error("Give candidate answers, one per line: the model ranks them.")
         visual_embeds = self.encode(path)  # (1, N, Dx)
-        query = self.processor(text=question.strip()).to(self.model.device)
-        predicted = self.model.predict(visual_embeds=visual_embeds, **query)  # (1, D)
+        query = self.model.config.prompts["question"].replace("{}", question.strip())
+        tokens = self.processor(text=query).to(self.model.device)
+        predicted = self.model.predict(visual_embeds=visual_embeds, **tokens)  # (1, D)
         similarities = (predicted @ self.embedder.embed(answers).T)[0].float()  # (C,)
         shares = (similarities * self.model.logit_scale()).softmax(0)  # (C,)
         ranked = zip(answers, similarities.tolist(), shares.tolist(), strict=True)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .uploads import read, user_error
 
-CAPTION = "Describe this video in detail."  # the query under which a library is embedded
 PATTERNS = ("*.mp4", "*.webm", "*.mkv", "*.mov", "*.avi", "*.gif", "*.png", "*.jpg", "*.jpeg")
 SHOWN = 6  # clips
 
@@ -25,7 +24,8 @@ class Library:
     Attributes:
         folder (`Path`): the folder; its files can be downloaded through the app.
         paths (`list[Path]`): F files of it.
-        embeds (`torch.Tensor` of shape `(F, D)`): Ŝ_Y under the query `CAPTION`, unit vectors.
+        embeds (`torch.Tensor` of shape `(F, D)`): Ŝ_Y under the model's retrieval prompt, unit
+            vectors.
     """
 
     folder: Path
@@ -48,10 +48,10 @@ class Library:
         """
         folder = Path(folder).resolve()
         found = sorted(path for pattern in PATTERNS for path in folder.glob(pattern))[:limit]
-        paths, embeds = [], []
+        paths, embeds, query = [], [], model.config.prompts["retrieval"]
         for path in tqdm(found, "embedding the library", disable=None):
             try:
-                batch = read(processor, path, text=CAPTION).to(model.device)
+                batch = read(processor, path, text=query).to(model.device)
             except gr.Error as error:
                 print(f"left out of the library: {error.message}")
                 continue

@@ -162,11 +162,11 @@ class Watcher:
         name = escape(Path(path).name)
         if examine(path) == "images":
             raise image_error(path)
-        query = (query or "").strip()
+        query = (query or "").strip() or self.model.config.prompts["caption"]
         session = StreamSession(
             self.model,
             self.processor,
-            query=query or None,
+            query=query,
             decode=self.decoder(query, candidates),
             max_segments=MAX_SEGMENTS,
         )
@@ -259,7 +259,9 @@ class Watcher:
                     "This video is no longer in memory: other videos were watched since. "
                     "Watch it again."
                 )
-            found = seen.session.ask(answers, query=(question or "").strip() or None)
+            question = (question or "").strip()
+            query = self.model.config.prompts["question"].replace("{}", question)
+            found = seen.session.ask(answers, query=query if question else None)
         scores = torch.tensor([answer["score"] for answer in found])
         shares = (scores * self.model.logit_scale().cpu()).softmax(0).tolist()
         seen.marked = found[0]["start_time"], found[0]["end_time"]

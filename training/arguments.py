@@ -22,6 +22,9 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
 
 from modeling_vljepa.losses import LOSSES
+from modeling_vljepa.prompts import complete_prompts, complete_target_prompts
+
+PROMPT_SETTINGS = {"prompts": complete_prompts, "target_prompts": complete_target_prompts}
 
 
 class RecipeError(ValueError):
@@ -59,6 +62,10 @@ class ModelArguments:
         lora: settings of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`. The Predictor's
             layers are frozen and get adapters. The projections, the temperature and, unless
             `freeze_text`, the Y-Encoder train too.
+        prompts: the queries that this recipe trains with, by their names in `VLJEPAConfig.prompts`:
+            everyone who uses the model asks them by default. Those that are not given are the
+            checkpoint's, or the defaults of a new model.
+        target_prompts: the same of `VLJEPAConfig.target_prompts`, the templates of labels.
     """
 
     checkpoint: str | None = None
@@ -67,9 +74,18 @@ class ModelArguments:
     vocab_size: int = 2000
     tokenizer_rows: list[str] = field(default_factory=list)
     lora: dict | None = None
+    prompts: dict = field(default_factory=dict)
+    target_prompts: dict = field(default_factory=dict)
 
     def __post_init__(self):
         check_least(self, "model", vocab_size=1)
+        for name, complete in PROMPT_SETTINGS.items():
+            if name in self.config:
+                raise RecipeError(f"model.config.{name}: give it as model.{name}.")
+            try:
+                complete(vars(self)[name])
+            except ValueError as error:
+                raise RecipeError(f"model.{error}") from error
         if self.checkpoint is not None:
             for name in ("text_encoder", "tokenizer_rows"):
                 if vars(self)[name]:

@@ -8,6 +8,7 @@ The paper's stages are different recipes for this one command.
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -83,6 +84,33 @@ def small_source(source: Source | StreamedSource, batch_size: int) -> list[str]:
     ]
 
 
+def fixed_query(source: Source | StreamedSource) -> str | None:
+    """Return the query of all rows of a source, or of the first ones if it is streamed; `None` if
+    they ask different queries."""
+    rows = source.fallback_rows if isinstance(source, StreamedSource) else source.rows
+    first = rows[0]["query"]
+    return first if all(row["query"] == first for row in rows) else None
+
+
+def untrained_prompts(prompts: dict[str, str], sources: list[Source | StreamedSource]) -> list[str]:
+    """Return a warning if sources train with fixed queries, but with none of the model's prompts.
+
+    Args:
+        prompts: `config.prompts`.
+    """
+    queries = dict.fromkeys(fixed_query(source) for source in sources)
+    queries = [json.dumps(query) for query in queries if query is not None]
+    names = [name for name in prompts if name != "question"]  # a template
+    if not queries or any(json.dumps(prompts[name]) in queries for name in names):
+        return []
+    return [
+        f"WARNING: no source trains with a prompt of the model ({', '.join(names)}), but with "
+        f"{', '.join(queries[:5])}. Pipelines, libraries and benchmarks would ask queries that the "
+        f"model was not trained with. Set model.prompts, such as 'model.prompts={{caption: "
+        f"{queries[0]}}}'."
+    ]
+
+
 def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source | StreamedSource]) -> str:
     """Return the start of the log: parameters, sources, precision and chance loss."""
     args = recipe.training
@@ -94,6 +122,7 @@ def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source | Stre
         lines.append(str(source))
         lines += [source.report] if isinstance(source, Source) and source.bad else []
         lines += small_source(source, args.global_batch_size)
+    lines += untrained_prompts(model.config.prompts, sources)
     lines.append(
         f"{args.world_size} process(es) on {args.device} · {args.max_steps} steps of "
         f"{args.global_batch_size} rows · {'bf16' if args.bf16 else 'fp32'} compute, fp32 weights"
@@ -208,7 +237,10 @@ def save(trainer: VLJEPATrainer, recipe: Recipe) -> None:
         if is_first:
             save_recipes(recipe.model.checkpoint, output_dir, recipe.given)
         if recipe.model.lora is not None:
-            trainer.model.save_pretrained(Path(output_dir, "adapter"), is_main_process=is_first)
+            adapter = Path(output_dir, "adapter")
+            trainer.model.save_pretrained(adapter, is_main_process=is_first)
+            if is_first:
+                trainer.processing_class.save_pretrained(adapter)
             trainer.model = trainer.model.merge_and_unload()
         trainer.save_model(_internal_call=True)
     trainer.report_bad_rows()

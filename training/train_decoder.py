@@ -24,7 +24,6 @@ from transformers import (
     set_seed,
 )
 
-from processing import VLJEPAProcessor
 from processing.output import OutputError, check_output_folder, writing
 from training.arguments import RecipeError, save_recipes
 from training.decoder.model import with_decoder
@@ -53,13 +52,12 @@ class ValidationLine(TrainerCallback):
             print(f"  loss on predicted embeddings of validation clips {loss:.3f}", flush=True)
 
 
-def save(trainer: Trainer, processor: VLJEPAProcessor, recipe: DecoderRecipe) -> None:
+def save(trainer: Trainer, recipe: DecoderRecipe) -> None:
     """Save model, processor and log, with the log and recipes of `model.checkpoint`."""
     source, output = Path(recipe.model.checkpoint), Path(recipe.training.output_dir)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # otherwise upstream pushes a folder without processor
     if not trainer.is_world_process_zero():
         return
-    processor.save_pretrained(output)
     trainer.state.save_to_json(output / LOG)
     if (source / "trainer_state.json").is_file():
         shutil.copy(source / "trainer_state.json", output)
@@ -105,6 +103,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         train_dataset=texts,
         eval_dataset=held_out,
         data_collator=DecoderCollator(processor),
+        processing_class=processor,  # every checkpoint is a complete folder
         callbacks=[ProgressLine(), ValidationLine()],
     )
     trainer.remove_callback(PrinterCallback)  # it would print the same values as a dictionary
@@ -117,7 +116,7 @@ def main(argv: list[str] | None = None) -> Trainer:
 
     # 5. Save everything that a user loads
     with writing(f"training.output_dir: {args.output_dir}", "Its checkpoint is kept."):
-        save(trainer, processor, recipe)
+        save(trainer, recipe)
     return trainer
 
 

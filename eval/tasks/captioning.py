@@ -37,6 +37,8 @@ class CaptioningBenchmark(Benchmark):
         num_beams (`int`, *optional*, defaults to 1): beams of the decoder's search.
     """
 
+    prompt = "caption"
+
     train_rows: Path
     num_beams: int = 1
 

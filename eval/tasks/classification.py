@@ -22,6 +22,8 @@ class ClassificationBenchmark(Benchmark):
             the rows by default.
     """
 
+    prompt = "action"
+
     candidates: list | None = None
 
 

@@ -14,6 +14,8 @@ from processing.rows import BadRow, media_of
 class RetrievalBenchmark(Benchmark):
     """A retrieval benchmark: every clip is asked the same query."""
 
+    prompt = "retrieval"
+
     def load(self) -> tuple[list[dict], list[BadRow]]:
         """Read the rows as every [`Benchmark`] does.
 

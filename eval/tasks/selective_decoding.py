@@ -399,6 +399,8 @@ class StreamingBenchmark(Benchmark):
         stride (`int`, *optional*, defaults to 1): frames between the beginnings of two windows.
     """
 
+    prompt = "caption"
+
     validation_rows: Path
     fps: float | int | None = None
     stride: int = 1
@@ -419,7 +421,7 @@ def evaluate(task: Task) -> TaskResult:
     # 1. Embed each window once. Both files are read first: a bad one stops before the long work.
     test_file = (benchmark.rows, *benchmark.load())
     validation_file = (benchmark.validation_rows, *read_streams(benchmark.validation_rows))
-    captions = Captions(task.writer, task.processor, benchmark.query or "", task.batch_size)
+    captions = Captions(task.writer, task.processor, task.query, task.batch_size)
     test, left_out = judge_of(task, captions, *test_file)
     validation, left_out_validation = judge_of(task, captions, *validation_file)
 
@@ -501,7 +503,8 @@ def protocol_of(task: Task, test: Judge) -> dict[str, str | int | float]:
         "fps": benchmark.fps or "the video's",
         "frames": benchmark.num_frames or task.processor.video_processor.num_frames,
         "stride": benchmark.stride,
-        "prompt": benchmark.query or "",
+        "prompt": task.query,
+        "prompt_from": task.query_source([task.query]),
         "claim": f"{CLAIM} times fewer than {REFERENCE_DENSITY} per annotation",
         "boundary_tolerance_seconds": TOLERANCE,
         "interval": f"95 % over streams, {RESAMPLES} resamples",

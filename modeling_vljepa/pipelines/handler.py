@@ -17,7 +17,8 @@ address that it can reach. A path is rejected: no file of this machine is read. 
 optional for a model with answers of its own.
 
 The other parameters are those of the pipelines: `top_k`, `calibrated`, `query` (the query about the
-medium, in the last three tasks) and `hypothesis_template`.
+medium, in the last three tasks) and `hypothesis_template`. The defaults of the last two are the
+model's own (`config.prompts`, `config.target_prompts`); `embed` asks the retrieval query.
 
 The answer is `[{"answer" | "text" | "label": ..., "score": ...}]`, best first. `embed` returns
 `{"embedding": [...]}`, a unit vector. An invalid request returns `{"error": ...}`, which names the

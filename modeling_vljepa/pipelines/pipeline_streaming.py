@@ -145,7 +145,8 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
         """Sort the parameters of a call by the step that reads them.
 
         Args:
-            query (`str`, *optional*): the query of every window; it asks for a caption by default.
+            query (`str`, *optional*): the query of every window; the model's caption prompt by
+                default.
             candidates (`list[str]`, *optional*): texts to choose from.
             window, stride (`int`, *optional*): frames of a window, and from one window's start to
                 the next; default to the video processor's `num_frames` and half of it.
@@ -211,7 +212,7 @@ class VLJEPAStreamingCaptionPipeline(PipelineBase):
                 )
             session.decode = self.chooser(session, check_texts("candidates", candidates))
         elif self.has_decoder:
-            session.decode = Writer(self, query or "", generate_kwargs or {})
+            session.decode = Writer(self, session.encoder.prompt, generate_kwargs or {})
         else:
             raise ValueError(
                 "candidates is missing, and this model has no Y-Decoder to write a text: give "

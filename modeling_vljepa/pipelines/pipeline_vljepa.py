@@ -12,8 +12,10 @@ classify a video, and caption one while it runs.
 | `streaming-caption`              | `pipe(source)`: see `pipeline_streaming`          |
 | `zero-shot-image-classification` | `pipe(image, candidate_labels=[...])`             |
 | `image-text-to-text`             | `pipe(image, text=...)`, with a Y-Decoder         |
+| `image-feature-extraction`       | `pipe(image)`                                     |
 
-The last two have the calls of transformers' own pipelines.
+The last three have the calls of transformers' own pipelines. Texts are embedded by
+`SentenceTransformer`, not by `feature-extraction`.
 
 For a published model, `pipe` is `pipeline(task, model="user/name", trust_remote_code=True)`. For
 any other, make it from the class: `VLJEPARetrievalPipeline(model=model, processor=processor)`.
@@ -29,6 +31,9 @@ address.
 A *score* is the cosine of the predicted embedding and the text's embedding, from -1 to 1. It does
 not depend on the other candidates. With `calibrated=True` it is the probability of the text among
 the candidates: a softmax at the temperature that the model was trained with.
+
+A *query* is what the Predictor reads with the medium. Its default, and the default template of
+labels, are the model's own: `config.prompts` and `config.target_prompts`.
 
 Shapes: B samples, N texts, T frames, h and w pixels, D embedding size.
 """
@@ -49,13 +54,13 @@ from .clip_library import ClipLibrary, check_datasets, unreadable_report
 from .decoding import decode_texts
 from .embedding import check_finite, embed_texts
 from .fetching import fetch
-from .pipeline_base import CUSTOM_PIPELINES, PipelineBase, given
+from .pipeline_base import PipelineBase, given
 from .pipeline_streaming import VLJEPAStreamingCaptionPipeline
 from .text_checks import check_string, check_text, check_texts, fill_template
 
 logger = logging.get_logger(__name__)
 
-DESCRIBE = "Describe this video in detail."  # the captioning prompt of the paper's figure 2
+PROBE_TEXT = "a person opens a door"  # any text: `probe` embeds it with every model
 
 FILE = str | os.PathLike | bytes
 
@@ -113,6 +118,7 @@ class VLJEPAPipeline(PipelineBase):
     """Pipeline that ranks texts for samples. Texts are embedded once per call, not per sample."""
 
     label: str  # key of the text in a result
+    prompt: str  # name in `config.prompts` of the default query
     # For the endpoint's handler, which is alone in its module and can import nothing from here.
     fetch = staticmethod(fetch)
     check_text = staticmethod(check_text)
@@ -192,10 +198,12 @@ class VLJEPAPipeline(PipelineBase):
             raise ValueError(f"input {index}: {error}") from error
 
     def preprocess(
-        self, sample: Any, query: str = DESCRIBE, allow_urls: bool = False
+        self, sample: Any, query: str | None = None, allow_urls: bool = False
     ) -> dict[str, Any]:
-        """Return `pixels` `(T, 3, h, w)` and the `query`."""
+        """Return `pixels` `(T, 3, h, w)` and the `query`; by default the task's own."""
         kind, medium = medium_of(as_sample(sample))
+        if query is None:
+            query = self.model.config.prompts[self.prompt]
         check_string("query", query)
         if is_url(medium):
             if not allow_urls:
@@ -287,6 +295,7 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
     """
 
     label = "answer"
+    prompt = "question"
     vocabulary: tuple[list[str], torch.Tensor] | None = None
 
     def __call__(self, inputs: Any = None, question: str | None = None, **kwargs: Any):
@@ -339,7 +348,11 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
             question = sample["question"]
         if question is None:
             raise ValueError("question is missing: give a string.")
-        return super().preprocess(sample, check_text("question", question), allow_urls)
+        # Not `format`: a question may contain braces.
+        query = self.model.config.prompts[self.prompt].replace(
+            "{}", check_text("question", question)
+        )
+        return super().preprocess(sample, query, allow_urls) | {"question": question}
 
     def prepare(
         self,
@@ -401,6 +414,8 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
     """Pipeline that classifies a video or an image by given labels."""
 
     label = "label"
+    prompt = "action"
+    target_prompt = "action"  # name in `config.target_prompts` of the default template
 
     def _sanitize_parameters(
         self,
@@ -415,9 +430,9 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
 
         Args:
             candidate_labels (`list[str]`): labels to choose from.
-            hypothesis_template (`str`, *optional*, defaults to `"{}"`): the text that is embedded
-                for a label, with `{}`, once, in the label's position.
-            query (`str`, *optional*, defaults to `"What is the action shown?"`): the query.
+            hypothesis_template (`str`, *optional*): the text that is embedded for a label, with
+                `{}`, once, in the label's position; the model's target prompt by default.
+            query (`str`, *optional*): the query; the model's action prompt by default.
             top_k (`int`, *optional*): number of labels returned, best first; all by default.
             calibrated (`bool`, *optional*, defaults to `False`): probabilities, not cosines.
             allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
@@ -438,13 +453,15 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
     def prepare(
         self,
         candidate_labels: Iterable[str] | None = None,
-        hypothesis_template: str = "{}",
+        hypothesis_template: str | None = None,
         top_k: int | None = None,
         calibrated: bool = False,
     ) -> dict[str, Any]:
         if candidate_labels is None:
             raise ValueError("candidate_labels is missing: give a list of labels.")
         labels = check_texts("candidate_labels", candidate_labels)
+        if hypothesis_template is None:
+            hypothesis_template = self.model.config.target_prompts[self.target_prompt]
         hypotheses = fill_template(hypothesis_template, labels)
         return {
             "texts": labels,
@@ -457,22 +474,20 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
 class VLJEPAZeroShotImageClassificationPipeline(VLJEPAZeroShotClassificationPipeline):
     """Pipeline with the calls and the defaults of transformers' own of this name.
 
-    Labels are put into `"This is a photo of {}."`, and scores are probabilities; with
-    `calibrated=False` they are cosines.
+    Labels are put into the model's target prompt for images, and scores are probabilities; with
+    `calibrated=False` they are cosines. The default query is the model's caption prompt.
     """
+
+    prompt = "caption"
+    target_prompt = "image"
 
     def __call__(self, inputs: Any = None, candidate_labels: Any = None, **kwargs: Any):
         return super().__call__(inputs, **kwargs, **given(candidate_labels=candidate_labels))
 
-    def preprocess(
-        self, sample: Any, query: str = DESCRIBE, allow_urls: bool = False
-    ) -> dict[str, Any]:
-        return super().preprocess(sample, query, allow_urls)
-
     def prepare(
         self,
         candidate_labels: Iterable[str] | None = None,
-        hypothesis_template: str = "This is a photo of {}.",
+        hypothesis_template: str | None = None,
         top_k: int | None = None,
         calibrated: bool = True,
     ) -> dict[str, Any]:
@@ -518,9 +533,32 @@ class VLJEPAImageTextToTextPipeline(VLJEPAVisualQuestionAnsweringPipeline):
     def results(self, items: list[dict[str, Any]], **ranking: Any) -> list[list[dict]]:
         found = super().results(items, **ranking)
         return [
-            [{"input_text": item["query"], "generated_text": each["answer"]} for each in answers]
+            [{"input_text": item["question"], "generated_text": each["answer"]} for each in answers]
             for item, answers in zip(items, found, strict=True)
         ]
+
+
+class VLJEPAImageFeatureExtractionPipeline(VLJEPAPipeline):
+    """Pipeline that embeds images and videos: each result is a unit vector, a list of D numbers."""
+
+    prompt = "retrieval"
+
+    def _sanitize_parameters(
+        self, query: str | None = None, allow_urls: bool | None = None
+    ) -> tuple[dict, dict, dict]:
+        """Sort the parameters of a call by the step that reads them.
+
+        Args:
+            query (`str`, *optional*): the query; the model's retrieval prompt by default.
+            allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
+        """
+        return given(query=query, allow_urls=allow_urls), {}, {}
+
+    def prepare(self) -> dict[str, Any]:
+        return {}
+
+    def postprocess(self, predicted: torch.Tensor) -> list[float]:
+        return predicted.tolist()
 
 
 class VLJEPARetrievalPipeline(VLJEPAPipeline):
@@ -535,6 +573,7 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
     """
 
     label = "text"
+    prompt = "retrieval"
     checked: ClipLibrary | None = None  # the library last found to be this model's
 
     def __call__(
@@ -586,7 +625,7 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
 
         Args:
             texts (`list[str]`): texts to rank.
-            query (`str`, *optional*, defaults to the captioning prompt): the query.
+            query (`str`, *optional*): the query; the model's retrieval prompt by default.
             top_k (`int`, *optional*): number of results returned, best first; all by default.
             calibrated (`bool`, *optional*, defaults to `False`): probabilities among the ranked
                 texts or videos, not cosines.
@@ -616,7 +655,7 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         videos: Iterable[str | os.PathLike],
         output_dir: str | os.PathLike,
         *,
-        query: str = DESCRIBE,
+        query: str | None = None,
         batch_size: int = 1,
         allow_urls: bool = False,
     ) -> ClipLibrary:
@@ -625,7 +664,8 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         Args:
             videos (`Iterable[str | os.PathLike]`): paths; results name clips by these.
             output_dir (`str` or `os.PathLike`): a new folder, which `datasets` can load.
-            query (`str`, *optional*, defaults to the captioning prompt): the query of every clip.
+            query (`str`, *optional*): the query of every clip; the model's retrieval prompt by
+                default.
             batch_size (`int`, *optional*, defaults to 1): clips per batch.
             allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
 
@@ -637,6 +677,8 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
             raise ValueError(f"output_dir: {output_dir} already exists. Give a new folder.")
         if isinstance(videos, FILE) or not isinstance(videos, Iterable):
             raise ValueError(f"videos is a {type(videos).__name__}: give a list of paths.")
+        if query is None:
+            query = self.model.config.prompts[self.prompt]
         check_string("query", query)  # `embed_clips` would report every clip as unreadable
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}: give a whole number of at least 1.")
@@ -710,17 +752,17 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
     def probe(self) -> torch.Tensor:
         """Return this model's embeddings of a fixed clip and a fixed text, `(2, D)`.
 
-        Models with the same embedding space have nearly the same probe, in any precision. A
-        checksum of the weights or of the probe would change with the precision.
+        Models with the same embedding space have nearly the same probe, in any precision and with
+        any prompts. A checksum of the weights or of the probe would change with the precision.
         """
         pixels = np.arange(4 * 64 * 64 * 3) * 2654435761 % 2**32 // 2**24  # Knuth's hash
         clip = pixels.astype(np.uint8).reshape(4, 64, 64, 3)
-        [predicted] = self.forward([self.preprocess({"video": clip})])
-        return torch.stack([predicted, self.embed_texts([DESCRIBE])[0]])
+        [predicted] = self.forward([self.preprocess({"video": clip}, query="")])
+        return torch.stack([predicted, self.embed_texts([PROBE_TEXT])[0]])
 
 
 __all__ = [
-    "CUSTOM_PIPELINES",
+    "VLJEPAImageFeatureExtractionPipeline",
     "VLJEPAImageTextToTextPipeline",
     "VLJEPARetrievalPipeline",
     "VLJEPAStreamingCaptionPipeline",

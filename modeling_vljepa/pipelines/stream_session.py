@@ -72,19 +72,21 @@ class StreamEncoder:
         model ([`VLJEPAModel`]): in evaluation mode; the Y-Decoder of a model that has one is not
             used.
         processor ([`VLJEPAProcessor`]): its processor.
-        query (`str`, *optional*): the query of every window; the model's default asks for a
-            caption.
+        query (`str`, *optional*): the query of every window; the model's caption prompt by
+            default.
+
+    Attributes:
+        prompt (`str`): the query.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, query: str | None = None):
         self.model = model.base_model
         self.processor = processor
-        self.query = self.tokens(query)
+        self.prompt = model.config.prompts["caption"] if query is None else query
+        self.query = self.tokens(self.prompt)
         self.seen: dict[int, torch.Tensor] = {}  # tokens (P, Dx) by the frame's index
 
-    def tokens(self, query: str | None) -> dict[str, torch.Tensor]:
-        if query is None:
-            return {}
+    def tokens(self, query: str) -> dict[str, torch.Tensor]:
         return dict(self.processor(text=[check_string("query", query)]))
 
     @torch.no_grad()
@@ -168,7 +170,8 @@ def stream(
         source: path or content of a video file, the number of a camera, an http(s) or rtsp
             address with `allow_urls`, or an iterator of pairs: seconds and a uint8 array
             `(H, W, 3)`.
-        query (`str`, *optional*): the query of every window; it asks for a caption by default.
+        query (`str`, *optional*): the query of every window; the model's caption prompt by
+            default.
         window, stride, fps, live, allow_urls (*optional*): as in `processor.watch`.
         batch_size (`int`, *optional*, defaults to 1): windows per batch.
     """
@@ -215,7 +218,8 @@ class StreamSession:
     Args:
         model ([`VLJEPAModel`]): in evaluation mode.
         processor ([`VLJEPAProcessor`]): its processor.
-        query (`str`, *optional*): the query of every window; it asks for a caption by default.
+        query (`str`, *optional*): the query of every window; the model's caption prompt by
+            default.
         segmenter ([`OnlineSegmenter`], *optional*): the thresholds and the decode limits.
         decode (`Callable`, *optional*): turns embeddings `(B, D)` into B texts. Without it,
             segments have no text.

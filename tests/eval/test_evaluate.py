@@ -22,7 +22,7 @@ from eval.tasks.vqa import QuestionOnly, VQABenchmark
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor, read_clip, read_rows
 from processing.rows import media_of
-from tests.tiny import tiny_model, tiny_processor, write_clip, write_rows
+from tests.tiny import tiny_config, tiny_model, tiny_processor, write_clip, write_rows
 
 COLORS = ("red", "green", "blue")
 WORDS = (*COLORS, "yes", "no")
@@ -36,6 +36,7 @@ class Oracle:
 
     def __init__(self, processor: VLJEPAProcessor):
         self.processor = processor
+        self.config = tiny_config()
         self.seen: list[torch.Tensor] = []  # pixels, batch by batch
         self.asked: list[str] = []
 
@@ -228,6 +229,44 @@ def test_classification_scores_labels_and_rejects_targets_outside_the_candidates
     )
     with pytest.raises(ValueError, match="blue, green"):
         classification.evaluate(Task(Oracle(processor), processor, given))
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt"), [("retrieval", "retrieval"), ("classification", "action")]
+)
+def test_benchmark_without_a_query_asks_the_prompt_of_the_model(data, processor, kind, prompt):
+    def asked(rows: str = "labels.jsonl", **keys: str) -> tuple[set[str], dict]:
+        benchmark = TASKS[kind].benchmark("name", kind, data / rows, "", **keys)
+        oracle = Oracle(processor)
+        oracle.config.prompts = {"retrieval": "which one ?", "action": "what is done ?"}
+        result = TASKS[kind].evaluate(Task(oracle, processor, benchmark))
+        return set(oracle.asked), result.protocol
+
+    own = {"retrieval": "which one ?", "action": "what is done ?"}[prompt]
+    queries, protocol = asked()
+    assert queries == {own}
+    assert (protocol["prompt"], protocol["prompt_from"]) == (own, f"the model's {prompt} prompt")
+    queries, protocol = asked(query="")  # an empty query is a query too
+    assert queries == {""} and protocol["prompt_from"] == "the benchmark"
+    queries, protocol = asked(query="who ?")
+    assert (queries, protocol["prompt"]) == ({"who ?"}, "who ?")
+    rows = [row | {"query": "where ?"} for row in read(data / "labels.jsonl")]
+    write_rows(data / "asked.jsonl", rows)
+    queries, protocol = asked("asked.jsonl")
+    assert (queries, protocol["prompt_from"]) == ({"where ?"}, "the rows")
+    if kind == "classification":  # retrieval asks one query
+        write_rows(data / "mixed.jsonl", [rows[0] | {"query": ""}, *rows[1:]])
+        queries, protocol = asked("mixed.jsonl")
+        assert queries == {"where ?", own} and protocol["prompt"] == "2 distinct queries"
+        assert protocol["prompt_from"] == "the rows and the model's action prompt"
+
+
+def test_vqa_benchmark_asks_the_rows_questions(data, processor):
+    oracle = Oracle(processor)
+    oracle.config.prompts = {"question": "answer this: {}"}
+    result = vqa.evaluate(Task(oracle, processor, vqa_benchmark(data)))
+    assert set(oracle.asked) == {"what is it?", "is it red?"}
+    assert result.protocol["prompt_from"] == "the rows"
 
 
 # -- ablations --------------------------------------------------------------------------------

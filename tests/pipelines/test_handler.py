@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from modeling_vljepa.pipelines import handler as handler_module
 from modeling_vljepa.pipelines.handler import EndpointHandler
 from modeling_vljepa.pipelines.pipeline_vljepa import (
-    DESCRIBE,
     VLJEPARetrievalPipeline,
     VLJEPAVisualQuestionAnsweringPipeline,
     VLJEPAZeroShotClassificationPipeline,
@@ -31,6 +30,7 @@ from tests.tiny import noise, run_elsewhere, tiny_model, tiny_processor, write_c
 
 ANSWERS = ["red", "a cat", "it rides a bike"]
 QUESTION = "what is the dog doing ?"
+DESCRIBE = "Describe this video in one sentence."  # the default retrieval prompt
 
 
 def encoded(path: Path) -> str:

@@ -28,7 +28,6 @@ from modeling_vljepa import (
 from modeling_vljepa.pipelines import clip_library, fetching, pipeline_vljepa
 from modeling_vljepa.pipelines.clip_library import ClipLibrary
 from modeling_vljepa.pipelines.pipeline_vljepa import (
-    DESCRIBE,
     VLJEPARetrievalPipeline,
     VLJEPAVisualQuestionAnsweringPipeline,
     VLJEPAZeroShotClassificationPipeline,
@@ -38,6 +37,7 @@ from tests.pipelines.rounding import approximately, clear_choices
 from tests.tiny import noise, run_elsewhere, tiny_model, tiny_processor, tiny_writer, write_clip
 
 QUESTION = "what is the dog doing ?"
+DESCRIBE = "Describe this video in one sentence."  # the default caption and retrieval prompt
 ANSWERS = ["red", "a cat", "it rides a bike", "blue green"]
 
 

@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.training_args import (
 from modeling_vljepa.pipelines.st_vljepa import VLJEPAModule
 from tests.tiny import noise, tiny_model, tiny_processor, write_clip
 
+CAPTION = "Describe this video in one sentence."  # the default retrieval prompt
 TEXTS = ["a man rides a bike", "the cat sits on the mat", "red"]
 
 
@@ -39,9 +40,9 @@ def test_sentence_transformer_embeds_every_kind_of_input_like_the_model(model, i
     tiny, processor = model[0].model, model[0].processor
     with torch.no_grad():
         texts = tiny.encode_target(**processor(targets=TEXTS))
-        bare = tiny.predict(**processor(images=[image], text=""))
+        bare = tiny.predict(**processor(images=[image], text=CAPTION))
         asked = tiny.predict(**processor(images=[image], text="what is it ?"))
-        video = tiny.predict(**processor(videos=[clip], text=""))
+        video = tiny.predict(**processor(videos=[clip], text=CAPTION))
     np.testing.assert_allclose(model.encode(TEXTS), texts, atol=1e-6)
     np.testing.assert_allclose(model.encode([image]), bare, atol=1e-6)
     np.testing.assert_allclose(model.encode([clip]), video, atol=1e-6)
@@ -49,6 +50,41 @@ def test_sentence_transformer_embeds_every_kind_of_input_like_the_model(model, i
     np.testing.assert_allclose(model.encode(question), asked, atol=1e-6)
     assert (asked - bare).abs().max() > 1e-4  # the query changes the embedding
     assert model.get_embedding_dimension() == 24
+
+
+def test_sentence_transformer_prompt_is_the_query_of_media(model, image, clip):
+    tiny, processor = model[0].model, model[0].processor
+    model.prompts |= tiny.config.prompts  # as in a saved model's folder
+
+    def predicted(text: str) -> np.ndarray:
+        with torch.no_grad():
+            return tiny.predict(**processor(images=[image], text=text)).numpy()
+
+    asked = model.encode([image], prompt="what is it ?")
+    np.testing.assert_allclose(asked, predicted("what is it ?"), atol=1e-6)
+    named = model.encode([image], prompt_name="action")
+    np.testing.assert_allclose(named, predicted("What is the action shown?"), atol=1e-6)
+    # An empty prompt means none: `encode_query` and `encode_document` pass one.
+    for embeds in (model.encode([image], prompt=""), model.encode_document([image])):
+        np.testing.assert_allclose(embeds, predicted(CAPTION), atol=1e-6)
+    empty = model.encode([{"image": image, "text": ""}])
+    np.testing.assert_allclose(empty, predicted(""), atol=1e-6)
+
+    question = {"image": image, "text": "what color ?"}
+    filled = model.encode([question], prompt="answer: {} now")
+    np.testing.assert_allclose(filled, predicted("answer: what color ? now"), atol=1e-6)
+    filled = model.encode([question], prompt_name="question")
+    np.testing.assert_allclose(filled, predicted("what color ?"), atol=1e-6)
+    with pytest.raises(ValueError, match="prompt is 'who .', .*its text 'what color .': leave one"):
+        model.encode([question], prompt="who ?")
+    for each in (image, clip):
+        with pytest.raises(ValueError, match="prompt 'answer: {}' is a template: give the text"):
+            model.encode([each], prompt="answer: {}")
+
+    texts = model.encode(["red"], prompt="a "), model.encode(["red"], prompt="a {}")
+    expected = model.encode(["a red"])
+    for embeds in texts:
+        np.testing.assert_allclose(embeds, expected, atol=1e-6)
 
 
 def test_sentence_transformer_keeps_the_order_of_a_mixed_batch(model, image, clip):

@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE_CLIP, EXAMPLE_IMAGE = (min(ask.EXAMPLES.glob(each)) for each in ("*.mp4", "*.png"))
 TOLERANCE = 1e-6  # between two computations of one similarity
 BROWSER = [shutil.which("chromium"), shutil.which("chromedriver")]
+CAPTION = "Describe this video in one sentence."  # the default caption and retrieval prompt
 HANG_SECONDS = 300  # ends a test that hangs; a busy machine needs much less
 
 
@@ -149,9 +150,7 @@ def test_search_equals_brute_force(pair, library):
     with torch.inference_mode():
         wanted = model.encode_target(**processor(targets="a red clip"))
         similarity = {
-            path: (
-                model.predict(**processor(videos=str(path), text=search.CAPTION)) @ wanted.T
-            ).item()
+            path: (model.predict(**processor(videos=str(path), text=CAPTION)) @ wanted.T).item()
             for path in library.paths
         }
     found = search.search(*pair, library, "a red clip")

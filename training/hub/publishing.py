@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, pipelines
-from modeling_vljepa.pipelines.pipeline_vljepa import CUSTOM_PIPELINES
+from modeling_vljepa.hub_files import write_hub_files
 from processing import VLJEPAProcessor, read_rows
 from processing.output import writing
 from training.arguments import RecipeError
@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 # Modules of `modeling_vljepa/pipelines/` that `space/` imports.
 SPACE_IMPORTS = ("decoding.py", "stream_session.py")
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt")
+ST_SETTINGS = "sentence_transformer_vljepa.json"
 TOLERANCE = 1e-6  # for embeddings: weights at other memory addresses change their last bits
 
 # Run in a fresh process that cannot import this package.
@@ -95,11 +96,13 @@ def write_weights(
 
     Returns: the Hub ids of the models that this one is made from, for the card.
     """
-    model.config.custom_pipelines = CUSTOM_PIPELINES
     processor.save_pretrained(folder)
     if base is None:
         model.save_pretrained(folder, max_shard_size="5GB")
+        keep_default_query(source, folder)
         return sorted({name for name in model.config.backbones.values() if "/" in name})
+    write_hub_files(folder, model.config.prompts)  # for sentence-transformers, which reads adapters
+    keep_default_query(source, folder)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(source / name, folder)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -109,15 +112,23 @@ def write_weights(
     return [base]
 
 
-def write_code(folder: Path) -> None:
-    """Write the code and settings that pipelines, endpoints and sentence-transformers need."""
-    for path in Path(pipelines.__file__).parent.glob("[!_]*.py"):
-        shutil.copy(path, folder)
-    modules = [{"idx": 0, "name": "0", "path": "", "type": "st_vljepa.VLJEPAModule"}]
-    (folder / "modules.json").write_text(json.dumps(modules, indent=2))
-    (folder / "sentence_transformer_vljepa.json").write_text(json.dumps({"query": ""}))
-    settings = {"similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings, indent=2))
+def keep_default_query(source: Path, folder: Path) -> None:
+    """Copy the query that replaces the model's own in sentence-transformers, if there is one."""
+    if (source / ST_SETTINGS).is_file():
+        shutil.copy(source / ST_SETTINGS, folder)
+
+
+def drop_loading_options(folder: Path) -> None:
+    """Remove from the tokenizers' settings how they were loaded, which transformers saves too.
+
+    It depends on the environment, and the same model must give the same files.
+    """
+    for path in folder.rglob("tokenizer_config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("is_local", "local_files_only"):
+            settings.pop(name, None)
+        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_licences(folder: Path, backbones: dict[str, str]) -> list[str]:
@@ -155,7 +166,6 @@ def write_folder(
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results, indent=2, sort_keys=True))
     builds_on = write_weights(source, folder, model, processor, base)
-    write_code(folder)
     absent = write_licences(folder, model.config.backbones)
     recipes = source / "recipes.yaml"
     write_card(

@@ -1,11 +1,14 @@
 """Preparation of a model for training: low-rank adapters, and bf16 for frozen weights."""
 
+import os
+
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from modeling_vljepa import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES, VLJEPAModel
+from modeling_vljepa.hub_files import write_hub_files
 from training.arguments import RecipeError, VLJEPATrainingArguments, check_keys
 
 
@@ -38,6 +41,19 @@ class AdaptedModel(PeftModel):
                 layer = module.get_base_layer()
                 self.in_fp32[layer] = {name: p.data for name, p in layer.named_parameters()}
                 layer.to(torch.bfloat16)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs
+    ) -> None:
+        """Save the adapters, and the files with which sentence-transformers loads them.
+
+        Without a configuration: transformers would take the folder for a complete model. So the
+        adapters load with the configuration and the prompts of their base.
+        """
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            prompts = self.config.prompts
+            write_hub_files(save_directory, prompts, query=prompts["retrieval"])
 
     def merge_and_unload(self) -> VLJEPAModel:
         """Return the model with the adapters merged into its fp32 weights."""

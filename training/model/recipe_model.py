@@ -18,6 +18,7 @@ from transformers import (
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from processing import VLJEPAProcessor, VLJEPAVideoProcessor
 from training.arguments import (
+    PROMPT_SETTINGS,
     ModelArguments,
     ProcessorArguments,
     Recipe,
@@ -125,6 +126,7 @@ def new_config(
 ) -> VLJEPAConfig:
     """Return the recipe's configuration, completed from the processor and the Y-Encoder."""
     settings = check_config(arguments.config)
+    settings |= {name: vars(arguments)[name] for name in PROMPT_SETTINGS}
     if text is not None:
         text.config.dtype = torch.float32  # its weights may be bf16; training needs fp32
         pretrained = {
@@ -204,6 +206,8 @@ def load_checkpoint(
             if name in ADDED and vars(config)[name] != value:
                 new.append(ADDED[name])
             setattr(config, name, value)
+    for name in PROMPT_SETTINGS:  # the configuration keeps those that are not given
+        setattr(config, name, vars(arguments)[name])
     changed = f" with changed {', '.join(changes)}" if changes else ""
     model = load(
         AutoModel,
