@@ -42,6 +42,26 @@ class InfoNCE:
     accuracy: torch.Tensor
 
 
+def check_rows(least: int = 1, **embeds: torch.Tensor) -> None:
+    """Raise `ValueError` for matrices of embeddings with too few rows: their mean would be NaN."""
+    for name, rows in embeds.items():
+        if rows.ndim != 2 or len(rows) < least:
+            raise ValueError(
+                f"{name} has shape {tuple(rows.shape)}: give (rows, dimensions), with at least "
+                f"{least} rows."
+            )
+
+
+def check_pairs(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> None:
+    """Raise `ValueError` unless every prediction has a target; torch would repeat a single one."""
+    check_rows(predicted_embeds=predicted_embeds, target_embeds=target_embeds)
+    if predicted_embeds.shape != target_embeds.shape:
+        raise ValueError(
+            f"target_embeds has shape {tuple(target_embeds.shape)}, predicted_embeds has "
+            f"{tuple(predicted_embeds.shape)}: give one target for each prediction."
+        )
+
+
 def count_equal(ids: torch.Tensor) -> torch.Tensor:
     """Count for each of the ids `(B,)` or `(B, 2)` the ids equal to it, itself included."""
     _, index, counts = ids.unique(dim=0, return_inverse=True, return_counts=True)
@@ -299,6 +319,7 @@ def info_nce(
         over_processes: combines the log-sum-exp `(B,)` over this process's rows with the others'.
         tile_elements: logits in memory at a time.
     """
+    check_rows(predicted_embeds=predicted_embeds, target_embeds=target_embeds)
     device = predicted_embeds.device
     matches = find_matches(
         len(target_embeds), device, target_ids, group_ids, negative_ids, first_row
@@ -343,6 +364,7 @@ def sigmoid_loss(
 
     The other arguments are those of `info_nce`.
     """
+    check_rows(predicted_embeds=predicted_embeds, target_embeds=target_embeds)
     device = predicted_embeds.device
     matches = find_matches(len(target_embeds), device, target_ids, group_ids, None, first_row)
 
@@ -380,11 +402,13 @@ def sigmoid_loss(
 
 def cosine_loss(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
     """Return 1 - cosine of unit vectors `(b, D)`, averaged over rows."""
+    check_pairs(predicted_embeds, target_embeds)
     return 1 - (predicted_embeds * target_embeds).sum(dim=1).mean()
 
 
 def l1_loss(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
     """Sum the absolute differences over the dimensions of `(b, D)`; average over rows."""
+    check_pairs(predicted_embeds, target_embeds)
     return (predicted_embeds - target_embeds).abs().sum(dim=1).mean()
 
 
@@ -393,6 +417,7 @@ def l2_loss(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> torc
 
     The squared distance would not be another loss: on the unit sphere it is twice the cosine loss.
     """
+    check_pairs(predicted_embeds, target_embeds)
     return torch.linalg.vector_norm(predicted_embeds - target_embeds, dim=1).mean()
 
 
@@ -410,6 +435,7 @@ def sigreg(embeds: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
         directions (`torch.Tensor` of shape `(D, S)`): unit columns, new at every step and the
             same in every process.
     """
+    check_rows(embeds=embeds)
     with torch.autocast(embeds.device.type, enabled=False):
         projected = embeds.shape[1] ** 0.5 * embeds @ directions  # (B, S)
         points = torch.linspace(-5, 5, 17, device=embeds.device, dtype=embeds.dtype)
@@ -426,6 +452,7 @@ def vicreg_terms(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Unit vectors `(B, D)` are first scaled by the square root of D. Otherwise no dimension could
     reach the standard deviation of 1 that the variance term requires.
     """
+    check_rows(2, embeds=embeds)  # a covariance needs two
     with torch.autocast(embeds.device.type, enabled=False):
         size = embeds.shape[1]
         centred = size**0.5 * (embeds - embeds.mean(dim=0))  # (B, D)

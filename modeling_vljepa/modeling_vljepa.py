@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_vljepa import VLJEPAConfig
 from .embedding_head import EmbeddingHead, masked_mean
+from .input_checks import check_labels, check_shape, check_tokens
 from .losses import info_nce
 from .predictor import Predictor
 from .x_encoder import XEncoder
@@ -40,6 +41,8 @@ LORA_TARGET_MODULES = (
     r"predictor\.backbone\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 )
 LORA_MODULES_TO_SAVE = ["visual_projection", "predictor_head", "y_head", "logit_scale"]
+
+MAX_SCALE = 100.0  # of the inverse temperature
 
 
 @dataclass
@@ -77,7 +80,13 @@ class VLJEPAOutput(ModelOutput):
 
 
 class LogitScale(nn.Module):
-    """The inverse temperature, learnt as a logarithm and at most 100 (CLIP's bound).
+    """The inverse temperature, learnt as a logarithm and bounded to 1/100 ... 100.
+
+    CLIP clips it at 100 (Radford et al. 2021, section 2.5). A clip of the value alone would be a
+    trap: beyond the bound its gradient is 0, so a scale that has once passed it would never come
+    back, and later stages of training would start with it. Here the gradient passes the bound, as
+    if the value were not bounded (straight-through). The lower bound is this project's: a scale of
+    0 would have no gradient.
 
     A module, not a bare parameter, so that adapters can name it in `modules_to_save`.
     """
@@ -89,7 +98,11 @@ class LogitScale(nn.Module):
         self.weight = nn.Parameter(torch.full((1,), init_value))
 
     def forward(self) -> torch.Tensor:
-        return self.weight.float().exp().clamp(max=100.0)  # (1,)
+        logarithm = self.weight.float()
+        # Without gradient: that of `exp` would overflow, or be multiplied by the clip's 0.
+        scale = logarithm.detach().exp().clamp(1 / MAX_SCALE, MAX_SCALE)
+        # The added term is 0; its derivative is that of `exp` where the value is not bounded.
+        return scale + scale * (logarithm - logarithm.detach())  # (1,)
 
 
 class LogitBias(nn.Module):
@@ -131,37 +144,6 @@ def copy_backbone_attributes(module: nn.Module) -> None:
     module.all_tied_weights_keys = {f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()}
 
 
-def check_tokens(
-    prefix: str,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    config: PreTrainedConfig,
-) -> None:
-    """Reject token ids that would crash a GPU, and padding that would be read as text."""
-    if torch.compiler.is_compiling():
-        return
-    name = f"{prefix}input_ids"
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"{prefix}attention_mask has shape {tuple(attention_mask.shape)}, {name} has "
-            f"{tuple(input_ids.shape)}: give masks and ids of one shape."
-        )
-    if not input_ids.numel():
-        return
-    least, most = (bound.item() for bound in input_ids.aminmax())
-    if least < 0 or most >= config.vocab_size:
-        raise ValueError(
-            f"{name} holds the id {least if least < 0 else most}, but the vocabulary of this "
-            f"encoder has {config.vocab_size}: use the tokenizer of this encoder."
-        )
-    pad = config.pad_token_id
-    if attention_mask is None and pad is not None and (input_ids == pad).any():
-        raise ValueError(
-            f"{name} holds padding (id {pad}), which would be read as text: also give "
-            f"{prefix}attention_mask."
-        )
-
-
 def one_for_each(visual_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Return visual tokens `(B, N, Dx)` for B queries; a single video is repeated for all."""
     if visual_embeds.shape[0] == 1:
@@ -172,6 +154,15 @@ def one_for_each(visual_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.
             "video, or one video for all queries."
         )
     return visual_embeds
+
+
+def check_context_rows(context_input_ids: torch.Tensor | None, embeds: torch.Tensor) -> None:
+    """Raise `ValueError` unless every embedding `(B, D)` has a context `(B, C)`, if any has."""
+    if context_input_ids is not None and len(context_input_ids) != len(embeds):
+        raise ValueError(
+            f"context_input_ids has {len(context_input_ids)} rows for {len(embeds)} embeddings: "
+            "give one for each."
+        )
 
 
 class VLJEPAPreTrainedModel(PreTrainedModel):
@@ -296,8 +287,8 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             truncate_dim (`int`, *optional*): keep the first dimensions only, see `encode_target`.
 
         Raises:
-            ValueError: inputs missing or given twice, token ids outside the vocabulary, or padding
-                without a mask.
+            ValueError: inputs missing, empty or given twice, token ids outside the vocabulary, or
+                padding without a mask.
         """
         if (pixel_values_videos is None) == (visual_embeds is None):
             raise ValueError("predict needs pixel_values_videos or visual_embeds, and not both.")
@@ -317,6 +308,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         if input_ids is None:
             shape = (visual_embeds.shape[0], 0)
             input_ids = torch.empty(shape, dtype=torch.long, device=visual_embeds.device)
+        check_shape("visual_embeds", visual_embeds, "batch", "tokens", "hidden size")
         check_tokens("", input_ids, attention_mask, self.config.predictor_config)
         visual_embeds = one_for_each(visual_embeds, input_ids)  # (B, N, Dx)
         states, mask = self.predictor(visual_embeds, input_ids, attention_mask, **kwargs)
@@ -346,14 +338,17 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             truncate_dim (`int`, *optional*): keep the first dimensions only and normalize again.
                 Meant for a space trained to allow it, such as EmbeddingGemma's own
                 (`project_target=False`). Give `predict` the same number.
+
+        Raises:
+            ValueError: inputs missing or given twice, token ids outside the vocabulary, padding
+                without a mask, a text without a token, or one that is longer than the position
+                table of the Y-Encoder.
         """
         if (target_input_ids is None) == (target_pooler_output is None):
             raise ValueError("encode_target needs target_input_ids or target_pooler_output.")
         if target_pooler_output is None:
-            check_tokens(
-                "target_", target_input_ids, target_attention_mask, self.config.text_config
-            )
             target_pooler_output = self.y_encoder(target_input_ids, target_attention_mask)
+        check_shape("target_pooler_output", target_pooler_output, "batch", "width")
         return self.y_head(target_pooler_output, truncate_dim)  # (B, D)
 
     @can_return_tuple
@@ -457,7 +452,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
 
         `pooler_output` is S_Y `(B, D)`, `last_hidden_state` the Y-Encoder's states `(B, L, Dy)`.
         """
-        check_tokens("", input_ids, attention_mask, self.config.text_config)
+        self.y_encoder.check("", input_ids, attention_mask)
         states = self.y_encoder.read(input_ids, attention_mask, **kwargs)
         pooled = self.y_encoder.pool(states.last_hidden_state, attention_mask)  # (B, Dt)
         return BaseModelOutputWithPooling(
@@ -605,6 +600,12 @@ class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
             return self.vljepa.predict(pixel_values_videos, **kwargs)
         if any(value is not None for value in (pixel_values_videos, *kwargs.values())):
             raise ValueError("give predicted_embeds, or the inputs to predict them from, not both.")
+        check_shape("predicted_embeds", predicted_embeds, "batch", "embedding size")
+        if predicted_embeds.shape[1] != self.config.embedding_dim:
+            raise ValueError(
+                f"predicted_embeds has {predicted_embeds.shape[1]} dimensions, but this Y-Decoder "
+                f"reads {self.config.embedding_dim}: give embeddings of this model, not truncated."
+            )
         return predicted_embeds
 
     def check_context(
@@ -658,6 +659,8 @@ class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
             attention_mask=attention_mask,
             visual_embeds=visual_embeds,
         )  # (B, D)
+        check_context_rows(context_input_ids, embeds)
+        check_labels(labels, len(embeds), self.config.decoder_config)
         output = self.y_decoder(embeds, labels, context_input_ids, context_attention_mask, **kwargs)
         return VLJEPAForConditionalGenerationOutput(
             loss=output.loss, logits=output.logits, predicted_embeds=embeds
@@ -696,6 +699,7 @@ class VLJEPAForConditionalGeneration(VLJEPAPreTrainedModel):
             attention_mask=attention_mask,
             visual_embeds=visual_embeds,
         )  # (B, D)
+        check_context_rows(context_input_ids, embeds)
         return self.y_decoder.generate(embeds, context_input_ids, context_attention_mask, **kwargs)
 
 

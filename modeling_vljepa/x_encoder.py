@@ -87,7 +87,7 @@ class XEncoder(nn.Module):
         else:
             sizes = f"height and width {side}"
             fits = shape[3:] == (side, side)
-        if len(shape) != 5 or shape[2] != channels or not fits or 0 in shape[1:]:
+        if len(shape) != 5 or shape[2] != channels or not fits or 0 in shape:
             raise ValueError(
                 f"pixel_values_videos has shape {shape}; expected (batch, frames, channels, "
                 f"height, width) with {channels} channels, {sizes}. VLJEPAProcessor makes it."

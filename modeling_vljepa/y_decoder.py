@@ -22,8 +22,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .input_checks import IGNORED, position_limit
+
 MAX_NEW_TOKENS = 64  # default of `generate`; the default of transformers, 20, cuts sentences
-IGNORED = -100  # label of positions outside the text
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -45,6 +46,17 @@ class YDecoder(nn.Module):
         self.prefix_projection = nn.Linear(embedding_dim, prefix_tokens * config.hidden_size)
         self.backbone = AutoModelForCausalLM.from_config(config)
         self.backbone.generation_config.max_new_tokens = MAX_NEW_TOKENS
+        self.limit = position_limit(self.backbone)
+
+    def check_length(self, prompt: torch.Tensor, text: int) -> None:
+        """Raise `ValueError` if a prompt `(B, C + k, H)` and a text exceed the position table."""
+        total = prompt.shape[1] + text
+        if self.limit is not None and total > self.limit:
+            raise ValueError(
+                f"context, embedding and {text} tokens of text have {total} positions, but the "
+                f"position table of this Y-Decoder ends at {self.limit}: shorten labels or "
+                "context_input_ids, or give a lower max_new_tokens."
+            )
 
     def prompt(
         self,
@@ -85,6 +97,7 @@ class YDecoder(nn.Module):
         token, padded with -100.
         """
         prompt, mask = self.prompt(embeds, context_input_ids, context_attention_mask)
+        self.check_length(prompt, labels.shape[1])
         is_text = labels != IGNORED
         # -100 has no row in the token table; the mask hides the token 0 that replaces it.
         text = self.backbone.get_input_embeddings()(labels.masked_fill(~is_text, 0))  # (B, L, H)
@@ -114,6 +127,8 @@ class YDecoder(nn.Module):
         if "max_length" in kwargs:
             kwargs.setdefault("max_new_tokens", None)  # else MAX_NEW_TOKENS takes precedence
         prompt, mask = self.prompt(embeds, context_input_ids, context_attention_mask)
+        other = kwargs.keys() & {"max_length", "generation_config"}  # which states the length, too
+        self.check_length(prompt, kwargs.get("max_new_tokens") or (1 if other else MAX_NEW_TOKENS))
         return self.backbone.generate(inputs_embeds=prompt, attention_mask=mask, **kwargs)
 
 

@@ -12,6 +12,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .embedding_head import masked_mean
+from .input_checks import check_tokens, position_limit
 
 POOLINGS = ("mean", "cls", "lasttoken")  # sentence-transformers' names
 
@@ -80,6 +81,7 @@ class YEncoder(nn.Module):
             # Nothing here reads BERT's own pooler. Its parameters would get no gradient, and
             # data-parallel training stops at such parameters.
             self.backbone.pooler = None
+        self.limit = position_limit(self.backbone)
         self.pooling = pooling
         self.dense = nn.Sequential()
         self.output_size = config.hidden_size  # Dt
@@ -96,8 +98,16 @@ class YEncoder(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Encode the tokens `(B, L)` with their mask `(B, L)` to pooled states `(B, Dt)`."""
+        self.check("target_", input_ids, attention_mask)
         hidden_states = self.read(input_ids, attention_mask).last_hidden_state  # (B, L, Dy)
         return self.pool(hidden_states, attention_mask)  # (B, Dt)
+
+    def check(
+        self, prefix: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> None:
+        """Raise `ValueError` for texts without a token, and for those that it cannot read."""
+        config = self.backbone.config
+        check_tokens(prefix, input_ids, attention_mask, config, needs_text=True, limit=self.limit)
 
     def read(
         self,

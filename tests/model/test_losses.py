@@ -415,3 +415,49 @@ def test_vicreg_terms_equal_numpy():
     assert covariance_term.item() == pytest.approx((off**2).sum() / 8, rel=1e-12)
     point = unit(1, 0, width=8).expand(50, 8)
     assert vicreg_terms(point)[0].item() == pytest.approx(0.99, abs=1e-6)
+
+
+# -- too few rows --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("rows", [(0, 0), (0, 3), (3, 0)])
+def test_loss_rejects_matrices_without_rows(name, rows):
+    """Their mean would be NaN, without an error."""
+    scales = {"scale": torch.ones(1), "bias": torch.zeros(1)}
+    needs = {"scale": LOSSES[name].needs_scale, "bias": LOSSES[name].needs_bias}
+    arguments = {key: scales[key] for key in scales if needs[key]}
+    wrong = "predicted_embeds" if not rows[0] else "target_embeds"
+    message = rf"^{wrong} has shape \(0, 8\): give \(rows, dimensions\), with at least 1 row"
+    with pytest.raises(ValueError, match=message):
+        LOSSES[name].function(torch.ones(rows[0], 8), torch.ones(rows[1], 8), **arguments)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_of_one_row_is_finite(name):
+    predicted = unit(1, 0, width=8).requires_grad_()
+    scale, bias = torch.tensor([10.0], requires_grad=True), torch.tensor([-3.0])
+    arguments = {"scale": scale} if LOSSES[name].needs_scale else {}
+    arguments |= {"bias": bias} if LOSSES[name].needs_bias else {}
+    result = LOSSES[name].function(predicted, unit(1, 1, width=8), **arguments)
+    loss = result.loss if isinstance(result, InfoNCE) else result
+    loss.backward()
+    assert loss.isfinite()
+    assert predicted.grad.isfinite().all()
+    assert scale.grad is None or scale.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [cosine_loss, l1_loss, l2_loss])
+def test_pairwise_loss_rejects_a_target_for_several_predictions(loss):
+    with pytest.raises(ValueError, match=r"^target_embeds has shape \(1, 8\), predicted_embeds"):
+        loss(unit(3, 0, width=8), unit(1, 0, width=8))
+
+
+def test_regularizers_reject_too_few_rows():
+    directions = unit(12, 1, width=8).T
+    with pytest.raises(ValueError, match=r"^embeds has shape \(0, 8\): .* with at least 1 row"):
+        sigreg(torch.ones(0, 8), directions)
+    with pytest.raises(ValueError, match=r"^embeds has shape \(1, 8\): .* with at least 2 rows"):
+        vicreg_terms(unit(1, 0, width=8))  # whose covariance would be NaN
+    assert sigreg(unit(1, 0, width=8), directions).isfinite()
+    assert all(term.isfinite() for term in vicreg_terms(unit(2, 0, width=8)))

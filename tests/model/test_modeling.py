@@ -101,6 +101,42 @@ def test_temperature_starts_at_clips_value_and_is_bounded(model, folder, tmp_pat
     assert loaded.logit_scale().item() == 100  # at most
 
 
+BOUND = math.log(100)
+
+
+@pytest.mark.parametrize(
+    ("logarithm", "scale"),
+    [(0.0, 1.0), (BOUND - 1, 100 / math.e), (BOUND, 100.0), (4.7, 100.0), (1e4, 100.0)]
+    + [(-BOUND, 0.01), (-50.0, 0.01), (-1e4, 0.01)],
+)
+def test_temperature_is_bounded_and_its_gradient_passes_the_bound(logarithm, scale):
+    """A clip of the value alone has no gradient beyond it; exp(1e4) would be infinite."""
+    temperature = tiny_model().logit_scale
+    temperature.weight.data.fill_(logarithm)
+    value = temperature()
+    assert value.item() == pytest.approx(scale, rel=1e-6)
+    (3 * value).backward()
+    assert temperature.weight.grad.item() == pytest.approx(3 * scale, rel=1e-6)
+
+
+def test_temperature_comes_back_from_beyond_its_bound():
+    """The untrained model's pairs want a scale near 1; everything else is fixed."""
+    model = tiny_model().train()
+    weight = model.logit_scale.weight
+    weight.data.fill_(4.7)
+    optimizer, losses = torch.optim.Adam([weight], lr=0.1), []
+    with torch.no_grad():
+        outputs = model(**BATCH)
+    for _ in range(40):
+        optimizer.zero_grad()
+        scale = model.logit_scale()
+        losses.append(info_nce(outputs.predicted_embeds, outputs.target_embeds, scale).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert weight.item() < 3
+    assert losses[-1] < losses[0] / 2
+
+
 def test_new_projections_have_the_configured_standard_deviation():
     model = tiny_model(initializer_range=0.5, logit_scale_init_value=math.log(3))
     for layer in (
@@ -207,6 +243,129 @@ def test_model_rejects_invalid_token_ids_masks_and_unmasked_padding(model):
         embeds = model.encode_target(padded, mask)  # with a mask, padding is ignored
         alone = model.encode_target(ids[2:, :1])
         torch.testing.assert_close(embeds[2:], alone, rtol=0, atol=1e-5)
+
+
+IDS, MASK = BATCH["target_input_ids"], BATCH["target_attention_mask"]
+BLANK = MASK * torch.tensor([[1], [0], [1]])  # row 1 has no token
+TOKENS = {
+    "no_rows": (
+        {"input_ids": IDS[:0], "attention_mask": MASK[:0]},
+        r"input_ids has shape \(0, 12\): give \(batch, length\), with at least one row",
+    ),
+    "one_axis": ({"input_ids": IDS[0]}, r"input_ids has shape \(12,\): give \(batch, length\)"),
+    "no_length": (
+        {"input_ids": IDS[:, :0], "attention_mask": MASK[:, :0]},
+        r"input_ids has shape \(3, 0\), no token in any row: an empty text has no embedding, so",
+    ),
+    "no_token": (
+        {"input_ids": IDS, "attention_mask": BLANK},
+        r"attention_mask has no real token in row 1: an empty text has no embedding, so leave it",
+    ),
+    "no_token_of_bool": (
+        {"input_ids": IDS, "attention_mask": BLANK.bool()},
+        r"attention_mask has no real token in row 1: an empty text has no embedding, so leave it",
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", TOKENS)
+def test_model_rejects_targets_without_rows_or_tokens(model, case, training):
+    """Without a check, they give a zero vector, NaN, or an index error of torch."""
+    given, message = TOKENS[case]
+    targets = {f"target_{name}": tensor for name, tensor in given.items()}
+    model.train(training)
+    try:
+        with pytest.raises(ValueError, match=f"^target_{message}"):
+            model.encode_target(**targets)
+        with pytest.raises(ValueError, match=f"^target_{message}"):
+            model(**query(), **targets, return_loss=True)
+        with pytest.raises(ValueError, match=f"^{message}"):
+            model.get_text_features(**given)
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"pixel_values_videos": torch.zeros(0, 4, 3, 32, 32)},
+            r"pixel_values_videos has shape \(0",
+        ),
+        (
+            {"visual_embeds": torch.zeros(0, 8, 48)},
+            r"visual_embeds has shape \(0, 8, 48\): give \(b",
+        ),
+        (
+            {"visual_embeds": torch.zeros(2, 0, 48)},
+            r"visual_embeds has shape \(2, 0, 48\): give \(b",
+        ),
+        (
+            {"visual_embeds": torch.zeros(8, 48)},
+            r"visual_embeds has shape \(8, 48\): give \(batch,",
+        ),
+        (
+            {"visual_embeds": torch.zeros(1, 8, 48), "input_ids": torch.zeros(0, 3).long()},
+            r"input_ids has shape \(0, 3\): give \(batch, length\), with at least one row",
+        ),
+    ],
+)
+def test_model_rejects_media_and_queries_without_rows(model, given, message):
+    for call in (model.predict, model):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call(**given)
+
+
+def test_encode_target_rejects_a_pooler_output_without_rows(model):
+    with pytest.raises(
+        ValueError, match=r"^target_pooler_output has shape \(0, 32\): give \(batch"
+    ):
+        model.encode_target(target_pooler_output=torch.zeros(0, 32))
+    with pytest.raises(
+        ValueError, match=r"^target_pooler_output has shape \(32,\): give \(batch, w"
+    ):
+        model(**query(), target_pooler_output=torch.zeros(32))
+
+
+def test_predict_takes_queries_without_tokens(model):
+    """A query of no token, or of padding alone, asks for a caption."""
+    pixels = BATCH["pixel_values_videos"]
+    with torch.no_grad():
+        expected = model.predict(pixels)
+        assert expected.norm(dim=1).tolist() == pytest.approx([1] * 3)
+        masked = model.predict(pixels, BATCH["input_ids"], torch.zeros(3, 5, dtype=torch.long))
+        torch.testing.assert_close(masked, expected, rtol=0, atol=1e-5)
+        without = model.predict(pixels, BATCH["input_ids"][:, :0], BATCH["attention_mask"][:, :0])
+        assert_near(without, expected)
+
+
+# Encoders with a table of absolute positions, and how many tokens each can read.
+LIMITED = {
+    "bert": ({**BERT, "max_position_embeddings": 20}, 20),
+    "roberta": ({**BERT, "model_type": "roberta", "max_position_embeddings": 20}, 18),
+    "mpnet": ({**BERT, "model_type": "mpnet", "max_position_embeddings": 20}, 18),
+    "clip": (
+        {**BERT, "model_type": "clip_text_model", "max_position_embeddings": 20, "eos_token_id": 2},
+        20,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LIMITED)
+def test_model_rejects_texts_beyond_the_position_table_of_the_y_encoder(kind):
+    """Its tokenizer may allow longer texts. Unchecked, that is an index error, on a GPU of all."""
+    config, limit = LIMITED[kind]
+    limited = tiny_model(text_config=config)
+    ids = torch.full((1, limit + 1), 5)
+    with torch.no_grad():
+        embeds = limited.encode_target(ids[:, :limit], torch.ones_like(ids[:, :limit]))
+        assert embeds.norm().item() == pytest.approx(1)
+        message = f"has {limit + 1} tokens, but the position table of this {config['model_type']} "
+        message += f"ends at {limit}: give the processor a max_target_length of {limit}"
+        with pytest.raises(ValueError, match=f"^target_input_ids {message}"):
+            limited.encode_target(ids, torch.ones_like(ids))
+        assert tiny_model().y_encoder.limit is None  # rotary positions
 
 
 def test_from_pretrained_rejects_another_architecture(tmp_path):

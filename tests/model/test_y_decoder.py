@@ -336,3 +336,70 @@ def test_decoder_rejects_inputs_it_cannot_read(processor):
         reading.generate(predicted_embeds=embeds, context_input_ids=torch.tensor([[300]]))
     with pytest.raises(ValueError, match="context_attention_mask"):
         reading.generate(predicted_embeds=embeds, context_input_ids=torch.tensor([[0, 5]]))
+
+
+# -- inputs that no text can be learnt or written from ------------------------------------
+
+
+LABELS = torch.tensor([[5, 6, EOS], [7, EOS, -100]])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": None}, "^labels is missing: give the tokens of the texts, or call generate"),
+        (
+            {"labels": LABELS[:0]},
+            r"^labels has shape \(0, 3\): give \(batch, length\), each at lea",
+        ),
+        (
+            {"labels": LABELS[:, :0]},
+            r"^labels has shape \(2, 0\): give \(batch, length\), each at l",
+        ),
+        ({"labels": LABELS[0]}, r"^labels has shape \(3,\): give \(batch, length\)"),
+        ({"labels": LABELS[:1]}, "^labels has 1 rows for 2 embeddings: give one for each"),
+        ({"labels": LABELS.masked_fill(LABELS == 7, 300)}, "^labels holds the id 300, but the voc"),
+        ({"labels": LABELS.masked_fill(LABELS == 7, -1)}, "^labels holds the id -1, but the vocab"),
+        (
+            {"labels": torch.tensor([[5, EOS], [-100, -100]])},
+            "^labels has no token in row 1, only -100: end every text with the end token",
+        ),
+        (
+            {"predicted_embeds": points(0)},
+            r"^predicted_embeds has shape \(0, 24\): give \(batch, e",
+        ),
+        ({"predicted_embeds": points(1)[0]}, r"^predicted_embeds has shape \(24,\): give \(batch"),
+        ({"predicted_embeds": points(2)[:, :9]}, "^predicted_embeds has 9 dimensions, but this Y-"),
+        ({"context_input_ids": torch.ones(0, 4).long()}, r"^context_input_ids has shape \(0, 4\)"),
+        ({"context_input_ids": torch.ones(3, 4).long()}, "^context_input_ids has 3 rows for 2 emb"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_y_decoder_rejects_inputs_without_rows_or_tokens(given, message, training):
+    """Without a check, they give NaN, or an error of torch that names no tensor."""
+    model = tiny_writer(decoder_reads_query=True).train(training)
+    context = {"context_input_ids": torch.full((2, 1), 5)}
+    good = {"predicted_embeds": points(2), "labels": LABELS, **context}
+    with pytest.raises(ValueError, match=message):
+        model(**good | given)
+    if "labels" not in given:
+        with pytest.raises(ValueError, match=message):
+            model.generate(**{name: good[name] for name in ("predicted_embeds", *context)} | given)
+    assert model(**good).loss.isfinite()
+
+
+def test_y_decoder_rejects_texts_beyond_its_position_table():
+    """A GPT-2 has such a table; unchecked, that is an index error."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    model = tiny_writer(decoder_config={**gpt2, "n_positions": 20, "eos_token_id": 2})
+    prefix = model.config.decoder_prefix_tokens
+    labels, embeds = torch.full((1, 21 - prefix), 5), points(1)
+    assert model(predicted_embeds=embeds, labels=labels[:, 1:]).loss.isfinite()
+    message = "have 21 positions, but the position table of this Y-Decoder ends at 20: shorten"
+    with pytest.raises(ValueError, match=message):
+        model(predicted_embeds=embeds, labels=labels)
+    longest = {"max_new_tokens": 20 - prefix, "eos_token_id": None}
+    assert model.generate(predicted_embeds=embeds, **longest).shape == (1, 20 - prefix)
+    with pytest.raises(ValueError, match=message):
+        model.generate(predicted_embeds=embeds, max_new_tokens=21 - prefix)
+    assert tiny_writer().y_decoder.limit is None  # rotary positions

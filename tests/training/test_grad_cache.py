@@ -112,6 +112,46 @@ def test_cached_step_repeats_dropout_in_the_second_pass(rows):
     assert abs(cached_step(model, batch(), rows, loss_of) - loss) > 1e-4
 
 
+@pytest.mark.parametrize("logarithm", [4.7, 1e4, -1e4])
+def test_cached_step_equals_one_pass_beyond_the_bound_of_the_temperature(logarithm):
+    cached, whole = tiny_model(), tiny_model()
+    for model in (cached, whole):
+        model.logit_scale.weight.data.fill_(logarithm)
+    loss = cached_step(cached, batch(), 3, loss_of)
+    outputs = whole(**batch())
+    parts = outputs.predicted_embeds, outputs.target_embeds, outputs.logit_scale
+    expected = loss_of(Embeds(*parts))
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    gradients = [model.logit_scale.weight.grad for model in (cached, whole)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    assert gradients[0].isfinite() and gradients[0] != 0
+
+
+WHOLE = batch()
+BLANK = torch.ones(TEXTS, 6, dtype=torch.long)
+BLANK[2] = 0
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            WHOLE | {name: WHOLE[name][:0] for name in list(WHOLE)[:3]},
+            "^the batch has 0 rows and 4",
+        ),
+        (WHOLE | {"target_input_ids": WHOLE["target_input_ids"][:0]}, "7 rows and 0 texts: give"),
+        (WHOLE | {"target_input_ids": WHOLE["target_input_ids"][:, :0]}, "no token in any row"),
+        (WHOLE | {"target_attention_mask": BLANK}, "no real token in row|no token in any row"),
+    ],
+    ids=["rows", "texts", "length", "tokens"],
+)
+def test_cached_step_rejects_batches_without_rows_or_tokens(rows, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        cached_step(tiny_model(), wrong, rows, loss_of)
+
+
 def test_cached_step_adds_to_existing_gradients():
     """A backward pass adds gradients too; gradient accumulation relies on it."""
     once, twice = tiny_model(), tiny_model()

@@ -52,6 +52,8 @@ def split(batch: Batch, rows: int) -> list[Batch]:
     size = len(next(value for name, value in batch.items() if name not in TEXTS))
     count = -(-size // rows)  # parts
     texts = len(next(value for name, value in batch.items() if name in TEXTS))
+    if not size or not texts:
+        raise ValueError(f"the batch has {size} rows and {texts} texts: give at least one of each")
     # Rounded up to a multiple of `count`; the modulo repeats texts from the start.
     indices = torch.arange(-(-texts // count) * count) % texts
     parts = []

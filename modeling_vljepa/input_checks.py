@@ -1,0 +1,139 @@
+"""Checks of a model's inputs: the name of the tensor, what is wrong with it, and the cure.
+
+On a GPU, most of these faults would end in an assertion that names no tensor, or in a zero vector
+or NaN without any error. Shapes are checked at no cost. Values are read from the device once for
+each tensor of tokens. Compiled and exported programs have no checks.
+
+Shapes: B batch, L tokens.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+IGNORED = -100  # label of positions outside the text
+
+# Names of tables of absolute positions in transformers' encoders and language models.
+POSITION_TABLES = {"position_embedding", "position_embeddings", "embed_positions", "wpe"}
+
+
+def position_limit(backbone: nn.Module) -> int | None:
+    """Return how many tokens a backbone with a table of absolute positions can read, else `None`.
+
+    Rotary, relative and sinusoidal positions have no table and no such limit.
+    """
+    limits = []
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding) and name.split(".")[-1] in POSITION_TABLES:
+            # RoBERTa's kind begins after the padding index. Tables of BART's kind have more rows
+            # than the configuration's positions.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits += [module.num_embeddings - first, backbone.config.max_position_embeddings]
+    return min(limits, default=None)
+
+
+def check_shape(name: str, tensor: torch.Tensor, *axes: str) -> None:
+    """Raise `ValueError` unless a tensor has these axes, none of them empty."""
+    if torch.compiler.is_compiling():
+        return
+    if tensor.ndim != len(axes) or 0 in tensor.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}: give ({', '.join(axes)}), each at least 1."
+        )
+
+
+def check_tokens(
+    prefix: str,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    config: PreTrainedConfig,
+    *,
+    needs_text: bool = False,
+    limit: int | None = None,
+) -> None:
+    """Reject tokens that an encoder cannot read, and padding that would be read as text.
+
+    Args:
+        prefix: of the names of the tensors, such as "target_".
+        input_ids (`torch.LongTensor` of shape `(B, L)`)
+        attention_mask (`torch.LongTensor` of shape `(B, L)`, *optional*)
+        config: the encoder's.
+        needs_text: reject rows without a real token, which have no embedding. A query may have
+            none: the visual tokens are enough to predict from.
+        limit: the encoder's `position_limit`.
+    """
+    if torch.compiler.is_compiling():
+        return
+    name, shape = f"{prefix}input_ids", tuple(input_ids.shape)
+    if len(shape) != 2 or not shape[0]:
+        raise ValueError(f"{name} has shape {shape}: give (batch, length), with at least one row.")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"{prefix}attention_mask has shape {tuple(attention_mask.shape)}, {name} has {shape}: "
+            "give masks and ids of one shape."
+        )
+    if needs_text and not shape[1]:
+        raise ValueError(
+            f"{name} has shape {shape}, no token in any row: an empty text has no embedding, so "
+            "leave it out, or use a tokenizer that adds a token to every text."
+        )
+    if limit is not None and shape[1] > limit:
+        raise ValueError(
+            f"{name} has {shape[1]} tokens, but the position table of this {config.model_type} "
+            f"ends at {limit}: give the processor a max_{prefix or 'query_'}length of {limit}."
+        )
+    if not shape[1]:
+        return
+    pad = config.pad_token_id
+    least, most = input_ids.aminmax()
+    if attention_mask is not None:
+        is_wrong = (attention_mask == 0).all(dim=1).any() & needs_text
+    else:
+        is_wrong = (input_ids == (-1 if pad is None else pad)).any()
+    # One transfer: each one waits for the device.
+    least, most, is_wrong = torch.stack([least, most, is_wrong.to(least.dtype)]).tolist()
+    if least < 0 or most >= config.vocab_size:
+        raise ValueError(
+            f"{name} holds the id {least if least < 0 else most}, but the vocabulary of this "
+            f"encoder has {config.vocab_size}: use the tokenizer of this encoder."
+        )
+    if is_wrong and attention_mask is None:
+        raise ValueError(
+            f"{name} holds padding (id {pad}), which would be read as text: also give "
+            f"{prefix}attention_mask."
+        )
+    if is_wrong:
+        row = (attention_mask == 0).all(dim=1).nonzero()[0].item()
+        raise ValueError(
+            f"{prefix}attention_mask has no real token in row {row}: an empty text has no "
+            "embedding, so leave it out, or use a tokenizer that adds a token to every text."
+        )
+
+
+def check_labels(labels: torch.Tensor | None, rows: int, config: PreTrainedConfig) -> None:
+    """Reject labels `(B, L)` that a language model cannot learn, such as a row without a text."""
+    if torch.compiler.is_compiling():
+        return
+    if labels is None:
+        raise ValueError("labels is missing: give the tokens of the texts, or call generate.")
+    check_shape("labels", labels, "batch", "length")
+    if len(labels) != rows:
+        raise ValueError(f"labels has {len(labels)} rows for {rows} embeddings: give one for each.")
+    is_text = labels != IGNORED
+    real = labels.masked_fill(~is_text, 0)
+    least, most = real.aminmax()
+    is_empty = (~is_text).all(dim=1).any()
+    least, most, is_empty = torch.stack([least, most, is_empty.to(least.dtype)]).tolist()
+    if least < 0 or most >= config.vocab_size:
+        raise ValueError(
+            f"labels holds the id {least if least < 0 else most}, but the vocabulary of this "
+            f"Y-Decoder has {config.vocab_size}: use its tokenizer, and {IGNORED} for padding."
+        )
+    if is_empty:
+        row = (~is_text).all(dim=1).nonzero()[0].item()
+        raise ValueError(
+            f"labels has no token in row {row}, only {IGNORED}: end every text with the end token."
+        )
+
+
+__all__ = ["IGNORED", "check_labels", "check_shape", "check_tokens", "position_limit"]
