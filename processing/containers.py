@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import is_av_available, logging
 
-from .media import Limits, MediaError, MediaSource, name_of, on_white, open_file
+from .media import Limits, MediaError, MediaSource, is_address, name_of, on_white, open_file
 
 if is_av_available():
     import av
@@ -55,8 +55,9 @@ class WatchedFile:
     def __init__(self, file: io.BufferedIOBase, source: MediaSource, limits: Limits) -> None:
         self.file = file
         self.limits = limits
-        # FFmpeg takes the extension as a hint about the format.
-        self.name = "" if isinstance(source, bytes) else name_of(source)
+        # FFmpeg takes the extension as a hint about the format. A member's name is the first part.
+        name = "" if isinstance(source, bytes) else name_of(source)
+        self.name = name.split("::")[0] if is_address(source) else name
 
     def read(self, size: int) -> bytes:
         self.limits.check_clock()
@@ -153,6 +154,21 @@ def length_of(stream: "av.VideoStream") -> float | None:
     if tag is None:
         return None
     return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
+
+
+def stated_end(stream: "av.VideoStream") -> float | None:
+    """Return when the last picture disappears by the header, in seconds since the file's beginning.
+
+    Returns: `None` if the header states no length.
+    """
+    whole = stream.container.duration
+    ends = [] if whole is None else [whole / av.time_base]  # of the longest stream, often the sound
+    if stream.duration is not None:
+        start = float((stream.start_time or 0) * stream.time_base)
+        ends.append(gap_before(stream, start) + length_of(stream))
+    elif (end := length_of(stream)) is not None:  # Matroska's tag is the end
+        ends.append(end)
+    return min(ends, default=None)
 
 
 def gap_before(stream: "av.VideoStream", first: float) -> float:

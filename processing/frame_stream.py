@@ -23,6 +23,7 @@ import io
 import math
 import os
 import re
+import string
 import sys
 import threading
 import time
@@ -32,13 +33,14 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from transformers.utils import is_av_available, logging
 
-from .containers import Decoder, Pictures, gap_before, length_of, reason_of, video_stream
+from .containers import Decoder, Pictures, gap_before, reason_of, stated_end, video_stream
 from .images import animation_frames, animation_in
-from .media import Limits, MediaError
+from .media import ADDRESS, Limits, MediaError, is_address, is_remote, open_file
 
 if is_av_available():
     import av
@@ -47,7 +49,6 @@ logger = logging.get_logger(__name__)
 
 StreamSource = str | os.PathLike | bytes | int | Iterable[tuple[float, np.ndarray | None]]
 
-ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 # The protocols that FFmpeg may use for each kind of address; `file` is not among them.
 PROTOCOLS = {
     "http": "http,https,tcp,tls,httpproxy",
@@ -362,14 +363,10 @@ class FrameStream:
             self.picture_of = Pictures(stream, self.name, self.max_pixels)
             # 25 frames per second, FFmpeg's own default, if nothing states a rate.
             period = float(1 / stream.guessed_rate) if stream.guessed_rate else 0.04
-            first, last = None, 0.0
+            last = 0.0
             for last, picture in self.in_order(self.decode(stream), period):
-                first = last if first is None else first
                 yield last, picture
-            total = (stream.container.duration or 0) / 1e6  # in microseconds (AV_TIME_BASE)
-            # The container's is the longest stream's: sound can go on after the picture.
-            if first is not None and (length := length_of(stream)) is not None:
-                total = min(total, first + length)
+            total = stated_end(stream) or 0.0
             # Headers can be wrong by a few frames; beyond that, the end is missing.
             if self.report.ended is None and last + 2 * period + LEAP_SECONDS < total:
                 self.end(f"ends early, after {last:g} of {total:g} seconds")
@@ -461,6 +458,9 @@ class FrameStream:
         limits = {"timeout": (self.give_up_seconds, self.give_up_seconds)}
         if self.scheme is not None:
             rest = ADDRESS.sub("", os.fspath(self.source), count=1)
+            # FFmpeg sends spaces and other letters as they are, which servers refuse.
+            host, slash, path = rest.partition("/")
+            rest = host + slash + quote(path, safe=string.punctuation)
             options = {"protocol_whitelist": PROTOCOLS[self.scheme]}
             if self.scheme == "rtsp":
                 options["rtsp_transport"] = "tcp"  # over UDP, packets get lost
@@ -473,6 +473,9 @@ class FrameStream:
                     "another library and give an iterator of (seconds, frame)."
                 )
             return av.open(f"/dev/video{self.source}", format="v4l2", **limits)
+        if is_address(self.source):
+            with open_file(self.source) as file:
+                return av.open(file, options={"protocol_whitelist": "none"})
         if not isinstance(self.source, bytes) and not os.path.isfile(self.source):
             if os.path.isdir(self.source):
                 raise MediaError(f"{self.name}: is a folder. Give one of the videos in it.")
@@ -515,7 +518,9 @@ def check_address(source: StreamSource, allow_urls: bool) -> str | None:
     if found is None:
         return None
     scheme = found[1].lower()
-    if scheme not in PROTOCOLS:
+    if is_address(source) and not is_remote(source):
+        return None  # in an archive on this disk
+    if scheme not in PROTOCOLS and not is_address(source):
         raise MediaError(
             f"{without_password(source)}: {scheme}:// is not opened. Give a file, or an address of "
             f"{', '.join(PROTOCOLS)}."
@@ -525,7 +530,7 @@ def check_address(source: StreamSource, allow_urls: bool) -> str | None:
             f"{without_password(source)}: is an address. Addresses are opened only with "
             "allow_urls=True (--allow-urls of a command)."
         )
-    return scheme
+    return None if is_address(source) else scheme  # a file, which Python opens
 
 
 __all__ = ["Frame", "FrameStream", "StreamReport"]

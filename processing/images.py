@@ -11,13 +11,16 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from transformers.utils import is_av_available
 
+from .containers import open_video
 from .media import (
     Clip,
     Limits,
     MediaError,
     MediaSource,
     Prepare,
+    is_address,
     name_of,
     on_white,
     open_file,
@@ -35,7 +38,6 @@ IMAGE_FORMATS = (
 # Formats by extension that `mimetypes` does not know; `.ts` is MPEG-TS there, too.
 IMAGE_SUFFIXES = (".dds", ".icns", ".j2k", ".pcx", ".psd", ".qoi", ".tga")
 VIDEO_SUFFIXES = (".m2ts", ".mjpeg", ".mjpg", ".mts", ".mxf", ".ts", ".y4m")
-# 16-bit pixels that are all below this are those of a camera or sensor with 12 bits
 DARK = 2**12  # 16-bit pixels that are all below this have 12 bits or fewer, as from a sensor
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -44,10 +46,10 @@ def media_kind(source: MediaSource) -> str:
     """Return "image" or "video" for a file whose kind nobody states.
 
     The content decides, unless the file is named as a video: an address or a file can have any
-    ending or none. A folder is a video. Animated images are images, as they were in this library
-    when names decided.
+    ending or none. Animated images are images, as they are by their names. A folder is a video.
     """
     name = "" if isinstance(source, bytes) else os.fsdecode(source).lower()
+    name = name.split("::")[0]  # a member of an archive
     if name.endswith(VIDEO_SUFFIXES) or guessed_type(name) == "video":
         return "video"
     if not isinstance(source, bytes) and os.path.isdir(source):
@@ -59,8 +61,20 @@ def media_kind(source: MediaSource) -> str:
         pass  # neither an image nor a file that is missing is known by its content
     except Exception:  # PIL recognised the format; `read_image` reports the damage
         return "image"
-    is_image = name.endswith(IMAGE_SUFFIXES) or guessed_type(name) == "image"
-    return "image" if is_image else "video"
+    if not name.endswith(IMAGE_SUFFIXES) and guessed_type(name) != "image":
+        return "video"
+    # Many a GIF or WebP of the web is an MP4.
+    return "video" if is_av_available() and is_video(source) else "image"
+
+
+def is_video(source: MediaSource) -> bool:
+    """Return whether FFmpeg finds a video in a file; nothing is decoded."""
+    try:
+        with open_video(source, Limits(name_of(source), max_decode_seconds=10)) as stream:
+            # FFmpeg believes the name of an image: the format is `image2` or, say, `png_pipe`.
+            return not stream.container.format.name.endswith(("image2", "_pipe"))
+    except MediaError:
+        return False
 
 
 def guessed_type(name: str) -> str:
@@ -106,6 +120,16 @@ def read_image(source: MediaSource | Image.Image, *, max_pixels: int | None = No
     # PIL's readers raise many kinds: OSError, SyntaxError, struct.error, zlib.error, ...
     except Exception as error:
         raise MediaError(f"{name}: damaged image ({error}). Fetch or export it again.") from error
+
+
+def open_image(file: io.BufferedIOBase, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Return an opened image whose pixels are not read yet, also with a text that PIL refuses."""
+    try:
+        return Image.open(file, formats=formats)
+    except ValueError as error:
+        if "MAX_TEXT_" not in str(error):
+            raise
+        return Image.open(without_texts(file), formats=formats)
 
 
 def read_file(
@@ -233,7 +257,7 @@ def animation_in(source: MediaSource) -> bool:
 
     FFmpeg decodes no animated WebP, and alpha of AVIF as a stream of its own.
     """
-    if not isinstance(source, bytes) and not os.path.isfile(source):
+    if not (isinstance(source, bytes) or is_address(source) or os.path.isfile(source)):
         return False
     with open_file(source) as file:
         start = file.read(32)

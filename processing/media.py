@@ -5,17 +5,25 @@ Shapes: T frames, H height, W width.
 
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import fsspec
 import numpy as np
 from PIL import Image
 
-MediaSource = str | os.PathLike | bytes  # a path, or the content of a file
+MediaSource = str | os.PathLike | bytes  # a path or an address, or the content of a file
 
 Prepare = Callable[[np.ndarray], np.ndarray]  # resizes a picture (H, W, 3) as soon as it is decoded
+
+# Addresses that `datasets` hands on: files on the Hub, and members of archives on the disk or the
+# Hub, such as "zip://cat/1.jpg::/data/cats.zip".
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+ARCHIVES = ("bz2", "gzip", "lz4", "tar", "xz", "zip", "zstd")
+MAX_MEMBER_BYTES = 2**31  # of a file at an address, which is read into memory
 
 MAX_FRAME_RATE = 240  # frames per second of a clip whose length is limited
 
@@ -85,11 +93,65 @@ def name_of(source: MediaSource) -> str:
     return name if len(name) < 1000 else f"{name[:50]}..."
 
 
+def scheme_of(source: str) -> str:
+    """Return the scheme of an address in lower case, the empty string for a path."""
+    found = ADDRESS.match(source)
+    return "" if found is None else found[1].lower()
+
+
+def is_address(source: object) -> bool:
+    """Return whether a source is a file in an archive or on the Hub."""
+    return isinstance(source, str) and scheme_of(source) in (*ARCHIVES, "hf")
+
+
+def is_remote(source: object) -> bool:
+    """Return whether reading a source needs the network."""
+    return is_address(source) and archive_of(source) is None
+
+
+def archive_of(address: str) -> str | None:
+    """Return the path of the archive that an address names, `None` if it is not on this disk."""
+    last = address.split("::")[-1]
+    return last.removeprefix("file://") if scheme_of(last) in ("", "file") else None
+
+
+def read_address(address: str) -> bytes:
+    """Return the content of a file in an archive or on the Hub.
+
+    No other host is asked: a stranger would have chosen it.
+
+    Raises: `MediaError` that names the address.
+    """
+    *members, last = address.split("::")
+    archive = archive_of(address)
+    if archive is None and scheme_of(last) != "hf" or not all(map(is_address, members)):
+        raise MediaError(
+            f"{name_of(address)}: not opened here. Download the archive, and give its path "
+            "(zip://NAME::PATH)."
+        )
+    if archive is not None and not os.path.isfile(archive):  # nor a pipe, which may never end
+        raise MediaError(f"{name_of(address)}: there is no file {archive}. Check the path.")
+    try:
+        with fsspec.open(address, "rb") as file:
+            content = file.read(MAX_MEMBER_BYTES + 1)
+    # fsspec's file systems raise many kinds: OSError, KeyError, zipfile.BadZipFile, ...
+    except Exception as error:
+        raise MediaError(
+            f"{name_of(address)}: cannot be read ({str(error)[:200]}). Check the address."
+        ) from error
+    if len(content) > MAX_MEMBER_BYTES:
+        raise MediaError(f"{name_of(address)}: larger than {MAX_MEMBER_BYTES} bytes. Unpack it.")
+    return content
+
+
 @contextmanager
 def open_file(source: MediaSource) -> Iterator[io.BufferedIOBase]:
     """Yield the source as a file open for reading."""
     if isinstance(source, bytes):
         yield io.BytesIO(source)
+        return
+    if is_address(source):
+        yield io.BytesIO(read_address(source))
         return
     # Pipes and devices, which may never end, are not files here either. Path.is_file would raise
     # an OSError for a string that is too long to be a path.

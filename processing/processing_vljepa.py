@@ -19,7 +19,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat import CHAT_TEMPLATE, read_conversations
 from .frame_stream import StreamSource
-from .media import MediaError, name_of
+from .images import media_kind
+from .media import MediaError, is_remote, name_of
 from .options import (
     MODALITIES,
     TEXT,
@@ -110,6 +111,8 @@ class VLJEPAProcessor(ProcessorMixin):
     # Callers check a text where it enters, under their own name for it. Shipped code reaches this
     # package through the processor only.
     check_text = staticmethod(check_text)
+    media_kind = staticmethod(media_kind)
+    is_remote = staticmethod(is_remote)
 
     def prompt(self, name: str | None) -> str:
         """Return the prompt of this name; the empty string for `None`."""

@@ -6,7 +6,7 @@
 | field        | holds                                                                          |
 |--------------|--------------------------------------------------------------------------------|
 | `video`      | a file, or a folder of images in the order of their names; relative to the     |
-| or `image`   | JSONL file's folder                                                            |
+| or `image`   | JSONL file's folder. A member of an archive is `zip://NAME::/PATH.zip`         |
 | `query`      | the question; optional                                                         |
 | `target`     | a text, or a list of correct texts: one sample for each, in one group          |
 | `start`, `end` | seconds of the video, if the sample is a part of it                          |
@@ -14,17 +14,25 @@
 | `group_id`   | equal for samples whose targets are interchangeable; optional                  |
 | `previous`   | the text of the segment before, for a decoder that reads it; optional          |
 
-Other columns are passed on unchanged. docs/data.md describes the other ways to bring data.
+The file is UTF-8; it can be compressed with gzip, bzip2 or xz. Other columns are passed on
+unchanged. docs/data.md describes the other ways to bring data.
 """
 
+import bz2
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import math
 import os
+import re
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from .media import archive_of, is_address
 from .texts import check_text
 from .video_io import Excerpt
 
@@ -41,6 +49,11 @@ _FIELDS = (
     "group_id",
     "previous",
 )
+
+
+# By the first bytes of a file: its name may say nothing.
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -61,23 +74,68 @@ def read_rows(path: str | os.PathLike) -> tuple[list[dict], list[BadRow]]:
     Returns: the good rows and the bad ones. A good row has `line` (its line number in the file,
         from 1; it replaces a column of that name), `video` or `image` (absolute path of an
         existing file), `query` (default `""`), `target`, and the file's other columns.
-    Raises: `FileNotFoundError` if there is no such file, `ValueError` if it has no row.
+    Raises: `FileNotFoundError` if there is no such file, `ValueError` if it has no row or is not
+        a JSONL file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such JSONL file. Give the path of one.")
     rows, bad = [], []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):  # blank, or only a byte order mark
-                continue
-            try:
-                rows += parse_line(line, path.parent, where=(str(path), number))
-            except RowError as error:
-                bad.append(BadRow(str(path), number, str(error)))
+    try:
+        with open_rows(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip(BYTE_ORDER_MARK + b" \t\r\n"):  # blank, or only the mark
+                    continue
+                try:
+                    rows += parse_line(line, path.parent, where=(str(path), number))
+                except RowError as error:
+                    bad.append(BadRow(str(path), number, str(error)))
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or truncated ({error}). Compress it again.") from error
     if not rows and not bad:
         raise ValueError(f"{path}: the file holds no row. Write one JSON object per line.")
     return rows, bad
+
+
+def open_rows(path: Path, *, in_chunks: bool = False) -> io.BufferedIOBase:
+    """Open a JSONL file for reading, unpacked.
+
+    Args:
+        in_chunks: it will be read from any position, as streamed sources do.
+
+    Raises: `ValueError` for a file of another kind, and for a compressed one that is read in
+        chunks.
+    """
+    with open(path, "rb") as file:
+        start = file.read(8)
+    unpack = next((found for mark, found in COMPRESSED.items() if start.startswith(mark)), None)
+    if unpack is not None and in_chunks:
+        raise ValueError(
+            f"{path}: compressed, so it cannot be read in chunks. Unpack it, or leave out "
+            "`streaming: true`."
+        )
+    file = open(path, "rb") if unpack is None else unpack(path, "rb")  # noqa: SIM115
+    try:
+        check_lines(path, file.peek(4096)[:4096])
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def check_lines(path: Path, start: bytes) -> None:
+    """Raise `ValueError` if a file that starts with these bytes does not hold rows line by line."""
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start[:4]:
+        raise ValueError(
+            f"{path}: not UTF-8 but UTF-16 or UTF-32. Convert it: iconv -f UTF-16 -t UTF-8 IN > OUT"
+        )
+    text = start.removeprefix(BYTE_ORDER_MARK).lstrip()
+    if re.match(rb"\[\s*(\{|$)", text):
+        raise ValueError(f"{path}: a JSON array. Write one object per line: jq -c '.[]' IN > OUT")
+    if re.match(rb"\{[ \t]*\r?\n", text):
+        raise ValueError(
+            f"{path}: an object over several lines. Write one object per line: jq -c . IN > OUT"
+        )
 
 
 def bad_rows_report(bad: list[BadRow], total: int, max_share: float) -> str:
@@ -150,10 +208,15 @@ def key_number(key: str) -> int:
 def file_stamp(media: str | bytes) -> list[int]:
     """Return two numbers that change when the media change: a file's size in bytes and
     modification time in nanoseconds; for a folder, a hash of its files' names, sizes and times,
-    and the latest time; for bytes, their number and 0. `[-1, -1]` if missing: the reader raises
-    later."""
+    and the latest time; for bytes, their number and 0; for a member of an archive, those of the
+    archive; for a file on the Hub, whose address states a revision, zeros. `[-1, -1]` if missing:
+    the reader raises later."""
     if isinstance(media, bytes):
         return [len(media), 0]
+    if is_address(media):
+        media = archive_of(media)
+        if media is None:
+            return [0, 0]
     try:
         if not os.path.isdir(media):
             found = os.stat(media)
@@ -223,13 +286,21 @@ def samples_of(row: dict, where: tuple[str, int], folder: Path | None = None) ->
         _check_negatives(each)
     if folder is not None:
         media = "video" if "video" in row else "image"
-        path = os.path.abspath(folder / row[media])
-        if not (os.path.isfile(path) or (media == "video" and os.path.isdir(path))):
+        path = row[media]
+        if not is_address(path):
+            path = os.path.abspath(folder / path)
+        if not (is_file(path) or (media == "video" and os.path.isdir(path))):
             raise RowError(f"{media} file is missing: {path}")
         rows = [{**each, media: path} for each in rows]
     if len(rows) > 1:
         rows = [{"group_id": "{}:{}".format(*where), **each} for each in rows]
     return [{**each, "line": where[1]} for each in rows]
+
+
+def is_file(path: str) -> bool:
+    """Return whether a file, or the archive of a member, exists. A file on the Hub counts."""
+    archive = archive_of(path) if is_address(path) else path
+    return archive is None or os.path.isfile(archive)
 
 
 def _check_text(name: str, text: object) -> None:

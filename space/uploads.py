@@ -8,6 +8,9 @@ import gradio as gr
 from PIL import Image, UnidentifiedImageError
 from transformers import ProcessorMixin
 
+from processing.containers import gap_before, video_stream
+from processing.images import open_image
+
 # Limits of an upload. Each is checked before a frame is decoded.
 MAX_MEGABYTES = 50
 MAX_SECONDS = 120
@@ -17,7 +20,7 @@ MAX_IMAGE_PIXELS = 50_000_000
 
 # A list of formats, because FFmpeg also opens playlists, which name other files and addresses, and
 # renders text files as terminal art.
-IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+IMAGE_FORMATS = ("AVIF", "BMP", "JPEG", "PNG", "WEBP")
 VIDEO_FORMATS = "mov,matroska,avi,gif,mpegts,ogg"
 
 
@@ -37,7 +40,7 @@ def examine(path: str | Path) -> str:
             "Cut it, or save it smaller."
         )
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with open(path, "rb") as file, open_image(file, IMAGE_FORMATS) as image:
             check_pixels(name, image.size, MAX_IMAGE_PIXELS)
         return "images"
     except UnidentifiedImageError:
@@ -45,13 +48,11 @@ def examine(path: str | Path) -> str:
     except (OSError, Image.DecompressionBombError) as error:
         raise unreadable(name) from error
     try:
-        with av.open(path, options={"format_whitelist": VIDEO_FORMATS}) as container:
-            if not container.streams.video:
-                raise unreadable(name)
-            stream = container.streams.video[0]
+        with opened(path) as container:
+            stream = video_stream(container, name, lambda: opened(path))
             check_pixels(name, (stream.width, stream.height), MAX_VIDEO_PIXELS)
-            frames, seconds = measure(container)
-    except av.FFmpegError as error:
+            frames, seconds = measure(stream)
+    except (av.FFmpegError, ValueError) as error:  # ValueError includes MediaError
         raise unreadable(name) from error
     if seconds > MAX_SECONDS:
         raise user_error(
@@ -68,20 +69,27 @@ def examine(path: str | Path) -> str:
 
 def seconds_of(path: str | Path) -> float:
     """Return the length of a video that `examine` accepted."""
-    with av.open(path, options={"format_whitelist": VIDEO_FORMATS}) as container:
-        return measure(container)[1]
+    with opened(path) as container:
+        return measure(video_stream(container, Path(path).name, lambda: opened(path)))[1]
 
 
-def measure(container: "av.container.InputContainer") -> tuple[int, float]:
+def opened(path: str | Path) -> "av.container.InputContainer":
+    return av.open(path, options={"format_whitelist": VIDEO_FORMATS})
+
+
+def measure(stream: "av.VideoStream") -> tuple[int, float]:
     """Count frames and seconds from the packets: the header's numbers may be absent or wrong."""
-    stream = container.streams.video[0]
     frames, first, last = 0, float("inf"), float("-inf")
-    for packet in container.demux(stream):
+    for packet in stream.container.demux(stream):
         if packet.size:  # the last packet is empty: it flushes the decoder
             frames += 1
             time = packet.dts if packet.pts is None else packet.pts
             first, last = min(first, time or 0), max(last, (time or 0) + (packet.duration or 0))
-    return frames, float((last - first) * stream.time_base) if frames else 0.0
+    if not frames:
+        return 0, 0.0
+    # The player's clock begins with the file, which may be before the first picture.
+    gap = gap_before(stream, float(first * stream.time_base))
+    return frames, gap + float((last - first) * stream.time_base)
 
 
 def check_pixels(name: str, size: tuple[int, int], limit: int) -> None:

@@ -46,6 +46,36 @@ def encode(
     return path
 
 
+def write_tracks(path: Path, *tracks: dict, **options: str) -> Path:
+    """Write tracks, each with `frames` (T, H, W, C), and optionally a codec, a pixel format, a
+    disposition, the time of the first frame and attributes of the codec or the stream."""
+    with av.open(path, "w", options=options) as output:
+        streams = []
+        for track in tracks:
+            stream = output.add_stream(track.get("codec", "libx264"), rate=10)
+            stream.height, stream.width = track["frames"].shape[1:3]
+            stream.pix_fmt = track.get("pix_fmt", "yuv420p")
+            stream.options = track.get("options", {})
+            stream.codec_context.thread_count = 1
+            stream.codec_context.time_base = Fraction(1, 1000)
+            for name, value in track.get("context", {}).items():
+                setattr(stream.codec_context, name, value)
+            if "disposition" in track:
+                stream.disposition = track["disposition"]
+            if "rotation" in track:
+                stream.set_display_rotation(**track["rotation"])
+            streams.append(stream)
+        for stream, track in zip(streams, tracks, strict=True):
+            kind = "rgba" if track["frames"].shape[3] == 4 else "rgb24"
+            for index, pixels in enumerate(track["frames"]):
+                frame = av.VideoFrame.from_ndarray(pixels, format=kind)
+                frame.pts = round(1000 * (track.get("late", 0) + index / 10))
+                frame.time_base = Fraction(1, 1000)
+                output.mux(stream.encode(frame))
+            output.mux(stream.encode())
+    return path
+
+
 def plainly(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return all frames `(T, H, W, 3)` and their times, decoded as in PyAV's documentation."""
     with av.open(path) as container:

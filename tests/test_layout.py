@@ -23,7 +23,8 @@ SHIPPED = [
 OWN = {"modeling_vljepa", "processing", "training", "eval", "benchmarks", "space", "tests"}
 # The parts of `training/`, top first; its commands are the files next to these folders.
 TRAINING = ("commands", "decoder", "loop", "hub", "model", "data", "arguments")
-PACKAGES = {"torch", "transformers", "numpy", "PIL", "safetensors"}
+# fsspec comes with torch.
+PACKAGES = {"torch", "transformers", "numpy", "PIL", "safetensors", "fsspec"}
 OPTIONAL = {"av", "datasets"}  # under `if is_..._available():`
 # Home folders and common working folders, none of which a manual would name.
 MACHINE_PATH = re.compile(r"(?<![\w.:])/(?:home|Users|root|work|mnt|data|workspace|scratch)/\w")
@@ -72,7 +73,7 @@ def test_imports_are_seen():
         ("modeling_vljepa", {"processing"}),  # to register them together; no shipped file
         ("processing", set()),
         ("training", {"modeling_vljepa", "processing", "eval"}),
-        ("space", {"modeling_vljepa", "training"}),  # training: to make its examples
+        ("space", {"modeling_vljepa", "processing", "training"}),  # training: to make its examples
         ("eval", {"modeling_vljepa", "processing"}),
         ("benchmarks", {"modeling_vljepa", "processing", "training", "eval"}),
     ],

@@ -1,10 +1,12 @@
 """Download of a medium over http(s), with a limit of its size and one of its time."""
 
 import http.client
+import re
 import socket
+import string
 import threading
 from contextlib import suppress
-from urllib import request
+from urllib import parse, request
 
 MAX_URL_BYTES = 50 * 2**20
 MAX_URL_SECONDS = 60
@@ -32,7 +34,7 @@ class Download(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self.opener().open(self.url, timeout=MAX_URL_SECONDS) as response:
+            with self.opener().open(quoted(self.url), timeout=MAX_URL_SECONDS) as response:
                 while len(self.content) <= self.max_bytes and (part := response.read1(2**16)):
                     self.content += part
         # ValueError: urllib raises it for some malformed addresses, UnicodeError for others.
@@ -85,6 +87,21 @@ class Download(threading.Thread):
         ):
             opener.add_handler(handler())
         return opener
+
+
+def quoted(url: str) -> str:
+    """Return an address as browsers send it: spaces and letters that are not ASCII are encoded.
+
+    What is encoded already stays. A control character stays an error: encoded, it would be sent.
+    """
+    if re.search(r"[\x00-\x1f\x7f]", url):
+        raise ValueError("it contains a control character")
+    parts = parse.urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if not host.isascii():
+        host = host.encode("idna").decode("ascii")
+    path, query = (parse.quote(each, safe=string.punctuation) for each in (parts.path, parts.query))
+    return parse.urlunsplit((parts.scheme, f"{user}{at}{host}", path, query, ""))
 
 
 def fetch(url: str, max_bytes: int | None = None) -> bytes:

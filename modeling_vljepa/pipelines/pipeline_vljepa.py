@@ -21,8 +21,9 @@ For a published model, `pipe` is `pipeline(task, model="user/name", trust_remote
 any other, make it from the class: `VLJEPARetrievalPipeline(model=model, processor=processor)`.
 
 A *sample* is a dictionary with `"video"` or `"image"` (and, if the task needs it, a `"question"`),
-or the medium alone. One sample gives one result. A list of samples gives a list of results. Any
-other iterable, such as a generator or a dataset, gives an iterator that reads it lazily.
+or the medium alone; the content of a file decides whether it is a video or an image. One sample
+gives one result. A list of samples gives a list of results. Any other iterable, such as a generator
+or a dataset, gives an iterator that reads it lazily.
 
 A *medium* is a path, the bytes of a file, a PIL image, a uint8 array `(T, H, W, 3)` or
 `(H, W, 3)`, a uint8 tensor `(T, 3, H, W)` or `(3, H, W)`, or, with `allow_urls=True`, an http(s)
@@ -38,7 +39,6 @@ labels, are the model's own: `config.prompts` and `config.target_prompts`.
 Shapes: B samples, N texts, T frames, h and w pixels, D embedding size.
 """
 
-import mimetypes
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -80,8 +80,7 @@ def as_sample(sample: Any) -> Mapping[str, Any]:
     if isinstance(sample, np.ndarray | torch.Tensor) and sample.ndim in (3, 4):
         return {"image" if sample.ndim == 3 else "video": sample}
     if isinstance(sample, str | os.PathLike):
-        kind = mimetypes.guess_type(os.fspath(sample))[0] or ""
-        return {"image" if kind.startswith("image/") else "video": sample}
+        return {"medium": sample}  # `preprocess` looks at the content
     raise ValueError(
         f"a {type(sample).__name__} may be a video, an image or neither: give it as "
         '{"video": ...} or {"image": ...}.'
@@ -89,8 +88,8 @@ def as_sample(sample: Any) -> Mapping[str, Any]:
 
 
 def medium_of(sample: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return `"video"` or `"image"`, and the medium."""
-    found = [kind for kind in ("video", "image") if sample.get(kind) is not None]
+    """Return `"video"`, `"image"` or, if its kind is unknown, `"medium"`, and the medium."""
+    found = [kind for kind in ("video", "image", "medium") if sample.get(kind) is not None]
     if len(found) != 1:
         kinds = "both video and image" if found else "neither video nor image"
         raise ValueError(f"{kinds} given: give exactly one.")
@@ -205,13 +204,15 @@ class VLJEPAPipeline(PipelineBase):
         if query is None:
             query = self.model.config.prompts[self.prompt]
         check_string("query", query)
+        if (is_url(medium) or self.processor.is_remote(medium)) and not allow_urls:
+            raise ValueError(
+                f"{kind} is a URL: pass allow_urls=True to let this machine fetch it, or download "
+                "it first."
+            )
         if is_url(medium):
-            if not allow_urls:
-                raise ValueError(
-                    f"{kind} is a URL: pass allow_urls=True to let this machine fetch it, or "
-                    "download it first."
-                )
             medium = fetch(medium)
+        if kind == "medium":
+            kind = self.processor.media_kind(medium)
         try:
             batch = self.processor(**{f"{kind}s": [medium]})
         except ValueError as error:

@@ -11,42 +11,13 @@ from PIL import Image
 
 from processing import FrameStream, VLJEPAVideoProcessor, containers, read_clip, read_image
 from processing.video_io import MediaError
+from tests.media import write_tracks
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
 def plain(colour: tuple[int, ...], count: int = 1) -> np.ndarray:
     return np.full((count, 48, 64, len(colour)), colour, np.uint8)
-
-
-def write(path: Path, *tracks: dict, **options: str) -> Path:
-    """Write tracks, each with `frames` (T, H, W, C), and optionally a codec, a pixel format, a
-    disposition, the time of the first frame and attributes of the codec or the stream."""
-    with av.open(path, "w", options=options) as output:
-        streams = []
-        for track in tracks:
-            stream = output.add_stream(track.get("codec", "libx264"), rate=10)
-            stream.height, stream.width = track["frames"].shape[1:3]
-            stream.pix_fmt = track.get("pix_fmt", "yuv420p")
-            stream.options = track.get("options", {})
-            stream.codec_context.thread_count = 1
-            stream.codec_context.time_base = Fraction(1, 1000)
-            for name, value in track.get("context", {}).items():
-                setattr(stream.codec_context, name, value)
-            if "disposition" in track:
-                stream.disposition = track["disposition"]
-            if "rotation" in track:
-                stream.set_display_rotation(**track["rotation"])
-            streams.append(stream)
-        for stream, track in zip(streams, tracks, strict=True):
-            kind = "rgba" if track["frames"].shape[3] == 4 else "rgb24"
-            for index, pixels in enumerate(track["frames"]):
-                frame = av.VideoFrame.from_ndarray(pixels, format=kind)
-                frame.pts = round(1000 * (track.get("late", 0) + index / 10))
-                frame.time_base = Fraction(1, 1000)
-                output.mux(stream.encode(frame))
-            output.mux(stream.encode())
-    return path
 
 
 def three_ways(path: Path) -> dict[str, np.ndarray]:
@@ -76,7 +47,7 @@ DEFAULT, NONE, COVER = Disposition.default, Disposition(0), Disposition.attached
 def test_video_stream_is_the_film_not_the_still_before_it(tmp_path, name, still, film):
     options = {"movflags": "frag_keyframe+empty_moov"} if name == "fragments.mp4" else {}
     picture = {"codec": "mjpeg", "pix_fmt": "yuvj420p", "frames": plain(BLUE)}
-    path = write(
+    path = write_tracks(
         tmp_path / name,
         {**picture, "disposition": still},
         {"frames": plain(RED, 6), "disposition": film},
@@ -91,16 +62,16 @@ def test_video_stream_is_the_film_not_the_still_before_it(tmp_path, name, still,
 def test_video_stream_is_the_default_of_two_films(tmp_path, name, default):
     films = [{"frames": plain(colour, 6), "disposition": NONE} for colour in (BLUE, RED)]
     films[default]["disposition"] = DEFAULT
-    path = write(tmp_path / name, *films)
+    path = write_tracks(tmp_path / name, *films)
     for way, frames in three_ways(path).items():
         assert is_colour(frames, (BLUE, RED)[default]), way
 
 
 def test_video_stream_is_the_first_of_equals_unless_it_is_much_shorter(tmp_path):
     films = [{"frames": plain(*film), "disposition": DEFAULT} for film in ((BLUE, 6), (RED, 8))]
-    assert is_colour(read_clip(write(tmp_path / "a.mp4", *films), 2).frames, BLUE)
+    assert is_colour(read_clip(write_tracks(tmp_path / "a.mp4", *films), 2).frames, BLUE)
     films[1]["frames"] = plain(RED, 20)
-    assert is_colour(read_clip(write(tmp_path / "b.mp4", *films), 2).frames, RED)
+    assert is_colour(read_clip(write_tracks(tmp_path / "b.mp4", *films), 2).frames, RED)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +88,7 @@ def test_video_stream_is_never_a_cover(tmp_path, read):
         output.mux(cover.encode())
         output.mux(sound.encode(silence(0)))
         output.mux(sound.encode())
-    with pytest.raises(
-        MediaError, match="song.m4a: has no video stream that FFmpeg can dec"
-    ):
+    with pytest.raises(MediaError, match="song.m4a: has no video stream that FFmpeg can dec"):
         read(path)
 
 
@@ -250,7 +219,7 @@ def disc(height: int, width: int) -> np.ndarray:
 def test_pictures_have_square_pixels(tmp_path, name, stored, aspect, shown):
     frames = disc(*stored).repeat(6, axis=0)
     context = {"sample_aspect_ratio": aspect}
-    path = write(tmp_path / name, {"frames": frames, "context": context})
+    path = write_tracks(tmp_path / name, {"frames": frames, "context": context})
     if name == "no pasp.mp4":  # only the codec's data have the aspect
         content = path.read_bytes()
         assert b"pasp" in content
@@ -267,7 +236,9 @@ def test_pictures_have_square_pixels(tmp_path, name, stored, aspect, shown):
 @pytest.mark.parametrize("aspect", [Fraction(30000, 1), Fraction(1, 30000), Fraction(900, 1)])
 def test_pictures_of_an_extreme_aspect_are_bounded(tmp_path, aspect):
     frames = disc(48, 64).repeat(6, axis=0)
-    path = write(tmp_path / "a.mkv", {"frames": frames, "context": {"sample_aspect_ratio": aspect}})
+    path = write_tracks(
+        tmp_path / "a.mkv", {"frames": frames, "context": {"sample_aspect_ratio": aspect}}
+    )
     stream = FrameStream(path, max_pixels=5000)
     for found in (read_clip(path, 2, max_pixels=5000).frames, [next(iter(stream)).pixels]):
         assert found[0].shape[0] * found[0].shape[1] <= 5000
@@ -299,7 +270,7 @@ def quadrants() -> np.ndarray:
 )
 def test_pictures_are_rotated_and_mirrored(tmp_path, name, rotation, expected):
     track = {"frames": quadrants(), "pix_fmt": "yuv444p", "options": {"crf": "1"}}
-    path = write(tmp_path / name, {**track, "rotation": rotation})
+    path = write_tracks(tmp_path / name, {**track, "rotation": rotation})
     wanted = expected(quadrants()[0]).astype(int)
     for way, found in three_ways(path).items():
         assert found.shape[1:] == wanted.shape, way
@@ -309,7 +280,7 @@ def test_pictures_are_rotated_and_mirrored(tmp_path, name, rotation, expected):
 def test_pictures_are_stretched_before_they_are_rotated(tmp_path):
     track = {"frames": disc(144, 180).repeat(6, axis=0), "rotation": {"degrees": 90}}
     track["context"] = {"sample_aspect_ratio": Fraction(2, 1)}
-    path = write(tmp_path / "clip.mp4", track)
+    path = write_tracks(tmp_path / "clip.mp4", track)
     for way, found in three_ways(path).items():
         assert found.shape[1:3] == (360, 144), way
 
@@ -320,7 +291,7 @@ def test_hdr_is_named_once(tmp_path, monkeypatch, transfer, kind):
     said = []
     monkeypatch.setattr(containers.logger, "warning", said.append)
     context = {"color_trc": transfer}
-    path = write(tmp_path / "hdr.mp4", {"frames": plain(RED, 6), "context": context})
+    path = write_tracks(tmp_path / "hdr.mp4", {"frames": plain(RED, 6), "context": context})
     three_ways(path)
     [line] = said
     assert f"hdr.mp4: an HDR video ({kind})" in line
@@ -363,7 +334,7 @@ def test_pictures_of_videos_with_alpha_are_on_white(tmp_path, name):
     codec, pix_fmt, options = ALPHA[name]
     frames = translucent()[None].repeat(6, axis=0)
     track = {"frames": frames, "codec": codec, "pix_fmt": pix_fmt, "options": options}
-    path = write(tmp_path / name, track)
+    path = write_tracks(tmp_path / name, track)
     for found in three_ways(path).values():
         check_ground(found[-1], tolerance=12)
 
@@ -422,5 +393,5 @@ def test_raw_pixels_in_avi_have_no_alpha(tmp_path):
     pixels = translucent()
     pixels[..., 3] = 0
     track = {"frames": pixels[None], "codec": "rawvideo", "pix_fmt": "bgra"}
-    found = read_clip(write(tmp_path / "a.avi", track), 1).frames[0]
+    found = read_clip(write_tracks(tmp_path / "a.avi", track), 1).frames[0]
     np.testing.assert_array_equal(found, pixels[..., :3])

@@ -1,12 +1,16 @@
 """Rows of JSONL files: those that are accepted, and the line and reason of those that are not."""
 
+import bz2
+import gzip
 import json
+import lzma
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from processing.rows import BadRow, bad_rows_report, read_rows
+from processing.rows import BadRow, bad_rows_report, open_rows, read_rows
 from processing.texts import check_text
 from tests.tiny import tiny_processor
 
@@ -206,3 +210,55 @@ def test_check_text_is_the_same_for_rows_and_the_processor(folder):
     path = write(folder, {"image": "b.png", "target": "x", "query": HALF})
     assert str(read_rows(path)[1][0]) == f"{path}:1: {found.value}"
     assert tiny_processor().check_text("question", "a ?") == "a ?"
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_read_rows_reads_compressed_files_by_their_content(folder, kind):
+    plain = write(folder, {"image": "b.png", "target": "a"}, {"image": "b.png", "target": "b"})
+    expected = read_rows(plain)
+    packed = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind](
+        plain.read_bytes()
+    )
+    for name in (f"rows.jsonl.{kind}", "rows"):
+        (folder / name).write_bytes(packed)
+        assert read_rows(folder / name) == expected
+    (folder / "rows").write_bytes(packed[:-9])
+    with pytest.raises(ValueError, match="rows: damaged or truncated"):
+        read_rows(folder / "rows")
+    with pytest.raises(ValueError, match="compressed, so it cannot be read in chunks"):
+        open_rows(folder / f"rows.jsonl.{kind}", in_chunks=True)
+
+
+ROW = '{"image": "b.png", "target": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"[{ROW}]".encode(), "a JSON array. Write one object per line: jq -c '.\\[\\]'"),
+        (f"\n [\n  {ROW},\n  {ROW}\n]\n".encode(), "a JSON array"),
+        (b"\xef\xbb\xbf[\n" + ROW.encode() + b"]", "a JSON array"),
+        (ROW.encode("utf-16"), "not UTF-8 but UTF-16"),
+        (ROW.encode("utf-16-le"), "not UTF-8 but UTF-16"),
+        (ROW.encode("utf-32"), "not UTF-8 but UTF-16 or UTF-32"),
+        (json.dumps(json.loads(ROW), indent=2).encode(), "an object over several lines"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_read_rows_names_a_file_of_another_kind_with_the_cure(folder, content, message, packed):
+    path = folder / "rows.jsonl"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(ValueError, match=f"rows.jsonl: {message}"):
+        read_rows(path)
+
+
+def test_read_rows_takes_members_of_archives(folder):
+    with zipfile.ZipFile(folder / "all.zip", "w") as archive:
+        archive.writestr("b.png", b"")
+    member = f"zip://b.png::{folder}/all.zip"
+    gone = f"zip://b.png::{folder}/gone.zip"
+    rows, bad = read_rows(
+        write(folder, {"image": member, "target": "a"}, {"image": gone, "target": "b"})
+    )
+    assert rows == [{"line": 1, "image": member, "query": "", "target": "a"}]
+    assert [str(each) for each in bad] == [f"{folder}/rows.jsonl:2: image file is missing: {gone}"]

@@ -500,8 +500,25 @@ def test_measure_counts_the_duration_if_the_header_has_none(tmp_path):
     write_clip(path, noise(1, 16, 16, 3).repeat(30, axis=0), live="1")
     with av.open(path) as container:
         assert container.duration is None
-        frames, seconds = uploads.measure(container)
+        frames, seconds = uploads.measure(container.streams.video[0])
     assert (frames, seconds) == (30, pytest.approx(3.0, abs=0.11))
+
+
+def test_examine_reads_the_film_behind_a_still_by_the_clock_of_the_file(tmp_path):
+    path = tmp_path / "clip.mkv"
+    with av.open(path, "w") as output:
+        still = output.add_stream("mjpeg", rate=10)
+        film = output.add_stream("mpeg4", rate=10)
+        for stream, count in ((still, 1), (film, 20)):
+            stream.height, stream.width = 48, 64
+            stream.pix_fmt = "yuvj420p" if stream is still else "yuv420p"
+            for index in range(count):
+                frame = av.VideoFrame.from_ndarray(noise(48, 64, 3), format="rgb24")
+                frame.pts = index + 10 * (stream is film)  # a second after the still
+                output.mux(stream.encode(frame))
+            output.mux(stream.encode())
+    assert uploads.examine(path) == "videos"
+    assert uploads.seconds_of(path) == pytest.approx(3.0, abs=0.11)
 
 
 def test_examine_refuses_a_large_file(tmp_path):

@@ -7,15 +7,17 @@ import math
 import re
 import struct
 import tarfile
+import zipfile
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from processing.video_io import read_image
+from tests.media import write_tracks
 from tests.tiny import noise, tiny_processor, tiny_recipe, tiny_rows, write_rows
 from training.arguments import read_recipe
 from training.data.facts import (
@@ -304,6 +306,28 @@ def test_repeated_rows_compares_clip_query_and_media():
     clips = [row("a") | {"start": 0, "end": 1}, row("a") | {"start": 1, "end": 2}]
     assert repeated_rows(clips) == 0
     assert repeated_rows([row("a", image=b"x"), row("a", image=b"x"), row("a", image=b"y")]) == 1
+
+
+def test_read_header_is_of_the_film_and_by_the_clock_of_the_file(tmp_path):
+    film = write_tracks(
+        tmp_path / "clip.mkv",
+        {"codec": "mjpeg", "pix_fmt": "yuvj420p", "frames": noise(1, 24, 32, 3)},
+        {"frames": noise(8, 48, 64, 3), "late": 2},
+    )
+    header = read_header({"video": str(film)})
+    assert (header.width, header.height) == (64, 48)
+    assert header.seconds == pytest.approx(2.8, abs=0.01)
+    assert clip_seconds({"video": str(film), "start": 2.3}, header) == pytest.approx(0.5, abs=0.01)
+
+
+def test_read_header_reads_members_of_archives_and_images_with_large_texts(tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("about", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.fromarray(noise(8, 10, 3)).save(tmp_path / "a.png", pnginfo=texts)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    for image in (str(tmp_path / "a.png"), f"zip://a.png::{tmp_path}/all.zip"):
+        assert read_header({"image": image}).width == 10
 
 
 def test_read_header_returns_size_and_length_of_every_kind_of_media(folder, tmp_path):

@@ -1,7 +1,6 @@
 """Facts about rows and their media, without a model: repeats, leaks, the share of pairs in a batch
 that have one target, and the headers of files."""
 
-import io
 import math
 import os
 import re
@@ -10,11 +9,12 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import av
 import torch
-from PIL import Image
 
 from modeling_vljepa.losses import Matches
+from processing.containers import open_video, stated_end
+from processing.images import open_image
+from processing.media import Limits, name_of, open_file
 from processing.rows import clip_key, media_file
 from training.data.dataset import text_id
 
@@ -114,7 +114,8 @@ class Header:
 
     Attributes:
         width, height: stored size in pixels, before any rotation.
-        frames, seconds: length of a video.
+        frames: their number in a video.
+        seconds: when a video ends, as a player counts.
     """
 
     width: int
@@ -148,23 +149,12 @@ def clip_seconds(row: dict, header: Header) -> float | None:
     return max(min(row.get("end", math.inf), header.seconds) - row.get("start", 0.0), 0.0)
 
 
-def _opened(media: str | bytes) -> io.BufferedIOBase:
-    return io.BytesIO(media) if isinstance(media, bytes) else open(media, "rb")
-
-
 def _image_header(media: str | bytes) -> Header:
-    with _opened(media) as file, Image.open(file) as image:
+    with open_file(media) as file, open_image(file) as image:
         return Header(*image.size)
 
 
 def _video_header(media: str | bytes) -> Header:
-    # Opened by Python and without protocols: FFmpeg must not open the files that a playlist names.
-    with _opened(media) as file, av.open(file, options={"protocol_whitelist": "none"}) as video:
-        if not video.streams.video:
-            raise ValueError("no video stream")
-        stream = video.streams.video[0]
-        seconds = None if video.duration is None else video.duration / av.time_base
-        if stream.duration is not None:
-            seconds = float(stream.duration * stream.time_base)
+    with open_video(media, Limits(name_of(media))) as stream:
         context = stream.codec_context
-        return Header(context.width, context.height, stream.frames or None, seconds)
+        return Header(context.width, context.height, stream.frames or None, stated_end(stream))

@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 from datasets.distributed import split_dataset_by_node
 
-from processing.rows import BadRow, RowError, parse_line
+from processing.rows import BadRow, RowError, open_rows, parse_line
 from training.arguments import RecipeError
 
 MIB = 2**20
@@ -88,6 +88,11 @@ class JSONLBlocks(Blocks):
                 f"{self.name}: the file holds no row. Write one JSON object per line."
             )
         self.ends = np.cumsum([path.stat().st_size for path in self.paths])
+        try:
+            for path in self.paths:
+                open_rows(path, in_chunks=True).close()
+        except ValueError as error:
+            raise RecipeError(f"data.sources: {error}") from error
         # The mean of the first 64 KiB: an exact one would read every file before training starts.
         with open(self.paths[0], "rb") as file:
             head = file.read(2**16)

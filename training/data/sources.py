@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 from datasets.packaged_modules.csv.csv import CsvConfig
 
+from processing.media import is_address
 from processing.rows import BadRow, RowError, bad_rows_report, read_rows, samples_of
 from training.arguments import RecipeError, SourceArguments
 from training.data.columns import ColumnError, Columns, ExampleError, read_json
@@ -159,7 +160,7 @@ class ExampleReader:
     def in_folder(self, row: dict) -> dict:
         """Return the row with its media path joined to the recipe's `media_folder`."""
         media = "video" if "video" in row else "image"
-        if self.folder is None or not isinstance(row[media], str):
+        if self.folder is None or not isinstance(row[media], str) or is_address(row[media]):
             return row
         return {**row, media: os.path.join(self.folder, row[media])}
 

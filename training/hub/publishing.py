@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, pipelines
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from modeling_vljepa.hub_files import write_hub_files
 from processing import VLJEPAProcessor, read_rows
 from processing.output import writing
@@ -29,8 +29,11 @@ from training.model.checkpoint_files import find_file, load
 from training.model.parameters import count_parameters
 
 ROOT = Path(__file__).parents[2]
-# Modules of `modeling_vljepa/pipelines/` that `space/` imports.
-SPACE_IMPORTS = ("decoding.py", "stream_session.py")
+# Our modules that `space/` imports, by their packages.
+SPACE_IMPORTS = {
+    "modeling_vljepa/pipelines": ("decoding.py", "stream_session.py"),
+    "processing": ("containers.py", "images.py"),
+}
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE", "NOTICE.txt")
 ST_SETTINGS = "sentence_transformer_vljepa.json"
 TOLERANCE = 1e-6  # for embeddings: weights at other memory addresses change their last bits
@@ -259,14 +262,15 @@ def write_space(folder: Path) -> None:
     shutil.copytree(ROOT / "space", folder / "space", ignore=left_out)
     for name in settings:
         shutil.copy(ROOT / "space" / name, folder)
-    package = folder / "modeling_vljepa" / "pipelines"
-    package.mkdir(parents=True)
-    for path in (package, package.parent):
-        (path / "__init__.py").touch()
-    for name in SPACE_IMPORTS:
-        module = Path(pipelines.__file__).with_name(name)
-        for path in (module, *get_relative_import_files(module)):
-            shutil.copy(path, package)
+    for source, names in SPACE_IMPORTS.items():
+        package = folder / source
+        package.mkdir(parents=True)
+        for path in (package, *package.parents[: source.count("/")]):
+            (path / "__init__.py").touch()
+        for name in names:
+            module = ROOT / source / name
+            for path in (module, *get_relative_import_files(module)):
+                shutil.copy(path, package)
     (folder / "app.py").write_text("from space.app import main\n\nmain()\n")
 
 
