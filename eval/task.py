@@ -252,7 +252,8 @@ class Kind:
             default is required; a `Path` must be an existing file.
         evaluate (`Callable`): measures a [`Task`].
         needs_decoder (`bool`): a model without a Y-Decoder cannot be measured.
-        hub_task (`str`): the Hub's name of the task, for the model card.
+        hub_tasks (`dict[str, str]`): the Hub's names of the task on an `"image"` and on a
+            `"video"`, for the model card.
         examples (`str`): how the report shows the examples. `"answers"`: a clip with its ranked
             answers. `"clips"`: a text with its ranked clips. `"captions"`: a clip with captions
             and their CIDEr.
@@ -262,7 +263,7 @@ class Kind:
     benchmark: type[Benchmark]
     evaluate: Callable[[Task], TaskResult]
     needs_decoder: bool
-    hub_task: str
+    hub_tasks: dict[str, str]
     examples: Literal["answers", "clips", "captions"]
 
 

@@ -32,7 +32,9 @@ NOT_TYPED = {
     r"^sbatch ": "needs Slurm",
     r"\bHOST\b": "needs several machines",
     r"--source (0|rtsp:)": "needs a camera",
-    r"--space ": "sends to the Hub",
+    r"--space |push_to_hub": "sends to the Hub",
+    r"report_to=wandb": "needs wandb",
+    r"^tensorboard ": "serves until it is stopped",
     r"captions_train2017": "needs the annotations of COCO",
     r"sys\.argv\[1\]": "is examples/ask.py, which a command runs",
 }

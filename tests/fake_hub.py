@@ -127,11 +127,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[:1] == ["commit"]:
             self.commit(name, [json.loads(line) for line in body.splitlines()])
         elif rest[:1] == ["tree"]:
+            folder = "".join(f"{part}/" for part in rest[2:])
             listed = [
                 {"type": "file", "path": path, "size": len(content), "oid": digest(content)}
                 for path, content in files.items()
+                if path.startswith(folder)
             ]
-            self.answer(200, listed)
+            if listed:
+                self.answer(200, listed)
+            else:
+                self.answer(404, {"error": "no folder"}, X_Error_Code="EntryNotFound")
         elif rest[:1] == ["xet-write-token"]:
             self.answer(404, {"error": "no xet"})
         else:

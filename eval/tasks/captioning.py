@@ -224,7 +224,7 @@ KIND = Kind(
     benchmark=CaptioningBenchmark,
     evaluate=evaluate,
     needs_decoder=True,
-    hub_task="video-to-text",
+    hub_tasks={"image": "image-to-text", "video": "video-text-to-text"},
     examples="captions",
 )
 

@@ -69,7 +69,7 @@ KIND = Kind(
     benchmark=ClassificationBenchmark,
     evaluate=evaluate,
     needs_decoder=False,
-    hub_task="zero-shot-image-classification",
+    hub_tasks={"image": "zero-shot-image-classification", "video": "video-classification"},
     examples="answers",
 )
 

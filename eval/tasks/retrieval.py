@@ -105,7 +105,7 @@ KIND = Kind(
     benchmark=RetrievalBenchmark,
     evaluate=evaluate,
     needs_decoder=False,
-    hub_task="text-to-video-retrieval",
+    hub_tasks=dict.fromkeys(("image", "video"), "feature-extraction"),  # the Hub has no retrieval
     examples="clips",
 )
 

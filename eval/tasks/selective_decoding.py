@@ -550,7 +550,7 @@ KIND = Kind(
     benchmark=StreamingBenchmark,
     evaluate=evaluate,
     needs_decoder=True,
-    hub_task="video-to-text",
+    hub_tasks=dict.fromkeys(("image", "video"), "video-text-to-text"),
     examples="captions",
 )
 

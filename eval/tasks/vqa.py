@@ -132,7 +132,7 @@ KIND = Kind(
     benchmark=VQABenchmark,
     evaluate=evaluate,
     needs_decoder=False,
-    hub_task="visual-question-answering",
+    hub_tasks={"image": "visual-question-answering", "video": "video-text-to-text"},
     examples="answers",
 )
 

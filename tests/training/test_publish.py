@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from modeling_vljepa import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES, VLJEPAModel
+from processing.output import OutputError
 from tests.fake_hub import FakeHub
 from tests.tiny import (
     run_elsewhere,
@@ -31,9 +33,11 @@ from tests.tiny import (
     tiny_writer,
 )
 from training.arguments import RecipeError
+from training.hub import publishing
 from training.hub.licences import UNKNOWN, licence_of
-from training.hub.model_card import protocol_line
+from training.hub.model_card import hub_task, protocol_line
 from training.hub.publishing import verify, write_folder, write_probe
+from training.loop.trainer import VLJEPATrainer
 from training.publish import main
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +61,19 @@ RESULTS = {
         }
     },
 }
-RECIPES = [{"model": {"vocab_size": 300}, "training": {"max_steps": 7}}]
+SOURCES = [
+    {"rows": "/somewhere/mine.jsonl", "licence": "cc-by-4.0"},
+    {"dataset": "owner/set", "streaming": True},
+]
+RECIPES = [
+    {
+        "model": {"vocab_size": 300},
+        "data": {"sources": SOURCES},
+        "training": {"output_dir": "runs/sft", "max_steps": 7},
+    }
+]
+RUN = {"first_step": 1, "last_step": 7, "seconds": 5400.0, "device": "NVIDIA H100", "processes": 8}
+RUNS = [{"stage": "sft", **RUN, "precision": "bf16"}]
 HISTORY = [{"step": 1, "loss": 2.0, "chance_loss": 2.1}, {"step": 2, "loss": 1.0}]
 
 
@@ -71,8 +87,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "eval").mkdir()
     (folder / "eval" / "results.json").write_text(json.dumps(RESULTS))
     (folder / "recipes.yaml").write_text(yaml.safe_dump(RECIPES))
+    (folder / "training_runs.json").write_text(json.dumps(RUNS))
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The options that show rows and the address of the code."""
+    rows = tiny_rows(tmp_path_factory.mktemp("rows"))
+    return ["--example", str(rows), "--code-url", "https://host.test/open-vljepa"]
 
 
 def command(model: Path, *options: str) -> list[str]:
@@ -108,10 +132,10 @@ def elsewhere(script: str, hub: FakeHub, home: Path, folder: Path) -> subprocess
 
 
 @pytest.fixture(scope="module")
-def published(trained: Path, tmp_path_factory: pytest.TempPathFactory):
+def published(trained: Path, shown: list[str], tmp_path_factory: pytest.TempPathFactory):
     with FakeHub() as hub:
         home = tmp_path_factory.mktemp("home")
-        result = run(trained, hub, home, "--private", "--space", "me/show")
+        result = run(trained, hub, home, "--private", "--space", "me/show", *shown)
         assert result.returncode == 0, result.stderr
         yield hub, home, result.stdout
 
@@ -138,6 +162,8 @@ def test_publish_uploads_every_file_and_loads_the_model_back(published):
         "README.md",
         "results.json",
         "loss.png",
+        "example.mp4",
+        "examples.png",
         ".eval_results/easy_vqa.yaml",
         "LICENSE",
     ):
@@ -211,23 +237,23 @@ def test_published_code_is_not_executed_without_trust_remote_code(published, tmp
 
 
 @pytest.mark.slow
-def test_publish_twice_gives_the_same_content(published, trained):
+def test_publish_twice_gives_the_same_content(published, trained, shown):
     hub, home, _ = published
     before = dict(hub.repositories["me/tiny"])
     hub.repositories["me/tiny"]["stale.txt"] = b"from an earlier commit"
-    result = run(trained, hub, home)
+    result = run(trained, hub, home, *shown)
     assert result.returncode == 0, result.stderr
     assert hub.repositories["me/tiny"] == before
 
 
 @pytest.mark.slow
-def test_publish_killed_and_repeated_gives_the_same_content(published, trained, tmp_path):
+def test_publish_killed_and_repeated_gives_the_same_content(published, trained, shown, tmp_path):
     complete = published[0].repositories["me/tiny"]
     generator = random.Random(0)
     with FakeHub() as hub:
         for _ in range(6):
             process = subprocess.Popen(
-                command(trained),
+                command(trained, *shown),
                 cwd=ROOT,
                 env=os.environ | hub.environment(tmp_path),
                 stdout=subprocess.DEVNULL,
@@ -243,7 +269,7 @@ def test_publish_killed_and_repeated_gives_the_same_content(published, trained, 
                 {".gitattributes"},
                 set(complete),
             )  # never a part of the files
-        result = run(trained, hub, tmp_path)
+        result = run(trained, hub, tmp_path, *shown)
         assert result.returncode == 0, result.stderr
         assert hub.repositories["me/tiny"] == complete
 
@@ -260,6 +286,59 @@ def test_publish_dry_run_sends_nothing(trained, tmp_path):
     for name in ("model.safetensors", "README.md", "pipeline_vljepa.py"):
         assert re.search(rf"[\d,]+  {re.escape(name)}$", result.stdout, re.MULTILINE)
     assert "Dry run: nothing was sent to me/tiny." in result.stdout
+
+
+def test_publish_output_writes_what_would_be_sent(
+    published, trained, shown, tmp_path, capsys, monkeypatch
+):
+    sent = dict(published[0].repositories["me/tiny"])
+    del sent[".gitattributes"]  # the Hub's own
+    monkeypatch.setattr("training.hub.publishing.upload", None)  # not called
+    folder = tmp_path / "new" / "folder"
+    main([*command(trained)[3:], *shown, "--output", str(folder)])
+    written = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    assert written == sent
+    assert [path.name for path in folder.parent.iterdir()] == ["folder"]  # no scratch is left
+    output = capsys.readouterr().out
+    assert re.search(
+        r"fresh process: off by [\d.e+-]+\n.*folder has what me/tiny would get", output
+    )
+    with pytest.raises(RecipeError, match="--output: .*folder is not empty; give a new folder"):
+        main([*command(trained)[3:], "--output", str(folder)])
+
+
+def test_publish_output_is_absent_after_a_failed_check(trained, tmp_path, monkeypatch):
+    def refuse(*arguments: object) -> float:
+        raise RecipeError("other embeddings")
+
+    monkeypatch.setattr("training.hub.publishing.verify", refuse)
+    with pytest.raises(RecipeError, match="other embeddings"):
+        main([*command(trained)[3:], "--output", str(tmp_path / "folder")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("https://user:secret@host.test/owner/name.git", "https://host.test/owner/name"),
+        ("http://host.test:8080/owner/name/", "https://host.test/owner/name"),
+        ("git@host.test:owner/name.git", "https://host.test/owner/name"),
+        ("ssh://git@host.test:22/group/owner/name", "https://host.test/group/owner/name"),
+        ("/srv/name.git", None),
+        ("../name", None),
+        (None, None),
+    ],
+)
+def test_origin_url_is_a_web_address_without_secrets(address, url, tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    if address is not None:
+        subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", address], check=True)
+    monkeypatch.setattr(publishing, "ROOT", tmp_path)
+    assert publishing.origin_url() == url
 
 
 def test_verify_raises_for_a_changed_weight(trained, tmp_path):
@@ -283,14 +362,27 @@ def test_verify_raises_for_a_changed_weight(trained, tmp_path):
     [
         (("--repo", "me/with space"), "--repo: .*with space"),
         (("--repo", "a/b/c"), "--repo: "),
+        (("--repo", "name"), "--repo: name names no owner; give user/name"),
         (("--space", "a/b/c"), "--space: "),
+        (("--code-url", "host.test/code"), "--code-url: host.test/code is not a web address"),
+        (("--output", __file__), f"--output: {__file__} is a file. Give a folder."),
+        (("--example", "nowhere.jsonl"), "--example: cannot read nowhere.jsonl"),
         (("--model", "nowhere"), "--model: cannot load nowhere as a folder or Hub id"),
     ],
 )
 def test_publish_names_a_wrong_option(options, message, trained):
     given = {"--model": str(trained), "--repo": "me/tiny", **dict([options])}
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises((OutputError, RecipeError), match=message):
         main([word for pair in given.items() for word in pair])
+
+
+def test_publish_output_refuses_options_that_send(trained, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "folder")]
+    with pytest.raises(RecipeError, match="--space: --output sends nothing to the Hub"):
+        main([*command(trained)[3:], *output, "--space", "me/show"])
+    with pytest.raises(SystemExit):
+        main([*command(trained)[3:], *output, "--dry-run"])
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -337,6 +429,53 @@ def test_trainer_push_to_hub_calls_publish(tmp_path, monkeypatch):
     train([str(recipe), *second, "model.config={}", "training.max_steps=2"])
     recipes = yaml.safe_load((tmp_path / "two" / "recipes.yaml").read_text())
     assert [stage["training"]["max_steps"] for stage in recipes] == [1, 2]
+    runs = json.loads((tmp_path / "two" / "training_runs.json").read_text())
+    assert [(run["stage"], run["first_step"], run["last_step"]) for run in runs] == [
+        ("out", 1, 1),
+        ("two", 1, 2),
+    ]
+
+
+@pytest.mark.parametrize("name", [None, "tiny"])
+def test_trainer_push_to_hub_completes_the_name_of_the_repository(name, tmp_path, monkeypatch):
+    trainer = VLJEPATrainer.__new__(VLJEPATrainer)
+    arguments = {"hub_model_id": name, "hub_private_repo": True, "hub_token": "hf_x"}
+    trainer.args = SimpleNamespace(output_dir="out", **arguments)
+    sent = []
+
+    def init_hf_repo(token: str, private: bool) -> None:
+        trainer.hub_model_id = f"me/{name or 'out'}"
+
+    monkeypatch.setattr(trainer, "init_hf_repo", init_hf_repo)
+    monkeypatch.setattr(trainer, "save_model", lambda **_: None)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: True)
+    monkeypatch.setattr("training.loop.trainer.publish", lambda *a, **k: sent.append((a, k)))
+    trainer.push_to_hub()
+    assert sent == [(("out", f"me/{name or 'out'}"), {"private": True, "token": "hf_x"})]
+
+
+@pytest.mark.slow
+def test_model_push_to_hub_sends_a_working_model_without_a_card_of_its_own(trained, tmp_path):
+    push = f"""
+from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAProcessor
+for auto in (VLJEPAModel, VLJEPAProcessor):
+    auto.from_pretrained({str(trained)!r}).push_to_hub("me/pushed")
+"""
+    ask = """
+import numpy as np
+from transformers import pipeline
+ask = pipeline("visual-question-answering", model="me/pushed", trust_remote_code=True)
+print(ask(video=np.zeros((4, 32, 32, 3), "uint8"), question="what ?", candidates=["a red ball"]))
+"""
+    with FakeHub() as hub:
+        environment = os.environ | hub.environment(tmp_path / "home")
+        subprocess.run([sys.executable, "-c", push], cwd=ROOT, env=environment, check=True)
+        result = elsewhere(ask, hub, tmp_path / "home", tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "a red ball" in result.stdout
+        card = hub.repositories["me/pushed"]["README.md"].decode()
+    assert "[More Information Needed]" in card and "model-index" not in card
 
 
 @pytest.mark.slow
@@ -380,10 +519,26 @@ def test_model_card_is_complete_and_its_numbers_are_the_results(card, published)
     known |= {str(value) for value in PROTOCOL.values()}
     assert set(re.findall(r"\d+(?:\.\d+)?", table)) <= known
     parts = text[text.index("## Architecture") : text.index("Videos are sampled")]
-    counts = {str(n) for box in results["parameters"].values() for n in box.values()}
+    counts = {f"{n:,}" for box in results["parameters"].values() for n in box.values()}
     cells = {cell.strip() for cell in parts.split("|")}
-    assert {cell for cell in cells if cell.isdigit()} <= counts
-    assert str(results["parameters"]["all"]["parameters"]) in cells
+    assert {cell for cell in cells if re.fullmatch("[0-9,]+", cell)} <= counts
+    assert f"{results['parameters']['all']['parameters']:,}" in cells
+
+
+def test_model_card_states_code_time_hardware_and_data(card):
+    text = card.text
+    assert "[host.test/open-vljepa](https://host.test/open-vljepa)" in text
+    assert "[arXiv:2512.10942](https://arxiv.org/abs/2512.10942)" in text
+    assert "| sft | 1 to 7 | 1.5 h | 8 | NVIDIA H100 | bf16 |" in text
+    assert "Together 1.5 h of wall time" in text
+    assert "| `mine.jsonl` | cc-by-4.0 |" in text
+    assert "| [`owner/set`](https://huggingface.co/datasets/owner/set) | unknown |" in text
+    assert "no recipe states a licence" in text  # the cure of `unknown`
+    assert card.data.datasets == ["owner/set"]
+    assert card.data.library_name == "transformers"
+    assert {"sentence-transformers", "video-text-to-text", "custom_code"} <= set(card.data.tags)
+    for picture in ("loss.png", "examples.png"):
+        assert f"]({picture})" in text
 
 
 def test_model_card_tables_are_tables_to_a_markdown_parser(card):
@@ -391,7 +546,7 @@ def test_model_card_tables_are_tables_to_a_markdown_parser(card):
     tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
     tables = [token for token in tokens if token.type == "table_open"]
     rules = re.findall(r"^\|[-|]+\|$", card.text, re.MULTILINE)
-    assert len(tables) == len(rules) >= 3  # architecture, a benchmark, licences
+    assert len(tables) == len(rules) == 5  # architecture, runs, a benchmark, licences, data
     cells = [token.content for token in tokens if token.type == "inline"]
     assert not [cell for cell in cells if cell.count("|") > 1]  # no row was left as text
 
@@ -409,17 +564,52 @@ def test_model_card_metadata_contain_scores_and_protocol(card, published):
     assert data.base_model == ["sentence-transformers/all-MiniLM-L6-v2"]
     (result,) = data.eval_results
     assert result.metric_value == 0.9123 and result.dataset_args == PROTOCOL
-    assert result.dataset_name == "easy_vqa"
+    assert result.dataset_name == "easy_vqa" and result.task_name == "vqa"
+    assert result.task_type == "visual-question-answering"  # of images: one frame each
     entries = yaml.safe_load(published[0].repositories["me/tiny"][".eval_results/easy_vqa.yaml"])
     assert entries[0]["value"] == 0.9123 and "split: test" in entries[0]["notes"]
 
 
-def test_model_card_snippet_runs(card, published, tmp_path):
+@pytest.mark.parametrize(
+    ("task", "frames", "name"),
+    [
+        ("vqa", "1", "visual-question-answering"),
+        ("vqa", "1, 4", "video-text-to-text"),
+        ("classification", "8", "video-classification"),
+        ("retrieval", "8", "feature-extraction"),
+        ("captioning", "1", "image-to-text"),
+        ("streaming", 1, "video-text-to-text"),
+    ],
+)
+def test_hub_task_depends_on_the_medium(task, frames, name):
+    assert hub_task({"task": task, "protocol": {"frames": frames}}) == name
+
+
+def test_model_card_snippets_run_and_print_what_the_card_states(card, published, tmp_path):
     hub, home, _ = published
-    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    result = elsewhere(snippet, hub, home, tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    result = elsewhere("".join(snippets), hub, home, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "tensor" in result.stdout and "a red ball" in result.stdout
+    [stated] = re.findall(r"```text\n(.*?)```", card.text, re.DOTALL)
+    printed = result.stdout.splitlines()
+    for line, expected in zip(printed, stated.splitlines(), strict=False):
+        score, text = line.split(" ", 1)
+        expected_score, expected_text = expected.split(" ", 1)
+        assert text == expected_text and abs(float(score) - float(expected_score)) <= 1e-3
+    assert "# The true one: 'he rides a bike'" in card.text
+    assert len(stated.splitlines()) == 4 and printed[4].startswith("tensor")
+
+
+def test_model_card_snippets_run_without_an_example(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "run")
+    tiny_processor().save_pretrained(tmp_path / "run")
+    write_folder(tmp_path / "run", tmp_path / "me" / "bare", "me/bare")
+    text = (tmp_path / "me" / "bare" / "README.md").read_text(encoding="utf-8")
+    assert "a blank clip" in text and "these answers mean nothing" in text
+    assert "examples.png" not in text and "Code for training" not in text
+    # `from_pretrained` reads a folder of the repository's name before it asks the Hub.
+    printed = run_elsewhere("".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), tmp_path)
+    assert "'a red ball'" in printed and "tensor" in printed
 
 
 def test_model_card_states_a_missing_evaluation(tmp_path):
@@ -431,6 +621,7 @@ def test_model_card_states_a_missing_evaluation(tmp_path):
     text = (tmp_path / "repo" / "README.md").read_text(encoding="utf-8")
     assert "This model has not been evaluated." in text
     assert "No training recipe is recorded" in text and "model-index" not in text
+    assert "Training time and hardware are not recorded" in text
     assert text.count("| random weights | none | yes | none |") == 3
 
 

@@ -7,7 +7,7 @@ from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from processing import VLJEPAProcessor
 from training.arguments import RecipeError
 from training.decoder.recipe import DecoderModelArguments
-from training.model.backbones import read_decoder
+from training.model.backbones import read_decoder, set_special_tokens
 from training.model.checkpoint_files import load
 from training.model.recipe_model import check_config
 
@@ -26,9 +26,7 @@ def new_decoder_config(settings: dict, processor: VLJEPAProcessor) -> PreTrained
         )
     settings = {"model_type": "llama", **settings, "vocab_size": len(tokenizer)}
     config = AutoConfig.for_model(**settings)
-    config.bos_token_id = tokenizer.bos_token_id
-    config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
+    set_special_tokens(config, tokenizer)
     return config
 
 

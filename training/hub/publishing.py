@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from modeling_vljepa.hub_files import write_hub_files
 from processing import VLJEPAProcessor, read_rows
-from processing.output import writing
+from processing.output import check_output_folder, writing
+from processing.rows import media_of
 from training.arguments import RecipeError
+from training.hub.examples import answer_examples
 from training.hub.licences import UNKNOWN, licence_of, licence_table
 from training.hub.model_card import write_card
+from training.hub.training_facts import read_runs
 from training.model.checkpoint_files import find_file, load
 from training.model.parameters import count_parameters
 
@@ -155,14 +159,37 @@ def write_licences(folder: Path, backbones: dict[str, str]) -> list[str]:
     return absent
 
 
+def origin_url() -> str | None:
+    """Return the web address of the clone's origin without user or password.
+
+    It is `None` for a clone without an origin, or with one on a disk.
+    """
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+    address = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    # https://user:token@host/owner/name.git, ssh://git@host:22/owner/name, git@host:owner/name
+    form = r"(?:(?:https?|ssh)://(?:[^@/]+@)?([^:/]+)(?::\d+)?/|[^@/:]+@([^:/]+):)(.+?)(?:\.git)?/?"
+    found = re.fullmatch(form, address)
+    return f"https://{found[1] or found[2]}/{found[3]}" if found else None
+
+
 def write_folder(
-    source: Path, folder: Path, repo: str, *, base: str | None = None, answers: str | None = None
+    source: Path,
+    folder: Path,
+    repo: str,
+    *,
+    base: str | None = None,
+    answers: str | None = None,
+    example: str | None = None,
+    code_url: str | None = None,
 ) -> tuple[dict[str, str], list[str]]:
     """Write the contents of the Hub repository into a new folder.
 
     Returns: the source of the weights of each part, and the backbones without a licence file.
     """
     model, processor = load_trained(str(source))
+    examples = None if example is None else answer_examples(model, processor, example)
     if answers is not None:
         model.config.answers = read_answers(answers)
     results = read_results(source, model)
@@ -170,6 +197,9 @@ def write_folder(
     (folder / "results.json").write_text(json.dumps(results, indent=2, sort_keys=True))
     builds_on = write_weights(source, folder, model, processor, base)
     absent = write_licences(folder, model.config.backbones)
+    drop_loading_options(folder)
+    if examples is not None:
+        shutil.copy(media_of(examples.first.row), folder / examples.file)
     recipes = source / "recipes.yaml"
     write_card(
         folder,
@@ -178,8 +208,11 @@ def write_folder(
         processor=processor,
         results=results,
         recipes=yaml.safe_load(recipes.read_text(encoding="utf-8")) if recipes.is_file() else [],
+        runs=read_runs(source),
         trainer_state=source / "trainer_state.json",
         base_model=builds_on,
+        code_url=code_url,
+        examples=examples,
     )
     return model.config.backbones, absent
 
@@ -293,14 +326,54 @@ def publish_space(repo: str, space: str, *, private: bool | None, token: str | N
     return str(url)
 
 
+def check_arguments(
+    source: str,
+    repo: str,
+    *,
+    output: str | None,
+    base_repo: str | None,
+    code_url: str | None,
+    space: str | None,
+) -> None:
+    """Check the arguments of `publish` before it works.
+
+    Raises:
+        OutputError: `output` cannot be written.
+        RecipeError: a name or address is invalid, `output` has files, or an adapter has no
+            published base.
+    """
+    for option, name in (("--repo", repo), ("--space", space)):
+        try:
+            validate_repo_id(name or repo)
+        except HFValidationError as error:
+            raise RecipeError(f"{option}: {error}") from error
+        if "/" not in (name or repo):
+            raise RecipeError(f"{option}: {name} names no owner; give user/name.")
+    if code_url is not None and not re.match(r"https?://[^/]", code_url):
+        raise RecipeError(f"--code-url: {code_url} is not a web address; begin with https://.")
+    if output is not None:
+        if space is not None:
+            raise RecipeError("--space: --output sends nothing to the Hub; leave one out.")
+        check_output_folder("--output", output)
+        if Path(output).exists() and any(Path(output).iterdir()):
+            raise RecipeError(f"--output: {output} is not empty; give a new folder.")
+    if (Path(source) / "adapter_config.json").is_file() and base_repo is None:
+        raise RecipeError(
+            f"--base-repo: {source} is an adapter; name the published model that it adapts."
+        )
+
+
 def publish(
     source: str,
     repo: str,
     *,
     private: bool | None = None,
     dry_run: bool = False,
+    output: str | None = None,
     base_repo: str | None = None,
     answers: str | None = None,
+    example: str | None = None,
+    code_url: str | None = None,
     space: str | None = None,
     token: str | None = None,
 ) -> None:
@@ -311,30 +384,40 @@ def publish(
         repo: the repository's name on the Hub.
         private: create the repository as private; `None` is the Hub account's default.
         dry_run: stop before the upload.
+        output: a new folder for the repository's content, which is then not uploaded.
         base_repo: for an adapter, the published model that it adapts.
         answers: JSONL of questions; their answers are the choices of the VQA pipeline.
+        example: JSONL of rows; a clip of one is published with the model, the card shows six.
+        code_url: address of the training code's repository; `None` is the clone's origin.
         space: name of a Space that shows the model.
 
     Raises:
-        RecipeError: the model does not load, a name is invalid, an adapter has no published base,
-            or the published model gives other embeddings.
+        OutputError: the folder cannot be written.
+        RecipeError: the model does not load, an argument is invalid, or the published model gives
+            other embeddings.
     """
-    for option, name in (("--repo", repo), ("--space", space)):
-        try:
-            validate_repo_id(name or repo)
-        except HFValidationError as error:
-            raise RecipeError(f"{option}: {error}") from error
+    check_arguments(
+        source, repo, output=output, base_repo=base_repo, code_url=code_url, space=space
+    )
     is_adapter = (Path(source) / "adapter_config.json").is_file()
-    if is_adapter and base_repo is None:
-        raise RecipeError(
-            f"--base-repo: {source} is an adapter; name the published model that it adapts."
-        )
-    with tempfile.TemporaryDirectory() as scratch:
+    scratch_in = None
+    if output is not None:  # next to its final path, so that it is renamed and not copied
+        scratch_in = Path(output).absolute().parent
+        with writing(output):
+            scratch_in.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch_in) as scratch:
         folder, probe = Path(scratch) / "repo", Path(scratch) / "probe.safetensors"
-        base = base_repo if is_adapter else None
-        with writing(scratch, "TMPDIR names the folder."):
+        with writing(scratch, "" if output else "TMPDIR names the folder."):
             write_probe(source, probe)
-            backbones, absent = write_folder(Path(source), folder, repo, base=base, answers=answers)
+            backbones, absent = write_folder(
+                Path(source),
+                folder,
+                repo,
+                base=base_repo if is_adapter else None,
+                answers=answers,
+                example=example,
+                code_url=origin_url() if code_url is None else code_url,
+            )
         print(licence_table(backbones))
         print("\n".join(f"No licence file found for {line}" for line in absent))
         warn_of_licences(repo, backbones)
@@ -342,6 +425,11 @@ def publish(
             print(f"{path.stat().st_size:>14,}  {path.relative_to(folder)}")
         if not is_adapter:  # an adapter loads its base from the Hub, so it is checked there
             print(f"Loaded in a fresh process: off by {verify(str(folder), probe):.1e}", flush=True)
+        if output is not None:
+            with writing(output):
+                folder.rename(output)  # replaces an empty folder
+            print(f"{output} has what {repo} would get; nothing was sent.")
+            return
         if dry_run:
             print(f"Dry run: nothing was sent to {repo}.")
             return

@@ -1,6 +1,7 @@
 """Preparation of a model for training: low-rank adapters, and bf16 for frozen weights."""
 
 import os
+import warnings
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -28,7 +29,10 @@ class AdaptedModel(PeftModel):
 
     def __init__(self, model: VLJEPAModel, config: LoraConfig):
         config.base_model_name_or_path = model.name_or_path or None
-        super().__init__(model, config)
+        with warnings.catch_warnings():
+            # peft reads this property under the name that transformers deprecates.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            super().__init__(model, config)
         self.in_fp32: dict[torch.nn.Module, dict[str, torch.Tensor]] = {}
         for module in self.modules():
             if isinstance(module, ModulesToSaveWrapper):

@@ -208,9 +208,17 @@ def read_predictor(source: str, layers: str, pad_token: str | None = None) -> Pr
         config.layer_types = config.layer_types[kept.start : kept.stop]
     tokenizer = load(AutoTokenizer, key, folder, **options)
     tokenizer.pad_token = choose_pad_token(tokenizer, pad_token)
-    config.pad_token_id = tokenizer.pad_token_id
+    set_special_tokens(config, tokenizer)
     config.name_or_path = ""
     return PredictorBackbone(public_name(source), config, weights, tokenizer)
+
+
+def set_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set a language model's special tokens to its tokenizer's; Trainer would do so and warn."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name)
+        if token is not None:
+            setattr(config, name, token)
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, wished: str | None) -> str:

@@ -26,7 +26,7 @@ from training.arguments import (
     check_value,
 )
 from training.data.sources import Source, StreamedSource, texts_of
-from training.model.backbones import TextBackbone, read_text
+from training.model.backbones import TextBackbone, read_text, set_special_tokens
 from training.model.checkpoint_files import load
 
 # Llama 3's names: a new predictor gets a tokenizer in the form of a pretrained one's.
@@ -142,7 +142,7 @@ def new_config(
     vision, side = config.vision_config, processor.video_processor.crop_size["height"]
     vision.update({"crop_size" if vision.model_type == "vjepa2" else "image_size": side})
     config.predictor_config.vocab_size = len(processor.tokenizer)
-    config.predictor_config.pad_token_id = processor.tokenizer.pad_token_id
+    set_special_tokens(config.predictor_config, processor.tokenizer)
     if text is None:
         config.text_config.vocab_size = len(processor.target_tokenizer)
         config.text_config.pad_token_id = processor.target_tokenizer.pad_token_id
