@@ -209,7 +209,9 @@ def test_captions_with_candidates_are_the_nearest_ones(chooser, writer):
 
 
 def test_captions_pass_the_previous_text_to_the_decoder():
-    model = tiny_writer(decoder_reads_query=True, decoder_reads_previous=True)
+    model = tiny_writer(
+        decoder_reads_query=True, decoder_reads_previous=True, prompts={"caption": "what ?"}
+    )
     pipe = VLJEPAStreamingCaptionPipeline(model=model, processor=PROCESSOR, device="cpu")
     source = scenes([40, 30, 50])
     settings = {"segmenter_kwargs": QUICK, "generate_kwargs": SHORT}
@@ -219,7 +221,7 @@ def test_captions_pass_the_previous_text_to_the_decoder():
             found = [each["text"] for each in captions]
         previous, alone = [""], []
         for segment in captions.session.segments:
-            asked = {"queries": [query or ""], **SHORT}
+            asked = {"queries": [query or "what ?"], **SHORT}
             embeds = segment.embedding[None]
             alone += decode_texts(model, PROCESSOR, embeds, **asked)
             previous += decode_texts(model, PROCESSOR, embeds, previous=previous[-1:], **asked)
