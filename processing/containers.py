@@ -52,11 +52,13 @@ class WatchedFile:
     `read`, so the clock is checked there.
     """
 
-    def __init__(self, file: io.BufferedIOBase, source: MediaSource, limits: Limits) -> None:
+    def __init__(
+        self, file: io.BufferedIOBase, source: MediaSource, limits: Limits, is_named: bool
+    ) -> None:
         self.file = file
         self.limits = limits
         # FFmpeg takes the extension as a hint about the format. A member's name is the first part.
-        name = "" if isinstance(source, bytes) else name_of(source)
+        name = name_of(source) if is_named and not isinstance(source, bytes) else ""
         self.name = name.split("::")[0] if is_address(source) else name
 
     def read(self, size: int) -> bytes:
@@ -193,7 +195,7 @@ def gap_before(stream: "av.VideoStream", first: float) -> float:
 
 @contextmanager
 def open_video(
-    source: MediaSource, limits: Limits, *, for_packets: bool = False
+    source: MediaSource, limits: Limits, *, for_packets: bool = False, is_named: bool = True
 ) -> Iterator["av.VideoStream"]:
     """Yield the video stream of a file; its `container` is open.
 
@@ -202,6 +204,7 @@ def open_video(
             The index of an MP4 file describes its streams and the times of all packets, but
             FFmpeg would decode the first frames nevertheless. For a clip of a dozen small frames,
             that takes a quarter of the time of decoding all.
+        is_named (`bool`, *optional*, defaults to `True`): give FFmpeg the extension as a hint.
 
     Raises: `MediaError` for a file that is not a video, or whose size exceeds the limits.
     """
@@ -215,7 +218,8 @@ def open_video(
             if for_packets and is_mp4(file):
                 # Without any decoder, FFmpeg cannot decode on opening.
                 options, kind = options | {"codec_whitelist": "none"}, "mp4"
-            return av.open(WatchedFile(file, source, limits), format=kind, options=options)
+            watched = WatchedFile(file, source, limits, is_named)
+            return av.open(watched, format=kind, options=options)
 
         try:
             container = opened()

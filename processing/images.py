@@ -69,10 +69,11 @@ def media_kind(source: MediaSource) -> str:
 
 def is_video(source: MediaSource) -> bool:
     """Return whether FFmpeg finds a video in a file; nothing is decoded."""
+    limits = Limits(name_of(source), max_decode_seconds=10)
     try:
-        with open_video(source, Limits(name_of(source), max_decode_seconds=10)) as stream:
-            # FFmpeg believes the name of an image: the format is `image2` or, say, `png_pipe`.
-            return not stream.container.format.name.endswith(("image2", "_pipe"))
+        # Without its name, which FFmpeg would believe.
+        with open_video(source, limits, is_named=False) as stream:
+            return not stream.container.format.name.endswith("_pipe")
     except MediaError:
         return False
 
