@@ -6,6 +6,7 @@ and `evaluation`. Every key is a field of a dataclass below, which alone defines
 
 import difflib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -135,6 +136,7 @@ class SourceArguments:
         augment: mirror and shift frames at random. Not for texts that mention positions or sides.
         group_by_length: make batches of texts of similar length, to save padding. Their negatives
             then have that length too.
+        licence: licence of the data, for the model card; nothing else reads it.
     """
 
     rows: str | None = None
@@ -151,6 +153,7 @@ class SourceArguments:
     query: str | None = None
     augment: bool = False
     group_by_length: bool = False
+    licence: str | None = None
 
     def __post_init__(self):
         if (self.rows is None) == (self.dataset is None):
@@ -302,6 +305,34 @@ def check_package(key: str, value: str | bool, module: str, package: str) -> Non
         )
 
 
+def check_deepspeed(settings: dict | str) -> None:
+    """Check a DeepSpeed configuration, or the JSON file of one.
+
+    Raises:
+        RecipeError: it is not JSON, deepspeed is not installed, a launcher did not start this
+            process, or the configuration shards the weights.
+    """
+    check_package("deepspeed", "it", "deepspeed", "deepspeed")
+    if isinstance(settings, str):
+        try:
+            settings = json.loads(Path(settings).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecipeError(f"training.deepspeed: {settings} is not JSON: {error}") from error
+    if "LOCAL_RANK" not in os.environ:
+        raise RecipeError(
+            "training.deepspeed: start the processes with torchrun or accelerate launch, even one."
+        )
+    if not isinstance(settings, dict):
+        raise RecipeError(f"training.deepspeed: expected keys and values, found {settings!r}.")
+    zero = settings.get("zero_optimization")
+    # With stage 3 upstream builds the model from empty weights, which `_init_weights` cannot fill.
+    if isinstance(zero, dict) and zero.get("stage") == 3:
+        raise RecipeError(
+            "training.deepspeed: ZeRO stage 3 does not work with this model; give stage 1 or 2, or "
+            "use FSDP2 (docs/training.md)."
+        )
+
+
 def check_inherited(arguments: TrainingArguments) -> None:
     """Check fields of transformers whose wrong values it reports late, or as a traceback.
 
@@ -321,8 +352,15 @@ def check_inherited(arguments: TrainingArguments) -> None:
             raise RecipeError(
                 f"training.{name}: {given[name]}: no such file; give keys and values."
             )
+    for name, only in (("hub_strategy", "end"), ("hub_revision", None)):
+        if given[name] != only:
+            cure = "remove it" if only is None else f"give {only!r}"
+            raise RecipeError(
+                f"training.{name}: it is {given[name]!r}, but push_to_hub publishes the finished "
+                f"model on the main branch; {cure}."
+            )
     if given["deepspeed"]:
-        check_package("deepspeed", "it", "deepspeed", "deepspeed")
+        check_deepspeed(given["deepspeed"])
     if given["use_liger_kernel"]:
         check_package("use_liger_kernel", True, "liger_kernel", "liger-kernel")
     for part, (module, package) in OPTIMIZERS.items():

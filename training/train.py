@@ -39,6 +39,7 @@ from training.loop.callbacks import CollapseWarning, ProgressLine
 from training.loop.checkpoints import checkpoint_to_resume
 from training.loop.distributed import check_world_size
 from training.loop.objective import check_objective
+from training.loop.run_facts import RunFacts
 from training.loop.speed import reachable_flops
 from training.loop.trainer import VLJEPATrainer
 from training.model.adapters import prepare_for_training
@@ -211,7 +212,7 @@ def build_trainer(
         train_dataset=dataset,
         data_collator=collator,
         processing_class=processor,
-        callbacks=[ProgressLine(), CollapseWarning()],
+        callbacks=[ProgressLine(), CollapseWarning(), RunFacts(recipe.model.checkpoint)],
         benchmarks=benchmarks,
         limit=recipe.evaluation.limit,
         peak_flops=peak_flops,

@@ -29,8 +29,10 @@ from training.arguments import RecipeError, save_recipes
 from training.decoder.model import with_decoder
 from training.decoder.recipe import DecoderRecipe, read_recipe
 from training.decoder.texts import DecoderCollator, predicted_texts, read_source, training_texts
+from training.hub.publishing import publish
 from training.loop.callbacks import ProgressLine
 from training.loop.checkpoints import PARTS, AtomicCheckpoints, checkpoint_to_resume
+from training.loop.run_facts import RunFacts
 from training.model.parameters import parameter_table
 
 LOG = "decoder_trainer_state.json"  # `trainer_state.json` is the log of the model itself
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         eval_dataset=held_out,
         data_collator=DecoderCollator(processor),
         processing_class=processor,  # every checkpoint is a complete folder
-        callbacks=[ProgressLine(), ValidationLine()],
+        callbacks=[ProgressLine(), ValidationLine(), RunFacts(recipe.model.checkpoint)],
     )
     trainer.remove_callback(PrinterCallback)  # it would print the same values as a dictionary
     if trainer.is_world_process_zero():
@@ -117,6 +119,9 @@ def main(argv: list[str] | None = None) -> Trainer:
     # 5. Save everything that a user loads
     with writing(f"training.output_dir: {args.output_dir}", "Its checkpoint is kept."):
         save(trainer, recipe)
+    if args.push_to_hub and trainer.is_world_process_zero():
+        private, token = args.hub_private_repo, args.hub_token
+        publish(args.output_dir, trainer.hub_model_id, private=private, token=token)
     return trainer
 
 

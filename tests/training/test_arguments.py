@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import yaml
 
 from tests.tiny import tiny_recipe, tiny_settings
 from training.arguments import (
+    check_deepspeed,
     RecipeError,
     VLJEPATrainingArguments,
     apply_override,
@@ -140,6 +142,9 @@ def test_apply_override_reads_values_as_yaml(recipe):
         ("training.gradient_checkpointing_kwargs=x", "kwargs: expected keys and values, found 'x'"),
         ("training.accelerator_config=x", "training.accelerator_config: x: no such file"),
         ("training.deepspeed=x.json", "training.deepspeed: x.json: no such file"),
+        ("training.hub_strategy=every_save", "hub_strategy: it is 'every_save', but push_to_hub"),
+        ("training.hub_revision=dev", "training.hub_revision: it is 'dev', but .*; remove it"),
+        ("data.sources=[{rows: a, licence: 3}]", "licence: .*3"),
         ('training.report_to="~"', "report_to: '~' is not one of none, all, tensorboard, wandb"),
         # What belongs to a new model
         (
@@ -285,3 +290,28 @@ def test_use_bf16_follows_precision_and_device():
     assert type(use_bf16("auto", CPU)) is bool
     with pytest.raises(RecipeError, match="training.precision: 'fp16' is not one of"):
         use_bf16("fp16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3 does not work with this model"),
+        ("{", "training.deepspeed: .* is not JSON"),
+        ("[]", r"training.deepspeed: expected keys and values, found \[\]"),
+        ('{"zero_optimization": {"stage": 3}}', "ZeRO stage 3 does not work with this model"),
+    ],
+)
+def test_check_deepspeed_refuses_settings_that_cannot_work(
+    settings, message, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace())  # as if it were installed
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    if isinstance(settings, str):
+        (tmp_path / "settings.json").write_text(settings)
+        settings = str(tmp_path / "settings.json")
+    with pytest.raises(RecipeError, match=message):
+        check_deepspeed(settings)
+    check_deepspeed({"zero_optimization": {"stage": 2}})
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(RecipeError, match="start the processes with torchrun or accelerate"):
+        check_deepspeed({"zero_optimization": {"stage": 2}})

@@ -298,3 +298,12 @@ def test_killed_runs_resume_to_the_weights_of_an_uninterrupted_one(tmp_path):
     lines = kill_and_resume(tmp_path, kills=8)
     assert len(lines) == 8
     assert any("one process" in line for line in lines)
+
+
+def test_checkpoint_to_resume_finds_the_optimizer_of_deepspeed(arguments, tmp_path):
+    main(arguments)
+    last = tmp_path / "out" / "checkpoint-4"
+    shards = last / "global_step4"
+    shards.mkdir()
+    (last / "optimizer.pt").rename(shards / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert checkpoint_to_resume(str(last), str(tmp_path / "out")) == str(last)

@@ -371,6 +371,26 @@ def test_train_decoder_names_a_wrong_key(checkpoint, override, message):
         main([str(recipe(checkpoint)), override])
 
 
+def test_train_decoder_publishes_the_saved_folder(checkpoint, monkeypatch):
+    sent = []
+
+    def publish(folder: str, repo: str, **options: object) -> None:
+        assert Path(folder, "processor_config.json").is_file()
+        sent.append((folder, repo, options))
+
+    def init_hf_repo(trainer: Trainer) -> None:
+        trainer.hub_model_id = "me/decoder"
+
+    monkeypatch.setattr("training.train_decoder.publish", publish)
+    monkeypatch.setattr(Trainer, "init_hf_repo", init_hf_repo)
+    hub = {"push_to_hub": True, "hub_private_repo": True, "hub_token": "hf_x"}
+    main([str(recipe(checkpoint, training={"max_steps": 1, **hub}))])
+    folder = str(checkpoint.parent / "out")
+    assert sent == [(folder, "me/decoder", {"private": True, "token": "hf_x"})]
+    [run] = json.loads(Path(folder, "training_runs.json").read_text())
+    assert (run["stage"], run["last_step"]) == ("out", 1)
+
+
 def test_train_decoder_does_not_overwrite_the_checkpoint(checkpoint):
     with pytest.raises(
         RecipeError, match="training.output_dir: it is the folder of model.checkpoint"

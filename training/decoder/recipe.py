@@ -44,11 +44,13 @@ class DecoderSource:
             the text of the previous segment, for a decoder that reads it.
         query: replaces the query of every row.
         repeat: number of times that each embedding of the source occurs in an epoch.
+        licence: licence of the data, for the model card; nothing else reads it.
     """
 
     rows: str
     query: str | None = None
     repeat: int = 1
+    licence: str | None = None
 
     def __post_init__(self):
         check_least(self, f"data.sources: {self.rows}", repeat=1)

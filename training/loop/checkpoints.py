@@ -24,12 +24,13 @@ INCOMPLETE = "incomplete-checkpoint"
 REPLACED = "replaced-checkpoint"
 STATE = "trainer_state.json"
 POSITIONS = "positions_{}.json"  # one for each process
-# The parts of a checkpoint and their files, as written by Trainer, by peft, or by accelerate for a
-# model sharded by FSDP. If one is missing, Trainer silently starts that part from the beginning.
+# The parts of a checkpoint and their files, as written by Trainer, by peft, by DeepSpeed, or by
+# accelerate for a model sharded by FSDP. If one is missing, Trainer silently starts that part from
+# the beginning.
 PARTS = {
     "state": (STATE,),
     "weights": ("model*.safetensors", "adapter_model.safetensors", "pytorch_model_fsdp*"),
-    "optimizer's state": ("optimizer.*", "optimizer_*"),
+    "optimizer's state": ("optimizer.*", "optimizer_*", "global_step*/*optim_states.pt"),
     "schedule": ("scheduler.pt",),
     "random state": ("rng_state*.pth",),
     "place in the data": (POSITIONS.format("*"),),

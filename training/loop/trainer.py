@@ -243,7 +243,11 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         if self.is_world_process_zero():
             private = self.args.hub_private_repo if private is None else private
             token = self.args.hub_token if token is None else token
-            publish(self.args.output_dir, self.args.hub_model_id, private=private, token=token)
+            repo = self.args.hub_model_id
+            if repo is None or "/" not in repo:  # the Hub knows the user
+                self.init_hf_repo(token=token, private=private)
+                repo = self.hub_model_id
+            publish(self.args.output_dir, repo, private=private, token=token)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, or continue a checkpoint: its weights, optimizer and position in the data."""
