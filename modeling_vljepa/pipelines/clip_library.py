@@ -5,20 +5,30 @@
 
 import json
 import os
+import shutil
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers.utils import is_datasets_available, is_faiss_available
+from transformers.utils import is_datasets_available
+
+from .library_writer import (
+    KEPT,
+    as_arrow,
+    columns_of,
+    complete,
+    incomplete_folder,
+    only_writer,
+    same_model,
+    writing,
+)
 
 if is_datasets_available():
-    from datasets import Dataset, Features, List, Value, load_from_disk
+    from datasets import Dataset, load_from_disk
 
-
-INNER_PRODUCT = 0  # faiss.METRIC_INNER_PRODUCT; faiss is optional and imported by datasets only
-CLIPS_PER_READ = 4096
-MAX_DRIFT = 1e-3  # in cosine: a model rounded to bf16 stays below, another model is far above
+TEXTS_AT_ONCE = 256  # their cosines with a million clips take a gigabyte
 
 
 def check_datasets() -> None:
@@ -64,28 +74,40 @@ class ClipLibrary:
 
         Raises: `ValueError` for embeddings that are not finite.
         """
-        embedding = List(Value("float32"), length=embeds.shape[1])  # FAISS needs one fixed length
-        dataset = Dataset.from_dict(
-            {"video": videos, "embedding": embeds.numpy()},
-            features=Features({"video": Value("string"), "embedding": embedding}),
-        )
+        dataset = Dataset.from_dict(as_arrow(videos, embeds), features=columns_of(embeds.shape[1]))
         library = cls(dataset, query, probe, unreadable)
         library.check_numbers("library")
         return library
 
-    def save(self, folder: str | os.PathLike) -> None:
-        self.dataset.save_to_disk(folder)
-        # Written last: a folder without this file is a library that was saved only in part.
-        (Path(folder) / "library.json").write_text(
-            json.dumps(
-                {
-                    "query": self.query,
-                    "probe": self.probe.tolist(),
-                    "unreadable": self.unreadable,
-                },
-                indent=2,
-            )
+    def __repr__(self) -> str:
+        files = self.dataset.cache_files
+        return (
+            f"ClipLibrary({len(self.dataset)} clips, {self.probe.shape[1]} dimensions, query "
+            f"{textwrap.shorten(self.query, 60, placeholder=' …')!r}, "
+            f"{Path(files[0]['filename']).parent if files else 'in memory'})"
         )
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the library to a new folder, complete or not at all.
+
+        Raises: `ValueError` for a folder that exists or cannot be written.
+        """
+        with only_writer(folder) as incomplete:
+            self.write(incomplete, Path(folder))
+
+    def write(self, incomplete: Path, folder: Path) -> None:
+        """Write the library to `folder` by way of the `incomplete` folder of `only_writer`."""
+        written = incomplete / "library"
+        shutil.rmtree(written, ignore_errors=True)  # left by a killed process
+        facts = {"query": self.query, "probe": self.probe.tolist(), "unreadable": self.unreadable}
+        try:
+            with writing(folder, KEPT):
+                self.dataset.save_to_disk(written)
+                (written / "library.json").write_text(json.dumps(facts, indent=2))
+                complete(incomplete, folder)
+        except BaseException:
+            shutil.rmtree(written, ignore_errors=True)
+            raise
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "ClipLibrary":
@@ -93,7 +115,11 @@ class ClipLibrary:
         path = Path(folder) / "library.json"
         if not path.is_file():
             raise ValueError(
-                f"library: {folder} has no library.json. Write a library with build_library."
+                f"library: {folder} is incomplete. Call build_library again with the same clips, "
+                "query and model: it continues."
+                if incomplete_folder(Path(folder).absolute()).is_dir()
+                else f"library: {folder} has no library.json. Give a folder that build_library "
+                "wrote."
             )
         saved = json.loads(path.read_text())
         library = cls(
@@ -109,18 +135,26 @@ class ClipLibrary:
         """Raise `ValueError` for a probe or an embedding that is not finite: no search finds it."""
         if not self.probe.isfinite().all():
             raise ValueError(f"{name}: its probe is not finite. Build it again.")
-        # In batches: a large library is on disk and does not fit into memory.
-        for batch in self.dataset.with_format("numpy").iter(CLIPS_PER_READ):
-            finite = np.isfinite(batch["embedding"]).all(axis=1)
+        start = 0
+        for embeds in self.embeddings():
+            finite = embeds.sum(dim=1).isfinite()  # four times as fast as `isfinite` of each number
             if not finite.all():
-                clip = batch["video"][int(finite.argmin())]
+                clip = self.dataset[start + finite.tolist().index(False)]["video"]
                 raise ValueError(f"{name}: the embedding of {clip} is not finite. Build it again.")
+            start += len(embeds)
+
+    def embeddings(self) -> Iterator[torch.Tensor]:
+        """Yield the embeddings in batches `(b, D)`: views of the files, which may exceed the
+        memory."""
+        # As Arrow: the formats for NumPy and torch copy, which takes longer than the product.
+        table = self.dataset.select_columns("embedding").with_format("arrow")[:]
+        for batch in table["embedding"].chunks:
+            # Not through NumPy, whose read-only arrays torch warns about.
+            yield torch.from_dlpack(batch.flatten()).reshape(len(batch), -1)
 
     def check_model(self, probe: torch.Tensor) -> None:
         """Raise `ValueError` if the probe is not that of the model that made this library."""
-        same = probe.shape == self.probe.shape
-        # Not `1 - cosine > MAX_DRIFT`, which is false for NaN.
-        if not same or not ((probe * self.probe).sum(dim=1) >= 1 - MAX_DRIFT).all():
+        if not same_model(probe, self.probe):
             raise ValueError(
                 "library: it was made with another model. Build it again with this model, or load "
                 "the model that made it."
@@ -128,20 +162,30 @@ class ClipLibrary:
 
     def nearest(self, embeds: torch.Tensor, top_k: int) -> list[list[dict]]:
         """Return the `top_k` clips nearest to each embedding of `(N, D)`, best first."""
-        if not is_faiss_available():
-            raise ImportError("searching a library needs FAISS: pip install faiss-cpu")
-        if "embedding" not in self.dataset.list_indexes():
-            self.dataset.add_faiss_index("embedding", metric_type=INNER_PRODUCT)
-        scores, clips = self.dataset.get_nearest_examples_batch(
-            "embedding", embeds.numpy(), k=min(top_k, len(self.dataset))
-        )
-        return [
-            [
-                {"video": video, "score": float(score)}
-                for video, score in zip(found["video"], cosines, strict=True)
+        results = []
+        for texts in embeds.float().split(TEXTS_AT_ONCE):
+            scores, indices = self.cosines(texts).topk(min(top_k, len(self.dataset)))
+            videos = self.dataset.select_columns("video")[indices.flatten().tolist()]["video"]
+            found = [
+                {"video": video, "score": score}
+                for video, score in zip(videos, scores.flatten().tolist(), strict=True)
             ]
-            for found, cosines in zip(clips, scores, strict=True)
-        ]
+            k = scores.shape[1]
+            results += [found[row * k : (row + 1) * k] for row in range(len(texts))]
+        return results
+
+    def cosines(self, texts: torch.Tensor) -> torch.Tensor:
+        """Return the cosines `(N, n)` of N texts and all n clips.
+
+        Products batch by batch are as fast as one product. FAISS's flat index needs a copy of all
+        embeddings and takes five times as long for 32 texts.
+        """
+        cosines = torch.empty(len(texts), len(self.dataset))
+        start = 0
+        for clips in self.embeddings():
+            torch.mm(texts, clips.T, out=cosines[:, start : start + len(clips)])
+            start += len(clips)
+        return cosines
 
 
 __all__ = ["ClipLibrary", "check_datasets", "unreadable_report"]

@@ -41,6 +41,7 @@ Shapes: B samples, N texts, T frames, h and w pixels, D embedding size.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ from .clip_library import ClipLibrary, check_datasets, unreadable_report
 from .decoding import decode_texts
 from .embedding import check_finite, embed_texts
 from .fetching import fetch
+from .library_writer import EmbeddingLog, only_writer
 from .pipeline_base import PipelineBase, given
 from .pipeline_streaming import VLJEPAStreamingCaptionPipeline
 from .text_checks import check_string, check_text, check_texts, fill_template
@@ -104,6 +106,13 @@ def medium_of(sample: Mapping[str, Any]) -> tuple[str, Any]:
             f"or {'a PIL image' if kind == 'image' else 'a list of PIL images'}."
         )
     return kind, medium
+
+
+def as_path(name: str, path: Any) -> str:
+    """Return a path as a string, or raise `ValueError` for another type."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name} is a {type(path).__name__}: give a path.")
+    return check_string(name, os.fspath(path))
 
 
 def is_url(medium: Any) -> bool:
@@ -446,11 +455,6 @@ class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):
         )
         return given(query=query, allow_urls=allow_urls), {}, after
 
-    def preprocess(
-        self, sample: Any, query: str = "What is the action shown?", allow_urls: bool = False
-    ) -> dict[str, Any]:
-        return super().preprocess(sample, query, allow_urls)
-
     def prepare(
         self,
         candidate_labels: Iterable[str] | None = None,
@@ -670,12 +674,14 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
             batch_size (`int`, *optional*, defaults to 1): clips per batch.
             allow_urls (`bool`, *optional*, defaults to `False`): fetch http(s) addresses.
 
-        Raises: `ValueError` for a folder that exists, for an argument of another type, and if no
-            clip can be read.
+        A killed or failed build leaves `OUTPUT_DIR.incomplete`. The same call continues it: the
+        clips, in any order, may be more than before. Another query, another model, or a clip that
+        has changed is refused. Two processes cannot build one library.
+
+        Raises: `ValueError` for a folder that exists or cannot be written, for an argument of
+            another type, for an incomplete library of other clips, and if no clip can be read.
         """
         check_datasets()
-        if os.path.exists(output_dir):
-            raise ValueError(f"output_dir: {output_dir} already exists. Give a new folder.")
         if isinstance(videos, FILE) or not isinstance(videos, Iterable):
             raise ValueError(f"videos is a {type(videos).__name__}: give a list of paths.")
         if query is None:
@@ -683,41 +689,36 @@ class VLJEPARetrievalPipeline(VLJEPAPipeline):
         check_string("query", query)  # `embed_clips` would report every clip as unreadable
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}: give a whole number of at least 1.")
-        names, embeds, unreadable = self.embed_clips(videos, query, batch_size, allow_urls)
-        if unreadable:
-            logger.warning(unreadable_report(unreadable, len(names) + len(unreadable)))
-        if not names:
-            raise ValueError("videos: none could be read; no library was written.")
-        library = ClipLibrary.from_embeddings(
-            names, torch.stack(embeds), query=query, probe=self.probe(), unreadable=unreadable
-        )
-        library.save(output_dir)
-        return library
+        paths = [as_path(f"videos[{index}]", video) for index, video in enumerate(videos)]
+        probe = self.probe()
+        with only_writer(output_dir) as incomplete:
+            log = EmbeddingLog(incomplete, query, probe)
+            missing = log.resume(paths)
+            unreadable = self.embed_clips(missing, log, batch_size, allow_urls)
+            if unreadable:
+                logger.warning(unreadable_report(unreadable, len(paths)))
+            library = ClipLibrary(log.dataset(), query, probe, unreadable)
+            library.write(incomplete, Path(output_dir))
+        return ClipLibrary.load(output_dir)
 
     def embed_clips(
-        self,
-        videos: Iterable[str | os.PathLike],
-        query: str,
-        batch_size: int,
-        allow_urls: bool,
-    ) -> tuple[list[str], list[torch.Tensor], list[dict]]:
-        """Return the readable clips' paths, their embeddings `(D,)`, and the unreadable clips."""
-        names, embeds, items, unreadable = [], [], [], []  # items: the batch being filled
-        for index, video in enumerate(logging.tqdm(videos, desc="clips")):
-            if not isinstance(video, str | os.PathLike):
-                raise ValueError(f"videos[{index}] is a {type(video).__name__}: give a path.")
+        self, videos: list[str], log: EmbeddingLog, batch_size: int, allow_urls: bool
+    ) -> list[dict]:
+        """Embed clips in batches and log the embeddings; return the unreadable clips."""
+        names, items, unreadable = [], [], []  # the batch being filled
+        for video in logging.tqdm(videos, desc="clips"):
             try:
-                items.append(self.preprocess({"video": video}, query, allow_urls))
+                items.append(self.preprocess({"video": video}, log.query, allow_urls))
             except ValueError as error:
-                unreadable.append({"video": os.fspath(video), "reason": str(error)})
+                unreadable.append({"video": video, "reason": str(error)})
                 continue
-            names.append(os.fspath(video))
+            names.append(video)
             if len(items) == batch_size:
-                embeds += self.forward(items)
-                items = []
+                log.add(names, self.forward(items))
+                names, items = [], []
         if items:
-            embeds += self.forward(items)
-        return names, embeds, unreadable
+            log.add(names, self.forward(items))
+        return unreadable
 
     def load_library(self, folder: str | os.PathLike) -> ClipLibrary:
         """Load a saved library, for several searches."""

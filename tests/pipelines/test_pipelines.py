@@ -25,7 +25,7 @@ from modeling_vljepa import (
     VLJEPAForZeroShotImageClassification,
     VLJEPAModel,
 )
-from modeling_vljepa.pipelines import clip_library, fetching, pipeline_vljepa
+from modeling_vljepa.pipelines import fetching, pipeline_vljepa
 from modeling_vljepa.pipelines.clip_library import ClipLibrary
 from modeling_vljepa.pipelines.pipeline_vljepa import (
     VLJEPARetrievalPipeline,
@@ -527,12 +527,6 @@ def test_library_search_rejects_a_library_of_another_model(
     with pytest.raises(ValueError, match="has no library.json"):
         retrieval.search("red", tmp_path)
     assert retrieval.search("red", library) == approximately(good)
-
-
-def test_library_search_without_faiss_names_the_package(retrieval, library, monkeypatch):
-    monkeypatch.setattr(clip_library, "is_faiss_available", lambda: False)
-    with pytest.raises(ImportError, match="pip install faiss-cpu"):
-        retrieval.search("red", library)
 
 
 # -- invalid requests ----------------------------------------------------------------------
