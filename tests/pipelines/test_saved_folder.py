@@ -116,7 +116,8 @@ def sentence_transformer(folder: Path) -> SentenceTransformer:
 
 # -- without this package ------------------------------------------------------------------
 
-# Every registered task on each folder, and sentence-transformers, which saves it again.
+# Every registered task on the first folder, and sentence-transformers, which saves it again; one
+# task and sentence-transformers on the others.
 USE = """
 import sys
 sys.modules.update(dict.fromkeys(("modeling_vljepa", "processing", "training", "eval")))
@@ -147,8 +148,10 @@ def refused(message, function, *arguments, **options):
     else:
         raise AssertionError(message)
 
-def check(folder, has_decoder, is_adapter):
+def check(folder, has_decoder, is_adapter, is_first):
     for (task, call), length in zip(calls.items(), lengths, strict=True):
+        if not is_first and task != "visual-question-answering":
+            continue
         if task == "image-text-to-text" and not has_decoder:
             message = "this checkpoint has no Y-Decoder"
             refused(message, pipeline, task, model=folder, trust_remote_code=True)
@@ -159,14 +162,15 @@ def check(folder, has_decoder, is_adapter):
         if task in ("visual-question-answering", "streaming-caption"):
             assert pipe.has_decoder == has_decoder
     assert set(pipe.model.config.custom_pipelines) == set(calls)
-    features = pipeline("feature-extraction", model=folder, **trusted)
-    refused("use SentenceTransformer", features, "a cat")
+    if is_first:
+        features = pipeline("feature-extraction", model=folder, **trusted)
+        refused("use SentenceTransformer", features, "a cat")
 
     first = SentenceTransformer(folder, **trusted)
     expected = first.encode([image, "a cat"])
     asked = first.encode([image], prompt_name="detail")
     assert np.abs(asked - expected[:1]).max() > 1e-4
-    if is_adapter:
+    if is_adapter or not is_first:
         return
     again = folder + "-again"
     first.save_pretrained(again)
@@ -183,8 +187,8 @@ def check(folder, has_decoder, is_adapter):
         assert kept.keys() == old.keys()
         assert all(weight.equal(old[name]) for name, weight in kept.items())
 
-for arguments in FOLDERS:
-    check(*arguments)
+for number, arguments in enumerate(FOLDERS):
+    check(*arguments, is_first=number == 0)
 print("complete")
 """
 
