@@ -315,7 +315,7 @@ def short(text: str, source: SourceFacts | None = None) -> str:
         rows = Path(source.arguments.rows).absolute().parent
         folders = [rows, rows.resolve(), *folders]
     for folder in folders:
-        # Only where a path begins: the working folder may be `/data`, and a path `/mnt/data/a.mp4`.
+        # Only where a path begins: the working folder may be `/data`, and a path `/srv/data/a.mp4`.
         text = re.sub(rf"(?<![^\s'\"(:]){re.escape(str(folder))}/", "", text)
     return text
 

@@ -1,5 +1,7 @@
 """Text-to-video and video-to-text retrieval (paper section 4, Recall@1 under a fixed prompt).
 
+A pool of images is called one of images, and a mixed pool one of clips.
+
 Shapes: V distinct files, T distinct texts, D embedding size.
 """
 
@@ -57,9 +59,11 @@ def evaluate(task: Task) -> TaskResult:
     relevant = relevance(rows, files, texts)  # (V, T)
 
     scores, rank_statistics = {}, {}
+    kinds = {"image" if "image" in row else "video" for row in predictions.rows}
+    kind = kinds.pop() if len(kinds) == 1 else "clip"
     for direction, found, right in (
-        ("text to video", similarity.T, relevant.T),
-        ("video to text", similarity, relevant),
+        (f"text to {kind}", similarity.T, relevant.T),
+        (f"{kind} to text", similarity, relevant),
     ):
         ranks = first_relevant_ranks(found, right)
         for k in (1, 5, 10):
@@ -69,21 +73,21 @@ def evaluate(task: Task) -> TaskResult:
         rank_statistics[f"{direction} mean rank"] = round(ranks.double().mean().item(), 2)
 
     protocol = {
-        "video_pool": len(files),
+        f"{kind}_pool": len(files),
         "text_pool": len(texts),
-        "texts_per_video": round(float(relevant.sum(dim=1).float().mean()), 4),
-        "videos_per_text": round(float(relevant.sum(dim=0).float().mean()), 4),
+        f"texts_per_{kind}": round(float(relevant.sum(dim=1).float().mean()), 4),
+        f"{kind}s_per_text": round(float(relevant.sum(dim=0).float().mean()), 4),
     }
     return task.result(
         predictions,
         protocol,
         scores,
         ranks=rank_statistics,
-        examples=text_to_video_examples(similarity.T, relevant.T, texts, files),
+        examples=text_examples(similarity.T, relevant.T, texts, files),
     )
 
 
-def text_to_video_examples(
+def text_examples(
     similarity: torch.Tensor, relevant: torch.Tensor, texts: list[str], files: list[str]
 ) -> list[Example]:
     """Return eight texts with their five best files; both matrices are `(T, V)`."""

@@ -177,22 +177,39 @@ def test_question_only_falls_back_from_question_to_type_to_all():
     assert blind.majority() == "yes"
 
 
-def test_retrieval_scores_several_texts_per_file(data, processor):
+@pytest.mark.parametrize(("kind", "videos"), [("image", 0), ("clip", 1), ("video", 3)])
+def test_retrieval_scores_several_texts_per_file(data, processor, kind, videos):
+    """The names of scores and facts state the kind of the pool."""
+    rows = read(data / "captions.jsonl")
+    for row in [row for row in rows if COLORS.index(Path(row["image"]).stem[:-1]) < videos]:
+        path = data / row.pop("image")
+        pixels = np.asarray(Image.open(path))
+        row["video"] = str(write_clip(path.with_suffix(".mp4"), np.stack([pixels, pixels])))
+    write_rows(data / "captions.jsonl", rows)
     benchmark = RetrievalBenchmark(
         "clips", "retrieval", data / "captions.jsonl", "", query="describe"
     )
     oracle = Oracle(processor)
     result = retrieval.evaluate(Task(oracle, processor, benchmark))
     assert set(oracle.asked) == {"describe"} and len(oracle.asked) == 3
-    assert (result.protocol["video_pool"], result.protocol["text_pool"]) == (3, 6)
-    assert (result.protocol["texts_per_video"], result.protocol["videos_per_text"]) == (2.0, 1.0)
-    text_to_video = result.scores["text to video R@1"]
-    assert (text_to_video.value, text_to_video.n) == (1.0, 6)
-    assert text_to_video.baselines["chance"] == pytest.approx(1 / 3)
-    video_to_text = result.scores["video to text R@1"]
-    assert (video_to_text.value, video_to_text.n) == (1.0, 3)
-    assert video_to_text.baselines["chance"] == pytest.approx(2 / 6)
-    assert result.ranks["video to text median rank"] == 1
+    protocol = result.protocol
+    assert (protocol[f"{kind}_pool"], protocol["text_pool"]) == (3, 6)
+    assert (protocol[f"texts_per_{kind}"], protocol[f"{kind}s_per_text"]) == (2.0, 1.0)
+    assert {metric.split(" R@")[0] for metric in result.scores} == {
+        f"text to {kind}",
+        f"{kind} to text",
+    }
+    text_to_clip = result.scores[f"text to {kind} R@1"]
+    assert (text_to_clip.value, text_to_clip.n) == (1.0, 6)
+    assert text_to_clip.baselines["chance"] == pytest.approx(1 / 3)
+    clip_to_text = result.scores[f"{kind} to text R@1"]
+    assert (clip_to_text.value, clip_to_text.n) == (1.0, 3)
+    assert clip_to_text.baselines["chance"] == pytest.approx(2 / 6)
+    assert result.ranks[f"{kind} to text median rank"] == 1
+    write_report(data / "report.html", "model", [result], data / "none.json")
+    page = (data / "report.html").read_text(encoding="utf-8")
+    assert f"The five nearest {kind}s to a text" in page and f"{kind} at rank 1" in page
+    assert "video" not in page or kind == "video"
 
 
 def test_retrieval_relevance_joins_texts_and_groups():

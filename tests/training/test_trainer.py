@@ -478,7 +478,7 @@ def test_best_checkpoint_has_the_best_score(evaluated, tmp_path, capsys):
         assert torch.equal(parameter, saved[name]), name
     printed = capsys.readouterr().out
     assert printed.count("eval_words_accuracy 0.") + printed.count("eval_words_accuracy 1.") >= 4
-    assert "eval_find_text_to_video_R@1" in printed and "(chance 0.125)" in printed
+    assert "eval_find_text_to_image_R@1" in printed and "(chance 0.125)" in printed
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
