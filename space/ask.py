@@ -78,15 +78,31 @@ class Asker:
         return self.model.encode_video(pixels.to(self.model.device))  # (1, N, Dx)
 
 
-def bars(ranked: list[tuple[str, float, str]]) -> str:
-    """Return the first `SHOWN` answers as HTML: text, share as the length of a bar, and a note."""
+LEGEND = (
+    "The bar is an answer's share among the candidates, a softmax of the similarities. Similarity "
+    "is a cosine, from −1 to 1."
+)
+
+
+def bars(ranked: list[tuple[str, float, str]], truth: str | None = None) -> str:
+    """Return the first `SHOWN` answers as HTML: text, share as the length of a bar, and a note.
+
+    Args:
+        truth (`str`, *optional*): the true answer, if it is known. It is marked, or follows.
+    """
+    shown, mark = ranked[:SHOWN], '<em class="right">✓ true answer</em>'
     rows = (
         f"<li><div><b>{escape(answer)}</b><span>{share:.1%}</span></div>"
         f'<div class="bar"><i style="width:{share:.1%}"></i></div>'
-        f"<small>{escape(note)}</small></li>"
-        for answer, share, note in ranked[:SHOWN]
+        f"<small>{escape(note)}{mark if answer == truth else ''}</small></li>"
+        for answer, share, note in shown
     )
-    return f'<ol class="answers">{"".join(rows)}</ol>'
+    other = truth is not None and all(answer != truth for answer, *_ in shown)
+    return (
+        f'<ol class="answers">{"".join(rows)}</ol>'
+        + (f'<p class="legend">The true answer is: {escape(truth)}</p>' if other else "")
+        + f'<p class="legend">{LEGEND}</p>'
+    )
 
 
 def clip_column() -> tuple[gr.File, gr.Video, gr.Image]:
@@ -134,6 +150,8 @@ def ask_tab(model: PreTrainedModel, processor: ProcessorMixin) -> None:
         clip, video, image = clip_column()
         question, candidates, button, answers = question_column(len(asker.answers))
     rows = [json.loads(line) for line in (EXAMPLES / "examples.jsonl").open(encoding="utf-8")]
+    # An upload has a folder of its own, so only an example has the path of an example.
+    truths = {(str(EXAMPLES / row["file"]), row["query"]): row["target"] for row in rows}
     gr.Examples(
         [[str(EXAMPLES / row["file"]), row["query"], "\n".join(row["candidates"])] for row in rows],
         [clip, question, candidates],
@@ -155,7 +173,8 @@ def ask_tab(model: PreTrainedModel, processor: ProcessorMixin) -> None:
 
     def answer(path: str | None, question: str, candidates: str) -> str:
         ranked = asker.rank(path, question, candidates)
-        return bars([(text, share, f"similarity {near:.3f}") for text, near, share in ranked])
+        notes = [(text, share, f"similarity {near:.3f}") for text, near, share in ranked]
+        return bars(notes, truths.get((path, question.strip())))
 
     # A refused file is removed; that is a change as well, so the old preview is cleared.
     shown = clip.change(preview, clip, [video, image], show_progress="hidden")

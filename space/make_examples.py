@@ -49,8 +49,12 @@ OTHER_EVENTS = (  # candidates that happen in none of the chain's clips
 )
 
 
-def join(clips: list[Path], path: Path) -> None:
-    """Join videos of one size and frame rate; the frames are encoded again."""
+def join(clips: list[Path], path: Path) -> list[float]:
+    """Join videos of one size and frame rate; the frames are encoded again.
+
+    Returns: the second at which each begins.
+    """
+    starts = []
     with av.open(path, "w") as joined:
         stream, index = None, 0
         for clip in clips:
@@ -62,18 +66,20 @@ def join(clips: list[Path], path: Path) -> None:
                     stream.options = {"crf": "18"}
                     # x264's output depends on the number of threads.
                     stream.codec_context.thread_count = 1
+                starts.append(round(float(index / video.guessed_rate), 3))
                 for frame in container.decode(video):
                     frame.pts, frame.time_base = index, 1 / video.guessed_rate
                     joined.mux(stream.encode(frame))
                     index += 1
         joined.mux(stream.encode())
+    return starts
 
 
 def write_chain() -> None:
     """Write the long video to a folder of its own, because it is not a clip of the library."""
     folder = EXAMPLES / "watch"
     folder.mkdir(exist_ok=True)
-    join([DATA / "clips" / f"{clip}.mp4" for clip in CHAIN], folder / "missions.mp4")
+    starts = join([DATA / "clips" / f"{clip}.mp4" for clip in CHAIN], folder / "missions.mp4")
     rows = [json.loads(line) for line in (DATA / "test_events.jsonl").open(encoding="utf-8")]
     events = {Path(row["video"]).stem: row["events"] for row in rows}
     happened = {event["text"] for clip in CHAIN for event in events[clip]}
@@ -82,6 +88,11 @@ def write_chain() -> None:
         "label": f"{len(CHAIN)} missions, one after the other",
         "query": NARRATE,
         "candidates": sorted({*happened, *OTHER_EVENTS}),
+        "events": [
+            [round(start + event["time"], 3), event["text"]]
+            for start, clip in zip(starts, CHAIN, strict=True)
+            for event in events[clip]
+        ],
     }
     (folder / "examples.jsonl").write_text(json.dumps(example) + "\n")
 
@@ -103,7 +114,8 @@ def main() -> None:
         )
         candidates = CANDIDATES[kind]
         assert row["target"] in candidates, row
-        examples.append({"file": file, "query": row["query"], "candidates": candidates})
+        example = {"file": file, "query": row["query"], "candidates": candidates}
+        examples.append(example | {"target": row["target"]})
     lines = "".join(json.dumps(example) + "\n" for example in examples)
     (EXAMPLES / "examples.jsonl").write_text(lines)
 

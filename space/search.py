@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .uploads import read, user_error
 
-PATTERNS = ("*.mp4", "*.webm", "*.mkv", "*.mov", "*.avi", "*.gif", "*.png", "*.jpg", "*.jpeg")
+IMAGES = (".gif", ".png", ".jpg", ".jpeg")
+PATTERNS = ("*.mp4", "*.webm", "*.mkv", "*.mov", "*.avi", *(f"*{ending}" for ending in IMAGES))
 SHOWN = 6  # clips
 
 
@@ -83,22 +84,37 @@ def search(
     ]
 
 
+def contents(library: Library) -> str:
+    """Return the numbers of videos and images of a library: `5 videos and 1 image`."""
+    images = sum(path.suffix.lower() in IMAGES for path in library.paths)
+    counts = {"video": len(library.paths) - images, "image": images}
+    return " and ".join(
+        f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items() if count
+    )
+
+
 def search_tab(model: PreTrainedModel, processor: ProcessorMixin, library: Library) -> None:
     """Build the tab: a sentence in, the nearest clips of the library out."""
 
     def find(sentence: str) -> list[tuple[str, str]]:
         return [
-            (str(path), f"{similarity:.3f} · {path.stem}")
-            for path, similarity in search(model, processor, library, sentence)
+            (str(path), f"{rank} · {similarity:.3f} · {path.stem}")
+            for rank, (path, similarity) in enumerate(
+                search(model, processor, library, sentence), 1
+            )
         ]
 
     sentence = gr.Textbox(
-        label=f"Search {len(library.paths)} clips",
+        label=f"Search {contents(library)}",
         placeholder="pick up the blue key",
         elem_id="sentence",
     )
     button = gr.Button("Search", variant="primary", elem_id="search")
     found = gr.Gallery(
         show_label=False, columns=3, height="auto", interactive=False, buttons=[], elem_id="found"
+    )
+    gr.HTML(
+        '<p class="legend">On each result: its rank, its similarity and its file. Similarity is '
+        "the cosine of the sentence and the prediction, from −1 to 1.</p>"
     )
     gr.on([button.click, sentence.submit], find, sentence, found, api_name="search")

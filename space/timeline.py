@@ -15,6 +15,12 @@ STEPS = (0.5, 1, 2, 5, 10, 15, 30, 60)  # seconds between the marks of the time 
 MAX_MARKS = 8  # on the time axis
 WIDTH, HEIGHT = 1000, 100  # units of the drawing, which is stretched to the page
 GOLDEN_ANGLE = 137.5  # between the hues of texts, so that neighbours differ clearly
+AGREEMENT = (
+    "Agreement within the segment: how similar the embeddings of its windows are, from 0 to 1. It "
+    "does not measure whether the text is true."
+)
+
+Event = tuple[float, str]  # its end in seconds, and its text
 
 
 class Shown(Protocol):
@@ -145,21 +151,49 @@ def marks(length: float) -> list[tuple[float, str]]:
     ]
 
 
-def rows(segments: Sequence[Shown], open_since: float | None = None) -> str:
-    """Return a row for each segment: its times, its text, and its confidence."""
+def rows(
+    segments: Sequence[Shown],
+    open_since: float | None = None,
+    events: Sequence[Event] | None = None,
+) -> str:
+    """Return a row for each segment: its times, its text, and the agreement within it.
+
+    Args:
+        events (`list[Event]`, *optional*): the true events, if they are known. A segment shows
+            those that end in it.
+    """
     colors = hues(segments)
+    limits = [segment.end_time for segment in segments]
+    if limits and open_since is None:
+        limits[-1] = float("inf")  # an event may end with the video's last frame
     lines = [
         f'<li style="--hue:{colors[segment.text]:.0f}">'
         f'<button data-seek="{segment.start_time:.2f}">'
         f"{span(segment.start_time, segment.end_time)}</button>"
-        f"<b>{escape(segment.text)}</b>"
-        f'<span class="sure"><i style="width:{segment.confidence:.1%}"></i></span>'
-        f"<small>{segment.confidence:.2f}</small></li>"
-        for segment in segments
+        f"<b>{escape(segment.text)}{truth(segment, limit, events)}</b>"
+        f'<span class="agreement" title="{AGREEMENT}"><i style="width:{segment.confidence:.1%}">'
+        f"</i></span><small>{segment.confidence:.2f}</small></li>"
+        for segment, limit in zip(segments, limits, strict=True)
     ]
     if open_since is not None:
         lines.append(f'<li class="open"><button>{clock(open_since)} – …</button><b>…</b></li>')
-    return f'<ol class="segments">{"".join(lines)}</ol>' if lines else ""
+    if not lines:
+        return ""
+    head = "<span>Time</span><span>Text</span><span>Agreement within the segment</span>"
+    return (
+        f'<div class="segments-head">{head}</div><ol class="segments">{"".join(lines)}</ol>'
+        f'<p class="legend">{AGREEMENT}</p>'
+    )
+
+
+def truth(segment: Shown, limit: float, events: Sequence[Event] | None) -> str:
+    """Return the events that end in a segment, before `limit`, or a mark if its text is one."""
+    if events is None:
+        return ""
+    inside = [text for time, text in events if segment.start_time <= time < limit]
+    if segment.text in inside:
+        return '<em class="right">✓ true</em>'
+    return f"<em>true event: {escape('; '.join(inside) or 'none ends here')}</em>"
 
 
 def counts(windows: int, decodes: int, status: str, notes: Sequence[str] = ()) -> str:
@@ -168,7 +202,7 @@ def counts(windows: int, decodes: int, status: str, notes: Sequence[str] = ()) -
     tiles = (
         (windows, "windows embedded", escape(status)),
         (decodes, "texts decoded", "one per segment"),
-        (windows, "with uniform decoding", ratio),
+        (windows, "texts with uniform decoding", ratio),
     )
     shown = "".join(
         f"<div><b>{number}</b><span>{name}</span><small>{note}</small></div>"

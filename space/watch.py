@@ -25,7 +25,7 @@ from modeling_vljepa.pipelines.segmentation import Segment
 from modeling_vljepa.pipelines.stream_session import EmbeddedWindow, StreamSession
 
 from .texts import TextEmbedder, read_lines
-from .timeline import Curve, span
+from .timeline import Curve, Event, span
 from .uploads import MAX_VIDEO_PIXELS, examine, seconds_of, unreadable, user_error
 
 FRAMES_PER_SECOND = 5  # that are read by default
@@ -48,6 +48,7 @@ class Watched:
         status (`str`): `"watching"`, `"stopped"`, or `"seen"` when the video was read to its end.
         marked (`tuple[float, float]`, *optional*): start and end of the segment that fits the
             best answer to the last question.
+        events (`list[Event]`, *optional*): the true events of an example.
     """
 
     session: StreamSession | None
@@ -57,6 +58,7 @@ class Watched:
     segments: list[Segment] = field(default_factory=list)
     status: str = "watching"
     marked: tuple[float, float] | None = None
+    events: list[Event] | None = None
     # A question arrives in another thread: it waits until the session has taken its window.
     lock: Lock = field(default_factory=Lock)
     last: torch.Tensor | None = None  # embedding (D,)

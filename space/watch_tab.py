@@ -9,7 +9,7 @@ from typing import NamedTuple
 import gradio as gr
 
 from .ask import EXAMPLES, bars
-from .search import Library
+from .search import IMAGES, Library
 from .timeline import clock, counts, draw, rows
 from .uploads import MAX_MEGABYTES, MAX_SECONDS, examine, uploads_only
 from .watch import FRAMES_PER_SECOND, Watched, Watcher, image_error
@@ -18,7 +18,6 @@ WATCH_EXAMPLES = EXAMPLES / "watch"
 MAX_FRAMES_PER_SECOND = 10
 SECONDS_BETWEEN = 0.25  # two updates of the page; the end of a segment is shown at once
 SECONDS_IN_MEMORY = 3600  # a watched video is forgotten when its upload is deleted
-IMAGES = (".png", ".jpg", ".jpeg")
 
 
 def page(seen: Watched) -> tuple[str, str, str]:
@@ -37,8 +36,13 @@ def page(seen: Watched) -> tuple[str, str, str]:
             open_since=seen.open_since,
             marked=seen.marked,
         ),
-        rows(seen.segments, seen.open_since),
+        rows(seen.segments, seen.open_since, seen.events),
     )
+
+
+def example_rows() -> list[dict]:
+    lines = (WATCH_EXAMPLES / "examples.jsonl").open(encoding="utf-8")
+    return [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,10 @@ class Handlers:
     ) -> Iterator[tuple]:
         """Yield the watched part, and the page that shows it."""
         shown, closed = 0.0, 0
+        # An upload has a folder of its own, so only an example has the path of an example.
+        known = {str(WATCH_EXAMPLES / row["file"]): row["events"] for row in example_rows()}
         for seen in self.watcher.watch(path or self.clips.get(name), query, texts, fps):
+            seen.events = known.get(path)
             now = time.monotonic()
             nothing_new = seen.status == "watching" and closed == len(seen.segments)
             if nothing_new and now - shown < SECONDS_BETWEEN:
@@ -170,8 +177,7 @@ def settings_column(watcher: Watcher) -> Settings:
 
 def examples(video: Video, settings: Settings) -> None:
     """Lay out the examples, each of which fills in a video, a question and texts."""
-    lines = (WATCH_EXAMPLES / "examples.jsonl").open(encoding="utf-8")
-    found = [json.loads(line) for line in lines]
+    found = example_rows()
     gr.Examples(
         [
             [str(WATCH_EXAMPLES / row["file"]), row["query"], "\n".join(row["candidates"])]
@@ -203,7 +209,7 @@ def question_row() -> Questions:
 
 def watch_tab(watcher: Watcher, library: Library) -> None:
     """Build the tab: a video in, its timeline and segments out as they come, then questions."""
-    clips = {path.name: str(path) for path in library.paths if path.suffix not in IMAGES}
+    clips = {path.name: str(path) for path in library.paths if path.suffix.lower() not in IMAGES}
     with gr.Row():
         video = video_column(clips)
         with gr.Column():

@@ -169,6 +169,39 @@ def test_bars_escape_the_answers():
     assert "width:75.0%" in shown and "similarity 0.500" in shown and "&lt;i&gt;" in shown
 
 
+@pytest.mark.parametrize(
+    ("truth", "mark"),
+    [
+        ("b", '<small>two<em class="right">✓ true answer</em></small>'),
+        ("<c>", '<p class="legend">The true answer is: &lt;c&gt;</p>'),
+        (None, ""),
+    ],
+)
+def test_bars_mark_the_true_answer(truth, mark):
+    shown = ask.bars([("a", 0.75, "one"), ("b", 0.25, "two")], truth)
+    assert mark in shown and shown.count("true answer") == (truth is not None)
+    assert "share among the candidates" in shown
+
+
+def test_ask_examples_have_true_answers_among_their_candidates():
+    rows = [json.loads(line) for line in (ask.EXAMPLES / "examples.jsonl").open(encoding="utf-8")]
+    assert len(rows) == 6 and all(row["target"] in row["candidates"] for row in rows)
+    for row in watch_tab.example_rows():
+        times = [time for time, _ in row["events"]]
+        assert times == sorted(times) and {text for _, text in row["events"]} <= {
+            *row["candidates"]
+        }
+
+
+def test_search_label_counts_videos_and_images(pair):
+    def label(*names: str) -> str:
+        return search.contents(search.Library(Path(), [Path(each) for each in names], None))
+
+    assert label("a.mp4", "b.PNG", "c.webm") == "2 videos and 1 image"
+    assert label("a.jpg", "b.gif") == "2 images"
+    assert label("a.mp4") == "1 video"
+
+
 # Watching.
 
 
@@ -231,7 +264,8 @@ def test_watcher_finds_the_segments_of_a_session(pair, film):
 
 
 def test_watcher_yields_a_segment_as_soon_as_it_closes(pair, film):
-    lengths = [len(seen.segments) for seen in watch.Watcher(*pair).watch(film, "", TEXTS, 10)]
+    watcher = watch.Watcher(*pair)
+    lengths = [len(seen.segments) for seen in watcher.watch(film, "what is it ?", TEXTS, 10)]
     assert len(lengths) == 1 + 77 + 1  # the start, each window, the end
     assert lengths[0] == 0 and lengths[-1] == 4
     # The delay after the next scene begins: a window, and the segmenter's patience.
@@ -417,6 +451,13 @@ def test_timeline_rows_and_counts():
     lines = timeline.rows(parts, 65.25)
     assert lines.count("<li") == 3 and "&lt;i&gt;" in lines and "<small>0.83</small>" in lines
     assert "0:02.0 – 1:05.2" in lines and "1:05.2 – …" in lines
+    assert "Agreement within the segment" in lines and "true event" not in lines
+    events = [(1.9, "<i>"), (2.0, "a"), (65.0, "c"), (65.25, "d")]
+    lines = timeline.rows(parts, 65.25, events)
+    assert '<b>&lt;i&gt;<em class="right">✓ true</em></b>' in lines
+    assert "<b>b<em>true event: a; c</em></b>" in lines
+    assert "<em>true event: a; c; d</em>" in timeline.rows(parts, None, events)
+    assert "<em>true event: none ends here</em>" in timeline.rows(parts, None, events[:1])
     tiles = timeline.counts(90, 4, "all of 0:08.0", ["2 damaged parts"])
     assert re.findall(r"<b>(\d+)</b>", tiles) == ["90", "4", "90"]
     assert "22.5 per segment" in tiles and "<p>2 damaged parts</p>" in tiles
