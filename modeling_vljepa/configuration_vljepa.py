@@ -181,7 +181,9 @@ class VLJEPAConfig(PreTrainedConfig):
 
         Every way to save a model saves its configuration, so that every saved folder is complete.
         """
-        # A model that is loaded by a Hub id names the code of that repository.
+        # Assigned, they are checked: a name may have been changed in place.
+        self.prompts, self.target_prompts = self.prompts, self.target_prompts
+        # For all classes: transformers adds only the one that is saved.
         self.auto_map = dict(AUTO_MAP)
         if write_hub_files(save_directory, self.prompts, source=self.name_or_path):
             self.custom_pipelines = CUSTOM_PIPELINES

@@ -40,6 +40,10 @@ def test_config_saves_and_loads_prompts(tmp_path):
     config = tiny_config(prompts={"caption": "", "retrieval": DEFAULTS["caption"]})
     config.save_pretrained(tmp_path)
     assert VLJEPAConfig.from_pretrained(tmp_path).prompts == config.prompts
+    config.prompts["detail"] = 3
+    with pytest.raises(ValueError, match="prompts.detail is a int: give a string"):
+        config.save_pretrained(tmp_path / "other")
+    config.prompts["detail"] = DEFAULTS["detail"]
     changed = VLJEPAConfig.from_pretrained(tmp_path, prompts={"detail": "more"})
     assert changed.prompts == config.prompts | {"detail": "more"}
 
