@@ -211,7 +211,7 @@ def picture(answered: list[Answered]) -> Figure:
         right.set_xlim(low, high)
         right.tick_params(axis="x", labelsize=7)
         right.spines[["top", "right"]].set_visible(False)
-    grid[-1, 1].set_xlabel("cosine of the predicted embedding and the answer's", fontsize=8)
+    grid[-1, 1].set_xlabel("cosine", fontsize=8)
     return figure
 
 

@@ -405,6 +405,11 @@ def publish(
         scratch_in = Path(output).absolute().parent
         with writing(output):
             scratch_in.mkdir(parents=True, exist_ok=True)
+    code_url = origin_url() if code_url is None else code_url
+    if code_url is None:
+        print(
+            "Note: this clone has no origin, so the card has no link to the code; give --code-url."
+        )
     with tempfile.TemporaryDirectory(dir=scratch_in) as scratch:
         folder, probe = Path(scratch) / "repo", Path(scratch) / "probe.safetensors"
         with writing(scratch, "" if output else "TMPDIR names the folder."):
@@ -416,7 +421,7 @@ def publish(
                 base=base_repo if is_adapter else None,
                 answers=answers,
                 example=example,
-                code_url=origin_url() if code_url is None else code_url,
+                code_url=code_url,
             )
         print(licence_table(backbones))
         print("\n".join(f"No licence file found for {line}" for line in absent))
