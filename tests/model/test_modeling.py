@@ -83,9 +83,9 @@ print("equal", len(expected))
     assert run_elsewhere(script, tmp_path) == "equal 5"
 
 
-def test_saved_folder_holds_the_code_of_the_model(folder):
-    """It holds all of the model's files, and none of the pipelines, which import the model."""
-    shipped = {path.name for path in Path(__file__).parents[2].glob("modeling_vljepa/[!_]*.py")}
+def test_saved_folder_holds_the_code_of_models_and_pipelines(folder):
+    package = Path(__file__).parents[2] / "modeling_vljepa"
+    shipped = {path.name for path in package.rglob("[!_]*.py")}
     assert {path.name for path in folder.glob("*.py")} == shipped
     assert len(shipped) == 8
 
