@@ -114,6 +114,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.model:
         parser.error("--model is missing: give a folder or Hub id, or set VLJEPA_MODEL")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit is {args.limit}; give 1 or more")
     return args
 
 

@@ -67,7 +67,7 @@ def incomplete_folder(folder: Path) -> Path:
 
 
 def check_new(folder: Path) -> None:
-    """Raise `ValueError` for a folder that exists; remove what is left of its completed build."""
+    """Raise `ValueError` for a folder that exists; remove the rest of its completed build."""
     if os.path.lexists(folder):
         if (folder / "library.json").is_file():
             shutil.rmtree(incomplete_folder(folder), ignore_errors=True)
@@ -224,7 +224,7 @@ class EmbeddingLog:
             self.write()
 
     def write(self) -> None:
-        """Write what is waiting."""
+        """Write the clips that wait."""
         if not self.waiting:
             return
         videos, embeds = zip(*self.waiting, strict=True)
@@ -243,7 +243,7 @@ class EmbeddingLog:
         """Return all clips, memory-mapped.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no clip is embedded.
         """
         self.write()
         if not self.count:

@@ -1,4 +1,4 @@
-"""A library of clips: what it finds, and builds that are killed, meet each other or a full disk."""
+"""A library of clips: searches, and builds that are killed, meet each other or a full disk."""
 
 import errno
 import os

@@ -475,6 +475,13 @@ def test_timeline_axis_has_round_times(length, shown):
     assert [mark for _, mark in timeline.marks(length)] == shown
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_app_rejects_a_limit_below_one(limit, capsys):
+    with pytest.raises(SystemExit):
+        app.parse_args(["--model", "m", f"--limit={limit}"])
+    assert f"--limit is {limit}; give 1 or more" in capsys.readouterr().err
+
+
 def test_load_returns_no_writer_for_a_model_without_a_y_decoder(pair, tmp_path):
     for part in pair:
         part.save_pretrained(tmp_path)
@@ -911,6 +918,7 @@ def test_browser_watches_a_video(
     page.until("document.querySelector('#watch-video video')?.readyState > 1")
     page.press("#watch")
     assert "Give candidate texts" in page.refused()
+    page.write("watch-query", "what is it ?")
     page.write("watch-texts", TEXTS)
     page.press("#watch")
     page.until("document.querySelector('.segments li:not(.open)')")
