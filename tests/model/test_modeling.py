@@ -87,7 +87,7 @@ def test_saved_folder_holds_the_code_of_models_and_pipelines(folder):
     package = Path(__file__).parents[2] / "modeling_vljepa"
     shipped = {path.name for path in package.rglob("[!_]*.py")}
     assert {path.name for path in folder.glob("*.py")} == shipped
-    assert len(shipped) == 8
+    assert {"modeling_vljepa.py", "pipeline_vljepa.py", "st_vljepa.py"} < shipped
 
 
 def test_temperature_starts_at_clips_value_and_is_bounded(model, folder, tmp_path):
