@@ -81,6 +81,9 @@ class YEncoder(nn.Module):
             # Nothing here reads BERT's own pooler. Its parameters would get no gradient, and
             # data-parallel training stops at such parameters.
             self.backbone.pooler = None
+        # A language model would store the keys and values of every layer for tokens that never
+        # follow; an exported one would also cut them at its window, which fixes lengths.
+        self.backbone.config.use_cache = False
         self.limit = position_limit(self.backbone)
         self.pooling = pooling
         self.dense = nn.Sequential()

@@ -1,13 +1,24 @@
 """Exported towers equal the model, also for other batch sizes and lengths than the example's."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 
-from tests.tiny import BERT, tiny_batch, tiny_model, tiny_processor
+from tests.docs import fenced
+from tests.tiny import (
+    BERT,
+    noise,
+    run_elsewhere,
+    tiny_batch,
+    tiny_model,
+    tiny_processor,
+    write_clip,
+)
 from training.arguments import RecipeError
-from training.export import main
+from training.export import check_lengths, export, main
 
 pytestmark = pytest.mark.slow  # tracing a model takes seconds
 
@@ -21,37 +32,92 @@ def save(folder: Path, **changes: object) -> torch.nn.Module:
     return model
 
 
-def run(path: Path, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()(*inputs)
-    import onnxruntime
+# The window of the example's Gemma is shorter than most texts, that of the wide one longer than the
+# text that is traced. Each could become a program for such lengths only.
+TEXTS = {"gemma": {}, "gemma_wide": {"sliding_window": 512}, "bert": BERT}
 
+
+def as_onnx(path: Path) -> Callable[..., torch.Tensor]:
     session = onnxruntime.InferenceSession(path)
     names = [given.name for given in session.get_inputs()]
-    arrays = (tensor.numpy() for tensor in inputs)
-    return torch.from_numpy(session.run(None, dict(zip(names, arrays, strict=True)))[0])
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        arrays = (tensor.numpy() for tensor in inputs)
+        return torch.from_numpy(session.run(None, dict(zip(names, arrays, strict=True)))[0])
+
+    return run
 
 
-@pytest.mark.parametrize("kind", ["torch", "onnx"])
-@pytest.mark.parametrize("text_config", [{}, BERT], ids=["gemma", "bert"])
-def test_exported_towers_equal_the_model(text_config, kind, tmp_path):
-    model = save(tmp_path / "model", text_config=text_config)
-    arguments = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
-    predict, encode_target = main([*arguments, "--format", kind])
-    for rows, length in ((3, 5), (2, 4), (1, 3)):
-        part = {name: tensor[:rows] for name, tensor in BATCH.items()}
-        query = (
-            part["pixel_values_videos"],
-            part["input_ids"][:, :length],
-            part["attention_mask"][:, :length],
-        )
-        target = part["target_input_ids"], part["target_attention_mask"]
-        with torch.no_grad():
-            expected = model.predict(*query), model.encode_target(*target)
-        for path, inputs, reference in zip(
-            (predict, encode_target), (query, target), expected, strict=True
-        ):
-            torch.testing.assert_close(run(path, inputs), reference, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("text", TEXTS)
+def test_exported_programs_equal_the_model_at_every_length(text, tmp_path):
+    model = tiny_model(text_config=TEXTS[text])
+    programs = export(model, 4, 32)
+    runs = {name: [program.module()] for name, program in programs.items()}
+    for name, program in programs.items():
+        torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / name)
+        runs[name].append(as_onnx(tmp_path / name))
+    generator = torch.Generator().manual_seed(0)
+    for rows, length, padding in ((3, 5, 2), (1, 1, 0), (2, 0, 0), (1, 400, 0), (2, 400, 390)):
+        ids = torch.randint(3, 300, (rows, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, length - padding :] = 0
+        cases = {"predict": (BATCH["pixel_values_videos"][:rows], ids, mask)}
+        if length:
+            cases["encode_target"] = ids, mask
+        for name, inputs in cases.items():
+            with torch.no_grad():
+                expected = getattr(model, name)(*inputs)
+                for run in runs[name]:
+                    torch.testing.assert_close(run(*inputs), expected, rtol=0, atol=1e-5)
+
+    weights = {
+        name: {key.split(".")[1] for key in program.state_dict}
+        for name, program in programs.items()
+    }
+    assert weights["predict"] == {"x_encoder", "predictor", "predictor_head"}
+    assert weights["encode_target"] == {"y_encoder", "y_head"}
+
+    longest = {"predict": 9, "encode_target": 400}
+    check_lengths(model, programs, 4, 32, longest)
+    with pytest.raises(RecipeError, match="--model: predict of 1 rows of 0 tokens is .* away from"):
+        check_lengths(tiny_model(1, text_config=TEXTS[text]), programs, 4, 32, longest)
+
+
+def test_export_writes_programs_of_torch(tmp_path):
+    model = save(tmp_path / "model", text_config=BERT)
+    out = tmp_path / "out"
+    paths = main(["--model", str(tmp_path / "model"), "--output", str(out)])
+    assert paths == [out / "predict.pt2", out / "encode_target.pt2"]
+    target = BATCH["target_input_ids"], BATCH["target_attention_mask"]
+    with torch.no_grad():
+        found = torch.export.load(paths[1]).module()(*target)
+        torch.testing.assert_close(found, model.encode_target(*target), rtol=0, atol=1e-5)
+    # Weights in fp32, and a program: the X-Encoder and the Predictor are not in it.
+    stored = 4 * sum(weight.numel() for weight in model.y_encoder.parameters())
+    assert stored < paths[1].stat().st_size < 1.2 * stored + 700_000
+
+
+def test_exported_folder_answers_by_itself(tmp_path):
+    """The example of the README runs in a process that has neither this package nor the model."""
+    model = save(tmp_path / "model")
+    main(
+        ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "exported")]
+        + ["--format", "onnx"]
+    )
+    clip = write_clip(tmp_path / "clip.mp4", noise(6, 40, 50, 3))
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    blocks = [block for language, block in fenced("README.md") if "InferenceSession" in block]
+    assert len(blocks) == 1
+    assert blocks[0].count("\n") <= 14
+    clips = "data/demo/babyai/clips/test_*.mp4"
+    assert clips in blocks[0]
+    printed = run_elsewhere(blocks[0].replace(clips, str(clip)), tmp_path)
+    processor = tiny_processor()
+    asked = processor(videos=clip, text="How many balls are there?")
+    answers = ["zero", "one", "two", "three", "four"]
+    with torch.no_grad():
+        scores = model.predict(**asked) @ model.encode_target(**processor(targets=answers)).T
+    assert printed == answers[scores.argmax()]
 
 
 def test_export_names_a_missing_model(tmp_path):
