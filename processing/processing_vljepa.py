@@ -150,7 +150,7 @@ class VLJEPAProcessor(ProcessorMixin):
             kwargs: options of [`VLJEPATextKwargs`] for the queries, of [`VLJEPAImagesKwargs`] for
                 images, of [`VLJEPAVideosKwargs`] for videos. As in transformers, each is given on
                 its own, as in `num_frames=4`, in the dictionary of its modality, `text_kwargs`,
-                `images_kwargs` or `videos_kwargs`, or in `common_kwargs`. `None` stands for the
+                `images_kwargs` or `videos_kwargs`, or in `common_kwargs`. `None` means the
                 default. `return_tensors` is `"pt"` or `"np"`; targets and contexts have that of
                 the queries.
 
