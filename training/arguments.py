@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub.dataclasses import type_validator
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from modeling_vljepa.losses import LOSSES
 from modeling_vljepa.prompts import complete_prompts, complete_target_prompts
@@ -267,7 +267,7 @@ MAPPINGS = (
     "gradient_checkpointing_kwargs",
     "activation_checkpointing_kwargs",
 )
-FILES_OR_MAPPINGS = ("deepspeed", "accelerator_config", "fsdp_config")
+FILES_OR_MAPPINGS = ("deepspeed", "fsdp_config")
 # Optional packages, which transformers imports late: parts of the names of optimizers, the module
 # and the name on PyPI. The first match counts: `galore_adamw_8bit` contains `8bit` too.
 OPTIMIZERS = {
@@ -289,6 +289,134 @@ REPORTERS = {
     "flyte": ("flytekit", "flytekit"),
     "azure_ml": ("azureml.core", "azureml-core"),
 }
+
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Fields of transformers.TrainingArguments that both commands read, by themselves or in Trainer.
+READ = words(
+    """
+    output_dir max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
+    optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    gradient_accumulation_steps activation_checkpointing activation_checkpointing_kwargs
+    gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend
+    torch_compile_mode neftune_noise_alpha torch_empty_cache_steps tf32 use_cpu full_determinism
+    seed data_seed
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
+    log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
+    trackio_bucket_id trackio_static_space_id skip_memory_metrics debug
+    eval_strategy eval_steps eval_delay eval_on_start
+    save_strategy save_steps save_total_limit save_only_model save_on_each_node
+    enable_jit_checkpoint load_best_model_at_end metric_for_best_model greater_is_better
+    resume_from_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy
+    hub_revision dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+    ddp_timeout fsdp fsdp_config deepspeed
+    """
+)
+# All others, with the reason why another value than the default is refused: Trainer would accept it
+# without a word and train as before.
+NO_EVALUATION_LOOP = "evaluation measures benchmarks (section 'evaluation')"
+NO_METRICS = "evaluation computes the loss alone"
+UNREAD = {
+    "label_smoothing_factor": "no objective here has labels to smooth",
+    "average_tokens_across_devices": "the loss is a mean over rows",
+    "optim_target_modules": "GaLore and APOLLO would replace the groups of parameters",
+    "bf16_full_eval": "precision decides",
+    "fp16_full_eval": "precision decides",
+    "use_liger_kernel": "Liger has no kernels for this model",
+    "liger_kernel_config": "Liger has no kernels for this model",
+    "use_cache": "training generates nothing",
+    "auto_find_batch_size": "global_batch_size is fixed, and gradient_cache_rows saves memory",
+    "include_num_input_tokens_seen": "the log counts samples",
+    "per_device_eval_batch_size": NO_EVALUATION_LOOP,
+    "prediction_loss_only": NO_EVALUATION_LOOP,
+    "eval_do_concat_batches": NO_EVALUATION_LOOP,
+    "eval_use_gather_object": NO_EVALUATION_LOOP,
+    "eval_accumulation_steps": NO_EVALUATION_LOOP,
+    "include_for_metrics": NO_EVALUATION_LOOP,
+    "batch_eval_metrics": NO_EVALUATION_LOOP,
+    "hub_always_push": "push_to_hub publishes once, after training",
+    "restore_callback_states_from_checkpoint": "callbacks restore their states themselves",
+    "accelerator_config": "the mixture deals the rows to the processes, not accelerate",
+    "parallelism_config": "name the parallelism in fsdp or in accelerate's own file",
+    "dataloader_drop_last": "the mixture makes full batches only",
+    "dataloader_in_order": "the order of the rows must not depend on the workers",
+    "remove_unused_columns": "the collator reads every column",
+    "train_sampling_strategy": "the mixture orders the rows; group_by_length of a source in "
+    "data.sources makes batches of texts of similar length",
+    "length_column_name": "group_by_length of a source in data.sources measures texts itself",
+    "do_train": "the command trains",
+    "do_eval": "eval_strategy decides",
+    "do_predict": "eval.evaluate measures a trained model",
+    "local_rank": "the launcher sets it",
+}
+
+
+def check_unread(arguments: TrainingArguments, read: frozenset[str], unread: dict) -> None:
+    """Check that every setting that is given has a reader.
+
+    Args:
+        read: names of the fields of transformers.TrainingArguments that something reads.
+        unread: reasons why nothing reads a field.
+
+    Raises:
+        RecipeError: a field has another value than its default, and nothing reads it.
+    """
+    inherited = {each.name for each in fields(TrainingArguments)} - read
+    for each in fields(arguments):
+        if not each.init or each.name not in inherited:
+            continue
+        value = vars(arguments)[each.name]
+        if value != (each.default_factory() if each.default is MISSING else each.default):
+            reason = unread.get(each.name, "this version of transformers has added it")
+            raise RecipeError(
+                f"training.{each.name}: it is {value!r}, but nothing here reads it: {reason}. "
+                "Remove it."
+            )
+    for each in fields(arguments):
+        value = vars(arguments).get(each.name)
+        other, kinds = UNREAD_WITH.get(each.name, ("optim", ()))
+        kind = str(vars(arguments)[other])
+        if kind in kinds and value != each.default:
+            raise RecipeError(
+                f"training.{each.name}: it is {value!r}, but training.{other}: {kind} does not "
+                "read it. Remove it."
+            )
+
+
+# Optimizers and schedules that do not read a setting which others do.
+WITHOUT_ADAM = ("adafactor", "sgd", "adagrad", "rmsprop", "lomo", "adalomo")
+WITHOUT_ARGUMENTS = ("adafactor", "adamw_torch", "adamw_torch_fused", "adamw_torch_xla")
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+UNREAD_WITH = {
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("optim", WITHOUT_ADAM)),
+    "optim_args": ("optim", WITHOUT_ARGUMENTS),
+    "warmup_steps": ("lr_scheduler_type", WITHOUT_WARMUP),
+}
+
+
+def check_schedule(arguments: TrainingArguments) -> None:
+    """Check the schedule's arguments, which Trainer reads after the clips are decoded.
+
+    Raises:
+        RecipeError: the schedule cannot be built with `lr_scheduler_kwargs`.
+    """
+    steps = arguments.max_steps
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate),
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        kind = arguments.lr_scheduler_type.value
+        raise RecipeError(f"training.lr_scheduler_kwargs: of {kind}: {error}") from error
 
 
 def check_package(key: str, value: str | bool, module: str, package: str) -> None:
@@ -361,8 +489,6 @@ def check_inherited(arguments: TrainingArguments) -> None:
             )
     if given["deepspeed"]:
         check_deepspeed(given["deepspeed"])
-    if given["use_liger_kernel"]:
-        check_package("use_liger_kernel", True, "liger_kernel", "liger-kernel")
     for part, (module, package) in OPTIMIZERS.items():
         if part in given["optim"]:
             check_package("optim", given["optim"], module, package)
@@ -435,7 +561,6 @@ class VLJEPATrainingArguments(TrainingArguments):
     disable_tqdm: bool = True
     logging_nan_inf_filter: bool = False  # upstream would log the average of earlier losses
     remove_unused_columns: bool = False
-    dataloader_drop_last: bool = True
     dataloader_pin_memory: bool = False
     ddp_find_unused_parameters: bool | None = False  # every module is used in every step
     # Derived from the fields above. `init=False`: a recipe that sets one is refused.
@@ -448,7 +573,20 @@ class VLJEPATrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         check_least(self, "training", **LEAST)
+        check_unread(self, READ, UNREAD)
         check_inherited(self)
+        if not self.dataloader_num_workers:
+            for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
+                if vars(self)[name]:
+                    raise RecipeError(
+                        f"training.{name}: it is {vars(self)[name]!r}, but there are no workers; "
+                        "give training.dataloader_num_workers, or remove it."
+                    )
+        if self.torch_empty_cache_steps is not None and self.gradient_cache_rows is not None:
+            raise RecipeError(
+                "training.torch_empty_cache_steps: steps with gradient_cache_rows do not read it. "
+                "Remove one of them."
+            )
         for name in ("save_steps", "device_tflops"):  # not in LEAST: a share of the steps is valid
             value = vars(self)[name]
             if value is not None and value <= 0:
@@ -471,6 +609,7 @@ class VLJEPATrainingArguments(TrainingArguments):
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # a launcher's choice; the recipe decides
             os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"
         super().__post_init__()
+        check_schedule(self)
         per_device, rest = divmod(
             self.global_batch_size, self.world_size * self.gradient_accumulation_steps
         )

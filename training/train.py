@@ -38,10 +38,11 @@ from training.data.target_states import encode_target_states
 from training.loop.callbacks import CollapseWarning, ProgressLine
 from training.loop.checkpoints import checkpoint_to_resume
 from training.loop.distributed import check_world_size
+from training.loop.fingerprint import Fingerprint, compare, content_of, fingerprint
 from training.loop.objective import check_objective
 from training.loop.run_facts import RunFacts
 from training.loop.speed import reachable_flops
-from training.loop.trainer import VLJEPATrainer
+from training.loop.trainer import VLJEPATrainer, default_lanes
 from training.model.adapters import prepare_for_training
 from training.model.parameters import parameter_table
 from training.model.recipe_model import start_model
@@ -192,6 +193,7 @@ def build_trainer(
     dataset: ContrastiveDataset,
     collator: ContrastiveCollator,
     benchmarks: list[Benchmark],
+    settings: Fingerprint,
 ) -> VLJEPATrainer:
     """Add adapters, store frozen weights in bf16, and build the trainer.
 
@@ -218,9 +220,18 @@ def build_trainer(
         peak_flops=peak_flops,
         lanes=recipe.data.lanes,
         max_bad_share=recipe.data.max_bad_share,
+        settings=settings,
     )
     trainer.remove_callback(PrinterCallback)  # it would print the same values as a dictionary
     return trainer
+
+
+def run_settings(recipe: Recipe, sources: list[Source | StreamedSource]) -> Fingerprint:
+    """Return the settings that a checkpoint of this run contains."""
+    lanes = None
+    if any(isinstance(source, StreamedSource) for source in sources):
+        lanes = recipe.data.lanes or default_lanes(recipe.training)
+    return fingerprint(recipe, [content_of(source) for source in sources], lanes)
 
 
 def save(trainer: VLJEPATrainer, recipe: Recipe) -> None:
@@ -265,9 +276,12 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     set_seed(args.seed)
     resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
 
-    # 2. Benchmarks and rows; wrong ones are reported before a model is loaded
+    # 2. Benchmarks and rows; wrong ones are reported before a model is loaded, as are settings with
+    #    which the checkpoint cannot continue
     benchmarks = read_benchmarks(recipe.evaluation, args)
     sources = [read_source(source) for source in recipe.data.sources]
+    settings = run_settings(recipe, sources)
+    changes = compare(resume_from, settings)
 
     # 3. Model and processor, new or from a checkpoint
     model, processor = start_model(recipe, sources)
@@ -277,12 +291,20 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
 
     # 5. Train
     trainer = build_trainer(
-        recipe, model, processor, dataset=dataset, collator=collator, benchmarks=benchmarks
+        recipe,
+        model,
+        processor,
+        dataset=dataset,
+        collator=collator,
+        benchmarks=benchmarks,
+        settings=settings,
     )
     if trainer.is_world_process_zero():
         print(start_report(model, recipe, sources), flush=True)
         if args.resume_from_checkpoint:
             print(f"resuming from {resume_from or 'the beginning: there are no checkpoints yet'}")
+        if changes:
+            print(f"other settings than before: {changes}", flush=True)
     trainer.train(resume_from_checkpoint=resume_from)
 
     # 6. Save everything that a user loads

@@ -32,6 +32,7 @@ from training.decoder.texts import DecoderCollator, predicted_texts, read_source
 from training.hub.publishing import publish
 from training.loop.callbacks import ProgressLine
 from training.loop.checkpoints import PARTS, AtomicCheckpoints, checkpoint_to_resume
+from training.loop.fingerprint import compare, fingerprint, texts_hash
 from training.loop.run_facts import RunFacts
 from training.model.parameters import parameter_table
 
@@ -86,13 +87,17 @@ def main(argv: list[str] | None = None) -> Trainer:
     # Its rows are shuffled by the seed alone, so a checkpoint has no positions in them.
     parts = [part for part in PARTS if part != "place in the data"]
     resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, parts)
+    rows = [read_source(source, recipe.data.max_bad_share) for source in recipe.data.sources]
+    settings = fingerprint(recipe, [[f"{len(each)} rows", texts_hash(each)] for each in rows])
+    settings["training.per_device_train_batch_size"] *= args.world_size  # rows of a step
+    changes = compare(resume_from, settings)
 
     # 2. The frozen model and its trainable decoder
     model, processor = with_decoder(recipe.model, args.seed)
     model.to(args.device)
 
     # 3. Embeddings, computed once
-    texts = training_texts(model, processor, recipe.data)
+    texts = training_texts(model, processor, recipe.data, rows)
     clips = [read_source(source, 0.0) for source in recipe.data.validation]
     held_out = ConcatDataset(predicted_texts(model, processor, clips)) if clips else None
     if held_out is None and args.eval_strategy != "no":
@@ -107,11 +112,14 @@ def main(argv: list[str] | None = None) -> Trainer:
         data_collator=DecoderCollator(processor),
         processing_class=processor,  # every checkpoint is a complete folder
         callbacks=[ProgressLine(), ValidationLine(), RunFacts(recipe.model.checkpoint)],
+        settings=settings,
     )
     trainer.remove_callback(PrinterCallback)  # it would print the same values as a dictionary
     if trainer.is_world_process_zero():
         print(parameter_table(model))
         print(f"{len(texts)} embeddings of texts, {len(held_out or [])} of validation clips")
+        if changes:
+            print(f"other settings than before: {changes}", flush=True)
     trainer.train(resume_from_checkpoint=resume_from)
     if held_out is not None:
         trainer.evaluate()

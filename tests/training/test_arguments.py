@@ -1,23 +1,29 @@
 """Recipes are read and checked; every error names the key, the value and the cure."""
 
 import importlib.util
+import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
 
 from tests.tiny import tiny_recipe, tiny_settings
 from training.arguments import (
-    check_deepspeed,
+    READ,
+    UNREAD,
     RecipeError,
     VLJEPATrainingArguments,
     apply_override,
+    check_deepspeed,
     read_recipe,
     use_bf16,
 )
+from training.decoder.recipe import READ_HERE, UNREAD_HERE, DecoderTrainingArguments
 from training.model.recipe_model import check_config
 
 # Recipes of `training.train`; test_train_decoder.py reads those of `training.train_decoder`.
@@ -140,7 +146,7 @@ def test_apply_override_reads_values_as_yaml(recipe):
         ("training.seed=4294967296", "training.seed: it is 4294967296; give 4294967295 or less"),
         ("training.lr_scheduler_kwargs=x", "lr_scheduler_kwargs: expected keys and values, found"),
         ("training.gradient_checkpointing_kwargs=x", "kwargs: expected keys and values, found 'x'"),
-        ("training.accelerator_config=x", "training.accelerator_config: x: no such file"),
+        ("training.fsdp_config=x", "training.fsdp_config: x: no such file"),
         ("training.deepspeed=x.json", "training.deepspeed: x.json: no such file"),
         ("training.hub_strategy=every_save", "hub_strategy: it is 'every_save', but push_to_hub"),
         ("training.hub_revision=dev", "training.hub_revision: it is 'dev', but .*; remove it"),
@@ -178,7 +184,6 @@ def test_read_recipe_names_a_wrong_value(recipe, override, message):
         ("optim=adamw_bnb_8bit", "bitsandbytes", "bitsandbytes"),
         ("optim=paged_adamw_32bit", "bitsandbytes", "bitsandbytes"),
         ("optim=galore_adamw_8bit", "galore_torch", "galore-torch"),
-        ("use_liger_kernel=true", "liger_kernel", "liger-kernel"),
         ("deepspeed={zero_optimization: {stage: 1}}", "deepspeed", "deepspeed"),
     ],
 )
@@ -193,6 +198,89 @@ def test_read_recipe_names_a_package_that_is_not_installed(
     key = override.split("=")[0]
     with pytest.raises(RecipeError, match=f"^training.{key}: .* needs .*pip install {package}$"):
         read_recipe(str(recipe), [f"training.{override}"])
+
+
+@pytest.mark.parametrize("kind", [VLJEPATrainingArguments, DecoderTrainingArguments])
+def test_training_arguments_are_read_or_refused_by_name(kind):
+    """A new version of transformers that adds a field fails here: try it, and put it into one of
+    the lists."""
+    read, unread = (READ, UNREAD) if kind is VLJEPATrainingArguments else (READ_HERE, UNREAD_HERE)
+    derived = {each.name for each in fields(kind) if not each.init}
+    inherited = {each.name for each in fields(TrainingArguments)}
+    assert read | unread.keys() | derived >= inherited
+    assert read <= inherited and read.isdisjoint(derived)
+
+
+# A value of another type or none of the ordinary kinds, for the fields that are not a switch or a
+# number.
+VALUES = {
+    "optim_target_modules": "all-linear",
+    "liger_kernel_config": {"rope": True},
+    "include_num_input_tokens_seen": "all",
+    "include_for_metrics": ["loss"],
+    "accelerator_config": {"split_batches": True},
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "size",
+}
+
+
+@pytest.mark.parametrize("name", sorted(UNREAD.keys() - {"parallelism_config"}))
+def test_training_arguments_refuse_a_setting_that_nothing_reads(recipe, name):
+    (field,) = (each for each in fields(VLJEPATrainingArguments) if each.name == name)
+    value = VALUES.get(name, not field.default if isinstance(field.default, bool) else 3)
+    with pytest.raises(RecipeError, match=f"training.{name}: it is .* nothing here reads it: "):
+        read_recipe(str(recipe), [f"training.{name}={json.dumps(value)}"])
+
+
+def test_training_arguments_refuse_a_field_of_a_new_version(recipe, monkeypatch):
+    monkeypatch.setattr("training.arguments.READ", READ - {"adam_epsilon"})
+    read_recipe(str(recipe))
+    with pytest.raises(RecipeError, match="adam_epsilon: .* this version of transformers has"):
+        read_recipe(str(recipe), ["training.adam_epsilon=0.1"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"label_smoothing_factor": 0.5},
+        {"num_train_epochs": 2.0},
+        {"train_sampling_strategy": "sequential"},
+        {"dataloader_drop_last": True},
+        {"neftune_noise_alpha": 5.0},
+        {"bf16_full_eval": True},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_decoder_arguments_refuse_a_setting_that_nothing_reads(given, tmp_path):
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "precision": "fp32", "use_cpu": True}
+    DecoderTrainingArguments(**options)
+    with pytest.raises(RecipeError, match=f"training.{next(iter(given))}: it is .* nothing here r"):
+        DecoderTrainingArguments(**options, **given)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim=sgd", "adam_beta1=0.5"], "adam_beta1: it is 0.5, but training.optim: sgd does"),
+        (["optim_args=eps=0.1"], "optim_args: it is 'eps=0.1', but training.optim: adamw_torch_fu"),
+        (["lr_scheduler_type=constant", "warmup_steps=5"], "warmup_steps: it is 5.0, but training"),
+        (["lr_scheduler_kwargs={min_lr: 0.1}"], "lr_scheduler_kwargs: of linear: .* 'min_lr'"),
+        (["lr_scheduler_type=cosine_with_min_lr"], "lr_scheduler_kwargs: of cosine_with_min_lr: "),
+        (
+            ["dataloader_persistent_workers=true"],
+            "persistent_workers: it is True, but there",
+        ),
+        (
+            ["dataloader_multiprocessing_context=spawn"],
+            "context: it is 'spawn', but there",
+        ),
+        (["torch_empty_cache_steps=1", "gradient_cache_rows=1"], "steps with gradient_cache_rows"),
+    ],
+)
+def test_training_arguments_refuse_settings_that_do_not_go_together(recipe, overrides, message):
+    with pytest.raises(RecipeError, match=f"^training.*{message}"):
+        read_recipe(str(recipe), [f"training.{each}" for each in overrides])
+    read_recipe(str(recipe), ["training.optim=sgd", "training.optim_args=momentum=0.5"])
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,15 @@ import yaml
 
 from benchmarks.kills import kill_and_resume
 from tests.tiny import tiny_recipe, tiny_rows, write_rows
-from training.arguments import RecipeError
+from training.arguments import RecipeError, read_recipe
 from training.loop.checkpoints import INCOMPLETE, REPLACED, checkpoint_to_resume
+from training.loop.fingerprint import compare, fingerprint, write_fingerprint
 from training.loop.trainer import VLJEPATrainer
 from training.train import main
 
 SAVED = {
     *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt"),
-    *("rng_state.pth", "trainer_state.json", "positions_0.json"),
+    *("rng_state.pth", "trainer_state.json", "positions_0.json", "recipe.json"),
 }
 
 
@@ -254,11 +255,11 @@ def test_resume_refuses_positions_that_mean_other_rows(tmp_path):
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     resume = [str(recipe), source, "training.resume_from_checkpoint=true"]
     for override, message in (
-        ("data.lanes=1", "data.lanes: .*checkpoint-2 was trained with 2 lanes.* Set data.lanes"),
-        (source.replace("4}", "8}"), r"data.sources\[0\].shuffle_rows: .*trained with 4.* with 8"),
-        (source.replace("true", "false"), r"data.sources\[0\].streaming: .* trained with True"),
+        ("data.lanes=1", "data.lanes is 1 and was 2"),
+        (source.replace("4}", "8}"), r"data.sources\[0\].shuffle_rows is 8 and was 4"),
+        (source.replace("true", "false"), r"data.sources\[0\].streaming is False and was True"),
     ):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises(RecipeError, match=f"checkpoint-2 cannot continue with .*{message}"):
             main([*resume, override])
     places = tmp_path / "out" / "checkpoint-2" / "positions_0.json"
     whole = json.loads(places.read_text())
@@ -267,6 +268,129 @@ def test_resume_refuses_positions_that_mean_other_rows(tmp_path):
         main(resume)
     places.write_text(json.dumps(whole))
     assert main([*resume, "data.lanes=2"]).state.global_step == 4
+
+
+def rates(trainer: VLJEPATrainer) -> list[float]:
+    return [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> list[str]:
+    """The arguments that resume a run of four steps at its last one."""
+    recipe = tiny_recipe(tiny_rows(tmp_path), save_strategy="steps", save_steps=4)
+    main([str(recipe)])
+    return [str(recipe), "training.resume_from_checkpoint=true"]
+
+
+def test_resume_follows_more_steps_and_another_rate(half, tmp_path, capsys):
+    """Upstream would take the rate, the weight decay and the schedule of the checkpoint: 0."""
+    whole = rates(main([half[0], "training.max_steps=8", f"training.output_dir={tmp_path}/whole"]))
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    capsys.readouterr()
+    longer = main([*half, "training.max_steps=8"])
+    assert rates(longer)[4:] == pytest.approx(whole[4:])
+    assert (
+        "other settings than before: training.max_steps is 8 and was 4" in capsys.readouterr().out
+    )
+
+    changes = ["max_steps=8", "learning_rate=5.0e-4", "weight_decay=0.5", "adam_beta1=0.5"]
+    changes += [f"output_dir={tmp_path}/copy", "save_steps=3", "logging_steps=2"]
+    other = main([*half, *(f"training.{change}" for change in changes)])
+    # Two log lines with the rates of steps 6 and 8; the intervals are the recipe's, too.
+    assert rates(other)[4:] == pytest.approx([whole[5] / 2, whole[7] / 2])
+    assert {path.name for path in (tmp_path / "copy").glob("checkpoint-*")} >= {"checkpoint-6"}
+    decays = {group["weight_decay"] for group in other.optimizer.param_groups}
+    betas = {group["betas"] for group in other.optimizer.param_groups}
+    assert decays == {0.0, 0.5} and betas == {(0.5, 0.98)}
+    printed = capsys.readouterr().out
+    for name in ("max_steps", "learning_rate", "weight_decay", "adam_beta1"):
+        assert f"training.{name} is " in printed
+    assert "output_dir is" not in printed and "save_steps is" not in printed
+
+
+def test_resume_refuses_settings_that_the_checkpoint_depends_on(half, tmp_path, monkeypatch):
+    rows = str(tmp_path / "rows.jsonl")
+    # Refused before the model is built and the clips are decoded.
+    monkeypatch.setattr("training.train.start_model", lambda *_: pytest.fail("a model was built"))
+    for override, message in (
+        ("training.global_batch_size=4", "training.global_batch_size is 4 and was 2"),
+        ("training.gradient_accumulation_steps=2", "gradient_accumulation_steps is 2 and was 1"),
+        ("training.seed=1", "training.seed is 1 and was 42"),
+        ("training.data_seed=1", "training.data_seed is 1 and was None"),
+        ("training.sigreg_weight=0.1", "training.sigreg_weight is 0.1 and was 0.0"),
+        ("training.objective=cosine", "training.objective is cosine and was info_nce"),
+        ("training.optim=sgd", "training.optim is sgd and was adamw_torch"),
+        ("training.learning_rate=0", "training.learning_rate is 0.0 and was 0.001"),
+        ("training.text_learning_rate_scale=1", "text_learning_rate_scale is 1.0 and was 0.05"),
+        ("processor.num_frames=2", "processor.num_frames is 2 and was 4"),
+        ("model.vocab_size=299", "model.vocab_size is 299 and was 300"),
+        ("data.hard_negatives=1", "data.hard_negatives is 1 and was 0"),
+        (f"data.sources=[{{rows: {rows}, weight: 2}}]", r"data.sources\[0\].weight is 2.0 and was"),
+        (
+            f"data.sources=[{{rows: {rows}, query: a}}]",
+            r"data.sources\[0\].query is a and was None",
+        ),
+    ):
+        with pytest.raises(RecipeError, match=f"checkpoint-4 cannot continue with .*{message}"):
+            main([*half, override])
+    with pytest.raises(
+        RecipeError, match="max_steps: it is 3, but .*checkpoint-4 has made 4 steps"
+    ):
+        main([*half, "training.max_steps=3"])
+    lines = Path(rows).read_text().splitlines()
+    Path(rows).write_text("\n".join(lines[:3]) + "\n")
+    with pytest.raises(
+        RecipeError, match=r"data.sources\[0\] has other rows \(3 rows, before 4 row"
+    ):
+        main(half)
+    Path(rows).write_text("\n".join([*lines[:3], lines[3].replace("door", "gate")]) + "\n")
+    with pytest.raises(
+        RecipeError, match=r"data.sources\[0\] has other rows \(4 rows, before 4 row"
+    ):
+        main(half)
+
+
+@pytest.mark.parametrize(
+    ("changes", "applied"),
+    [
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 3.0}, True),
+        ({"lr_scheduler_type": "greedy"}, False),  # its rate is a state
+        ({"learning_rate": 0.0}, False),  # one group of parameters
+        ({"learning_rate": 0.1, "deepspeed": {"train_batch_size": 2}}, False),
+        ({"precision": "bf16", "gradient_cache_rows": 2}, True),
+        ({"fsdp": "full_shard"}, False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value),
+)
+def test_compare_applies_what_a_run_can_follow(tmp_path, changes, applied):
+    recipe = read_recipe(str(tiny_recipe(tmp_path / "rows.jsonl")))
+    before = fingerprint(recipe, [["4 rows", "hash"]])
+    write_fingerprint(tmp_path, before)
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    now = before | {f"training.{name}": value for name, value in changes.items()}
+    assert compare(str(tmp_path), before) == compare(None, now) == ""
+    if applied:
+        line = compare(str(tmp_path), now)
+        assert all(
+            f"training.{name} is {value} and was " in line for name, value in changes.items()
+        )
+    else:
+        with pytest.raises(RecipeError, match="cannot continue with other settings: training"):
+            compare(str(tmp_path), now)
+
+
+def test_resume_continues_with_moved_files_and_without_secrets(half, tmp_path, capsys):
+    (tmp_path / "moved.jsonl").write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    capsys.readouterr()
+    main([*half, "training.hub_token=secret", "training.dataloader_num_workers=1"])
+    assert "other settings" not in capsys.readouterr().out
+    moved = f"data.sources=[{{rows: {tmp_path / 'moved.jsonl'}, licence: mit}}]"
+    main([*half, moved, "training.max_steps=5", "training.hub_token=secret"])
+    printed = capsys.readouterr().out
+    assert "other settings than before: data.sources[0].rows is " in printed
+    assert "licence" not in printed
+    settings = (tmp_path / "out" / "checkpoint-5" / "recipe.json").read_text()
+    assert "secret" not in settings and json.loads(settings)["training.max_steps"] == 5
 
 
 def test_training_stops_at_too_many_bad_rows(tmp_path):

@@ -739,6 +739,17 @@ def test_lane_of_images_rejects_videos(spoilt):
     assert "no image, as the others are" in "\n".join(map(str, lane.take_bad()))
 
 
+def test_mixture_of_a_longer_run_keeps_the_rows_of_the_first(folder):
+    """A run of 7 steps is continued to 12, then to 20: no row is drawn twice in an epoch."""
+    dataset = build(folder, [in_memory, streamed])
+    first = texts_of(dataset, sampler(dataset, steps=7))
+    longer = texts_of(dataset, sampler(dataset, steps=12, planned=7))
+    longest = texts_of(dataset, sampler(dataset, steps=20, planned=7))
+    assert longer[:7] == first and longest[:12] == longer
+    assert texts_of(dataset, sampler(dataset, steps=5, planned=7)) == first[:5]
+    assert texts_of(dataset, sampler(dataset, steps=12)) != longer  # positive control
+
+
 def test_step_is_small_when_it_is_sent_to_a_worker(folder):
     """It contains numbers and rows, and no media."""
     dataset = build(folder, [in_memory, streamed])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.utils.data import ConcatDataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from eval.embed import embed_texts
@@ -31,6 +32,7 @@ from training.decoder.texts import (
     embedded_texts,
     on_the_sphere,
     predicted_texts,
+    read_source,
     training_texts,
 )
 from training.train_decoder import main
@@ -204,6 +206,37 @@ def test_train_decoder_resumes_a_killed_run_from_its_default_checkpoint(
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_train_decoder_resumes_with_more_steps_and_refuses_another_batch(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    path = str(recipe(checkpoint, training={"max_steps": 4, "logging_steps": 1}))
+    saves = ["training.save_strategy=steps", "training.save_steps=4"]
+    whole = main([path, "training.max_steps=8", f"training.output_dir={tmp_path}/whole"])
+    main([path, *saves])
+    resume = [path, "training.resume_from_checkpoint=true"]
+    capsys.readouterr()
+    longer = main([*resume, "training.max_steps=8"])
+    rates = [
+        [line["learning_rate"] for line in run.state.log_history if "learning_rate" in line]
+        for run in (whole, longer)
+    ]
+    assert len(rates[1]) == 8 and rates[1][4:] == pytest.approx(rates[0][4:])
+    assert (
+        "other settings than before: training.max_steps is 8 and was 4" in capsys.readouterr().out
+    )
+
+    rows = str(tmp_path / "rows.jsonl")
+    monkeypatch.setattr("training.train_decoder.with_decoder", lambda *_: pytest.fail("too late"))
+    for override, message in (
+        ("training.per_device_train_batch_size=2", "per_device_train_batch_size is 2 and was 4"),
+        ("training.seed=1", "training.seed is 1 and was 42"),
+        ("data.embeddings=both", "data.embeddings is both and was text"),
+        (f"data.sources=[{{rows: {rows}, repeat: 2}}]", r"data.sources\[0\].repeat is 2 and was 1"),
+    ):
+        with pytest.raises(RecipeError, match=f"checkpoint-4 cannot continue with .*{message}"):
+            main([*resume, override])
+
+
 def test_train_decoder_gives_the_same_losses_for_the_same_seed(checkpoint):
     path = recipe(checkpoint, data={"noise": 0.5})
 
@@ -259,13 +292,18 @@ def test_embedded_texts_are_distinct_and_predicted_texts_are_per_row(tmp_path):
     assert texts.contexts == ["\n", "the door opens\n"]
 
 
+def texts_of(model, processor, arguments: DecoderDataArguments) -> ConcatDataset:
+    rows = [read_source(source, arguments.max_bad_share) for source in arguments.sources]
+    return training_texts(model, processor, arguments, rows)
+
+
 def test_training_texts_repeat_a_source(tmp_path):
     model, processor = tiny_writer(), tiny_processor()
     tiny_rows(tmp_path)
     sources = [{"rows": str(tmp_path / "rows.jsonl"), "repeat": 3}]
     write_rows(tmp_path / "more.jsonl", [{"image": "wide.png", "target": "he rides a bike"}])
     sources.append({"rows": str(tmp_path / "more.jsonl")})
-    texts = training_texts(model, processor, DecoderDataArguments(sources=sources))
+    texts = texts_of(model, processor, DecoderDataArguments(sources=sources))
     seen = Counter(sample["text"] for sample in texts)
     assert seen == {"a cat": 3, "red": 3, "he rides a bike": 3 + 1, "the door opens": 3}
 
@@ -289,12 +327,12 @@ def test_training_texts_read_a_shared_clip_once(tmp_path, capsys, monkeypatch):
     ]
     arguments = {"sources": sources, "embeddings": "predicted"}
     with pytest.raises(RecipeError, match="source 0: 1 of 2 rows .* at most 40.0% may"):
-        training_texts(model, processor, DecoderDataArguments(max_bad_share=0.4, **arguments))
+        texts_of(model, processor, DecoderDataArguments(max_bad_share=0.4, **arguments))
     assert sum(seen) == 2  # wide and tall
     assert capsys.readouterr().out.count("left out: ") == 1
 
     arguments = DecoderDataArguments(max_bad_share=0.5, **arguments)
-    texts = training_texts(model, processor, arguments)
+    texts = texts_of(model, processor, arguments)
     # Each part contains its own source's rows, predicted with its own query.
     assert [sample["text"] for sample in texts] == ["a cat", "a cat", "red", "red"]
     for sample, (name, query) in zip(

@@ -112,6 +112,7 @@ class MixtureSampler(Sampler[Step]):
         start: number of optimizer steps that an earlier run has done. Each of their parts is
             `None`.
         positions: positions of the lanes at the end of that run.
+        planned: `num_batches` of the run that began the sequence.
 
     Raises:
         RecipeError: the lanes do not divide the batch, or the processes do not divide the lanes.
@@ -130,6 +131,7 @@ class MixtureSampler(Sampler[Step]):
         world_size: int = 1,
         start: int = 0,
         positions: Positions | None = None,
+        planned: int | None = None,
     ):
         if lanes % world_size or batch_size % (parts * lanes):
             raise RecipeError(
@@ -140,6 +142,7 @@ class MixtureSampler(Sampler[Step]):
         self.buckets, self.seed = buckets, seed
         self.batch_size, self.num_batches, self.parts = batch_size, num_batches, parts
         self.lanes, self.start, self.start_positions = lanes, start, positions or {}
+        self.planned = num_batches if planned is None else planned
         share = lanes // world_size
         self.own_lanes = range(rank * share, (rank + 1) * share)
         self.positions: dict[int, Positions] = {}  # after each optimizer step
@@ -153,9 +156,16 @@ class MixtureSampler(Sampler[Step]):
         shuffled = [ShuffledRows(bucket, self.batch_size) for bucket in self.buckets]
         lanes_of = self.open_lanes()
         self.positions = {}
-        choices = generator.choice(
-            len(self.buckets), size=self.num_batches, p=weights / weights.sum()
-        )
+        # The choices of the planned batches are drawn first, so the order of the rows depends on
+        # their number. A longer run keeps it and draws the choices beyond them separately.
+        more = np.random.default_rng((self.seed, self.planned))
+        draws = ((generator, self.planned), (more, max(self.num_batches - self.planned, 0)))
+        choices = np.concatenate(
+            [
+                each.choice(len(self.buckets), size=size, p=weights / weights.sum())
+                for each, size in draws
+            ]
+        )[: self.num_batches]
         for index, choice in enumerate(choices.tolist()):
             bucket = self.buckets[choice]
             # Every process draws the rows of every step: also those of other processes and those

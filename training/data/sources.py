@@ -110,6 +110,12 @@ class StreamedSource:
             raise no_row(self.arguments, bad)
         return with_query(rows[:limit], self.arguments)
 
+    def size(self) -> str:
+        """Return the size of the files or the number of shards, on which positions depend."""
+        if self.dataset is not None:
+            return f"{self.dataset.num_shards} shards"
+        return f"{sum(path.stat().st_size for path in jsonl_files(self.arguments.rows))} bytes"
+
     def __str__(self) -> str:
         return f"{self.arguments.name}: streamed {self.kind}s, weight {self.arguments.weight:g}"
 

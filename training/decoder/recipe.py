@@ -6,16 +6,47 @@ import torch
 from transformers import TrainingArguments
 
 from training.arguments import (
+    NO_METRICS,
+    READ,
+    UNREAD,
     RecipeError,
     check_inherited,
     check_keys,
     check_least,
+    check_schedule,
+    check_unread,
     read_sections,
     training_arguments,
     use_bf16,
+    words,
 )
 
 EMBEDDINGS = ("text", "predicted", "both")
+# Its batches, loss and evaluation are those of Trainer, which reads more settings.
+READ_HERE = READ - {"neftune_noise_alpha"} | words(
+    """
+    per_device_train_batch_size per_device_eval_batch_size ignore_data_skip accelerator_config
+    average_tokens_across_devices
+    """
+)
+UNREAD_HERE = UNREAD | {
+    "num_train_epochs": "training is counted in max_steps",
+    "label_smoothing_factor": "the loss is the decoder's own",
+    "auto_find_batch_size": "the learning rate belongs to a batch size",
+    "neftune_noise_alpha": "data.noise is the noise of its inputs",
+    "include_num_input_tokens_seen": "its inputs are embeddings, not tokens",
+    "dataloader_drop_last": "it would drop rows of data.validation too",
+    "label_names": "the labels are the tokens of the texts",
+    **dict.fromkeys(
+        ("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object"), NO_METRICS
+    ),
+    **dict.fromkeys(
+        ("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"), NO_METRICS
+    ),
+    "dataloader_in_order": "the order of the texts must not depend on the workers",
+    "train_sampling_strategy": "texts are shuffled",
+    "length_column_name": "texts are shuffled",
+}
 
 
 @dataclass(kw_only=True)
@@ -118,10 +149,12 @@ class DecoderTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         check_least(self, "training", max_steps=1, seed=0, learning_rate=0, weight_decay=0)
+        check_unread(self, READ_HERE, UNREAD_HERE)
         check_inherited(self)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = use_bf16(self.precision, torch.device("cpu") if self.use_cpu else None)
         super().__post_init__()
+        check_schedule(self)
 
 
 @dataclass(kw_only=True)

@@ -148,10 +148,14 @@ def training_texts(
     model: VLJEPAForConditionalGeneration,
     processor: VLJEPAProcessor,
     arguments: DecoderDataArguments,
+    sources: list[list[dict]],
 ) -> ConcatDataset:
-    """Return the dataset of an epoch: all sources, repeated as their `repeat` requires."""
+    """Return the dataset of an epoch: all sources, repeated as their `repeat` requires.
+
+    Args:
+        sources: the rows of each source, as `read_source` returns them.
+    """
     noise = arguments.noise
-    sources = [read_source(source, arguments.max_bad_share) for source in arguments.sources]
     kinds = []
     if arguments.embeddings != "predicted":
         kinds.append([embedded_texts(model, processor, rows, noise) for rows in sources])

@@ -5,8 +5,11 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import (
@@ -16,13 +19,15 @@ from transformers.trainer_utils import (
 )
 
 from processing.output import writing
-from training.arguments import RecipeError, SourceArguments
+from training.arguments import RecipeError
 from training.data.mixture import Positions
+from training.loop.fingerprint import FINGERPRINT, Fingerprint, write_fingerprint
 
 # Names that `get_last_checkpoint` does not match.
 INCOMPLETE = "incomplete-checkpoint"
 REPLACED = "replaced-checkpoint"
 STATE = "trainer_state.json"
+GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer's group
 POSITIONS = "positions_{}.json"  # one for each process
 # The parts of a checkpoint and their files, as written by Trainer, by peft, by DeepSpeed, or by
 # accelerate for a model sharded by FSDP. If one is missing, Trainer silently starts that part from
@@ -34,6 +39,7 @@ PARTS = {
     "schedule": ("scheduler.pt",),
     "random state": ("rng_state*.pth",),
     "place in the data": (POSITIONS.format("*"),),
+    "recipe": (FINGERPRINT,),
 }
 
 
@@ -93,92 +99,108 @@ def checkpoint_to_resume(
     return wanted
 
 
-# -- positions in the data -----------------------------------------------------------------
+# -- the place in the data --------------------------------------------------------------------
 
 
-def reading(sources: list[SourceArguments]) -> list[dict]:
-    """Return the settings of each source that decide which rows a position refers to."""
-    return [
-        {
-            "streaming": source.streaming,
-            "shuffle_rows": source.shuffle_rows if source.streaming else None,
-        }
-        for source in sources
-    ]
+class Place(NamedTuple):
+    """Place in the data at which a checkpoint's run stopped.
+
+    Attributes:
+        positions: position of each lane of the streamed sources.
+        seen, bad: numbers of read and of unusable rows, by source.
+        planned: number of steps for which the order of the sources was drawn at first.
+    """
+
+    positions: Positions
+    seen: list[int]
+    bad: list[int]
+    planned: int
 
 
-def write_positions(path: Path, positions: Positions, **others: list | int) -> None:
-    """Write a process's positions, and `others`: the run's lanes, sources and row counts."""
-    path.write_text(json.dumps({"positions": positions, **others}))
+def write_place(path: Path, place: Place) -> None:
+    """Write a process's place in the data."""
+    path.write_text(json.dumps(place._asdict()))
 
 
-def read_positions(
-    folder: Path, *, lanes: int, sources: list[dict], is_first: bool
-) -> tuple[Positions, list[int], list[int]]:
-    """Return a checkpoint's position in each lane, and its counts of read and of unusable rows.
+def read_place(folder: Path, *, lanes: int, is_first: bool) -> Place:
+    """Return a checkpoint's place in the data, of all its processes.
 
     Args:
         lanes: the number of lanes of this run.
-        sources: the result of `reading` for this run.
         is_first: return the counts, summed over the checkpoint's processes. The other processes
             start at 0, because counts are summed over processes again when they are reported.
 
     Raises:
-        RecipeError: the checkpoint's run read its sources in another way.
+        RecipeError: a file of one of the processes is missing.
     """
     positions: Positions = {}
-    seen, bad = [0] * len(sources), [0] * len(sources)
-    for path in sorted(folder.glob(POSITIONS.format("*"))):
-        content = json.loads(path.read_text())
-        check_reading(folder, content, lanes, sources)
+    paths = sorted(folder.glob(POSITIONS.format("*")))
+    parts = [Place(**json.loads(path.read_text())) for path in paths]
+    for part in parts:
         # Each process of that run wrote the lanes it read; JSON keys are text.
-        for bucket, lane_positions in content["positions"].items():
+        for bucket, lane_positions in part.positions.items():
             positions.setdefault(int(bucket), {}).update(
                 {int(lane): position for lane, position in lane_positions.items()}
             )
-        if is_first:
-            seen = [a + b for a, b in zip(seen, content["seen"], strict=True)]
-            bad = [a + b for a, b in zip(bad, content["bad"], strict=True)]
     if any(len(lane_positions) != lanes for lane_positions in positions.values()):
         raise RecipeError(
             f"training.resume_from_checkpoint: {folder} lacks {POSITIONS.format('N')} of some "
             "processes of its run. Copy the whole folder, or give another checkpoint."
         )
-    return positions, seen, bad
-
-
-def check_reading(folder: Path, content: dict, lanes: int, sources: list[dict]) -> None:
-    """Raise `RecipeError` if a checkpoint's positions would mean other rows in this run.
-
-    Some rows would be read twice then, and others never.
-    """
-    if len(content["sources"]) != len(sources):
-        raise RecipeError(
-            f"training.resume_from_checkpoint: {folder} was trained on {len(content['sources'])} "
-            f"sources, and the recipe has {len(sources)}. Resume with the same sources, or start a "
-            "new run from its weights with model.checkpoint."
-        )
-    for index, (before, now) in enumerate(zip(content["sources"], sources, strict=True)):
-        for name, value in before.items():
-            if now[name] != value:
-                raise RecipeError(
-                    f"data.sources[{index}].{name}: {folder} was trained with {value}, and its "
-                    f"positions mean other rows with {now[name]}. Set it to {value} to resume."
-                )
-    if content["lanes"] != lanes and any(source["streaming"] for source in sources):
-        raise RecipeError(
-            f"data.lanes: {folder} was trained with {content['lanes']} lanes, and its positions "
-            f"mean other rows with {lanes}. Set data.lanes to {content['lanes']} to resume, on a "
-            "number of processes that divides it."
-        )
+    counts = (
+        [sum(column) if is_first else 0 for column in zip(*rows, strict=True)]
+        for rows in ([part.seen for part in parts], [part.bad for part in parts])
+    )
+    return Place(positions, *counts, parts[0].planned)
 
 
 class AtomicCheckpoints(Trainer):
-    """Trainer whose checkpoints are complete or absent.
+    """Trainer whose checkpoints are complete or absent, and whose recipe counts when it resumes.
 
     It writes a checkpoint under another name and renames it when every process has written its
     part. A run that is killed in between leaves no incomplete checkpoint under a valid name.
+
+    Args:
+        settings: the settings of the run, which each checkpoint contains.
     """
+
+    def __init__(self, *args, settings: Fingerprint, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+
+    def _init_training_state(self, max_steps, *args) -> tuple[int, int]:
+        done = super()._init_training_state(max_steps, *args)
+        # A resumed state has the intervals of the run that wrote it.
+        self.state.compute_steps(self.args, max_steps)
+        return done
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the states of the optimizer and the schedule, but not the settings in them.
+
+        Both contain the learning rate, and the optimizer's the weight decay and betas, of the run
+        that wrote them. Loaded, they would replace those of the recipe.
+        """
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        schedule = self.lr_scheduler
+        groups = [
+            {name: value for name, value in group.items() if name in GROUP_SETTINGS}
+            for group in self.optimizer.param_groups
+        ]
+        rates = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else None
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if rates is None:  # its rate is a state: `compare` has refused another one
+            return
+        for group, given in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(given)
+        schedule.base_lrs = rates
+        schedule._last_lr = schedule.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            if isinstance(group["lr"], torch.Tensor):  # of optimizers that must not replace it
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint.
@@ -222,6 +244,7 @@ class AtomicCheckpoints(Trainer):
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(written / STATE))
+            write_fingerprint(written, self.settings)
 
         # 3. The valid name, when everything is written. `rename` cannot replace a folder that has
         #    files, so an old checkpoint of this name is first moved away, then deleted.
@@ -248,10 +271,4 @@ class AtomicCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-__all__ = [
-    "AtomicCheckpoints",
-    "checkpoint_to_resume",
-    "read_positions",
-    "reading",
-    "write_positions",
-]
+__all__ = ["AtomicCheckpoints", "Place", "checkpoint_to_resume", "read_place", "write_place"]

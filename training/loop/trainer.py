@@ -23,9 +23,9 @@ from training.loop.bad_rows import BadRows
 from training.loop.checkpoints import (
     POSITIONS,
     AtomicCheckpoints,
-    read_positions,
-    reading,
-    write_positions,
+    Place,
+    read_place,
+    write_place,
 )
 from training.loop.distributed import all_mean
 from training.loop.grad_cache import cached_step
@@ -73,7 +73,6 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.lanes = lanes
         sources = [source.arguments for source in self.train_dataset.sources]
-        self.reading = reading(sources)
         self.bad_rows = BadRows(sources, Path(self.args.output_dir), max_bad_share)
         self._resumed: str | None = None
         self.speed_meter = SpeedMeter(peak_flops)
@@ -258,14 +257,11 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         """Return a loader of this process's part of every batch."""
         args = self.args
         lanes = self.lanes or default_lanes(args)
-        done, positions = 0, {}
+        done, positions, planned = 0, {}, None
         if self._resumed is not None:
             done = json.loads(Path(self._resumed, TRAINER_STATE_NAME).read_text())["global_step"]
-            positions, self.bad_rows.seen, self.bad_rows.bad = read_positions(
-                Path(self._resumed),
-                lanes=lanes,
-                sources=self.reading,
-                is_first=args.process_index == 0,
+            positions, self.bad_rows.seen, self.bad_rows.bad, planned = read_place(
+                Path(self._resumed), lanes=lanes, is_first=args.process_index == 0
             )
         self.mixture = MixtureSampler(
             self.train_dataset.buckets,
@@ -278,12 +274,14 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             world_size=args.world_size,
             start=done,
             positions=positions,
+            planned=planned,
         )
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.mixture,
             collate_fn=partial(collate, self.data_collator),
             num_workers=args.dataloader_num_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -295,14 +293,13 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Save this process's random state and its position in the data."""
         super()._save_rng_state(output_dir)
-        write_positions(
-            Path(output_dir, POSITIONS.format(self.args.process_index)),
+        place = Place(
             self.mixture.position(self.state.global_step),
-            lanes=self.mixture.lanes,
-            sources=self.reading,
-            seen=self.bad_rows.seen,
-            bad=self.bad_rows.bad,
+            self.bad_rows.seen,
+            self.bad_rows.bad,
+            self.mixture.planned,
         )
+        write_place(Path(output_dir, POSITIONS.format(self.args.process_index)), place)
 
     def report_bad_rows(self) -> None:
         """Print the rows found unusable since the last call.
