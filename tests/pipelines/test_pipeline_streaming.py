@@ -355,7 +355,7 @@ def test_caption_pipeline_of_a_published_folder_runs_without_this_package(tmp_pa
     trained.save_pretrained(tmp_path / "trained")
     write_folder(tmp_path / "trained", tmp_path / "published", "me/tiny")
     card = (tmp_path / "published" / "README.md").read_text(encoding="utf-8")
-    assert "for caption in watch(frames):" in card  # a decoder needs no candidates
+    assert "for caption in watch(enumerate(clip)):" in card  # a decoder needs no candidates
     settings = {"query": QUERY, "generate_kwargs": SHORT, "segmenter_kwargs": QUICK, "fps": 5}
     model = VLJEPAForConditionalGeneration.from_pretrained(tmp_path / "published")
     writer = VLJEPAStreamingCaptionPipeline(model=model, processor=PROCESSOR, device="cpu")
