@@ -87,22 +87,22 @@ def check_tokens(
     pad = config.pad_token_id
     least, most = input_ids.aminmax()
     if attention_mask is not None:
-        is_wrong = (attention_mask == 0).all(dim=1).any() & needs_text
+        is_right = attention_mask.any(dim=1).all() | (not needs_text)
     else:
-        is_wrong = (input_ids == (-1 if pad is None else pad)).any()
+        is_right = (input_ids != (-1 if pad is None else pad)).all()
     # One transfer: each one waits for the device.
-    least, most, is_wrong = torch.stack([least, most, is_wrong.to(least.dtype)]).tolist()
+    least, most, is_right = torch.stack([least, most, is_right.to(least.dtype)]).tolist()
     if least < 0 or most >= config.vocab_size:
         raise ValueError(
             f"{name} holds the id {least if least < 0 else most}, but the vocabulary of this "
             f"encoder has {config.vocab_size}: use the tokenizer of this encoder."
         )
-    if is_wrong and attention_mask is None:
+    if not is_right and attention_mask is None:
         raise ValueError(
             f"{name} holds padding (id {pad}), which would be read as text: also give "
             f"{prefix}attention_mask."
         )
-    if is_wrong:
+    if not is_right:
         row = (attention_mask == 0).all(dim=1).nonzero()[0].item()
         raise ValueError(
             f"{prefix}attention_mask has no real token in row {row}: an empty text has no "
@@ -122,14 +122,14 @@ def check_labels(labels: torch.Tensor | None, rows: int, config: PreTrainedConfi
     is_text = labels != IGNORED
     real = labels.masked_fill(~is_text, 0)
     least, most = real.aminmax()
-    is_empty = (~is_text).all(dim=1).any()
-    least, most, is_empty = torch.stack([least, most, is_empty.to(least.dtype)]).tolist()
+    has_text = is_text.any(dim=1).all()
+    least, most, has_text = torch.stack([least, most, has_text.to(least.dtype)]).tolist()
     if least < 0 or most >= config.vocab_size:
         raise ValueError(
             f"labels holds the id {least if least < 0 else most}, but the vocabulary of this "
             f"Y-Decoder has {config.vocab_size}: use its tokenizer, and {IGNORED} for padding."
         )
-    if is_empty:
+    if not has_text:
         row = (~is_text).all(dim=1).nonzero()[0].item()
         raise ValueError(
             f"labels has no token in row {row}, only {IGNORED}: end every text with the end token."
