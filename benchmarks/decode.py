@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import cpu_seconds
 from processing import VLJEPAVideoProcessor, read_clip
-from processing.containers import open_container
+from processing.containers import open_video
 from processing.media import Limits
 from processing.packets import read_packets
 from processing.sampling import Part
@@ -104,7 +104,7 @@ class Files(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return read_frames(str(self.path), True, self.processor)
+        return read_frames({"video": str(self.path)}, self.processor)
 
 
 def clips_per_second(path: Path, workers: int, count: int) -> float:
@@ -132,21 +132,21 @@ def steps(path: Path, processor: VLJEPAVideoProcessor, repeats: int) -> dict[str
     """
     source, num_frames = str(path), processor.num_frames
     limits, whole = Limits(source), Part(source, None, None)
-    frames = torch.from_numpy(read_clip(source, num_frames).frames).permute(0, 3, 1, 2)
-    settings = processor.settings({"do_rescale": False, "do_normalize": False})
+    frames = read_clip(source, num_frames).frames
+    options = {"do_sample_frames": False, "do_rescale": False, "do_normalize": False}
 
     def opened(*, for_packets: bool, read: bool) -> None:
-        with open_container(source, limits, for_packets=for_packets) as container:
+        with open_video(source, limits, for_packets=for_packets) as stream:
             if read:
-                read_packets(container, container.streams.video[0], whole, limits)
+                read_packets(stream, whole, limits)
 
     calls = [
         partial(opened, for_packets=False, read=False),
         partial(opened, for_packets=True, read=False),
         partial(opened, for_packets=True, read=True),
         partial(read_clip, source, num_frames),
-        partial(processor.transform, frames, **settings),
-        partial(read_frames, source, True, processor),
+        partial(processor, [frames], **options),
+        partial(read_frames, {"video": source}, processor),
     ]
     full, opening, packets, clip, transform, whole_loader = least(calls, repeats)
     return {
@@ -176,7 +176,7 @@ def main() -> None:
             path = Path(folder) / f"{number}.mp4"
             write(path, *clip)
             processors = [processor_of(name, num_frames) for num_frames in WANTED]
-            loaders = [partial(read_frames, str(path), True, each) for each in processors]
+            loaders = [partial(read_frames, {"video": str(path)}, each) for each in processors]
             repeats = args.repeats * (10 if clip[0] < 100 else 1)
             baselines = [partial(plain, path), partial(plain, path, to_arrays=True)]
             alone, arrays, *found = least([*baselines, *loaders], repeats)

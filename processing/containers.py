@@ -14,7 +14,7 @@ import io
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from functools import cache
 
@@ -30,6 +30,9 @@ if is_av_available():
     from av.stream import Disposition
     from av.video.reformatter import VideoReformatter
 
+    Reopen = Callable[[], AbstractContextManager[av.container.InputContainer]]
+    COVER = Disposition.attached_pic | Disposition.timed_thumbnails
+
 logger = logging.get_logger(__name__)
 
 # Packets read to learn which of several video streams are stills. A still next to a film is one
@@ -41,6 +44,13 @@ MIN_GAP = 0.1  # seconds
 MAX_DISPLAY_PIXELS = 2**25  # of a frame stretched to its display aspect
 MIN_STRETCH = 0.01  # aspects of pixels nearer to 1 are rounding of the file's author
 UNUSED_ALPHA = ("\0\0\0\0", "DIB ")  # codec tags of raw pixels
+# Transposed, upside down, mirrored: turns by 0, 90, 180 and 270 degrees counterclockwise.
+QUARTER_TURNS = (
+    (False, False, False),
+    (True, True, False),
+    (False, True, True),
+    (True, False, True),
+)
 HDR = {16: "PQ", 18: "HLG"}  # by FFmpeg's number of the transfer (ITU-T H.273)
 NAMED_HDR: set[int] = set()  # transfers that a warning has named
 
@@ -82,7 +92,7 @@ def is_mp4(file: io.BufferedIOBase) -> bool:
 def video_stream(
     container: "av.container.InputContainer",
     name: str,
-    reopen: "Callable[[], av.container.InputContainer] | None" = None,
+    reopen: "Reopen | None" = None,
 ) -> "av.VideoStream":
     """Return the video stream that a player shows.
 
@@ -99,15 +109,7 @@ def video_stream(
     Raises: `MediaError` if FFmpeg can decode no video.
     """
     streams = [stream for stream in container.streams.video if not is_cover(stream)]
-    films = film_indices(streams, reopen) if len(streams) > 1 else set()
-    longest = max([length_of(stream) or 0.0 for stream in streams], default=0.0)
-
-    def rank(stream: "av.VideoStream") -> tuple[bool, bool, bool, int]:
-        is_long = 2 * (length_of(stream) or 0.0) >= longest
-        is_default = Disposition.default in stream.disposition
-        return stream.index in films, is_default, is_long, -stream.index
-
-    best = max(streams, key=rank, default=None)
+    best = streams[0] if len(streams) == 1 else best_of(streams, reopen)
     # FFmpeg reads plain text files as terminal animations, through its tty demuxer.
     if best is None or best.codec_context is None or container.format.name == "tty":
         raise MediaError(
@@ -117,14 +119,25 @@ def video_stream(
     return best
 
 
+def best_of(streams: "list[av.VideoStream]", reopen: "Reopen | None") -> "av.VideoStream | None":
+    """Return the best of several streams by the rule of `video_stream`; `None` if there is none."""
+    films = film_indices(streams, reopen)
+    longest = max([length_of(stream) or 0.0 for stream in streams], default=0.0)
+
+    def rank(stream: "av.VideoStream") -> tuple[bool, bool, bool, int]:
+        is_long = 2 * (length_of(stream) or 0.0) >= longest
+        is_default = Disposition.default in stream.disposition
+        return stream.index in films, is_default, is_long, -stream.index
+
+    return max(streams, key=rank, default=None)
+
+
 def is_cover(stream: "av.VideoStream") -> bool:
     """Return whether a stream is a cover or the pictures of chapters."""
-    return bool(stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails))
+    return bool(stream.disposition & COVER)
 
 
-def film_indices(
-    streams: "list[av.VideoStream]", reopen: "Callable[[], av.container.InputContainer] | None"
-) -> set[int]:
+def film_indices(streams: "list[av.VideoStream]", reopen: "Reopen | None") -> set[int]:
     """Return the indices of the streams with more than one frame."""
     films = {
         stream.index
@@ -181,6 +194,8 @@ def gap_before(stream: "av.VideoStream", first: float) -> float:
     Args:
         first: when the first frame is shown, in the container's seconds.
     """
+    if len(stream.container.streams) == 1:
+        return 0.0
     starts = [
         # Sound before 0 is padding of the codec, which is not played.
         max(float(each.start_time * each.time_base), 0.0)
@@ -208,21 +223,25 @@ def open_video(
 
     Raises: `MediaError` for a file that is not a video, or whose size exceeds the limits.
     """
-    with ExitStack() as files:
+    # Without any protocol, a playlist cannot open other files or addresses.
+    options = {"protocol_whitelist": "none"}
 
-        def opened() -> "av.container.InputContainer":
-            # Each container needs a file of its own: reading moves a file's position.
-            file = files.enter_context(open_file(source))
-            # Without any protocol, a playlist cannot open other files or addresses.
-            options, kind = {"protocol_whitelist": "none"}, None
-            if for_packets and is_mp4(file):
-                # Without any decoder, FFmpeg cannot decode on opening.
-                options, kind = options | {"codec_whitelist": "none"}, "mp4"
-            watched = WatchedFile(file, source, limits, is_named)
-            return av.open(watched, format=kind, options=options)
+    def opened(file: io.BufferedIOBase) -> "av.container.InputContainer":
+        watched = WatchedFile(file, source, limits, is_named)
+        if for_packets and is_mp4(file):
+            # Without any decoder, FFmpeg cannot decode on opening.
+            return av.open(watched, format="mp4", options=options | {"codec_whitelist": "none"})
+        return av.open(watched, options=options)
 
+    @contextmanager
+    def opened_again() -> "Iterator[av.container.InputContainer]":
+        # Each container needs a file of its own: reading moves a file's position.
+        with open_file(source) as file, opened(file) as container:
+            yield container
+
+    with open_file(source) as file:
         try:
-            container = opened()
+            container = opened(file)
         except MediaError:
             raise
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -231,7 +250,7 @@ def open_video(
                 "video or was truncated; fetch or export it again."
             ) from error
         with container:
-            stream = video_stream(container, limits.name, opened)
+            stream = video_stream(container, limits.name, opened_again)
             context = stream.codec_context
             context.thread_count = 1
             limits.check_size(context.width, context.height)
@@ -293,39 +312,50 @@ class Pictures:
         self.name = name
         self.room = min(MAX_DISPLAY_PIXELS, max_pixels or MAX_DISPLAY_PIXELS)
         self.reformatter = VideoReformatter()  # keeps its tables between frames
+        self.aspect: Fraction | None = None  # of a pixel, known after the first frame
+        self.is_square = True
+        self.rotation: float | None = None  # of the latest frame
+        self.turn = (False, False, False)
 
     def __call__(self, frame: "av.VideoFrame") -> np.ndarray:
         """Return a frame as a picture, `(H, W, 3)` uint8."""
-        warn_of_hdr(frame, self.name)
-        if not is_translucent(frame, self.stream):
-            picture = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        else:
-            rgba = self.reformatter.reformat(frame, format="rgba", threads=1).to_ndarray()
-            picture = np.array(on_white(Image.fromarray(rgba)))
-        size = display_size(frame.width, frame.height, self.aspect, self.room)
-        if size != (frame.width, frame.height):
+        if frame.color_trc in HDR:
+            warn_of_hdr(frame.color_trc, self.name)
+        has_alpha = is_translucent(frame, self.stream)
+        converted = self.reformatter.reformat(
+            frame, format="rgba" if has_alpha else "rgb24", threads=1
+        )
+        picture = converted.to_ndarray()
+        if has_alpha:
+            picture = np.array(on_white(Image.fromarray(picture)))
+        if self.aspect is None:
+            # If the container was opened for packets, only the decoder knows the codec's aspect.
+            stream = self.stream
+            stated = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+            # The first frame's is that of all: a clip has frames of one size.
+            self.aspect = stated if stated and abs(stated - 1) > MIN_STRETCH else Fraction(1)
+            self.is_square = self.aspect == 1
+        if not self.is_square:
+            size = display_size(frame.width, frame.height, self.aspect, self.room)
             stretched = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
             picture = np.array(stretched)
-        return upright(picture, frame)
+        if frame.rotation != self.rotation:
+            self.rotation, self.turn = frame.rotation, turn_of(converted)
+        is_transposed, is_flipped, is_mirrored = self.turn
+        if is_transposed:
+            picture = picture.transpose(1, 0, 2)
+        return picture[:: -1 if is_flipped else 1, :: -1 if is_mirrored else 1]
 
-    @property
-    def aspect(self) -> Fraction | None:
-        """Width of a pixel divided by its height; `None` if unknown."""
-        # If the container was opened for packets, only the decoder knows what the codec states.
-        return self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
 
-
-def display_size(width: int, height: int, aspect: Fraction | None, room: int) -> tuple[int, int]:
+def display_size(width: int, height: int, aspect: Fraction, room: int) -> tuple[int, int]:
     """Return width and height of a frame in square pixels.
 
     The frame is enlarged in one direction. If it would have more than `room` pixels, it is shrunk
     in the other: the aspect of a damaged file can be thousands.
 
     Args:
-        aspect: width of a pixel divided by its height, if known.
+        aspect: width of a pixel divided by its height.
     """
-    if not aspect or abs(aspect - 1) < MIN_STRETCH:
-        return width, height
     if aspect > 1:
         wide = round(width * aspect)
         return (wide, height) if wide * height <= room else (width, max(round(height / aspect), 1))
@@ -333,30 +363,30 @@ def display_size(width: int, height: int, aspect: Fraction | None, room: int) ->
     return (width, high) if width * high <= room else (max(round(width * aspect), 1), height)
 
 
-def upright(picture: np.ndarray, frame: "av.VideoFrame") -> np.ndarray:
-    """Return a frame's picture `(H, W, 3)` rotated and mirrored as the file states.
+def turn_of(frame: "av.VideoFrame") -> tuple[bool, bool, bool]:
+    """Return how a frame becomes upright: transposed, then upside down, then mirrored.
 
-    Other angles are rounded to quarter turns.
+    Call it for few frames, and not for a decoder's: side data and their frame refer to each other,
+    so the memory is returned only when Python collects cycles. Other angles are rounded to quarter
+    turns.
     """
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV has no name for some side data, such as EXIF of a picture
-        # The angle is known nevertheless; it is half a turn for a mirrored picture. Both FFmpeg's
-        # rotation and rot90's are counterclockwise.
-        return np.rot90(picture, round(frame.rotation / 90))
+        # The counterclockwise angle is known nevertheless; a mirrored picture's is half a turn.
+        return QUARTER_TURNS[round(frame.rotation / 90) % 4]
     if matrix is None:
-        return picture
+        return QUARTER_TURNS[0]
     # A stored pixel (x, y) is shown at (m0 x + m3 y, m1 x + m4 y).
     xx, xy, yx, yy = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].astype(np.int64)
     if abs(xx) + abs(yy) < abs(xy) + abs(yx):
-        picture = picture.transpose(1, 0, 2)
-        xx, yy = yx, xy
-    return picture[:: -1 if yy < 0 else 1, :: -1 if xx < 0 else 1]
+        return True, bool(xy < 0), bool(yx < 0)
+    return False, bool(yy < 0), bool(xx < 0)
 
 
 def is_translucent(frame: "av.VideoFrame", stream: "av.VideoStream") -> bool:
     """Return whether a frame has alpha."""
-    if not has_alpha(frame.format.name):
+    if not stores_alpha(frame.format.name):
         return False
     # Raw 32-bit pixels in AVI have an unused byte, often 0, where others have alpha.
     context = stream.codec_context
@@ -364,16 +394,15 @@ def is_translucent(frame: "av.VideoFrame", stream: "av.VideoStream") -> bool:
 
 
 @cache
-def has_alpha(pixel_format: str) -> bool:
+def stores_alpha(pixel_format: str) -> bool:
     """Return whether a pixel format of FFmpeg has alpha, in a channel or in its palette."""
     found = av.VideoFormat(pixel_format)
     return found.has_palette or any(part.is_alpha for part in found.components)
 
 
-def warn_of_hdr(frame: "av.VideoFrame", name: str) -> None:
+def warn_of_hdr(transfer: int, name: str) -> None:
     """Warn at the first frame of each HDR transfer. Tones are not mapped: colours look pale."""
-    transfer = frame.color_trc
-    if transfer in HDR and transfer not in NAMED_HDR:
+    if transfer not in NAMED_HDR:
         NAMED_HDR.add(transfer)
         logger.warning(
             f"{name}: an HDR video ({HDR[transfer]}). Its tones are not mapped, so colours look "

@@ -131,7 +131,7 @@ def read_packets(stream: "av.VideoStream", part: Part, limits: Limits) -> Packet
     if head.pts is None:
         return None
     first, per_second = head.pts, stream.time_base.denominator / stream.time_base.numerator
-    gap = gap_before(stream, float(first * stream.time_base))
+    gap = gap_before(stream, first / per_second)
     origin = first - gap * per_second if gap else first
     start, end = part.bounds
     is_late = start > gap  # does not begin with the first frame
