@@ -26,6 +26,7 @@ from training.arguments import (
     EvaluationArguments,
     Recipe,
     RecipeError,
+    SourceArguments,
     VLJEPATrainingArguments,
     read_recipe,
     save_recipes,
@@ -231,7 +232,11 @@ def run_settings(recipe: Recipe, sources: list[Source | StreamedSource]) -> Fing
     lanes = None
     if any(isinstance(source, StreamedSource) for source in sources):
         lanes = recipe.data.lanes or default_lanes(recipe.training)
-    return fingerprint(recipe, [content_of(source) for source in sources], lanes)
+    settings = fingerprint(recipe, [content_of(source) for source in sources], lanes)
+    # A tokenizer of other rows would give the model's embeddings to other tokens.
+    rows = (SourceArguments(rows=path) for path in recipe.model.tokenizer_rows)
+    more = [content_of(read_source(each, "model.tokenizer_rows")) for each in rows]
+    return settings | {"model.tokenizer_rows": more}
 
 
 def save(trainer: VLJEPATrainer, recipe: Recipe) -> None:

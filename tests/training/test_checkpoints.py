@@ -324,6 +324,14 @@ def test_resume_refuses_settings_that_the_checkpoint_depends_on(half, tmp_path, 
         ("training.text_learning_rate_scale=1", "text_learning_rate_scale is 1.0 and was 0.05"),
         ("processor.num_frames=2", "processor.num_frames is 2 and was 4"),
         ("model.vocab_size=299", "model.vocab_size is 299 and was 300"),
+        (
+            "model.config.vision_config.num_hidden_layers=1",
+            "vision_config.num_hidden_layers is 1 and",
+        ),
+        (
+            f"model.tokenizer_rows=[{rows}]",
+            r"model.tokenizer_rows is \[\['4 rows', .* and was \[\]",
+        ),
         ("data.hard_negatives=1", "data.hard_negatives is 1 and was 0"),
         (f"data.sources=[{{rows: {rows}, weight: 2}}]", r"data.sources\[0\].weight is 2.0 and was"),
         (

@@ -195,7 +195,8 @@ class AtomicCheckpoints(Trainer):
         for group, given in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(given)
         schedule.base_lrs = rates
-        schedule._last_lr = schedule.get_lr()
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
             if isinstance(group["lr"], torch.Tensor):  # of optimizers that must not replace it
                 group["lr"].fill_(rate)

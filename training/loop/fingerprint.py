@@ -178,14 +178,22 @@ def is_applied(key: str, before: Fingerprint, now: Fingerprint) -> bool:
 
 def listed(keys: list[str], before: Fingerprint, now: Fingerprint) -> str:
     """Return the settings with their new and old values."""
-    changes = []
-    for key in keys:
-        if key.endswith("].content"):
-            source, sizes = key.removesuffix(".content"), (now[key][0], before[key][0])
-            changes.append("{} has other rows ({}, before {})".format(source, *sizes))
-        else:
-            changes.append(f"{key} is {now[key]} and was {before[key]}")
-    return "; ".join(changes)
+    return "; ".join(line for key in keys for line in differences(key, before[key], now[key]))
+
+
+def differences(key: str, before: Any, now: Any) -> list[str]:
+    """Return a line for each value that differs, within mappings too."""
+    if key.endswith("].content"):
+        source = key.removesuffix(".content")
+        return [f"{source} has other rows ({now[0]}, before {before[0]})"]
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [f"{key} is {now} and was {before}"]
+    return [
+        line
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+        for line in differences(f"{key}.{name}", before.get(name), now.get(name))
+    ]
 
 
 __all__ = [
