@@ -129,6 +129,10 @@ def check_lines(path: Path, start: bytes) -> None:
         raise ValueError(
             f"{path}: not UTF-8 but UTF-16 or UTF-32. Convert it: iconv -f UTF-16 -t UTF-8 IN > OUT"
         )
+    if start.startswith((b"\x28\xb5\x2f\xfd", b"PK\3\4")):
+        raise ValueError(
+            f"{path}: packed with Zstandard or ZIP. Unpack it, or pack it with gzip, bzip2 or xz."
+        )
     text = start.removeprefix(BYTE_ORDER_MARK).lstrip()
     if re.match(rb"\[\s*(\{|$)", text):
         raise ValueError(f"{path}: a JSON array. Write one object per line: jq -c '.[]' IN > OUT")

@@ -242,6 +242,8 @@ ROW = '{"image": "b.png", "target": "a"}'
         (ROW.encode("utf-16-le"), "not UTF-8 but UTF-16"),
         (ROW.encode("utf-32"), "not UTF-8 but UTF-16 or UTF-32"),
         (json.dumps(json.loads(ROW), indent=2).encode(), "an object over several lines"),
+        (b"\x28\xb5\x2f\xfd" + bytes(9), "packed with Zstandard or ZIP"),
+        (b"PK\3\4" + b"rows.jsonl", "packed with Zstandard or ZIP"),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
