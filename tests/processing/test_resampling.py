@@ -105,6 +105,7 @@ def test_processor_makes_no_large_intermediate_result(width, height, kind):
     assert pixels.std(dim=(1, 2)).max() < 1e-3  # the source has one grey level
 
 
+@pytest.mark.slow
 def test_processor_of_long_images_grows_by_less_than_two_gibibytes(tmp_path):
     for width, height in SHAPES[:4]:
         image = Image.new("RGB", (width, height), (200, 100, 50))

@@ -179,6 +179,7 @@ def test_publish_uploads_every_file_and_loads_the_model_back(published):
     assert hub.commits == 2
 
 
+@pytest.mark.slow
 def test_published_model_loads_the_same_in_all_ways_without_this_package(
     published, trained, tmp_path
 ):
@@ -630,6 +631,7 @@ def test_model_card_states_a_missing_evaluation(tmp_path):
 # -- licences ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_publish_prints_notes_on_restricted_licences(tmp_path, capsys):
     names = {
         "vision": "facebook/vjepa2-vitl-fpc64-256",
@@ -682,6 +684,7 @@ def test_published_weights_equal_the_trained_ones_bitwise(published, trained, tm
 # -- with a Y-Decoder ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_published_decoder_generates_the_same_text(tmp_path):
     model, source, folder = tiny_writer(), tmp_path / "decoder", tmp_path / "repo"
     tiny_model().save_pretrained(source)  # the checkpoint before `training.train_decoder`
