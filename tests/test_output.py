@@ -2,10 +2,7 @@
 
 import errno
 import os
-import resource
-import signal
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from safetensors.torch import save_file
 
 from eval import egoexo4d, evaluate, watch
 from processing.output import OutputError, check_output_file, check_output_folder, writing
+from tests.full_disk import message_on_a_full_disk
 from tests.tiny import tiny_recipe, tiny_rows
 from training import cache_features, export, init_checkpoint, inspect_data, train, train_decoder
 from training.hub import publishing
@@ -127,29 +125,14 @@ def write_torch(path: Path) -> None:
     torch.save({"a": torch.zeros(100_000)}, path)
 
 
-def message_on_a_full_disk(write: Callable[[Path], None], folder: Path, errors) -> None:
-    torch.set_num_threads(1)  # a forked process does not have its parent's threads
-    # Without the signal's handler, the system would end the process.
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    try:
-        with writing(folder, "The rest is kept."):
-            write(folder / "file")
-    except OutputError as error:
-        errors.put(str(error))
-    else:
-        errors.put("written")
+def written(write: Callable[[Path], None], folder: Path) -> None:
+    with writing(folder, "The rest is kept."):
+        write(folder / "file")
 
 
 @pytest.mark.parametrize("write", [write_text, write_safetensors, write_torch])
 def test_writing_reports_a_full_disk_in_one_line(write, tmp_path):
-    fork = get_context("fork")
-    errors = fork.SimpleQueue()
-    process = fork.Process(target=message_on_a_full_disk, args=(write, tmp_path, errors))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    message = errors.get()
+    message = message_on_a_full_disk(lambda: written(write, tmp_path), 20_000, OutputError)
     assert message.startswith(f"{tmp_path}: it cannot be written (") and "\n" not in message
     assert message.endswith("Free space there or give another folder. The rest is kept.")
 

@@ -3,9 +3,7 @@
 import errno
 import os
 import random
-import resource
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from functools import cache
@@ -21,6 +19,7 @@ from modeling_vljepa.pipelines import clip_library, library_writer
 from modeling_vljepa.pipelines.clip_library import ClipLibrary
 from modeling_vljepa.pipelines.library_writer import EmbeddingLog, only_writer
 from modeling_vljepa.pipelines.pipeline_vljepa import VLJEPARetrievalPipeline
+from tests.full_disk import message_on_a_full_disk
 from tests.tiny import tiny_model, tiny_processor
 
 DIM, COUNT = 16, 40
@@ -378,13 +377,6 @@ def test_build_library_killed_twenty_times_continues_to_the_same_library(tmp_pat
     killed_builds(tmp_path / "library", clips, 20)
 
 
-def on_a_full_disk(folder: Path, clips: list[str], size: int, results) -> None:
-    # Without the signal's handler, the system would end the process.
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    outcome(folder, clips, Numbers(), results)
-
-
 @pytest.mark.parametrize(
     ("size", "kept"),
     [
@@ -394,13 +386,8 @@ def on_a_full_disk(folder: Path, clips: list[str], size: int, results) -> None:
     ],
 )
 def test_build_library_reports_a_full_disk_and_continues(tmp_path, clips, size, kept):
-    fork, folder = get_context("fork"), tmp_path / "library"
-    results = fork.SimpleQueue()
-    process = fork.Process(target=on_a_full_disk, args=(folder, clips, size, results))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    message = results.get()
+    folder = tmp_path / "library"
+    message = message_on_a_full_disk(lambda: build(folder, clips, Numbers()), size, ValueError)
     assert message.startswith("output_dir: ") and "\n" not in message
     assert "cannot be written (" in message and message.endswith("the same call continues.")
     assert not folder.exists()

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 
 from processing.feature_store import FeatureError
 from processing.output import OutputError
+from tests.full_disk import message_on_a_full_disk
 from tests.tiny import noise, tiny_recipe, tiny_rows, write_rows
 from training import cache_features
 from training.arguments import RecipeError
@@ -384,13 +384,6 @@ def test_cache_features_of_two_runs_is_written_by_one_in_ten_rounds(tmp_path, on
         assert content(folder).items() - {("lock", b"")} == content(tmp_path / "expected").items()
 
 
-def on_a_full_disk(folder: Path, clips: Clips, size: int, results) -> None:
-    # Without the signal's handler, the system would end the process.
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    outcome(folder, clips, results)
-
-
 @pytest.mark.parametrize(
     ("size", "kept"),
     [
@@ -400,16 +393,12 @@ def on_a_full_disk(folder: Path, clips: Clips, size: int, results) -> None:
     ],
 )
 def test_cache_features_reports_a_full_disk_and_continues(tmp_path, one_thread, size, kept):
-    clips, fork, folder = Clips(tmp_path, 60), get_context("fork"), tmp_path / "store"
+    clips, folder = Clips(tmp_path, 60), tmp_path / "store"
     write_store(tmp_path / "expected", clips)
     if size < 0:  # one byte less than the index, which is larger than a shard
         size += (tmp_path / "expected" / "index.safetensors").stat().st_size
-    results = fork.SimpleQueue()
-    run = fork.Process(target=on_a_full_disk, args=(folder, clips, size, results))
-    run.start()
-    run.join()
-    assert run.exitcode == 0
-    message = results.get()
+    errors = (FeatureError, OutputError)
+    message = message_on_a_full_disk(lambda: write_store(folder, clips), size, errors)
     assert message.startswith(f"{folder}: it cannot be written (") and "\n" not in message
     assert message.endswith("Its complete shards are kept; the same command continues.")
     assert len(list(folder.glob("0*"))) == kept
