@@ -190,7 +190,7 @@ def check_tensors(name: str, value: object) -> str:
     return TensorType(value).value
 
 
-def check_tokens(name: str, value: object) -> int:
+def check_token_count(name: str, value: object) -> int:
     if check_count(name, value) > MAX_TOKENS:
         raise ValueError(f"{name} is {shown(value)}: give at most {MAX_TOKENS}")
     return int(value)
@@ -207,7 +207,7 @@ CHECKS: dict[str, Callable[[str, object], object]] = {
     "padding": check_padding,
     "truncation": check_truncation,
     "max_length": check_count,
-    "pad_to_multiple_of": check_tokens,
+    "pad_to_multiple_of": check_token_count,
     "do_resize": check_switch,
     "size": check_size,
     "default_to_square": check_switch,
@@ -300,5 +300,5 @@ __all__ = [
     "VLJEPAProcessorKwargs",
     "check_call",
     "check_options",
-    "check_tokens",
+    "check_token_count",
 ]

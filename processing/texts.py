@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .options import check_tokens
+from .options import check_token_count
 
 
 def check_text(name: str, text: str) -> str:
@@ -80,7 +80,7 @@ def tokenize(
             f"tokenizer adds {own} tokens to every text: give at least {own}"
         )
     if padding == "max_length":
-        check_tokens("max_length, to which texts are padded,", max_length)
+        check_token_count("max_length, to which texts are padded,", max_length)
     if pad_to_multiple_of and truncation and padding != "do_not_pad":
         # Upstream refuses a limit that is not a multiple, because padding would exceed it.
         max_length -= max_length % pad_to_multiple_of

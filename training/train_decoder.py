@@ -32,7 +32,7 @@ from training.decoder.texts import DecoderCollator, predicted_texts, read_source
 from training.hub.publishing import publish
 from training.loop.callbacks import ProgressLine
 from training.loop.checkpoints import PARTS, AtomicCheckpoints, checkpoint_to_resume
-from training.loop.fingerprint import compare, fingerprint, texts_hash
+from training.loop.fingerprint import compare, fingerprint, rows_content
 from training.loop.run_facts import RunFacts
 from training.model.parameters import parameter_table
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     parts = [part for part in PARTS if part != "place in the data"]
     resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, parts)
     rows = [read_source(source, recipe.data.max_bad_share) for source in recipe.data.sources]
-    settings = fingerprint(recipe, [[f"{len(each)} rows", texts_hash(each)] for each in rows])
+    settings = fingerprint(recipe, [rows_content(each) for each in rows])
     settings["training.per_device_train_batch_size"] *= args.world_size  # rows of a step
     changes = compare(resume_from, settings)
 

@@ -199,18 +199,9 @@ class VLJEPAModule(InputModule):
 
         An adapter's folder gives the base model with the adapter, without a Y-Decoder.
         """
-        hub = {
-            "token": token,
-            "cache_dir": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
-        where = {
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
+        where = {"token": token, "revision": revision, "local_files_only": local_files_only}
+        hub = where | {"cache_dir": cache_folder}  # transformers' name of the folder
+        where |= {"cache_folder": cache_folder}
         settings = cls.load_config(model_name_or_path, subfolder, **where)
         trust = {"trust_remote_code": trust_remote_code}
         auto = AutoModel

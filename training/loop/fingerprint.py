@@ -82,6 +82,11 @@ def section(name: str, arguments: Any, free: Iterable[str] = ()) -> Fingerprint:
     }
 
 
+def rows_content(rows: list[dict]) -> list:
+    """Return the number of rows and a hash of them."""
+    return [f"{len(rows)} rows", texts_hash(rows)]
+
+
 def texts_hash(rows: Iterable[dict]) -> str:
     """Return a hash of the texts of rows and of the kinds of their media."""
     digest = hashlib.blake2b(digest_size=16)
@@ -93,7 +98,7 @@ def texts_hash(rows: Iterable[dict]) -> str:
 def content_of(source: Source | StreamedSource) -> list:
     """Return the size of a source and a hash of its rows, of a streamed one of its first rows."""
     if isinstance(source, Source):
-        return [f"{len(source.rows)} rows", texts_hash(source.rows)]
+        return rows_content(source.rows)
     return [source.size(), texts_hash(source.fallback_rows)]
 
 
@@ -202,6 +207,6 @@ __all__ = [
     "compare",
     "content_of",
     "fingerprint",
-    "texts_hash",
+    "rows_content",
     "write_fingerprint",
 ]
