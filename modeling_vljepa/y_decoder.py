@@ -127,7 +127,7 @@ class YDecoder(nn.Module):
         if "max_length" in kwargs:
             kwargs.setdefault("max_new_tokens", None)  # else MAX_NEW_TOKENS takes precedence
         prompt, mask = self.prompt(embeds, context_input_ids, context_attention_mask)
-        other = kwargs.keys() & {"max_length", "generation_config"}  # which states the length, too
+        other = kwargs.keys() & {"max_length", "generation_config"}  # these may state a length
         self.check_length(prompt, kwargs.get("max_new_tokens") or (1 if other else MAX_NEW_TOKENS))
         return self.backbone.generate(inputs_embeds=prompt, attention_mask=mask, **kwargs)
 

@@ -136,7 +136,7 @@ def check_channels(name: str, value: object) -> float | tuple[float, ...]:
         raise ValueError(f"{name} is {shown(value)}: give one number or three, for the channels")
     checked = tuple(check_number(name, each) for each in values)
     if name == "image_std" and 0 in checked:
-        raise ValueError(f"{name} is {shown(value)}: give numbers other than 0, which divide")
+        raise ValueError(f"{name} is {shown(value)}: pixels are divided by it, so do not give 0")
     return checked[0] if len(checked) == 1 else checked
 
 

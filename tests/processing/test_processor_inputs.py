@@ -297,7 +297,7 @@ def test_processor_names_an_option_that_it_does_not_have(processor, options, mes
         ({"resample": 0}, r"^resample is 0: give BILINEAR \(2\) or BICUBIC \(3\)$"),
         ({"rescale_factor": float("nan")}, "^rescale_factor is nan: give a finite number$"),
         ({"image_mean": [0, 1]}, r"^image_mean is \[0, 1\]: give one number or three, for the ch"),
-        ({"image_std": [1, 0, 1]}, "^image_std is .*: give numbers other than 0, which divide$"),
+        ({"image_std": [1, 0, 1]}, "^image_std is .*: pixels are divided by it, so do not give 0$"),
         ({"do_center_crop": False, "videos": [FRAMES, FRAMES[:, :30]]}, "need one size, got 45 x"),
     ],
 )
