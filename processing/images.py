@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from transformers.utils import is_av_available
 
 from .containers import open_video
@@ -157,13 +157,16 @@ def pixels_of(image: Image.Image, name: str, bits: int | None) -> np.ndarray:
         image = eight_bits(image, name, bits)
     # PIL keeps the upper 8 bits of colours with 16, while a transparent colour keeps its 16.
     is_deep = isinstance(image, ImageFile.ImageFile) and ";16" in str(image.tile)
-    upright = ImageOps.exif_transpose(image)
+    image.load()  # the orientation may be stored after the pixels
+    is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    # Both functions copy all pixels, even if nothing changes. Below, a deep image is changed.
+    upright = image if is_upright and not is_deep else ImageOps.exif_transpose(image)
     if is_deep and "transparency" in upright.info:
         colour = upright.info["transparency"]
         upright.info["transparency"] = tuple(value >> 8 for value in colour)
     if upright.has_transparency_data:
         upright = on_white(upright)
-    pixels = np.array(upright.convert("RGB"))[None]
+    pixels = np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))[None]
     if is_deep and 0 < pixels.max() < DARK >> 8:
         raise too_dark(name, 256 * int(pixels.max()))
     return pixels
