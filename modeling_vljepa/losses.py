@@ -62,10 +62,28 @@ def check_pairs(predicted_embeds: torch.Tensor, target_embeds: torch.Tensor) -> 
         )
 
 
+def bounds(ids: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each of the ids `(B,)` the first index, and the one after the last, of the equal
+    ids in the sorted `table` `(K,)`.
+
+    `unique` would give counts too, but its size depends on values, so the host would wait for the
+    device. Comparing all pairs would need a (B, K) matrix.
+    """
+    return torch.searchsorted(table, ids), torch.searchsorted(table, ids, right=True)
+
+
 def count_equal(ids: torch.Tensor) -> torch.Tensor:
-    """Count for each of the ids `(B,)` or `(B, 2)` the ids equal to it, itself included."""
-    _, index, counts = ids.unique(dim=0, return_inverse=True, return_counts=True)
-    return counts[index]
+    """Count for each of the ids `(B,)` the ids equal to it, itself included."""
+    start, end = bounds(ids, ids.sort().values)
+    return end - start
+
+
+def pair_ids(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return for each pair of ids, `(B,)` and `(B,)`, an id that only equal pairs share."""
+    # Ids are hashes of 63 bits, too long to combine; their first indices in the sorted ids are
+    # below B, so a pair of these fits.
+    first, second = (bounds(each, each.sort().values)[0] for each in (ids, others))
+    return first * len(ids) + second
 
 
 @dataclass(frozen=True)
@@ -109,20 +127,18 @@ class Matches:
     def counts(self) -> torch.Tensor:
         """Number `(B,)` of targets that are correct for each row, its own included."""
         # Inclusion and exclusion: a target that shares both text and group would count twice.
-        both = torch.stack([self.target_ids, self.group_ids], dim=1)
-        return count_equal(self.target_ids) + count_equal(self.group_ids) - count_equal(both)
+        both = count_equal(pair_ids(self.target_ids, self.group_ids))
+        return count_equal(self.target_ids) + count_equal(self.group_ids) - both
 
     @property
     def hard_counts(self) -> torch.Tensor | int:
         """Number `(B,)` of hard negatives of each row: all but those that have its own text."""
         if self.negative_ids is None:
             return 0
-        # Two binary searches in sorted ids bound the ids equal to the row's own text. Comparing
-        # all pairs would need a (B, K) matrix.
-        ids = self.negative_ids[self.negative_ids != -1].sort().values
-        end = torch.searchsorted(ids, self.target_ids, right=True)
-        start = torch.searchsorted(ids, self.target_ids)
-        return len(ids) - (end - start)
+        # Padding stays among the sorted ids: to select the others would read values.
+        start, end = bounds(self.target_ids, self.negative_ids.sort().values)
+        own = (end - start).masked_fill(self.target_ids == -1, 0)
+        return (self.negative_ids != -1).sum() - own
 
 
 def tiles(rows: int, columns: int, elements: int) -> Iterator[range]:

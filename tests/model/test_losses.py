@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from modeling_vljepa.losses import (
     LOSSES,
@@ -279,6 +280,49 @@ def test_info_nce_chance_loss_counts_unmasked_negatives():
         result = info_nce(blind, blind, torch.tensor([1.0]), **IDS, **negatives)
         assert result.loss.item() == pytest.approx(result.chance_loss.item(), abs=1e-6)
     assert info_nce(blind, blind, torch.tensor([1.0]), **IDS).chance_loss < math.log(SIZE) - 0.1
+
+
+@pytest.mark.parametrize("kinds", [2, 5, 10**6])
+def test_info_nce_chance_loss_counts_the_pairs_of_a_full_matrix(kinds):
+    """Ids are hashes of 63 bits, groups without one are negative, and a text may be -1."""
+    generator = torch.Generator().manual_seed(kinds)
+
+    def draw(first: int, last: int, count: int) -> torch.Tensor:
+        words = torch.randint(first, last, (kinds,), generator=generator)
+        return words[torch.randint(kinds, (count,), generator=generator)]
+
+    texts, groups = draw(-1, 2**63 - 1, 40), draw(-(2**62), 2**63 - 1, 40)
+    hard = torch.cat([draw(-1, 2**63 - 1, 20), texts[:20], torch.full((7,), -1)])
+    alike = (texts[:, None] == texts) | (groups[:, None] == groups)
+    is_hard = (hard != -1) & (hard != texts[:, None])  # (B, K)
+    candidates = 1 + 40 - alike.sum(dim=1)
+    expected = (candidates.log() + (candidates + is_hard.sum(dim=1)).log()).mean() / 2
+    predicted = unit(40, 0)
+    result = info_nce(predicted, unit(40, 1), scale_of(1.0), texts, groups, unit(47, 2), hard)
+    assert result.chance_loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_their_gradients_read_no_values(name):
+    """A read waits for the device. Fake tensors have no values, and raise an error."""
+    loss, fakes = LOSSES[name], FakeTensorMode()
+    arguments, ids = {}, {each: fakes.from_tensor(value) for each, value in IDS.items()}
+    with fakes:
+        predicted, targets = (torch.zeros(SIZE, 8, requires_grad=True) for _ in range(2))
+        if loss.needs_negatives:
+            arguments |= {**ids, "as_positives": True}
+        if loss.needs_scale:
+            arguments["scale"] = torch.ones(1, requires_grad=True)
+        if loss.needs_bias:
+            arguments["bias"] = torch.ones(1, requires_grad=True)
+        if loss.needs_hard_negatives:
+            arguments["negative_embeds"] = torch.zeros(len(NEGATIVE_IDS), 8)
+            arguments["negative_ids"] = torch.zeros(len(NEGATIVE_IDS), dtype=torch.long)
+        result = loss.function(predicted, targets, **arguments)
+        (result.loss if isinstance(result, InfoNCE) else result).backward()
+        with pytest.raises(DynamicOutputShapeException):
+            ids["target_ids"].unique()
+    assert predicted.grad.shape == predicted.shape
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([0, 0, 1, 1])])
