@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from modeling_vljepa import VLJEPAModel
+from modeling_vljepa.pipelines.embedding import target_embeds
 from processing import MediaError, VLJEPAProcessor
 from processing.feature_store import FeatureStore
 from processing.rows import Media, media_of
@@ -211,16 +212,15 @@ def predict_rows(
 def embed_texts(
     model: VLJEPAModel, processor: VLJEPAProcessor, texts: list[str], *, batch_size: int = 64
 ) -> torch.Tensor:
-    """Embed texts as S_Y, each distinct one once: unit vectors `(len(texts), D)`, on the CPU."""
+    """Embed texts as S_Y: unit vectors `(len(texts), D)`, on the CPU.
+
+    Texts that this model has embedded before are taken from the cache of the pipelines.
+    """
     model.eval()
-    index_of = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    embeds = []
-    with tqdm(total=len(index_of), desc="texts", unit="text") as progress:
-        for batch in batches(list(index_of), batch_size):
-            inputs = processor(targets=batch).to(model.device)
-            embeds.append(model.encode_target(**inputs).float().cpu())  # (B, D)
-            progress.update(len(batch))
-    return torch.cat(embeds)[[index_of[text] for text in texts]]
+    with tqdm(total=len(texts), desc="texts", unit="text") as progress:
+        return target_embeds(
+            model, processor, texts, batch_size=batch_size, on_texts=progress.update
+        )
 
 
 __all__ = ["ABLATIONS", "Predictions", "batches", "embed_media", "embed_texts", "predict_rows"]

@@ -53,7 +53,7 @@ from transformers.utils import logging
 
 from .clip_library import ClipLibrary, check_datasets, unreadable_report
 from .decoding import decode_texts
-from .embedding import check_finite, embed_texts
+from .embedding import check_finite, embed_texts, weights_state
 from .fetching import fetch
 from .library_writer import EmbeddingLog, only_writer
 from .pipeline_base import PipelineBase, given
@@ -123,7 +123,11 @@ def is_url(medium: Any) -> bool:
 
 
 class VLJEPAPipeline(PipelineBase):
-    """Pipeline that ranks texts for samples. Texts are embedded once per call, not per sample."""
+    """Pipeline that ranks texts for samples.
+
+    A text is embedded once, however many samples and calls rank it, until the model's weights
+    change.
+    """
 
     label: str  # key of the text in a result
     prompt: str  # name in `config.prompts` of the default query
@@ -306,7 +310,7 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
 
     label = "answer"
     prompt = "question"
-    vocabulary: tuple[list[str], torch.Tensor] | None = None
+    vocabulary: tuple[list[str], tuple | None, torch.Tensor] | None = None
 
     def __call__(self, inputs: Any = None, question: str | None = None, **kwargs: Any):
         """Answer a question about one sample or many.
@@ -413,11 +417,13 @@ class VLJEPAVisualQuestionAnsweringPipeline(VLJEPAPipeline):
 
     def stored_answers(self) -> tuple[list[str], torch.Tensor]:
         """Return the model's own answers and their embeddings `(N, D)`."""
-        answers = self.model.config.answers
-        if self.vocabulary is None or self.vocabulary[0] != answers:
+        # Not only the cache of `embed_texts`: it holds fewer texts than a vocabulary may have.
+        answers, state = self.model.config.answers, weights_state(self.model)
+        vocabulary = self.vocabulary
+        if vocabulary is None or state is None or vocabulary[:2] != (answers, state):
             texts = check_texts("config.answers", answers)
-            self.vocabulary = (texts, self.embed_texts(texts))
-        return self.vocabulary
+            self.vocabulary = vocabulary = (texts, state, self.embed_texts(texts))
+        return vocabulary[0], vocabulary[2]
 
 
 class VLJEPAZeroShotClassificationPipeline(VLJEPAPipeline):

@@ -33,9 +33,10 @@ class Oracle:
     """A model that names the one colour of an image, and answers whether it is red."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    y_encoder = y_head = torch.nn.Identity()  # in training mode, so no text is cached
 
     def __init__(self, processor: VLJEPAProcessor):
-        self.processor = processor
+        self.processor, self.base_model = processor, self
         self.config = tiny_config()
         self.seen: list[torch.Tensor] = []  # pixels, batch by batch
         self.asked: list[str] = []

@@ -188,7 +188,8 @@ def test_vqa_results_do_not_depend_on_batches_or_order(vqa, media):
     assert_same(results, alone[1:])
 
 
-def test_vqa_embeds_candidates_once_per_call(model, processor, media, monkeypatch):
+def test_vqa_embeds_candidates_once_for_all_calls_and_pipelines(processor, media, monkeypatch):
+    model = tiny_model()
     counts = []
     encode = model.encode_target
 
@@ -199,7 +200,10 @@ def test_vqa_embeds_candidates_once_per_call(model, processor, media, monkeypatc
     monkeypatch.setattr(model, "encode_target", counting)
     vqa = VLJEPAVisualQuestionAnsweringPipeline(model=model, processor=processor)
     samples = [{"video": media.wide, "question": "a"}] * 5
-    vqa(samples, candidates=ANSWERS, batch_size=2)
+    first = vqa(samples, candidates=ANSWERS, batch_size=2)
+    assert counts == [4]
+    assert vqa(samples, candidates=ANSWERS, batch_size=2) == first
+    VLJEPARetrievalPipeline(model=model, processor=processor)(samples[0], texts=ANSWERS)
     assert counts == [4]
     many = [f"answer {number}" for number in range(150)]
     vqa(samples[0], candidates=many)
@@ -214,6 +218,10 @@ def test_vqa_without_candidates_uses_the_answers_of_the_model(processor, media, 
     given = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
     for _ in range(2):
         assert vqa(video=media.wide, question=QUESTION) == approximately(given)
+    with torch.no_grad():
+        model.y_head.projection.weight.mul_(-1)
+    given = vqa(video=media.wide, question=QUESTION, candidates=ANSWERS)
+    assert vqa(video=media.wide, question=QUESTION) == approximately(given)
     model.config.answers = ["red", "another"]
     assert scores(vqa(video=media.wide, question=QUESTION)).keys() == {"red", "another"}
     model.config.answers = []
