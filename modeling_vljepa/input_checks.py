@@ -4,8 +4,15 @@ On a GPU, most of these faults would end in an assertion that names no tensor, o
 or NaN without any error. Shapes are checked at no cost. Values are read from the device once for
 each tensor of tokens. Compiled and exported programs have no checks.
 
+A read waits for the device, so a training step checks the values of its batch on the CPU, before
+the batch moves, and runs the model within `values_checked`.
+
 Shapes: B batch, L tokens.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -15,6 +22,22 @@ IGNORED = -100  # label of positions outside the text
 
 # Names of tables of absolute positions in transformers' encoders and language models.
 POSITION_TABLES = {"position_embedding", "position_embeddings", "embed_positions", "wpe"}
+
+# A variable of the context, not of the module: other threads and calls stay checked.
+VALUES_CHECKED = ContextVar("VALUES_CHECKED", default=False)
+
+
+@contextmanager
+def values_checked() -> Iterator[None]:
+    """Read no values in the checks within the block, because the caller has checked them.
+
+    The caller has also removed masks that hide nothing. Shapes are still checked.
+    """
+    token = VALUES_CHECKED.set(True)
+    try:
+        yield
+    finally:
+        VALUES_CHECKED.reset(token)
 
 
 def position_limit(backbone: nn.Module) -> int | None:
@@ -50,8 +73,11 @@ def check_tokens(
     *,
     needs_text: bool = False,
     limit: int | None = None,
-) -> None:
+) -> torch.Tensor | None:
     """Reject tokens that an encoder cannot read, and padding that would be read as text.
+
+    Return the mask, or `None` if it hides no token: attention without a mask has faster kernels,
+    and backbones would read the mask again to find that out.
 
     Args:
         prefix: of the names of the tensors, such as "target_".
@@ -63,7 +89,7 @@ def check_tokens(
         limit: the encoder's `position_limit`.
     """
     if torch.compiler.is_compiling():
-        return
+        return attention_mask
     name, shape = f"{prefix}input_ids", tuple(input_ids.shape)
     if len(shape) != 2 or not shape[0]:
         raise ValueError(f"{name} has shape {shape}: give (batch, length), with at least one row.")
@@ -83,15 +109,19 @@ def check_tokens(
             f"ends at {limit}: give the processor a max_{prefix or 'query_'}length of {limit}."
         )
     if not shape[1]:
-        return
+        return None
+    if VALUES_CHECKED.get():
+        return attention_mask
     pad = config.pad_token_id
     least, most = input_ids.aminmax()
     if attention_mask is not None:
         is_right = attention_mask.any(dim=1).all() | (not needs_text)
+        hides = (attention_mask != 1).any()
     else:
-        is_right = (input_ids != (-1 if pad is None else pad)).all()
+        is_right = hides = (input_ids != (-1 if pad is None else pad)).all()
     # One transfer: each one waits for the device.
-    least, most, is_right = torch.stack([least, most, is_right.to(least.dtype)]).tolist()
+    values = [least, most, is_right.to(least.dtype), hides.to(least.dtype)]
+    least, most, is_right, hides = torch.stack(values).tolist()
     if least < 0 or most >= config.vocab_size:
         raise ValueError(
             f"{name} holds the id {least if least < 0 else most}, but the vocabulary of this "
@@ -108,6 +138,7 @@ def check_tokens(
             f"{prefix}attention_mask has no real token in row {row}: an empty text has no "
             "embedding, so leave it out, or use a tokenizer that adds a token to every text."
         )
+    return attention_mask if hides else None
 
 
 def check_labels(labels: torch.Tensor | None, rows: int, config: PreTrainedConfig) -> None:
@@ -119,6 +150,8 @@ def check_labels(labels: torch.Tensor | None, rows: int, config: PreTrainedConfi
     check_shape("labels", labels, "batch", "length")
     if len(labels) != rows:
         raise ValueError(f"labels has {len(labels)} rows for {rows} embeddings: give one for each.")
+    if VALUES_CHECKED.get():
+        return
     is_text = labels != IGNORED
     real = labels.masked_fill(~is_text, 0)
     least, most = real.aminmax()
@@ -136,4 +169,11 @@ def check_labels(labels: torch.Tensor | None, rows: int, config: PreTrainedConfi
         )
 
 
-__all__ = ["IGNORED", "check_labels", "check_shape", "check_tokens", "position_limit"]
+__all__ = [
+    "IGNORED",
+    "check_labels",
+    "check_shape",
+    "check_tokens",
+    "position_limit",
+    "values_checked",
+]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -34,6 +35,33 @@ def pool(
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (positions * attention_mask).argmax(dim=1)  # (B,); `sum - 1` would miss holes
     return hidden_states[torch.arange(last.shape[0], device=last.device), last]
+
+
+def gemma_masks(
+    config: PreTrainedConfig, embeds: torch.Tensor, attention_mask: torch.Tensor | None
+) -> dict[str, torch.Tensor | None]:
+    """Return the masks of a bidirectional Gemma's kinds of layers, `None` where nothing is hidden.
+
+    Gemma's own code builds a mask `(B, 1, L, L)` for both kinds, also for texts without padding
+    that are shorter than the window. With a mask, CUDA has no flash kernel.
+
+    Args:
+        embeds (`torch.FloatTensor` of shape `(B, L, Dy)`): the embedded tokens.
+        attention_mask (`torch.LongTensor` of shape `(B, L)`, *optional*)
+    """
+    full = near = None
+    if attention_mask is not None:
+        # The caller drops masks that hide nothing; to look for them here would read the device.
+        full = near = create_bidirectional_mask(
+            config, embeds, attention_mask, allow_is_bidirectional_skip=False
+        )
+    window = config.sliding_window  # of each side, the token itself included
+    if embeds.shape[1] > window:
+        # Not `create_bidirectional_sliding_window_mask`, whose windows are one token wider.
+        near = create_bidirectional_mask(
+            config, embeds, attention_mask, and_mask_function=lambda b, h, i, j: abs(i - j) < window
+        )
+    return {"full_attention": full, "sliding_attention": near}
 
 
 class Dense(nn.Module):
@@ -101,16 +129,21 @@ class YEncoder(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Encode the tokens `(B, L)` with their mask `(B, L)` to pooled states `(B, Dt)`."""
-        self.check("target_", input_ids, attention_mask)
+        attention_mask = self.check("target_", input_ids, attention_mask)
         hidden_states = self.read(input_ids, attention_mask).last_hidden_state  # (B, L, Dy)
         return self.pool(hidden_states, attention_mask)  # (B, Dt)
 
     def check(
         self, prefix: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> None:
-        """Raise `ValueError` for texts without a token, and for those that it cannot read."""
-        config = self.backbone.config
-        check_tokens(prefix, input_ids, attention_mask, config, needs_text=True, limit=self.limit)
+    ) -> torch.Tensor | None:
+        """Raise `ValueError` for texts without a token, and for those that it cannot read.
+
+        Return the mask, or `None` if it hides no token.
+        """
+        config, limit = self.backbone.config, self.limit
+        return check_tokens(
+            prefix, input_ids, attention_mask, config, needs_text=True, limit=limit
+        )
 
     def read(
         self,
@@ -123,8 +156,14 @@ class YEncoder(nn.Module):
         Its `last_hidden_state` is `(B, L, Dy)`. `kwargs`: `output_hidden_states`,
         `output_attentions`.
         """
+        config = self.backbone.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            # An exported program has free lengths, so it cannot choose masks by the length.
+            if config.model_type != "gemma3_text" or torch.compiler.is_exporting():
+                return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            embeds = self.backbone.get_input_embeddings()(input_ids)  # (B, L, Dy)
+            masks = gemma_masks(config, embeds, attention_mask)
+            return self.backbone(inputs_embeds=embeds, attention_mask=masks, **kwargs)
 
     def pool(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None

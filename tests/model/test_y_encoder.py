@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModel
 
 from modeling_vljepa.embedding_head import masked_mean
@@ -27,6 +28,58 @@ def test_y_encoder_equals_the_stock_encoder(kind):
         torch.testing.assert_close(
             encoder(IDS, mask), masked_mean(expected, mask), rtol=1e-6, atol=1e-6
         )
+
+
+WINDOW = tiny_config().text_config.sliding_window  # tokens on each side, the token itself included
+
+
+def masks_of_attention(monkeypatch) -> list[torch.Tensor | None]:
+    """Return the list to which every later call of torch's attention adds its mask."""
+    masks, attention = [], F.scaled_dot_product_attention
+
+    def recorded(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    return masks
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [1, WINDOW, WINDOW + 1, 20])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_y_encoder_equals_stock_gemma_within_and_beyond_its_window(backend, length, padded):
+    encoder = tiny_model().y_encoder
+    stock = AutoModel.from_config(tiny_config().text_config).eval()
+    stock.load_state_dict(encoder.backbone.state_dict())
+    for gemma in (stock, encoder.backbone):
+        gemma.set_attn_implementation(backend)
+    ids = torch.randint(3, 300, (3, length), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(length) < torch.tensor([[length], [1], [3]])).long() if padded else None
+    expected = stock(input_ids=ids, attention_mask=mask).last_hidden_state
+    states = encoder.read(ids, mask).last_hidden_state
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    torch.testing.assert_close(states[real], expected[real], rtol=0, atol=1e-5)
+
+
+def test_y_encoder_gives_gemma_masks_only_where_tokens_are_hidden(monkeypatch):
+    """CUDA has no flash kernel for attention with a mask."""
+    encoder = tiny_model().y_encoder  # a layer with a window, and one without
+    masks = masks_of_attention(monkeypatch)
+    encoder(IDS[:, :WINDOW])
+    encoder(IDS[:, :WINDOW], torch.ones_like(IDS[:, :WINDOW]))  # hides nothing
+    assert masks == [None] * 4
+    masks.clear()
+    encoder(IDS)
+    near, full = masks
+    distances = (torch.arange(12)[:, None] - torch.arange(12)).abs()
+    assert full is None and torch.equal(near[0, 0], distances < WINDOW)
+    masks.clear()
+    encoder(IDS, MASK)
+    assert all(torch.equal(mask.any(dim=-2)[:, 0], MASK.bool()) for mask in masks)
+    masks.clear()  # positive control: stock Gemma
+    AutoModel.from_config(tiny_config().text_config)(input_ids=IDS[:, :WINDOW])
+    assert all(mask.shape == (3, 1, WINDOW, WINDOW) for mask in masks) and len(masks) == 2
 
 
 def test_y_encoder_removes_the_pooler_of_bert():

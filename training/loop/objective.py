@@ -136,7 +136,7 @@ class Objective:
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(
             embeds.predicted_embeds.shape[1], self.num_directions, generator=generator
-        ).to(embeds.predicted_embeds)
+        ).to(embeds.predicted_embeds, non_blocking=True)
         directions = directions / directions.norm(dim=0)  # (D, S)
         for side, rows in (
             ("predicted", embeds.predicted_embeds),
