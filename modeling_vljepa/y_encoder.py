@@ -141,9 +141,7 @@ class YEncoder(nn.Module):
         Return the mask, or `None` if it hides no token.
         """
         config, limit = self.backbone.config, self.limit
-        return check_tokens(
-            prefix, input_ids, attention_mask, config, needs_text=True, limit=limit
-        )
+        return check_tokens(prefix, input_ids, attention_mask, config, needs_text=True, limit=limit)
 
     def read(
         self,

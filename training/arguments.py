@@ -534,6 +534,10 @@ class VLJEPATrainingArguments(TrainingArguments):
             data sheet: the denominator of `mfu` in the log. Default: the measured speed of a large
             matrix product.
         world_size_expected: number of processes that the recipe is meant for, checked at start-up.
+        dataloader_num_workers: number of processes that read batches ahead, for each training
+            process. Default: see `loader_defaults`.
+        dataloader_pin_memory: read batches into pinned memory, and move them to the device without
+            waiting. Default: see `loader_defaults`.
     """
 
     output_dir: str = field()  # `field()`: or the parent's default would make it optional
@@ -561,7 +565,8 @@ class VLJEPATrainingArguments(TrainingArguments):
     disable_tqdm: bool = True
     logging_nan_inf_filter: bool = False  # upstream would log the average of earlier losses
     remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = False
+    dataloader_num_workers: int | None = None
+    dataloader_pin_memory: bool | None = None
     ddp_find_unused_parameters: bool | None = False  # every module is used in every step
     # Derived from the fields above. `init=False`: a recipe that sets one is refused.
     per_device_train_batch_size: int = field(default=1, init=False)
@@ -575,6 +580,8 @@ class VLJEPATrainingArguments(TrainingArguments):
         check_least(self, "training", **LEAST)
         check_unread(self, READ, UNREAD)
         check_inherited(self)
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        set_loader_defaults(self)
         if not self.dataloader_num_workers:
             for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
                 if vars(self)[name]:
@@ -604,7 +611,6 @@ class VLJEPATrainingArguments(TrainingArguments):
                 "training.metric_for_best_model: the loss still falls while retrieval gets worse; "
                 "name a score of the section 'evaluation'."
             )
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = use_bf16(self.precision, torch.device("cpu") if self.use_cpu else None)
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # a launcher's choice; the recipe decides
             os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"
@@ -620,6 +626,42 @@ class VLJEPATrainingArguments(TrainingArguments):
                 "gradient_accumulation_steps; give a multiple."
             )
         self.per_device_train_batch_size = per_device
+
+
+MOST_WORKERS = 4  # by default; each holds batches of its own in memory
+
+
+def loader_defaults(device: str, cores: int) -> tuple[int, bool]:
+    """Return the default number of workers of a DataLoader, and whether it pins memory.
+
+    On CUDA, up to four workers read ahead on the cores that the training process leaves, and it
+    pins memory. On a CPU, training needs the cores itself, and memory cannot be pinned.
+
+    Args:
+        device: type of the device.
+        cores: cores for each training process.
+    """
+    if device != "cuda":
+        return 0, False
+    return min(MOST_WORKERS, cores - 1), True
+
+
+def cores_of_process() -> int:
+    """Return the number of cores for each of this machine's training processes."""
+    # Those that this process may use, not all of the machine: a scheduler gives a job some.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def set_loader_defaults(arguments: VLJEPATrainingArguments) -> None:
+    """Set the loader's arguments that are not given."""
+    device = "cpu" if arguments.use_cpu else torch.accelerator.current_accelerator().type
+    # Counted on CUDA only: macOS has no `sched_getaffinity`.
+    workers, pins = loader_defaults(device, cores_of_process() if device == "cuda" else 1)
+    if arguments.dataloader_num_workers is None:
+        arguments.dataloader_num_workers = workers
+    if arguments.dataloader_pin_memory is None:
+        arguments.dataloader_pin_memory = pins
 
 
 def use_bf16(precision: str, device: torch.device | None) -> bool:

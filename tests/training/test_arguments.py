@@ -21,6 +21,7 @@ from training.arguments import (
     apply_override,
     check_deepspeed,
     read_recipe,
+    set_loader_defaults,
     use_bf16,
 )
 from training.decoder.recipe import READ_HERE, UNREAD_HERE, DecoderTrainingArguments
@@ -369,6 +370,39 @@ def test_global_batch_size_is_divided_among_processes(monkeypatch, tmp_path, pro
     if processes > 1:
         with pytest.raises(RecipeError, match=f"13 rows do not divide among {processes} processes"):
             VLJEPATrainingArguments(global_batch_size=13, **options)
+
+
+@pytest.mark.parametrize(
+    "device, processes, given, expected",
+    [
+        ("cuda", 1, {}, (4, True)),
+        ("cuda", 4, {}, (3, True)),  # of its four cores, one is left to the training process
+        ("cuda", 16, {}, (0, True)),
+        ("cuda", 32, {}, (0, True)),
+        ("cuda", 1, {"dataloader_num_workers": 0}, (0, True)),
+        ("cuda", 1, {"dataloader_num_workers": 9, "dataloader_pin_memory": False}, (9, False)),
+        ("mps", 1, {}, (0, False)),
+        ("cpu", 1, {}, (0, False)),
+        ("cpu", 1, {"dataloader_num_workers": 2}, (2, False)),
+    ],
+    ids=str,
+)
+def test_loader_defaults_follow_the_device_and_given_settings_win(
+    monkeypatch, device, processes, given, expected
+):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device(device))
+    settings = {"dataloader_num_workers": None, "dataloader_pin_memory": None, **given}
+    arguments = SimpleNamespace(use_cpu=device == "cpu", **settings)
+    set_loader_defaults(arguments)
+    assert (arguments.dataloader_num_workers, arguments.dataloader_pin_memory) == expected
+
+
+def test_read_recipe_sets_loader_defaults_of_a_cpu(recipe):
+    training = read_recipe(recipe).training
+    assert (training.dataloader_num_workers, training.dataloader_pin_memory) == (0, False)
+    assert read_recipe(recipe, ["training.dataloader_num_workers=2"]).training != training
 
 
 def test_use_bf16_follows_precision_and_device():
