@@ -30,9 +30,10 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from .media import archive_of, is_address
+from .media import archive_of, is_address, read_address
 from .texts import check_text
 from .video_io import Excerpt
 
@@ -196,9 +197,82 @@ def clip_key(row: dict) -> str:
 
     The kind is part of it because one GIF can be a video in one row and an image in another.
     """
+    return _key(row, media_name(media_file(row)))
+
+
+def content_key(row: dict) -> str:
+    """Return the name of a row's clip with its content in place of its path.
+
+    It is the same after the file was moved, renamed or copied. The whole file is read, once in this
+    process as long as its size and time stay the same. Empty if it cannot be read.
+    """
+    name = _content_name(media_file(row))
+    return _key(row, name) if name else ""
+
+
+def size_key(row: dict) -> str:
+    """Return the name of a row's clip with its size in place of its path.
+
+    Clips with different size keys have different contents; nothing is read to find out.
+    """
+    return _key(row, f"size {_size(media_file(row))}")
+
+
+def _key(row: dict, name: str) -> str:
     part = (row.get("start"), row.get("end"))
     excerpt = "" if part == (None, None) else f"#t={part[0]},{part[1]}"
-    return f"{'video' if 'video' in row else 'image'} {media_name(media_file(row))}{excerpt}"
+    return f"{'video' if 'video' in row else 'image'} {name}{excerpt}"
+
+
+def _content_name(media: str | bytes) -> str:
+    """Return a name made of a hash of the content; of a file on the Hub, its address, which states
+    a revision. Empty if it cannot be read."""
+    if isinstance(media, bytes) or (is_address(media) and archive_of(media) is None):
+        return media_name(media)
+    return _read_content_name(media, *file_stamp(media))
+
+
+@lru_cache(2**20)
+def _read_content_name(media: str, *stamp: int) -> str:
+    """Return the name for `_content_name`; the stamp makes a changed file another argument."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        if is_address(media):
+            digest.update(read_address(media))
+        elif os.path.isfile(media):  # not a pipe, which may never end
+            _hash_file(media, digest)
+        else:  # the order of frames is that of their names
+            for path in sorted(Path(media).iterdir()):
+                digest.update(f"{path.name} {_size(str(path))} ".encode(errors="surrogateescape"))
+                if path.is_file():
+                    _hash_file(path, digest)
+    except (OSError, ValueError):  # ValueError: an address, or a path that cannot exist
+        return ""
+    return f"content {digest.hexdigest()}"
+
+
+def _hash_file(path: str | Path, digest: "hashlib.blake2b") -> None:
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+
+
+def _size(media: str | bytes) -> int:
+    """Return the bytes of a file, of a member's archive or of a content; for a folder, a hash of
+    its files' names and sizes; 0 for a file on the Hub, -1 for a missing one."""
+    if isinstance(media, bytes):
+        return len(media)
+    if is_address(media):
+        media = archive_of(media)
+        if media is None:
+            return 0
+    try:
+        if not os.path.isdir(media):
+            return os.stat(media).st_size
+        files = [(path.name, path.stat().st_size) for path in sorted(Path(media).iterdir())]
+    except (OSError, ValueError):
+        return -1
+    return key_number(repr(files))
 
 
 def key_number(key: str) -> int:
@@ -363,6 +437,7 @@ __all__ = [
     "RowError",
     "bad_rows_report",
     "clip_key",
+    "content_key",
     "file_stamp",
     "key_number",
     "media_file",
@@ -371,4 +446,5 @@ __all__ = [
     "parse_line",
     "read_rows",
     "samples_of",
+    "size_key",
 ]

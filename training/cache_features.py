@@ -20,7 +20,7 @@ from tqdm import tqdm
 from eval.evaluate import at_least_one
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
-from processing.feature_store import FACTS, FeatureError, made_with, read_facts
+from processing.feature_store import FACTS, FeatureError, FeatureStore, made_with, read_facts
 from processing.output import OutputError, check_output_folder
 from training.arguments import Recipe, RecipeError, read_recipe
 from training.data.dataset import ContrastiveDataset, build_dataset
@@ -225,7 +225,10 @@ def write(
 
     # 3. The index, which completes the store
     if rank() == 0:
-        print(report(folder, write_index(folder, plan, shards)))
+        facts = write_index(folder, plan, shards)
+        # A killed run's shards may hold files that have changed since.
+        FeatureStore(folder, facts).check(dataset.rows)
+        print(report(folder, facts))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -266,7 +269,9 @@ def main(argv: list[str] | None = None) -> None:
         with args.main_process_first(local=False, desc="finding the folder"):
             begin(folder, plan)
         if (folder / FACTS).is_file():
-            print_once(f"complete already. {report(folder, read_facts(folder / FACTS))}")
+            facts = read_facts(folder / FACTS)
+            FeatureStore(folder, facts).check(dataset.rows)
+            print_once(f"complete already. {report(folder, facts)}")
             return
         write(folder, plan, clips, dataset, Encoder(model, video, args.bf16), recipe, options)
 

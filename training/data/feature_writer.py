@@ -39,7 +39,7 @@ from processing.feature_store import (
     to_int8,
 )
 from processing.output import writing
-from processing.rows import clip_key, file_stamp, key_number, media_file
+from processing.rows import clip_key, content_key, file_stamp, key_number, media_file, size_key
 from training.data.collator import to_pixel_values
 from training.data.dataset import ContrastiveDataset
 from training.data.sources import Source, StreamedSource
@@ -178,7 +178,8 @@ def make_plan(
     """
     digest = hashlib.blake2b(digest_size=16)
     for row in (rows[index] for indices in clips.values() for index in indices):
-        digest.update(f"{clip_key(row)} {file_stamp(media_file(row))} ".encode())
+        # Without paths and times: a store continues after its clips were moved or copied.
+        digest.update(f"{size_key(row)} ".encode())
     count = sum(len(indices) for indices in clips.values())
     return {
         "made_with": facts,
@@ -329,6 +330,7 @@ def write_shards(
         rows = [dataset.rows[index] for index in shard.indices]
         tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         tensors["keys"] = torch.tensor([key_number(clip_key(row)) for row in rows])  # (n,)
+        tensors["contents"] = torch.tensor([key_number(content_key(row)) for row in rows])  # (n,)
         tensors["stamps"] = torch.tensor([file_stamp(media_file(row)) for row in rows])  # (n, 2)
         put(shard_path(folder, shard.number), tensors)
 
@@ -341,7 +343,7 @@ def write_index(folder: Path, plan: dict, shards: list[Shard]) -> dict:
     Raises:
         FeatureError: two clips have the same hash.
     """
-    keys, clips, errors = [], [], []
+    keys, contents, clips, errors = [], [], [], []
     for shard in shards:
         with safe_open(shard_path(folder, shard.number), "pt") as file:
             stamps = file.get_tensor("stamps")  # (n, 2)
@@ -349,11 +351,17 @@ def write_index(folder: Path, plan: dict, shards: list[Shard]) -> dict:
             clips.append(torch.cat([places, stamps], dim=1))  # (n, 4)
             # Cloned: a view would keep the whole shard mapped.
             keys.append(file.get_tensor("keys").clone())
+            contents.append(file.get_tensor("contents").clone())
             errors.append(file.get_tensor("errors").clone())
     keys, order = torch.cat(keys).sort()
     if (keys.diff() == 0).any():
         raise FeatureError(f"{folder}: two clips have the same hash. Rename one of the files.")
-    put(folder / CLIP_INDEX, {"keys": keys, "clips": torch.cat(clips)[order]})
+    clips = torch.cat(clips)
+    # Stable: files of equal content have equal features, and one order for any run.
+    contents, content_order = torch.cat(contents).sort(stable=True)
+    index = {"keys": keys, "clips": clips[order]}
+    index |= {"contents": contents, "content_clips": clips[content_order, :2]}
+    put(folder / CLIP_INDEX, index)
     errors = torch.cat(errors)
     facts = {
         **plan,
