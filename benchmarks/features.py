@@ -5,6 +5,9 @@ begins with uint8 frames in memory, so neither step decodes video; a step from t
 reading its features from disk. The two alternate, and the minimum of CPU-seconds counts.
 Operations are counted as in `training/loop/speed.py`. Their ratio is the gain on a machine on which
 every operation is equally fast and reading is free.
+
+With `--pooling 2`, the store holds pooled tokens (`visual_token_pooling: 2`); the live step pools
+none.
 """
 
 import argparse
@@ -43,6 +46,7 @@ SETTINGS = {"LoRA": Setting("LoRA", ADAPTED, {"r": 16}), "full": Setting("full",
 KINDS = ("predict", "step", "GradCache")  # forward only; a training step; a step in two parts
 DTYPES = ("bfloat16", "int8")
 LENGTH = 32
+PATCHES = 256  # of a tubelet of two frames
 
 
 class Clips(torch.utils.data.Dataset):
@@ -122,25 +126,31 @@ def gain_in_operations(
     kind: str, model: VLJEPAModel, live: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]
 ) -> float:
     """Return the ratio of operations, live / from the store."""
-    rest = training_flops(model, stored)
-    vision = training_flops(model, live) - rest
-    rows, tokens = stored["visual_embeds"].shape[:2]
+    rows, frames = live["pixel_values_videos"].shape[:2]
     llama, text = model.predictor.backbone.config, model.y_encoder.backbone.config
     width = llama.num_attention_heads * llama.head_dim
-    predictor = forward_flops(model.predictor, rows, tokens + LENGTH, width)
-    if kind == "predict":
-        return 1 + vision / predictor
-    if kind == "step":
-        return 1 + vision / rest
-    first_pass = predictor + forward_flops(model.y_encoder, rows, LENGTH, text.hidden_size)
-    return 1 + vision / (rest + first_pass)  # a frozen X-Encoder runs in the first pass only
+
+    def operations(batch: dict[str, torch.Tensor]) -> float:
+        tokens = batch["visual_embeds"].shape[1]
+        predictor = forward_flops(model.predictor, rows, tokens + LENGTH, width)
+        if kind == "predict":
+            return predictor
+        step = training_flops(model, batch)
+        if kind == "step":
+            return step
+        return step + predictor + forward_flops(model.y_encoder, rows, LENGTH, text.hidden_size)
+
+    # A frozen X-Encoder runs once, also with GradCache. The live step pools no tokens.
+    unpooled = stored | {"visual_embeds": torch.empty(rows, -(-frames // 2) * PATCHES, 0)}
+    vision = training_flops(model, live) - training_flops(model, unpooled)
+    return (vision + operations(unpooled)) / operations(stored)
 
 
-def count(config: str, trains: str, frames: int) -> str:
+def count(config: str, trains: str, frames: int, pooling: int) -> str:
     """Return a line: size of a clip, and the ratio of operations per kind of step. Runs nothing."""
     with torch.device("meta"):
         model = model_to_train(CONFIGS[config](), SETTINGS[trains], bf16=False)
-        shape = (-(-frames // 2) * 256, model.config.vision_config.hidden_size)
+        shape = (-(-frames // 2) * PATCHES // pooling**2, model.config.vision_config.hidden_size)
         live = {"pixel_values_videos": torch.empty(1, frames, 3, 256, 256)}
         stored = {"visual_embeds": torch.empty(1, *shape)}
         ids = {name: torch.empty(1, LENGTH) for name in ("input_ids", "target_input_ids")}
@@ -152,9 +162,19 @@ def count(config: str, trains: str, frames: int) -> str:
 
 
 def compare(
-    config: str, trains: str, kinds: list[str], rows: int, frames: int, rounds: int, bf16: bool
+    config: str,
+    trains: str,
+    kinds: list[str],
+    rows: int,
+    frames: int,
+    rounds: int,
+    bf16: bool,
+    pooling: int,
 ) -> dict[str, tuple[float, ...]]:
     """Measure every kind of step, and the reading of a clip.
+
+    Args:
+        pooling: `visual_token_pooling` of the store.
 
     Returns: for each kind, CPU-seconds live, CPU-seconds from the store, and the ratio of
         operations; for `"read"`, CPU-milliseconds and megabytes per clip, and the relative error
@@ -167,7 +187,9 @@ def compare(
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         clips = Clips(Path(folder), rows, frames)
+        model.config.visual_token_pooling = model.x_encoder.pooling = pooling
         store = write_store(Path(folder, "store"), clips, model, processor, bf16)
+        model.x_encoder.pooling = 1
         model.train()
 
         def live() -> dict[str, torch.Tensor]:
@@ -213,6 +235,7 @@ def main() -> None:
     parser.add_argument(
         "--frames", type=int, nargs="+", default=[8], help="several only with --count"
     )
+    parser.add_argument("--pooling", type=int, choices=(1, 2, 4), default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -223,7 +246,8 @@ def main() -> None:
             print(
                 f"{args.config} config, {trains}: size of a clip; operations live / from the store"
             )
-            print("\n".join(count(args.config, trains, frames) for frames in args.frames))
+            lines = [count(args.config, trains, frames, args.pooling) for frames in args.frames]
+            print("\n".join(lines))
         return
     (frames,) = args.frames
     bf16 = use_bf16(args.precision, torch.device("cpu"))
@@ -242,6 +266,7 @@ def main() -> None:
             frames,
             args.rounds,
             bf16,
+            args.pooling,
             threads=args.threads,
         )
         read = found.value.pop("read")

@@ -29,6 +29,10 @@ class VLJEPAConfig(PreTrainedConfig):
             The Y-Encoder. Default: the shape of EmbeddingGemma-300M, bidirectional.
         decoder_config (`dict` or `PreTrainedConfig`, *optional*):
             The Y-Decoder, a causal language model. Default: no Y-Decoder; most tasks need no text.
+        visual_token_pooling (`int`, *optional*, defaults to 1):
+            Edge of the windows of patches whose mean is one visual token, in each frame or tubelet:
+            with 2, the Predictor reads a quarter of the tokens. Class and register tokens of an
+            image tower are not averaged. The paper pools none. It adds no weights.
         embedding_dim (`int`, *optional*, defaults to 1536):
             Width of the shared embedding space (section 3.1).
         text_pooling (`str`, *optional*, defaults to `"mean"`):
@@ -133,6 +137,7 @@ class VLJEPAConfig(PreTrainedConfig):
     predictor_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
+    visual_token_pooling: int = 1
     embedding_dim: int = 1536
     text_pooling: str = "mean"
     text_dense: list[dict] = field(default_factory=list)
@@ -160,11 +165,16 @@ class VLJEPAConfig(PreTrainedConfig):
         self.predictor_config.is_causal = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Complete `prompts` and `target_prompts`; raise ValueError if one is invalid."""
+        """Complete `prompts` and `target_prompts`; raise ValueError for an invalid value of these
+        or of `visual_token_pooling`."""
         if name == "prompts":
             value = complete_prompts(value, vars(self).get(name))
         elif name == "target_prompts":
             value = complete_target_prompts(value, vars(self).get(name))
+        elif name == "visual_token_pooling" and (type(value) is not int or value < 1):
+            raise ValueError(
+                f"visual_token_pooling is {value!r}: give a whole number, 1 or more; 1 pools none."
+            )
         super().__setattr__(name, value)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:

@@ -2,15 +2,16 @@
 
 | paper (arXiv 2512.10942)  | here                                            |
 |---------------------------|-------------------------------------------------|
-| X_V, visual input         | `pixel_values_videos` `(B, T, C, H, W)`         |
-| S_V, visual embedding     | `visual_embeds` `(B, N, Dx)`                    |
+| X_V, visual input         | `pixel_values_videos` `(V, T, C, H, W)`         |
+| S_V, visual embedding     | `visual_embeds` `(V, N, Dx)`                    |
 | X_Q, textual query        | `input_ids` `(B, L)`                            |
 | Y, textual target         | `target_input_ids` `(B, Ly)`                    |
 | Ŝ_Y, predicted embedding  | `predicted_embeds` `(B, D)`                     |
 | S_Y, target embedding     | `target_embeds` `(B, D)`                        |
 | 1 / τ                     | `logit_scale()`                                 |
 
-Shapes: B batch, T frames, C channels, N visual tokens, L tokens, D embedding size.
+Shapes: B batch, V videos (B, or fewer if queries share them), T frames, C channels, N visual
+tokens, L tokens, D embedding size.
 """
 
 import copy
@@ -58,7 +59,7 @@ class VLJEPAOutput(ModelOutput):
             S_Y, unit vectors. Without `target_index`, row i belongs to target text i: in training,
             where only the U distinct texts of a batch are encoded, the shape is
             `(U, embedding_dim)`.
-        visual_embeds (`torch.FloatTensor` of shape `(batch_size, tokens, vision_hidden_size)`):
+        visual_embeds (`torch.FloatTensor` of shape `(videos, tokens, vision_hidden_size)`):
             The X-Encoder's output. Pass it as `visual_embeds` for the next question on the same
             input.
         logit_scale (`torch.FloatTensor` of shape `(1,)`): the inverse temperature.
@@ -144,18 +145,6 @@ def copy_backbone_attributes(module: nn.Module) -> None:
     module.all_tied_weights_keys = {f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()}
 
 
-def one_for_each(visual_embeds: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return visual tokens `(B, N, Dx)` for B queries; a single video is repeated for all."""
-    if visual_embeds.shape[0] == 1:
-        return visual_embeds.expand(input_ids.shape[0], -1, -1)
-    if visual_embeds.shape[0] != input_ids.shape[0]:
-        raise ValueError(
-            f"{len(visual_embeds)} videos and {len(input_ids)} queries: give one query for each "
-            "video, or one video for all queries."
-        )
-    return visual_embeds
-
-
 def check_context_rows(context_input_ids: torch.Tensor | None, embeds: torch.Tensor) -> None:
     """Raise `ValueError` unless every embedding `(B, D)` has a context `(B, C)`, if any has."""
     if context_input_ids is not None and len(context_input_ids) != len(embeds):
@@ -217,7 +206,9 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
 
     def __init__(self, config: VLJEPAConfig):
         super().__init__(config)
-        self.x_encoder = XEncoder(config.vision_config, frozen=config.freeze_vision)
+        self.x_encoder = XEncoder(
+            config.vision_config, frozen=config.freeze_vision, pooling=config.visual_token_pooling
+        )
         self.predictor = Predictor(
             config.predictor_config, visual_hidden_size=config.vision_config.hidden_size
         )
@@ -272,29 +263,34 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         visual_embeds: torch.Tensor | None = None,
         truncate_dim: int | None = None,
+        visual_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict the embedding of the answer to a query about a video: Ŝ_Y, unit vectors `(B, D)`.
 
-        Give the pixels, or their `visual_embeds` from `encode_video`. With one video, given either
-        way, any number of queries cost one pass of the X-Encoder.
+        Give the pixels, or their `visual_embeds` from `encode_video`. With one video, or with
+        `visual_index`, any number of queries about a video cost one pass of the X-Encoder.
 
         Args:
-            pixel_values_videos (`torch.FloatTensor` of shape `(B or 1, T, C, H, W)`, *optional*)
+            pixel_values_videos (`torch.FloatTensor` of shape `(V, T, C, H, W)`, *optional*): B
+                videos, or one for all queries; any number with `visual_index`.
             input_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): the query. Without one,
                 or with an L of 0, the model predicts a caption (the paper's pretraining).
             attention_mask (`torch.LongTensor` of shape `(B, L)`, *optional*): 1 for real tokens.
-            visual_embeds (`torch.FloatTensor` of shape `(B or 1, N, Dx)`, *optional*)
+            visual_embeds (`torch.FloatTensor` of shape `(V, N, Dx)`, *optional*): the videos as
+                `encode_video` returns them.
             truncate_dim (`int`, *optional*): keep the first dimensions only, see `encode_target`.
+            visual_index (`torch.LongTensor` of shape `(B,)`, *optional*): each query's video among
+                the V.
 
         Raises:
-            ValueError: inputs missing, empty or given twice, token ids outside the vocabulary, or
-                padding without a mask.
+            ValueError: inputs missing, empty or given twice, numbers of videos and queries that
+                do not match, token ids outside the vocabulary, or padding without a mask.
         """
         if (pixel_values_videos is None) == (visual_embeds is None):
             raise ValueError("predict needs pixel_values_videos or visual_embeds, and not both.")
         if visual_embeds is None:
-            visual_embeds = self.encode_video(pixel_values_videos)  # (B or 1, N, Dx)
-        return self.read(visual_embeds, input_ids, attention_mask, truncate_dim)[0]
+            visual_embeds = self.encode_video(pixel_values_videos)  # (V, N, Dx)
+        return self.read(visual_embeds, input_ids, attention_mask, truncate_dim, visual_index)[0]
 
     def read(
         self,
@@ -302,21 +298,46 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         truncate_dim: int | None = None,
+        visual_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, BaseModelOutput]:
         """Return Ŝ_Y `(B, D)` and the Predictor's output over [visual tokens ; query]."""
         if input_ids is None:
-            shape = (visual_embeds.shape[0], 0)
+            shape = ((visual_embeds if visual_index is None else visual_index).shape[0], 0)
             input_ids = torch.empty(shape, dtype=torch.long, device=visual_embeds.device)
         check_shape("visual_embeds", visual_embeds, "batch", "tokens", "hidden size")
-        check_tokens("", input_ids, attention_mask, self.config.predictor_config)
-        visual_embeds = one_for_each(visual_embeds, input_ids)  # (B, N, Dx)
-        states, mask = self.predictor(visual_embeds, input_ids, attention_mask, **kwargs)
+        attention_mask = check_tokens(
+            "", input_ids, attention_mask, self.config.predictor_config
+        )
+        states, mask = self.predictor(
+            visual_embeds, input_ids, attention_mask, visual_index, **kwargs
+        )  # (B, N + L, Dp), (B, N + L)
         pooled = masked_mean(states.last_hidden_state, mask)  # (B, Dp)
         return self.predictor_head(pooled, truncate_dim), states  # (B, D)
 
+    def check_values(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        target_input_ids: torch.Tensor | None = None,
+        target_attention_mask: torch.Tensor | None = None,
+        **kwargs: torch.Tensor,
+    ) -> None:
+        """Raise the errors of `forward` for the tokens of a batch, which may be on the CPU still.
+
+        A training step calls this before the batch moves, and then `forward` within
+        `values_checked`. `kwargs` are the other parts of the batch, which have no tokens.
+        """
+        if input_ids is not None:
+            check_tokens("", input_ids, attention_mask, self.config.predictor_config)
+        if target_input_ids is not None:
+            self.y_encoder.check("target_", target_input_ids, target_attention_mask)
+
     def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        """Encode a video `(B, T, C, H, W)` to visual tokens `(B, N, Dx)`."""
+        """Encode videos `(V, T, C, H, W)` to visual tokens `(V, N, Dx)`.
+
+        With `config.visual_token_pooling`, the tokens are pooled.
+        """
         return self.x_encoder(pixel_values_videos)
 
     def encode_target(
@@ -363,11 +384,14 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         target_index: torch.Tensor | None = None,
         visual_embeds: torch.Tensor | None = None,
         return_loss: bool = False,
+        visual_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VLJEPAOutput:
         """Embed a batch of (video, query, target) triples.
 
         Args:
+            visual_index (`torch.LongTensor` of shape `(B,)`, *optional*): each sample's video among
+                the V, so that a video which many samples share is encoded once. Default: video i.
             target_index (`torch.LongTensor` of shape `(B,)`, *optional*): each sample's row among
                 the targets, so that a text which many samples share is encoded once. Default: row
                 i.
@@ -377,7 +401,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         The other arguments are those of `predict` and `encode_target`.
         """
         if visual_embeds is None and pixel_values_videos is not None:
-            visual_embeds = self.encode_video(pixel_values_videos)  # (B, N, Dx)
+            visual_embeds = self.encode_video(pixel_values_videos)  # (V, N, Dx)
         given = (visual_embeds, target_input_ids, target_pooler_output)
         if all(each is None for each in given):
             raise ValueError(
@@ -389,7 +413,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         states = BaseModelOutput()
         if visual_embeds is not None:
             predicted_embeds, states = self.read(
-                visual_embeds, input_ids, attention_mask, **kwargs
+                visual_embeds, input_ids, attention_mask, visual_index=visual_index, **kwargs
             )  # (B, D)
         if target_input_ids is not None or target_pooler_output is not None:
             target_embeds = distinct_target_embeds = self.encode_target(
@@ -452,7 +476,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
 
         `pooler_output` is S_Y `(B, D)`, `last_hidden_state` the Y-Encoder's states `(B, L, Dy)`.
         """
-        self.y_encoder.check("", input_ids, attention_mask)
+        attention_mask = self.y_encoder.check("", input_ids, attention_mask)
         states = self.y_encoder.read(input_ids, attention_mask, **kwargs)
         pooled = self.y_encoder.pool(states.last_hidden_state, attention_mask)  # (B, Dt)
         return BaseModelOutputWithPooling(

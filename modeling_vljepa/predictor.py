@@ -1,14 +1,17 @@
 """Predictor: visual tokens and a text query to the states that predict the answer's embedding.
 
-Shapes: B batch, N visual tokens, L query tokens, Dx visual width, Dp predictor width.
+Shapes: B queries, V videos, N visual tokens, L query tokens, Dx visual width, Dp predictor width.
 """
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+
+from .attention import from_config
 
 
 def join_masks(
@@ -20,6 +23,52 @@ def join_masks(
     return torch.cat([attention_mask.new_ones(visual_embeds.shape[:2]), attention_mask], dim=1)
 
 
+def one_for_each(
+    visual: torch.Tensor, input_ids: torch.Tensor, visual_index: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the visual tokens `(B, N, Dp)` of B queries, from those of V videos `(V, N, Dp)`.
+
+    Query i is about video `visual_index[i]`. Without an index it is about video i, or about the
+    only video.
+
+    Raises:
+        ValueError: the numbers of videos, queries and indices do not match.
+    """
+    videos, queries = visual.shape[0], input_ids.shape[0]
+    if visual_index is not None:
+        if visual_index.shape != (queries,):
+            raise ValueError(
+                f"visual_index has shape {tuple(visual_index.shape)} for {queries} queries: give "
+                "the index of one video for each query."
+            )
+        # Not `visual[visual_index]`: on a CPU its gradient is several times slower.
+        return visual.index_select(0, visual_index)
+    if videos == 1:
+        return visual.expand(queries, -1, -1)
+    if videos != queries:
+        raise ValueError(
+            f"{videos} videos and {queries} queries: give one query for each video, one video for "
+            "all queries, or visual_index."
+        )
+    return visual
+
+
+def mask_for(
+    config: PreTrainedConfig, states: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the mask of padding `(B, N + L)` as the backbone's attention reads it: with torch's
+    kernels `(B, 1, 1, N + L)`.
+
+    From `(B, N + L)` the backbone would make a mask `(B, 1, N + L, N + L)`, after it has read it
+    from the device to find out whether it hides anything. The caller drops masks that do not.
+    """
+    windows = ("sliding_window", "attention_chunk_size")
+    if mask is None or any(vars(config).get(name) is not None for name in windows):
+        return mask  # layers with a window need masks of their own
+    # For one position, because a hidden token is hidden from all of them.
+    return create_bidirectional_mask(config, states[:, :1], mask, allow_is_bidirectional_skip=False)
+
+
 class Predictor(nn.Module):
     """Llama layers in which every position attends to every real one (paper section 3.1).
 
@@ -29,27 +78,31 @@ class Predictor(nn.Module):
     def __init__(self, config: PreTrainedConfig, visual_hidden_size: int):
         super().__init__()
         self.visual_projection = nn.Linear(visual_hidden_size, config.hidden_size)
-        self.backbone = AutoModel.from_config(config)
+        self.backbone = from_config(AutoModel, config)
 
     def forward(
         self,
         visual_embeds: torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        visual_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[BaseModelOutput, torch.Tensor | None]:
-        """Read `(B, N, Dx)`, `(B, L)` and `(B, L)`; return the backbone's output and the mask.
+        """Read `(V, N, Dx)`, `(B, L)`, `(B, L)` and `(B,)`; return the backbone's output and the
+        mask.
 
         The output's `last_hidden_state` is `(B, N + L, Dp)`, the mask `(B, N + L)`. Without
         `attention_mask`, every query token is real and no mask is built, which is faster for a
         batch of equal lengths. Queries are padded on the right.
         """
-        visual = self.visual_projection(visual_embeds)  # (B, N, Dp)
+        visual = self.visual_projection(visual_embeds)  # (V, N, Dp)
+        visual = one_for_each(visual, input_ids, visual_index)  # (B, N, Dp)
         query = self.backbone.get_input_embeddings()(input_ids).to(visual.dtype)  # (B, L, Dp)
+        joined = torch.cat([visual, query], dim=1)  # (B, N + L, Dp)
         mask = join_masks(visual, attention_mask)  # (B, N + L)
         states = self.backbone(
-            inputs_embeds=torch.cat([visual, query], dim=1),  # (B, N + L, Dp)
-            attention_mask=mask,
+            inputs_embeds=joined,
+            attention_mask=mask_for(self.backbone.config, joined, mask),
             use_cache=False,
             **kwargs,
         )

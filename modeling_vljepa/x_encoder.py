@@ -1,11 +1,15 @@
 """X-Encoder: a video, or an image as a video of one frame, to visual tokens.
 
-Shapes: B batch, T frames, C channels, P tokens of a frame, N visual tokens, Dx hidden size.
+Shapes: B batch, T frames, C channels, F frames of a batch or tubelets of V-JEPA 2, h and w patches,
+P tokens of a frame, N visual tokens, Dx hidden size.
 """
 
 import torch
 from torch import nn
+from torch.nn.functional import avg_pool2d
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+from .attention import from_config
 
 # Image towers whose positions are rotary, or trained to be interpolated from a table: they accept
 # any grid of whole patches. Every other tower is correct at its own size only.
@@ -34,6 +38,28 @@ def fill_tubelets(pixel_values_videos: torch.Tensor, tubelet_size: int) -> torch
     return torch.cat([pixel_values_videos, last], dim=1)
 
 
+def pool_patches(tokens: torch.Tensor, height: int, width: int, size: int) -> torch.Tensor:
+    """Average windows of `size` x `size` patches of each frame `(F, P, Dx)`; return `(F, P', Dx)`.
+
+    The patches are the last h x w tokens of a frame, row by row. Class and register tokens, which
+    come first, are kept. If `size` does not divide the grid, the windows at its right and bottom
+    edges average the patches that they contain.
+
+    Raises:
+        ValueError: a frame has fewer tokens than patches, so the encoder has merged patches.
+    """
+    special = tokens.shape[1] - height * width
+    if special < 0:
+        raise ValueError(
+            f"visual_token_pooling is {size}, but this X-Encoder gives {tokens.shape[1]} tokens "
+            f"for {height} x {width} patches, so their grid is unknown: set it to 1."
+        )
+    grid = tokens[:, special:].transpose(1, 2).unflatten(2, (height, width))  # (F, Dx, h, w)
+    # `count_include_pad` changes nothing in torch; ONNX Runtime would count patches beyond an edge.
+    pooled = avg_pool2d(grid, size, ceil_mode=True, count_include_pad=False)
+    return torch.cat([tokens[:, :special], pooled.flatten(2).transpose(1, 2)], dim=1)
+
+
 class XEncoder(nn.Module):
     """V-JEPA 2 without the masked-token predictor of its own training (paper section 3.1), or an
     image tower applied to each frame, as in the paper's controlled comparison (section 4.5).
@@ -42,14 +68,18 @@ class XEncoder(nn.Module):
     concatenated, and the Predictor's rotary positions, which run over all visual tokens, order
     them. Every token of its last layer is a visual token, class and register tokens included.
 
+    With a `pooling` above 1, each window of `pooling` x `pooling` patches of a frame, or of a
+    tubelet, becomes one visual token: their mean.
+
     A frozen X-Encoder records no graph and stays in evaluation mode, even when `train()` is called
     on the model around it. That model sets `requires_grad` of the parameters.
     """
 
-    def __init__(self, config: PreTrainedConfig, frozen: bool):
+    def __init__(self, config: PreTrainedConfig, frozen: bool, pooling: int = 1):
         super().__init__()
         self.is_video = config.model_type == "vjepa2"
-        check_config(config)
+        self.pooling = pooling
+        check_config(config, pooling)
         self.backbone = build_backbone(config)
         self.frozen = frozen
         self.train()
@@ -60,20 +90,25 @@ class XEncoder(nn.Module):
     def forward(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """Encode `(B, T, C, H, W)` to `(B, N, Dx)`, for any T.
 
-        N is ceil(T / tubelet) x patches for V-JEPA 2, T x P for an image tower.
+        Without pooling, N is ceil(T / tubelet) x patches for V-JEPA 2, T x P for an image tower.
 
         Raises:
             ValueError: another layout, or a resolution that the position embeddings do not
                 support; the stock encoder would compute wrong features without an error.
         """
         self._check(pixel_values_videos)
+        batch_size, *_, height, width = pixel_values_videos.shape
+        height, width = (edge // self.backbone.config.patch_size for edge in (height, width))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             if self.is_video:
                 frames = fill_tubelets(pixel_values_videos, self.backbone.config.tubelet_size)
-                return self.backbone(frames, skip_predictor=True).last_hidden_state
-            batch_size = pixel_values_videos.shape[0]
-            frames = pixel_values_videos.flatten(0, 1)  # (B * T, C, H, W)
-            tokens = self.backbone(pixel_values=frames).last_hidden_state  # (B * T, P, Dx)
+                tokens = self.backbone(frames, skip_predictor=True).last_hidden_state
+                tokens = tokens.unflatten(1, (-1, height * width)).flatten(0, 1)  # (F, P, Dx)
+            else:
+                frames = pixel_values_videos.flatten(0, 1)  # (B * T, C, H, W)
+                tokens = self.backbone(pixel_values=frames).last_hidden_state  # (F, P, Dx)
+            if self.pooling > 1:
+                tokens = pool_patches(tokens, height, width, self.pooling)  # (F, P', Dx)
             return tokens.reshape(batch_size, -1, tokens.shape[-1])  # (B, N, Dx)
 
     def _check(self, pixel_values_videos: torch.Tensor) -> None:
@@ -103,7 +138,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
         config.vision_use_head = False
     if config.model_type == "dinov2":
         config.use_mask_token = False
-    backbone = AutoModel.from_config(config)
+    backbone = from_config(AutoModel, config)
     if config.model_type == "vjepa2":
         del backbone.predictor  # 22M parameters, a third of the time of a forward pass
     if config.model_type == "clip_vision_model":
@@ -113,7 +148,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     return backbone
 
 
-def check_config(config: PreTrainedConfig) -> None:
+def check_config(config: PreTrainedConfig, pooling: int = 1) -> None:
     """Reject a configuration whose encoder would give wrong visual tokens or none."""
     name = f"vision_config is a {config.model_type!r}"
     if newer := sorted(V_JEPA_2_1 & config.to_dict().keys()):
@@ -130,6 +165,13 @@ def check_config(config: PreTrainedConfig) -> None:
             "transformer whose last hidden states are one sequence of tokens per frame, such as "
             "dinov2, dinov3_vit, clip_vision_model or siglip_vision_model."
         )
+    if pooling > 1:
+        side = config.crop_size if config.model_type == "vjepa2" else config.image_size
+        if pooling > (most := side // config.patch_size):
+            raise ValueError(
+                f"visual_token_pooling is {pooling}, but a frame has {most} x {most} patches: give "
+                f"1 to {most}."
+            )
 
 
 __all__ = ["XEncoder"]

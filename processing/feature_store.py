@@ -2,13 +2,17 @@
 
     store/
       index.json          facts: the model and settings used, the number of clips, the error
-      index.safetensors   for each clip: its key (sorted), shard, index there, file size and time
+      index.safetensors   for each clip: its key (sorted), shard, index there, file size and time;
+                          and again by its content
       00000.safetensors   a shard: the visual tokens of clips of one length, stacked
       …
 
 `python -m training.cache_features RECIPE --output DIR` writes a store. It is an error to read a
 store that was made with other weights, other preprocessing or another number of frames, or from
 files that have changed since.
+
+A clip is found by its path, if the file has the size and time that it had. Otherwise the file is
+read, and the clip is found by its content: files may be moved, renamed and copied.
 
 Shapes: n clips of a shard, N visual tokens, Dx visual width.
 """
@@ -23,10 +27,11 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .rows import clip_key, file_stamp, key_number, media_file
+from .rows import clip_key, content_key, file_stamp, key_number, media_file
 from .video_processing_vljepa import VLJEPAVideoProcessor
 
 FACTS, CLIP_INDEX = "index.json", "index.safetensors"
+MISSING, CHANGED = -1, -2  # in place of a clip's shard, see `FeatureStore.look_up`
 # Settings of a video processor that do not change pixels. The number of frames does; it is a fact
 # of its own, because the caller can override it.
 NO_PIXELS = {"auto_map", "num_frames", "processor_class", "return_metadata", "video_processor_type"}
@@ -71,6 +76,7 @@ def made_with(model: PreTrainedModel, processor: VLJEPAVideoProcessor, num_frame
     facts = {
         "weights": weights_digest(model),
         "vision_config": vision_settings(model.config.vision_config),
+        "visual_token_pooling": model.config.visual_token_pooling,
         "video_processor": pixels,
         "num_frames": num_frames,
     }
@@ -130,6 +136,17 @@ def from_int8(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
+
+
+def search(stored: torch.Tensor, keys: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an index into the sorted numbers `stored` for each key, and whether it is there.
+
+    An empty key is nowhere.
+    """
+    numbers = torch.tensor([key_number(key) for key in keys], dtype=torch.int64)
+    # A key above all stored ones is inserted after the last: clamp it to a valid index.
+    at = torch.searchsorted(stored, numbers).clamp(max=len(stored) - 1)
+    return at, (stored[at] == numbers) & torch.tensor([key != "" for key in keys], dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -193,8 +210,8 @@ class FeatureStore:
         Raises:
             FeatureError: the clip is not in the store, or its file has changed or is missing.
         """
-        ((shard, index, *then),) = self.look_up([row]).tolist()
-        if shard < 0 or file_stamp(media_file(row)) != then:
+        ((shard, index),) = self.look_up([row]).tolist()
+        if shard < 0:
             self.check([row])  # raises, and names the reason
         with safe_open(shard_path(self.folder, shard), "pt") as file:
             tokens = file.get_slice("features")[index]
@@ -205,17 +222,26 @@ class FeatureStore:
             return tokens.to(self.dtype, copy=True)
 
     def look_up(self, rows: list[dict]) -> torch.Tensor:
-        """Return, for each row, shard, index in it, file size and file time, `(rows, 4)`.
+        """Return, for each row, its clip's shard and its index there, `(rows, 2)`.
 
-        All are -1 for a clip that is not in the store.
+        The shard is `MISSING` for a clip that is not in the store, and `CHANGED` if the store has
+        another content of this file, or if the file is missing.
         """
-        numbers = torch.tensor([key_number(clip_key(row)) for row in rows])
+        stamps = torch.tensor([file_stamp(media_file(row)) for row in rows])  # (rows, 2)
         with safe_open(self.folder / CLIP_INDEX, "pt") as index:
-            # Both are memory-mapped, so a search reads only a few pages.
+            # All are memory-mapped, so a search reads only a few pages.
             keys, clips = index.get_tensor("keys"), index.get_tensor("clips")
-            # A key above all stored ones is inserted after the last: clamp it to a valid index.
-            found = torch.searchsorted(keys, numbers).clamp(max=len(keys) - 1)
-            return clips[found].where((keys[found] == numbers)[:, None], -1)
+            at, known = search(keys, [clip_key(row) for row in rows])
+            same = known & (clips[at, 2:] == stamps).all(dim=1)
+            absent = torch.full((len(rows),), MISSING).masked_fill(known, CHANGED)
+            found = clips[at, :2].where(same[:, None], absent[:, None])
+            if not same.all():  # the usual case ends here: nothing is read
+                moved = (~same).nonzero()[:, 0].tolist()
+                contents = [content_key(rows[each]) for each in moved]
+                at, known = search(index.get_tensor("contents"), contents)
+                places = index.get_tensor("content_clips")[at]
+                found[moved] = places.where(known[:, None], found[moved])
+            return found
 
     def check_frames(self, num_frames: int) -> None:
         """Check that the features were computed from this number of frames per video.
@@ -232,7 +258,7 @@ class FeatureStore:
     def missing(self, rows: list[dict]) -> list[dict]:
         """Return the rows whose clip is not in the store."""
         shards = self.look_up(rows)[:, 0].tolist()
-        return [row for row, shard in zip(rows, shards, strict=True) if shard < 0]
+        return [row for row, shard in zip(rows, shards, strict=True) if shard == MISSING]
 
     def check(self, rows: list[dict]) -> None:
         """Check that the clips of these rows are in the store and their files unchanged.
@@ -242,15 +268,9 @@ class FeatureStore:
                 the first five.
         """
         clips = {clip_key(row): row for row in rows}
-        problems = {"not in it": [], "changed or missing": []}
-        for (key, row), (shard, _, *then) in zip(
-            clips.items(), self.look_up([*clips.values()]).tolist(), strict=True
-        ):
-            if shard < 0:
-                problems["not in it"].append(key)
-            elif file_stamp(media_file(row)) != then:
-                problems["changed or missing"].append(key)
-        for problem, keys in problems.items():
+        shards = self.look_up([*clips.values()])[:, 0].tolist()
+        for code, problem in ((MISSING, "not in it"), (CHANGED, "changed or missing")):
+            keys = [key for key, shard in zip(clips, shards, strict=True) if shard == code]
             if keys:
                 raise FeatureError(
                     f"{self.folder}: {len(keys)} of {len(clips)} clips are {problem}: "

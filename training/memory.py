@@ -13,7 +13,8 @@ storage that is allocated or freed is counted.
 | AdamW       | two states of fp32, or of 8 bits with an fp32 scale for every 256             |
 | activations | the peak of a step, including its batch and autocast's bf16 copies of weights |
 
-Texts of a batch differ in length, so there are attention masks, and no two rows share a target.
+Texts of a batch differ in length, so there are attention masks. No two rows share a target or a
+clip.
 Attention is torch's fused kernel. A GPU without that kernel for a shape uses more: the plain one
 holds a matrix of scores. Trained layer norms compute in fp32, as autocast does on CUDA only.
 
@@ -120,16 +121,12 @@ class HeldMemory(TorchDispatchMode):
 class HeldByFakes(HeldMemory):
     """Memory counter for fake tensors, which have no values.
 
-    Where the code reads values, it gets these: an id is 1, a mask has padding, and all ids of a
-    batch differ.
+    Where the code reads values, it gets these: an id is 1, and a mask has padding.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:  # `.item()`, `if tensor:`
             return int(args[0].dtype == torch.long)
-        if function is torch.ops.aten.unique_dim.default:
-            indices = torch.arange(len(args[0]))
-            return args[0], indices, torch.ones_like(indices)
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
@@ -275,7 +272,7 @@ def waiting_row(
     """
     with torch.device("meta"):
         batch = random_batch(config, 1, frames, *lengths)
-        vision = XEncoder(config.vision_config, frozen=True)
+        vision = XEncoder(config.vision_config, True, pooling=config.visual_token_pooling)
         tokens = vision(batch["frames"].float()).numel()
     waits = sum(tensor.nbytes for tensor in batch.values())
     if config.freeze_vision:

@@ -189,6 +189,67 @@ def test_predict_from_visual_embeds_equals_from_pixels(model):
     torch.testing.assert_close(expected.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
 
 
+def test_predict_with_visual_index_encodes_a_shared_video_once(model):
+    pixels, index = BATCH["pixel_values_videos"][:2], torch.tensor([1, 0, 1])
+    texts = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
+    seen = []
+    hook = model.x_encoder.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        for queries in (texts, {}):
+            expected = model.predict(pixels[index], **queries)
+            assert_near(model.predict(pixels, visual_index=index, **queries), expected)
+            outputs = model(pixel_values_videos=pixels, visual_index=index, **queries)
+            assert_near(outputs.predicted_embeds, expected)
+            again = {"visual_embeds": outputs.visual_embeds, "visual_index": index}
+            assert_near(model.predict(**again, **queries), expected)
+            assert not torch.allclose(model.predict(pixels[1 - index], **queries), expected)
+    hook.remove()
+    assert seen == [3, 2, 2, 3] * 2
+
+
+def test_model_gradient_with_visual_index_equals_that_of_repeated_videos():
+    index = torch.tensor([1, 0, 1])
+    shared, repeated = (tiny_model(freeze_vision=False) for _ in range(2))
+    batch = {**BATCH, "pixel_values_videos": BATCH["pixel_values_videos"][:2]}
+    shared(**batch, visual_index=index, return_loss=True).loss.backward()
+    batch["pixel_values_videos"] = batch["pixel_values_videos"][index]
+    repeated(**batch, return_loss=True).loss.backward()
+    for (name, one), two in zip(shared.named_parameters(), repeated.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert shared.x_encoder.backbone.encoder.layer[0].mlp.fc1.weight.grad.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "2 videos and 3 queries: give one query for each video, one video.*visual_index"),
+        ({"visual_index": torch.tensor([0, 1])}, r"visual_index has shape \(2,\) for 3 queries"),
+        ({"visual_index": torch.zeros(3, 1).long()}, r"visual_index has shape \(3, 1\) for 3"),
+    ],
+)
+def test_predict_rejects_videos_that_do_not_match_the_queries(model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model.predict(BATCH["pixel_values_videos"][:2], BATCH["input_ids"], **inputs)
+
+
+def test_model_with_visual_token_pooling_is_saved_and_loaded(folder, tmp_path):
+    """A checkpoint without it can be loaded with it: it adds no weights."""
+    pooled = VLJEPAModel.from_pretrained(folder, visual_token_pooling=2)
+    pooled.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert loaded.config.visual_token_pooling == 2
+    plain = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        expected, result = (some.predict(**query()) for some in (pooled, loaded))
+        assert_near(result, expected)
+        tokens = plain.encode_video(BATCH["pixel_values_videos"])  # 2 tubelets of 2 x 2 patches
+        means = tokens.unflatten(1, (2, 4)).mean(dim=2)
+        texts = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
+        assert_near(plain.predict(visual_embeds=means, **texts), expected)
+        assert not torch.allclose(plain.predict(**query()), expected, atol=1e-3)
+
+
 def test_predict_rejects_missing_or_double_visual_inputs(model):
     ids = BATCH["input_ids"]
     for both_or_none in ({}, {**query(), "visual_embeds": torch.zeros(3, 8, 48)}):

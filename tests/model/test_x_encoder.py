@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from transformers import VJEPA2Model
 
-from modeling_vljepa import VLJEPAModel
+from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from modeling_vljepa.x_encoder import pool_patches
 from tests.tiny import TOWER, tiny_batch, tiny_config, tiny_model
 
 PIXELS = tiny_batch()["pixel_values_videos"]
@@ -160,6 +162,92 @@ def test_image_tower_with_other_positions_accepts_any_whole_patches(model_type):
     assert model.encode_video(wide).shape == (1, 2 * (3 * 4 + special), 48)
     with pytest.raises(ValueError, match="height and width multiples of 16"):
         model.encode_video(wide[..., :40])
+
+
+# -- pooling -------------------------------------------------------------------------------
+
+
+def pooled_in_a_loop(tokens: np.ndarray, height: int, width: int, size: int) -> np.ndarray:
+    """Return the special tokens of frames `(F, P, D)`, and the mean of each window of patches."""
+    frames = []
+    for frame in tokens:
+        special = len(frame) - height * width
+        pooled = list(frame[:special])
+        for top in range(0, height, size):
+            for left in range(0, width, size):
+                window = [
+                    frame[special + row * width + column]
+                    for row in range(top, min(top + size, height))
+                    for column in range(left, min(left + size, width))
+                ]
+                pooled.append(np.mean(window, axis=0))
+        frames.append(pooled)
+    return np.array(frames)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "special"),
+    [(4, 4, 2, 0), (5, 3, 2, 1), (7, 7, 3, 5), (4, 6, 4, 0), (3, 3, 3, 1), (2, 4, 1, 1)],
+)
+def test_pool_patches_averages_the_windows_of_each_frame(height, width, size, special):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, special + height * width, 8, generator=generator, requires_grad=True)
+    pooled = pool_patches(tokens, height, width, size)
+    expected = pooled_in_a_loop(tokens.detach().numpy(), height, width, size)
+    torch.testing.assert_close(pooled.detach().numpy(), expected, rtol=0, atol=1e-6)
+    # Each patch gets the gradient of its window, divided by the patches of the window.
+    weights = torch.randn(pooled.shape, generator=generator)
+    (pooled * weights).sum().backward()
+    share = tokens.grad[:, special:].sum(dim=1) + tokens.grad[:, :special].sum(dim=1)
+    torch.testing.assert_close(share, weights.sum(dim=1), rtol=0, atol=1e-5)
+
+
+def test_pool_patches_rejects_towers_that_merge_patches():
+    with pytest.raises(ValueError, match="gives 49 tokens for 56 x 56 patches.*set it to 1"):
+        pool_patches(torch.zeros(1, 49, 8), 56, 56, 2)
+
+
+@pytest.mark.parametrize("model_type", ["vjepa2", *TOWERS])
+def test_x_encoder_pools_the_patches_of_each_frame_or_tubelet(model_type):
+    """Grids of 3 x 3 patches: windows at the edges are incomplete."""
+    side = {"crop_size": 48} if model_type == "vjepa2" else TOWER | {"image_size": 48}
+    vision = tiny_config().vision_config.to_dict() if model_type == "vjepa2" else {}
+    vision = vision | side | {"model_type": model_type}
+    pixels = torch.randn(2, 4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    plain = tiny_model(vision_config=vision, freeze_vision=False)
+    pooled = tiny_model(vision_config=vision, freeze_vision=False, visual_token_pooling=2)
+    assert plain.state_dict().keys() == pooled.state_dict().keys()  # it adds no weight
+    pooled.load_state_dict(plain.state_dict())
+    frames = 2 if model_type == "vjepa2" else 4
+    tokens = plain.encode_video(pixels).unflatten(1, (frames, -1)).flatten(0, 1)
+    expected = pooled_in_a_loop(tokens.detach().numpy(), 3, 3, 2)
+    found = pooled.encode_video(pixels)
+    assert found.shape == (2, frames * expected.shape[1], 48)
+    torch.testing.assert_close(
+        found.detach().view(expected.shape), torch.from_numpy(expected), rtol=0, atol=1e-5
+    )
+    # The gradient of the encoder's weights passes the mean.
+    found.sum(dim=(0, 1))[0].backward()
+    assert any(p.grad is not None and p.grad.abs().sum() for p in pooled.x_encoder.parameters())
+
+
+def test_x_encoder_pools_a_grid_that_is_not_square():
+    model = tiny_model(vision_config={"model_type": "dinov2", **TOWER}, visual_token_pooling=2)
+    wide = torch.randn(1, 2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    assert model.encode_video(wide).shape == (1, 2 * (2 * 2 + 1), 48)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "2", None])
+def test_config_rejects_a_visual_token_pooling_that_is_no_whole_number(value):
+    message = f"visual_token_pooling is {value!r}: give a whole number"
+    with pytest.raises(ValueError, match=message):
+        VLJEPAConfig(visual_token_pooling=value)
+
+
+def test_x_encoder_rejects_a_pooling_larger_than_the_grid():
+    assert tiny_model(visual_token_pooling=2).encode_video(PIXELS).shape == (3, 2, 48)
+    with pytest.raises(ValueError, match="is 3, but a frame has 2 x 2 patches: give 1 to 2"):
+        tiny_model(visual_token_pooling=3)
 
 
 @pytest.mark.parametrize(

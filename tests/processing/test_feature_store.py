@@ -24,8 +24,15 @@ from processing.feature_store import (
     from_int8,
     to_int8,
 )
-from processing.rows import clip_key, file_stamp
-from tests.tiny import tiny_model, tiny_processor, tiny_recipe, tiny_rows, write_rows
+from processing.rows import clip_key, content_key, file_stamp, read_rows
+from tests.tiny import (
+    tiny_model,
+    tiny_processor,
+    tiny_recipe,
+    tiny_rows,
+    two_folders_of_equal_names,
+    write_rows,
+)
 from training import train
 from training.arguments import DataArguments, RecipeError, SourceArguments
 from training.cache_features import main as cache_features
@@ -214,6 +221,27 @@ def test_clip_key_distinguishes_parts_kinds_and_contents():
     assert clip_key(row) == clip_key(row | {"query": "what ?", "target": "y"})
 
 
+def test_content_key_distinguishes_parts_kinds_and_contents_but_not_places(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / name).mkdir()
+        for frame in ("0.bmp", "1.bmp"):
+            (tmp_path / name / frame).write_bytes(content)
+    one, same, other = (str(tmp_path / name / "0.bmp") for name in "abc")
+    row = {"video": one, "query": "", "target": "x"}
+    keys = {
+        content_key(each)
+        for each in (row, row | {"start": 1.0}, {"image": one}, {"video": other}, {"image": other})
+    }
+    assert len(keys) == 5
+    assert content_key({"video": same}) == content_key(row)
+    assert content_key({"image": one}) == content_key({"image": b"one"})
+    folders = [content_key({"video": str(tmp_path / name)}) for name in "abc"]
+    assert folders[0] == folders[1] != folders[2]
+    (tmp_path / "b" / "1.bmp").rename(tmp_path / "b" / "2.bmp")  # the names are the order
+    assert content_key({"video": str(tmp_path / "b")}) != folders[0]
+    assert content_key({"image": str(tmp_path / "gone")}) == ""
+
+
 # -- refusals --------------------------------------------------------------------------------
 
 
@@ -263,6 +291,18 @@ def test_feature_store_names_another_vision_config(store, processor):
     same = tiny_model(vision_config={"pred_num_hidden_layers": 2})
     same.load_state_dict(tiny_model().state_dict())
     FeatureStore.open(store.folder, same, processor.video_processor)
+
+
+def test_feature_store_has_pooled_tokens_and_rejects_another_pooling(
+    store, dataset, processor, tmp_path
+):
+    pooled = tiny_model(visual_token_pooling=2)
+    with pytest.raises(FeatureError, match="visual_token_pooling is 1 there and 2 here"):
+        FeatureStore.open(store.folder, pooled, processor.video_processor)
+    row = dataset.rows[2]
+    means = store[row].float().unflatten(0, (2, 4)).mean(dim=1)  # 2 tubelets of 2 x 2 patches
+    expected = computed(dataset, pooled, processor, 2)
+    torch.testing.assert_close(expected, means, rtol=2**-7, atol=1e-2)
 
 
 def test_feature_store_accepts_a_saved_and_loaded_model(store, model, processor, tmp_path):
@@ -320,25 +360,84 @@ def test_feature_store_counts_and_names_missing_clips(store, dataset, tmp_path):
     assert store.missing([{"video": dataset.rows[0]["image"]}])
 
 
+def change(path: Path) -> bytes:
+    """Change a file's content but not its size; return what it was."""
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    return before
+
+
 def test_feature_store_rejects_changed_and_missing_files(tmp_path, model, processor):
     """They are found when a run starts, and when the row is read."""
     dataset = read_dataset(tiny_rows(tmp_path), processor)  # not the shared one: files change
     write_store(tmp_path / "store", dataset, model, processor)
     store = FeatureStore.open(tmp_path / "store", model, processor.video_processor)
     row = dataset.rows[0]
-    before = os.stat(row["image"])
-    os.utime(row["image"], ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    path = Path(row["image"])
+    before = change(path)
     for read in (lambda: store.check(dataset.rows), lambda: store[row]):
         with pytest.raises(FeatureError, match=r"clips are changed or missing: image .*wide"):
             read()
-    os.utime(row["image"], ns=(before.st_atime_ns, before.st_mtime_ns))
+    path.write_bytes(before)  # the content counts: its time is another now
     store.check(dataset.rows)
-    path = Path(row["image"])
     path.rename(path.with_name("elsewhere"))
     with pytest.raises(FeatureError, match="1 of 4 clips are changed or missing"):
         store.check(dataset.rows)
     path.with_name("elsewhere").rename(path)
     assert len(store[row]) == 4
+
+
+def test_feature_store_finds_files_that_were_moved_renamed_or_copied(tmp_path, model, processor):
+    (tmp_path / "old").mkdir()
+    rows = tiny_rows(tmp_path / "old")
+    with open(rows, "a", encoding="utf-8") as file:
+        file.write('{"video": "wide.mp4", "start": 0.1, "end": 0.4, "target": "a part"}\n')
+    dataset = read_dataset(rows, processor)
+    write_store(tmp_path / "store", dataset, model, processor)
+    store = FeatureStore.open(tmp_path / "store", model, processor.video_processor)
+    first = [store[row] for row in dataset.rows]
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "copy", copy_function=shutil.copyfile)
+    (tmp_path / "copy" / "wide.png").rename(tmp_path / "copy" / "renamed.png")
+    text = (tmp_path / "copy" / "rows.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "copy" / "rows.jsonl").write_text(text.replace("wide.png", "renamed.png"))
+    for folder in ("new", "copy"):
+        there, _ = read_rows(tmp_path / folder / "rows.jsonl")
+        store.check(there)
+        assert store.missing(there) == []
+        for row, tokens in zip(there, first, strict=True):
+            assert torch.equal(store[row], tokens)
+    with pytest.raises(FeatureError, match="5 of 5 clips are changed or missing"):
+        store.check(dataset.rows)
+    # Positive control: the part is not the whole.
+    assert not torch.equal(first[4], first[2])
+    change(tmp_path / "copy" / "wide.mp4")
+    with pytest.raises(FeatureError, match=r"2 of 5 clips are not in it: video .*copy/wide\.mp4"):
+        store.check(there)
+
+
+def test_feature_store_never_mixes_up_folders_of_equal_names_sizes_and_times(
+    tmp_path, model, processor
+):
+    rows = two_folders_of_equal_names(tmp_path / "one")
+    both = [read_rows(each)[0][0] for each in rows]
+    write_rows(tmp_path / "rows.jsonl", both)
+    dataset = read_dataset(tmp_path / "rows.jsonl", processor)
+    write_store(tmp_path / "store", dataset, model, processor)
+    store = FeatureStore.open(tmp_path / "store", model, processor.video_processor)
+    first = [store[row] for row in both]
+    assert (first[0] - first[1]).abs().max() > 0.1
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    for rows, tokens in zip(("a", "b"), first, strict=True):
+        (row,), _ = read_rows(tmp_path / "two" / rows / "rows.jsonl")
+        assert torch.equal(store[row], tokens)
+    # A store of one folder has nothing for the other.
+    dataset.rows, _ = read_rows(tmp_path / "two" / "a" / "rows.jsonl")
+    write_store(tmp_path / "other", dataset, model, processor)
+    other = FeatureStore.open(tmp_path / "other", model, processor.video_processor)
+    assert torch.equal(other[dataset.rows[0]], first[0])
+    with pytest.raises(FeatureError, match="1 of 1 clips are not in it"):
+        other[read_rows(tmp_path / "two" / "b" / "rows.jsonl")[0][0]]
 
 
 def test_file_stamp_changes_if_frames_swap_names(tmp_path):
@@ -426,12 +525,13 @@ def test_training_names_what_a_feature_store_lacks(tmp_path):
         run(recipe, from_store, "processor.num_frames=2")
     with pytest.raises(FeatureError, match="The X-Encoder trains"):
         run(recipe, from_store, "model.config.freeze_vision=false")
-    (tmp_path / "new.png").write_bytes((tmp_path / "wide.png").read_bytes())
+    shutil.copy(tmp_path / "wide.png", tmp_path / "new.png")
+    change(tmp_path / "new.png")
     with open(rows, "a") as file:
         file.write('{"image": "new.png", "target": "x"}\n')
     with pytest.raises(RecipeError, match=r"(?s)1 of 5 rows.*rows.jsonl:5: no features of it"):
         run(recipe, from_store)
-    os.utime(tmp_path / "wide.png", (0, 0))
+    change(tmp_path / "wide.png")
     with pytest.raises(FeatureError, match="changed or missing"):
         run(recipe, from_store, "data.max_bad_share=0.5")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +13,20 @@ import torch
 from PIL import Image
 
 from processing import VLJEPAProcessor
-from tests.tiny import noise, tiny_processor, tiny_rows, tiny_tokenizer, write_clip, write_rows
+from tests.tiny import (
+    noise,
+    tiny_processor,
+    tiny_rows,
+    tiny_tokenizer,
+    two_folders_of_equal_names,
+    write_clip,
+    write_rows,
+)
 from training.arguments import DataArguments, RecipeError, SourceArguments
 from training.data import dataset as data
 from training.data.collator import ContrastiveCollator, to_pixel_values
 from training.data.dataset import ContrastiveDataset, augment, build_dataset
-from training.data.mixture import EPOCH_STRIDE, Bucket, MixtureSampler
+from training.data.mixture import EPOCH_STRIDE, Bucket, MixtureSampler, Step
 from training.data.sources import read_source, texts_of
 from training.train import small_source
 
@@ -268,6 +277,60 @@ def test_dataset_decodes_a_file_again_only_if_it_or_a_setting_changes(
         assert torch.equal(changed[index]["frames"], first[index]["frames"])
 
 
+def test_dataset_decodes_nothing_again_after_its_folder_was_moved_or_copied(
+    tmp_path, processor, monkeypatch
+):
+    (tmp_path / "old").mkdir()
+    rows = tiny_rows(tmp_path / "old")
+    (tmp_path / "old" / "torn.png").write_bytes(b"no picture")
+    with open(rows, "a", encoding="utf-8") as file:
+        file.write('{"image": "torn.png", "target": "x"}\n')
+    first = [each["frames"] for each in build(processor, rows, max_bad_share=0.5)]
+    monkeypatch.setattr(data, "decode", None)  # a call would raise a TypeError
+    moved = tmp_path / "new" / "name"
+    shutil.move(tmp_path / "old", moved)
+    copied = tmp_path / "copy"
+    shutil.copytree(moved, copied, copy_function=shutil.copyfile)  # with the times of now
+    for folder in (moved, copied):
+        for _ in range(2):
+            dataset = build(processor, folder / "rows.jsonl", max_bad_share=0.5)
+            for sample, frames in zip(dataset, first, strict=True):
+                assert torch.equal(sample["frames"], frames)
+            (bad,) = dataset.sources[0].bad
+            assert f"{folder / 'torn.png'}: " in str(bad)
+    # Positive control: one file has another content of the same size.
+    torn = bytearray((moved / "wide.mp4").read_bytes())
+    torn[len(torn) // 2] ^= 1
+    (moved / "wide.mp4").write_bytes(torn)
+    with pytest.raises(TypeError):
+        build(processor, moved / "rows.jsonl", max_bad_share=0.5)
+
+
+def test_dataset_never_mixes_up_folders_of_equal_names_sizes_and_times(tmp_path, processor):
+    def colors(dataset: ContrastiveDataset) -> list[int]:
+        return [round(each["frames"].float().mean().item()) for each in dataset]
+
+    one, other = two_folders_of_equal_names(tmp_path / "one")
+    cache = tmp_path / "cache"
+
+    def read(*rows: Path) -> list[int]:
+        arguments = DataArguments(
+            sources=[SourceArguments(rows=str(each)) for each in rows],
+            cache_dir=str(cache),
+            num_workers=1,
+        )
+        sources = [read_source(each) for each in arguments.sources]
+        return colors(build_dataset(sources, processor.video_processor, arguments))
+
+    assert read(one, other) == [10, 200]
+    assert [read(one), read(other)] == [[10], [200]]
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    one, other = (tmp_path / "two" / name / "rows.jsonl" for name in "ab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "decode", None)
+        assert [read(one, other), read(other), read(one)] == [[10, 200], [200], [10]]
+
+
 def test_dataset_decodes_a_file_of_many_rows_once(folder, processor):
     rows = [{"image": "wide.png", "query": q, "target": t} for q in "abc" for t in ("red", "big")]
     first = write_rows(folder / "first.jsonl", rows)
@@ -401,7 +464,7 @@ def sample(
 ) -> dict:
     if frames is None:
         frames = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    ids = {"target_id": data.text_id(target), "group_id": -1}
+    ids = {"clip_id": id(frames), "target_id": data.text_id(target), "group_id": -1}
     texts = {"query": query, "target": target, "negatives": [*negatives]}
     return {"frames": frames, **texts, **ids}
 
@@ -447,6 +510,52 @@ def test_to_pixel_values_equals_the_processor_on_a_batch_and_on_a_part_of_it(fol
         torch.testing.assert_close(pixels, (frames / 255 - mean) / std, rtol=0, atol=1e-6)
         part = to_pixel_values(frames[1:], video)
         torch.testing.assert_close(part, pixels[1:], rtol=0, atol=1e-6)
+
+
+def test_collator_stacks_each_distinct_clip_once(processor):
+    clips = torch.arange(3, dtype=torch.uint8)[:, None, None, None, None].expand(3, 1, 3, 32, 32)
+    first, second, third = clips
+    samples = [
+        sample(query, query, clip)
+        for query, clip in (("a", first), ("b", second), ("c", first), ("d", third), ("e", second))
+    ]
+    batch = ContrastiveCollator(processor)(samples)
+    assert torch.equal(batch["frames"], clips)
+    assert batch["visual_index"].tolist() == [0, 1, 0, 2, 1]
+    assert len(batch["input_ids"]) == len(batch["target_index"]) == 5
+    distinct = ContrastiveCollator(processor)([samples[1], samples[0]])
+    assert "visual_index" not in distinct
+    assert torch.equal(distinct["frames"], torch.stack([second, first]))
+
+
+def test_dataset_reads_a_clip_of_many_rows_of_a_step_once(folder, processor, monkeypatch):
+    """Rows of one clip share its frames, unless an augmented source moves them; other seconds of a
+    video are another clip."""
+    part = {"start": 0.0, "end": 0.3}
+    rows = [
+        {"video": "wide.mp4", "query": "a", "target": "b"},
+        {"video": "tall.mkv", "query": "b", "target": "c"},
+        {"video": "wide.mp4", "query": "c", "target": "d"},
+        {"video": "wide.mp4", "query": "d", "target": "e", **part},
+    ]
+    path = write_rows(folder / "shared.jsonl", rows)
+    read, read_frames = [], data.read_frames
+    monkeypatch.setattr(
+        data, "read_frames", lambda row, video: read.append(row) or read_frames(row, video)
+    )
+    for augmented, index, clips in ((False, [0, 1, 0, 2], 3), (True, None, 4)):
+        source = SourceArguments(rows=str(path), augment=augmented)
+        options = DataArguments(sources=[source], decode_once=False)
+        dataset = build_dataset([read_source(source)], processor.video_processor, options)
+        read.clear()
+        samples = dataset.__getitems__(Step(0, [0, 1], [[0, 1], [2, 3]], [0, 1])).samples
+        assert [row["query"] for row in read] == ["a", "b", "d"]
+        alone = [dataset[row]["frames"] for row in range(4)]
+        batch = ContrastiveCollator(processor)(samples)
+        assert len(batch["frames"]) == clips
+        assert (batch["visual_index"].tolist() if index else batch.get("visual_index")) == index
+        frames = batch["frames"] if index is None else batch["frames"][batch["visual_index"]]
+        assert torch.equal(frames, torch.stack(alone))
 
 
 def test_collator_tokenizes_each_distinct_target_once(processor):

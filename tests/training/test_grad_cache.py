@@ -152,6 +152,33 @@ def test_cached_step_rejects_batches_without_rows_or_tokens(rows, wrong, message
         cached_step(tiny_model(), wrong, rows, loss_of)
 
 
+@pytest.mark.parametrize(("rows", "frozen"), [(2, True), (3, False), (7, True)])
+def test_cached_step_with_shared_clips_equals_repeated_clips(rows, frozen):
+    """Rows of a clip are put into one part; those of a clip in two parts are encoded in both."""
+    index = torch.tensor([0, 1, 2, 0, 1, 0, 0])
+    shared = {**batch(), "visual_index": index}
+    shared["attention_mask"] = padded([4, 3, 2, 1, 4, 3, 2], 4)
+    shared["pixel_values_videos"] = shared["pixel_values_videos"][:3]
+    repeated = {**shared, "pixel_values_videos": shared["pixel_values_videos"][index]}
+    del repeated["visual_index"]
+    models = [tiny_model(freeze_vision=frozen) for _ in range(2)]
+    seen = []
+    models[0].x_encoder.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    losses = [
+        cached_step(model, each, rows, loss_of)
+        for model, each in zip(models, (shared, repeated), strict=True)
+    ]
+    # By clip, the rows are 0000112.
+    once = {2: [1, 1, 1, 1], 3: [1, 2, 1], 7: [3]}[rows]
+    assert seen == once * (1 if frozen else 2)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    pairs = zip(models[0].named_parameters(), models[1].parameters(), strict=True)
+    for (name, one), two in pairs:
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(each["pixel_values_videos"].ndim == 5 for each in (shared, repeated))  # unchanged
+
+
 def test_cached_step_adds_to_existing_gradients():
     """A backward pass adds gradients too; gradient accumulation relies on it."""
     once, twice = tiny_model(), tiny_model()

@@ -202,6 +202,8 @@ def test_waiting_row_equals_the_growth_of_a_cached_step():
     batch_of_it, tokens = 4 * 3 * 32 * 32 + 2 * 8 * (5 + 12), 4 * (2 * 4 * 48)
     assert (waits, on_device) == (batch_of_it + tokens, 2 * 4 * 24)
     assert waiting_row(tiny_config(), 4, LENGTHS)[0] == batch_of_it + tokens // 2
+    pooled = tiny_config(visual_token_pooling=2)
+    assert waiting_row(pooled, 4, LENGTHS)[0] == batch_of_it + tokens // 8
     trained = tiny_config(freeze_vision=False)
     assert waiting_row(trained, 4, LENGTHS) == (batch_of_it, on_device)
     torch.manual_seed(0)

@@ -29,6 +29,7 @@ def counted(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
         {"freeze_vision": False, "vision_config": VISION},
         {"freeze_text": True},
         {"vision_config": IMAGE_TOWER},
+        {"vision_config": {"crop_size": 64}, "visual_token_pooling": 2},
     ],
     ids=str,
 )
@@ -37,6 +38,8 @@ def test_training_flops_are_those_that_torch_counts(changes):
     a gradient through the first layer, which matters only if there are few layers."""
     model, batch = tiny_model(**changes), tiny_batch()
     batch.pop("attention_mask"), batch.pop("target_attention_mask")
+    if "visual_token_pooling" in changes:
+        batch["pixel_values_videos"] = torch.zeros(3, 4, 3, 64, 64)
     assert training_flops(model, batch) == pytest.approx(counted(model, batch), rel=0.1)
 
 
@@ -50,6 +53,18 @@ def test_training_flops_are_fewer_for_frozen_or_given_parts():
     pixels = batch.pop("pixel_values_videos")
     batch["visual_embeds"] = tiny_model().encode_video(pixels)
     assert training_flops(tiny_model(), batch) < frozen
+
+
+def test_training_flops_count_a_shared_clip_once():
+    model, batch = tiny_model(), tiny_batch()
+    batch.pop("attention_mask"), batch.pop("target_attention_mask")
+    whole, index = training_flops(model, batch), torch.tensor([0, 1, 0])
+    batch["pixel_values_videos"] = batch["pixel_values_videos"][:2]
+    with FlopCounterMode(display=False) as counter:
+        model(**batch, visual_index=index, return_loss=True).loss.backward()
+    found = training_flops(model, batch | {"visual_index": index})
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert found < 0.95 * whole
 
 
 def test_reachable_flops_is_the_rate_of_the_fastest_product(monkeypatch):

@@ -1,5 +1,6 @@
 """Collation of samples into a batch of tensors."""
 
+from collections.abc import Mapping
 from itertools import chain
 
 import torch
@@ -15,18 +16,35 @@ def to_pixel_values(frames: torch.Tensor, video: VLJEPAVideoProcessor) -> torch.
     The collator leaves this to the training step: fp32 pixels are four times as large to move, and
     the model's device computes them faster.
     """
-    return video.rescale_and_normalize(
-        frames,
-        video.do_rescale,
-        video.rescale_factor,
-        video.do_normalize,
-        tuple(video.image_mean),
-        tuple(video.image_std),
-    )
+    # Not `video.rescale_and_normalize`: torchvision reads `std` from the device in each call, which
+    # waits for it. Numbers, unlike tensors, need no copy to the device either.
+    pixels = frames.to(torch.float32, copy=True)
+    unit = video.rescale_factor if video.do_rescale else 1.0
+    if not video.do_normalize:
+        return pixels.mul_(unit)
+    for channel, (mean, std) in enumerate(zip(video.image_mean, video.image_std, strict=True)):
+        pixels[:, :, channel].sub_(mean / unit).div_(std / unit)
+    return pixels
+
+
+def stack_clips(samples: list[dict]) -> dict[str, torch.Tensor]:
+    """Return the distinct clips of samples, and `visual_index` `(B,)` into them if any is shared.
+
+    Clips are equal if their `clip_id` is: the rows of an augmented source have clips of their own.
+    """
+    name = "visual_embeds" if "visual_embeds" in samples[0] else "frames"
+    clips = {sample["clip_id"]: sample[name] for sample in samples}
+    stacked = {name: torch.stack([*clips.values()])}
+    if len(clips) < len(samples):
+        number_of = {clip: number for number, clip in enumerate(clips)}
+        index = [number_of[sample["clip_id"]] for sample in samples]
+        stacked["visual_index"] = torch.tensor(index)
+    return stacked
 
 
 class ContrastiveCollator:
-    """Collator that stacks frames, tokenizes queries, and tokenizes each distinct target once.
+    """Collator that stacks each distinct clip once, tokenizes queries, and tokenizes each distinct
+    target once.
 
     Texts are padded to the longest of their batch. A mask of ones only is left out: attention
     without a mask takes a faster path.
@@ -41,7 +59,7 @@ class ContrastiveCollator:
     def __init__(
         self,
         processor: VLJEPAProcessor,
-        target_states: dict[str, torch.Tensor] | None = None,
+        target_states: Mapping[str, torch.Tensor] | None = None,
         hard_negatives: int = 0,
     ):
         self.processor = processor
@@ -74,8 +92,9 @@ class ContrastiveCollator:
         """Collate samples into one batch.
 
         Returns:
-            `frames` `(B, T, 3, h, w)`, uint8 (see `to_pixel_values`), or `visual_embeds`
-            `(B, N, Dx)` where samples hold features;
+            of the distinct clips, `frames` `(V, T, 3, h, w)`, uint8 (see `to_pixel_values`), or
+            `visual_embeds` `(V, N, Dx)` where samples hold features;
+            `visual_index` `(B,)` into them, if rows share clips (else V is B);
             `input_ids` and `attention_mask` `(B, L)`;
             of the distinct targets, `target_input_ids` and `target_attention_mask` `(U, Ly)`, or
             `target_pooler_output` `(U, Dt)`;
@@ -87,9 +106,8 @@ class ContrastiveCollator:
             dict.fromkeys([sample["target"] for sample in samples] + [*chain(*negatives)])
         )
         row_of = {target: row for row, target in enumerate(targets)}
-        clip = "visual_embeds" if "visual_embeds" in samples[0] else "frames"
         batch = {
-            clip: torch.stack([sample[clip] for sample in samples]),
+            **stack_clips(samples),
             **self.processor(text=[sample["query"] for sample in samples]),
             **self.encode_targets(targets),
         }

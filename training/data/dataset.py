@@ -11,6 +11,8 @@ This file does steps 3 and 4, and does not depend on where rows come from.
 """
 
 import hashlib
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -23,8 +25,18 @@ import torch.nn.functional as F
 from datasets.fingerprint import Hasher
 
 from processing.feature_store import FeatureStore
+from processing.media import name_of
 from processing.output import writing
-from processing.rows import BadRow, bad_rows_report, clip_key, file_stamp, media_file, media_of
+from processing.rows import (
+    BadRow,
+    bad_rows_report,
+    clip_key,
+    content_key,
+    file_stamp,
+    media_file,
+    media_of,
+    size_key,
+)
 from processing.video_io import MediaError, read_image
 from processing.video_processing_vljepa import VLJEPAVideoProcessor
 from training.arguments import DataArguments, RecipeError
@@ -54,14 +66,24 @@ def media_row(row: dict) -> dict:
     return {name: row[name] for name in ("video", "image", "start", "end") if name in row}
 
 
+COLUMNS = datasets.Features(
+    index=datasets.Value("int64"),
+    frames=datasets.Value("large_binary"),
+    error=datasets.Value("string"),
+    content=datasets.Value("string"),
+)
+FILE = "\0"  # stands for the name of the file in a stored error: the file may be moved
+
+
 def decode(index: int, rows: list[dict], video_processor: VLJEPAVideoProcessor) -> dict:
-    """Return one clip's frames as bytes, or the error that its file raised."""
+    """Return one clip's frames as bytes, or the error that its file raised, and its content key."""
     torch.set_num_threads(1)  # every core has a process already
+    row, frames, message = rows[index], b"", ""
     try:
-        frames = read_frames(rows[index], video_processor)
+        frames = read_frames(row, video_processor).numpy().tobytes()
     except MediaError as error:
-        return {"frames": b"", "error": str(error)}
-    return {"frames": frames.numpy().tobytes(), "error": ""}
+        message = str(error).replace(name_of(media_file(row)), FILE)
+    return {"frames": frames, "error": message, "content": content_key(row)}
 
 
 def decode_clips(
@@ -69,36 +91,67 @@ def decode_clips(
 ) -> tuple[dict[str, int], datasets.Dataset]:
     """Decode every distinct clip once, in `num_workers` processes, with a progress bar.
 
-    The result is an Arrow file, memory-mapped. Its name is a hash of the files' identities and the
-    processor's settings: a second run finds it, and a changed file or setting makes a new one.
+    The result is an Arrow file, memory-mapped, which later runs find. Its name is a hash of the
+    files' paths, sizes and times and of the processor's settings: a changed file or setting makes a
+    new one. If all of these files have only been moved, renamed or copied since, `same_contents`
+    finds it.
 
     Returns:
-        The index of each clip by its `clip_key`, and the columns `frames` (bytes) and `error` (""
-        if the clip could be read).
+        The index of each clip by its `clip_key`, and the columns `frames` (bytes), `error` (""
+        if the clip could be read) and `content`, its `content_key`.
     Raises:
         OutputError: the Arrow file cannot be written.
     """
     wanted = {clip_key(row): media_row(row) for source in sources for row in source.rows}
+    settings = (video_processor.to_dict(), list(COLUMNS))
     identities = [(key, file_stamp(media_file(row))) for key, row in wanted.items()]
-    fingerprint = Hasher.hash((identities, video_processor.to_dict()))
+    fingerprint = Hasher.hash((identities, settings))
     clips = datasets.Dataset.from_dict({"index": range(len(wanted))})
+    folder = Path(arguments.cache_dir)
     with writing(f"data.cache_dir: {arguments.cache_dir}"):
-        Path(arguments.cache_dir).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        note = folder / f"clips-{fingerprint}.json"
+        sizes = Hasher.hash(([size_key(row) for row in wanted.values()], settings))
+        arrow = same_contents(note, sizes, wanted) or fingerprint
         decoded = clips.map(
             decode,
             input_columns="index",
             fn_kwargs={"rows": list(wanted.values()), "video_processor": video_processor},
             num_proc=min(arguments.num_workers, len(clips)),
-            new_fingerprint=fingerprint,
-            cache_file_name=str(Path(arguments.cache_dir) / f"clips-{fingerprint}.arrow"),
-            features=datasets.Features(
-                index=datasets.Value("int64"),
-                frames=datasets.Value("large_binary"),
-                error=datasets.Value("string"),
-            ),
+            new_fingerprint=arrow,
+            cache_file_name=str(folder / f"clips-{arrow}.arrow"),
+            features=COLUMNS,
             desc="Reading clips",
         )
+        if not note.is_file():
+            facts = {
+                "arrow": arrow,
+                "sizes": sizes,
+                "contents": Hasher.hash(list(decoded["content"])),
+            }
+            written = note.with_suffix(f".{os.getpid()}")
+            written.write_text(json.dumps(facts))
+            written.rename(note)
     return {key: index for index, key in enumerate(wanted)}, decoded
+
+
+def same_contents(note: Path, sizes: str, wanted: dict[str, dict]) -> str | None:
+    """Return the hash in the name of an Arrow file of clips with the contents of `wanted`.
+
+    Args:
+        note: file about these paths, sizes and times; an earlier run may have written it.
+        sizes: hash of the clips' sizes. The contents are read only if the clips of a stored file
+            have these sizes, so new clips are not read twice.
+        wanted: a row of each clip.
+    """
+    if note.is_file():
+        return json.loads(note.read_text())["arrow"]
+    stored = [json.loads(path.read_text()) for path in sorted(note.parent.glob("clips-*.json"))]
+    stored = [facts for facts in stored if facts["sizes"] == sizes]
+    if not stored:
+        return None
+    contents = Hasher.hash([content_key(row) for row in wanted.values()])
+    return next((each["arrow"] for each in stored if each["contents"] == contents), None)
 
 
 def text_id(text: str) -> int:
@@ -129,7 +182,9 @@ class Batch:
 
 
 class ContrastiveDataset(torch.utils.data.Dataset):
-    """Samples `{frames, query, target, target_id, group_id, negatives}` of all sources.
+    """Samples `{frames, clip_id, query, target, target_id, group_id, negatives}` of all sources.
+
+    Samples with equal `clip_id` have equal frames; those of one step share one tensor.
 
     `dataset[row + epoch * EPOCH_STRIDE]` is the sample of a row in memory. The epoch matters in an
     augmented source only. `dataset.__getitems__(step)`, which a DataLoader calls, is a [`Batch`].
@@ -181,26 +236,41 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict:
+        return self.sample_in_memory(number, {})
+
+    def sample_in_memory(self, number: int, clips: dict[str, torch.Tensor]) -> dict:
         epoch, index = divmod(number, EPOCH_STRIDE)
         # A negative group is the row's own: `text_id` makes groups of 0 and above.
-        return self.sample(self.rows[index], self.source_of[index], (index, epoch), -1 - index)
+        group = -1 - index
+        return self.sample(self.rows[index], self.source_of[index], (index, epoch), group, clips)
 
-    def sample(self, row: dict, source: int, seed: tuple[int, ...], own_group: int) -> dict:
+    def sample(
+        self,
+        row: dict,
+        source: int,
+        seed: tuple[int, ...],
+        own_group: int,
+        clips: dict[str, torch.Tensor],
+    ) -> dict:
         """Return the sample of a row.
 
         Args:
             seed: seed of the augmentation.
             own_group: group id for a row without one, or with `null` for one.
+            clips: clips of the step that have been read, by their keys; this row's is added.
         """
         group = row.get("group_id")
-        if self.features is not None:
-            clip = {"visual_embeds": self.features[row]}  # (N, Dx)
-        elif self.sources[source].arguments.augment:
-            clip = {"frames": augment(self.frames(row), seed)}
-        else:
-            clip = {"frames": self.frames(row)}
+        name = "frames" if self.features is None else "visual_embeds"
+        key = clip_key(row)
+        if key not in clips:
+            # `(N, Dx)` or `(T, 3, h, w)`
+            clips[key] = self.frames(row, key) if self.features is None else self.features[row]
+        clip = clips[key]
+        if self.sources[source].arguments.augment:
+            clip, key = augment(clip, seed), (key, *seed)  # frames of this row alone
         return {
-            **clip,
+            name: clip,
+            "clip_id": key,
             "query": row["query"],
             "target": row["target"],
             "target_id": text_id(row["target"]),
@@ -208,9 +278,8 @@ class ContrastiveDataset(torch.utils.data.Dataset):
             "negatives": row.get("negatives", []),
         }
 
-    def frames(self, row: dict) -> torch.Tensor:
+    def frames(self, row: dict, key: str) -> torch.Tensor:
         """Return the clip `(T, 3, h, w)` of a row, uint8, decoded before or now."""
-        key = clip_key(row)
         if key not in self.decoded:
             return read_frames(row, self.video_processor)
         stored = self.clips[self.decoded[key]]["frames"]
@@ -227,12 +296,12 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         Raises:
             RecipeError: none of these can be read.
         """
-        samples, bad = [], list(step.bad)
+        samples, bad, clips = [], list(step.bad), {}
         for lane, rows, replacement in zip(step.lanes, step.rows, step.replacements, strict=True):
             read: list[dict | None] = []
             for index, row in enumerate(rows):
                 try:
-                    read.append(self.sample_of(step, lane, index, row))
+                    read.append(self.sample_of(step, lane, index, row, clips))
                 except MediaError as error:
                     read.append(None)
                     bad.append(self.bad_row(step, row, error))
@@ -241,25 +310,35 @@ class ContrastiveDataset(torch.utils.data.Dataset):
                 # batch would then depend on the number of processes.
                 after = (read[index:] + read[:index]) if sample is None else [sample]
                 good = next((each for each in after if each is not None), None)
-                samples.append(good or self.replacement(step, lane, replacement, bad))
+                samples.append(good or self.replacement(step, lane, replacement, bad, clips))
         return Batch(samples, bad, step.source)
 
-    def sample_of(self, step: Step, lane: int, index: int, row: int | dict) -> dict:
+    def sample_of(
+        self, step: Step, lane: int, index: int, row: int | dict, clips: dict[str, torch.Tensor]
+    ) -> dict:
         """Return the sample of a row of a step.
 
         Args:
             index: index of the row in its lane; it makes the group of a row without one unique.
         """
         if isinstance(row, int):
-            return self[row]
+            return self.sample_in_memory(row, clips)
         own_group = -1 - lane - 2**20 * index
-        return self.sample(row, step.source, (lane, *row[DRAW]), own_group)
+        return self.sample(row, step.source, (lane, *row[DRAW]), own_group, clips)
 
-    def replacement(self, step: Step, lane: int, row: int | dict, bad: list[BadRow]) -> dict:
+    def replacement(
+        self,
+        step: Step,
+        lane: int,
+        row: int | dict,
+        bad: list[BadRow],
+        clips: dict[str, torch.Tensor],
+    ) -> dict:
         """Return the sample of a lane's replacement, or of the first readable fallback row."""
         for each in chain([row], self.fallback_rows(step, lane, row)):
             try:
-                return self.sample_of(step, lane, 2**20, each)  # an index above those of the lane
+                # An index above those of the lane.
+                return self.sample_of(step, lane, 2**20, each, clips)
             except MediaError as error:
                 last = error
         few = "".join(f"\n  {each}" for each in [*bad[-20:], last])
@@ -321,8 +400,12 @@ def build_dataset(
         errors = {clip_key(row): f"no features of it in {features.folder}" for row in missing}
     elif in_memory and arguments.decode_once:
         clips = decode_clips(in_memory, video_processor, arguments)
+        # A source's rows name their file as it is called now.
+        names = {clip_key(row): name_of(media_file(row)) for each in in_memory for row in each.rows}
         errors = {
-            key: error for key, error in zip(clips[0], clips[1]["error"], strict=True) if error
+            key: error.replace(FILE, names[key])
+            for key, error in zip(clips[0], clips[1]["error"], strict=True)
+            if error
         }
     for source in in_memory:
         set_aside(source, errors, arguments.max_bad_share)

@@ -10,6 +10,9 @@ the losses of small batches, and adds no negatives.
 
 A frozen X-Encoder computes the same visual tokens in both passes, so step 3 reuses those of step 1.
 Until then they are stored in place of the pixels of their part: on a GPU, in the machine's memory.
+
+Rows that share a clip are put into one part, where it is encoded once. A clip whose rows fill more
+than one part is encoded in each.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +26,7 @@ from training.loop.objective import Embeds
 
 TEXTS = ("target_input_ids", "target_attention_mask", "target_pooler_output")
 PIXELS = ("frames", "pixel_values_videos")  # uint8, as the collator makes them, or normalised
+CLIPS = (*PIXELS, "visual_embeds")
 
 Batch = dict[str, torch.Tensor]  # arguments of the model's `forward`, without `target_index`
 
@@ -43,27 +47,57 @@ def trim(part: Batch, prefix: str) -> None:
         del part[mask]
 
 
+def take_clips(part: Batch) -> None:
+    """Remove from a part the clips of other parts, and an index that assigns clip i to row i."""
+    index = part["visual_index"]
+    first, last = int(index.min()), int(index.max())
+    # Slices, not the clips by index: a copy would double the memory of the waiting batch.
+    part.update({name: part[name][first : last + 1] for name in CLIPS if name in part})
+    part["visual_index"] = index - first
+    if torch.equal(part["visual_index"], torch.arange(len(index), device=index.device)):
+        del part["visual_index"]
+
+
+def by_clip(batch: Batch) -> tuple[Batch, torch.Tensor]:
+    """Return a batch with its rows sorted by clip, and their indices in the given batch `(B,)`."""
+    if "visual_index" not in batch:
+        return batch, torch.arange(row_count(batch))
+    order = batch["visual_index"].argsort(stable=True)
+    shared = (*TEXTS, *CLIPS)
+    rows = {name: value[order] for name, value in batch.items() if name not in shared}
+    return batch | rows, order
+
+
+def row_count(batch: Batch) -> int:
+    rows = [value for name, value in batch.items() if name not in TEXTS]
+    return len(batch.get("visual_index", rows[0]))
+
+
 def split(batch: Batch, rows: int) -> list[Batch]:
     """Split a batch into parts of at most `rows` rows, each with an equal share of distinct texts.
+
+    Every part gets the clips of its rows: few, if `by_clip` has sorted the batch.
 
     Every part gets at least one text: sharded data parallelism runs every module in every part of
     every process. If the texts do not divide evenly, the last parts repeat the first texts.
     """
-    size = len(next(value for name, value in batch.items() if name not in TEXTS))
+    size = row_count(batch)
     count = -(-size // rows)  # parts
     texts = len(next(value for name, value in batch.items() if name in TEXTS))
     if not size or not texts:
         raise ValueError(f"the batch has {size} rows and {texts} texts: give at least one of each")
     # Rounded up to a multiple of `count`; the modulo repeats texts from the start.
     indices = torch.arange(-(-texts // count) * count) % texts
+    distinct = (*TEXTS, *CLIPS) if "visual_index" in batch else TEXTS
     parts = []
     for start, chunk in zip(range(0, size, rows), indices.chunk(count), strict=True):
-        parts.append(
-            {
-                name: value[chunk] if name in TEXTS else value[start : start + rows]
-                for name, value in batch.items()
-            }
-        )
+        part = {
+            name: value if name in distinct else value[start : start + rows]
+            for name, value in batch.items()
+        }
+        parts.append(part | {name: batch[name][chunk] for name in TEXTS if name in batch})
+        if "visual_index" in batch:
+            take_clips(parts[-1])
         trim(parts[-1], "")
         trim(parts[-1], "target_")
     return parts
@@ -136,6 +170,7 @@ def cached_step(
         no_sync: context in which data parallelism does not exchange gradients.
         make_ready: moves a part to the device and converts it to arguments of `model.forward`.
     """
+    batch, order = by_clip(batch)
     parts = split(batch, rows)
     vision = frozen_vision(model)
 
@@ -158,7 +193,7 @@ def cached_step(
     texts = next(len(value) for name, value in batch.items() if name in TEXTS)
     bias = output.logit_bias
     embeds = Embeds(
-        predicted_embeds=torch.cat(predicted),  # (b, D)
+        predicted_embeds=torch.cat(predicted)[order.argsort()],  # (b, D), in the caller's order
         distinct_target_embeds=torch.cat(targets)[:texts],  # (U, D)
         logit_scale=output.logit_scale.detach(),  # (1,)
         logit_bias=None if bias is None else bias.detach(),  # the output is the parameter itself
@@ -171,6 +206,7 @@ def cached_step(
     loss = loss_of(embeds)
     loss.backward(inputs=leaves)
     gradient = Embeds(*(None if leaf is None else leaf.grad for leaf in vars(embeds).values()))
+    of_predicted = gradient.predicted_embeds[order]  # (b, D), in the order of the parts
     loss = loss.detach()  # its graph would keep the embeddings in memory
     del embeds, leaves
 
@@ -182,7 +218,7 @@ def cached_step(
             output = model(**make_ready(parts.pop(0)))
             # `inner` ignores the rows after this part's, and texts that a part has repeated.
             first_text = index * texts_per_part
-            surrogate = inner(output.predicted_embeds, gradient.predicted_embeds[index * rows :])
+            surrogate = inner(output.predicted_embeds, of_predicted[index * rows :])
             surrogate += inner(output.target_embeds, gradient.distinct_target_embeds[first_text:])
             if is_last:  # the temperature is in every part's graph, but its gradient counts once
                 surrogate += inner(output.logit_scale, gradient.logit_scale)

@@ -1,5 +1,6 @@
 """Speed and memory of training, as reported in the log."""
 
+import math
 import resource
 import sys
 import time
@@ -80,15 +81,19 @@ def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
         clips = inputs["frames"] if "frames" in inputs else inputs["pixel_values_videos"]
         rows, frames, _, height, width = clips.shape
         vision = model.x_encoder.backbone.config
-        patches = (height // vision.patch_size) * (width // vision.patch_size)
+        grid = height // vision.patch_size, width // vision.patch_size
+        patches = math.prod(grid)
         if model.x_encoder.is_video:
-            tokens = -(-frames // vision.tubelet_size) * patches
-            flops = forward_flops(model.x_encoder, rows, tokens, vision.hidden_size)
+            frames = -(-frames // vision.tubelet_size)
+            flops = forward_flops(model.x_encoder, rows, frames * patches, vision.hidden_size)
         else:
-            tokens = frames * patches
             flops = forward_flops(model.x_encoder, rows * frames, patches, vision.hidden_size)
+        # The Predictor reads pooled tokens.
+        tokens = frames * math.prod(-(-edge // model.x_encoder.pooling) for edge in grid)
         total += flops * passes(model.x_encoder)
 
+    if "visual_index" in inputs:  # several queries share a clip
+        rows = len(inputs["visual_index"])
     queries = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     llama = model.predictor.backbone.config
     width = llama.num_attention_heads * llama.head_dim
