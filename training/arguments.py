@@ -197,7 +197,8 @@ class DataArguments:
         decode_once: decode the media of sources that are not streamed before training, and store
             the frames in `cache_dir`. If false, `training.dataloader_num_workers` processes decode
             them during training.
-        cache_dir: folder of the sampled, resized frames, for this run and later ones.
+        cache_dir: folder of the sampled, resized frames and of encoded targets, for this run and
+            later ones.
         num_workers: number of processes that decode media before training.
         features: a folder that `python -m training.cache_features` wrote: the visual tokens of a
             frozen X-Encoder, read instead of the media.
@@ -205,8 +206,8 @@ class DataArguments:
             depend on it, and not on the number of processes, which must divide it. Default: 8, or
             the largest divisor of 8 that divides the batch; the number of processes if that does
             not divide it.
-        cache_targets: encode every distinct target once before training. It needs a frozen
-            Y-Encoder and memory for all texts.
+        cache_targets: encode every distinct target once before training, and store the
+            Y-Encoder's outputs in `cache_dir`. It needs a frozen Y-Encoder.
         hard_negatives: number of each row's `negatives` that are added to the batch's texts.
     """
 

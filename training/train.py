@@ -35,7 +35,7 @@ from training.data.collator import ContrastiveCollator
 from training.data.dataset import ContrastiveDataset, build_dataset
 from training.data.feature_writer import check_recipe
 from training.data.sources import Source, StreamedSource, read_source
-from training.data.target_states import encode_target_states
+from training.data.target_states import read_target_states
 from training.loop.callbacks import CollapseWarning, ProgressLine
 from training.loop.checkpoints import checkpoint_to_resume
 from training.loop.distributed import check_world_size
@@ -44,7 +44,7 @@ from training.loop.objective import check_objective
 from training.loop.run_facts import RunFacts
 from training.loop.speed import reachable_flops
 from training.loop.trainer import VLJEPATrainer, default_lanes
-from training.model.adapters import prepare_for_training
+from training.model.adapters import prepare_for_training, store_frozen_in_bf16
 from training.model.parameters import parameter_table
 from training.model.recipe_model import start_model
 
@@ -167,6 +167,7 @@ def read_data(
 
     Raises:
         FeatureError: see `open_features`.
+        OutputError: `data.cache_dir` cannot be written to.
         RecipeError: too many clips of a source cannot be read, or the recipe caches targets that
             change or are not known before training.
     """
@@ -182,7 +183,12 @@ def read_data(
                 "Set it to false."
             )
         texts = [t for row in dataset.rows for t in (row["target"], *row.get("negatives", []))]
-        states = encode_target_states(model.to(args.device), processor, texts)
+        if args.bf16:
+            store_frozen_in_bf16(model)  # as the step would compute them
+        model.to(args.device)
+        folder = Path(data.cache_dir)
+        with args.main_process_first(desc="encoding targets"):
+            states = read_target_states(model, processor, texts, folder, args.bf16)
     return dataset, ContrastiveCollator(processor, states, data.hard_negatives)
 
 
@@ -276,7 +282,7 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     args = recipe.training
     check_world_size(args.world_size, args.world_size_expected)
     check_output_folder("training.output_dir", args.output_dir)
-    if recipe.data.decode_once and recipe.data.features is None:
+    if recipe.data.cache_targets or (recipe.data.decode_once and recipe.data.features is None):
         check_output_folder("data.cache_dir", recipe.data.cache_dir)
     set_seed(args.seed)
     resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)

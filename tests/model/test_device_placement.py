@@ -44,7 +44,7 @@ from tests.tiny import (
 )
 from training.data.collator import to_pixel_values
 from training.data.feature_writer import Encoder
-from training.data.target_states import encode_target_states
+from training.data.target_states import encode_texts
 from training.loop import grad_cache
 from training.loop.grad_cache import cached_step
 from training.loop.objective import Embeds, Ids, Objective
@@ -291,12 +291,12 @@ def test_texts_and_features_are_stored_on_the_cpu(fake, monkeypatch):
     monkeypatch.setattr(embedding, "read_tokens", by_text)
     model, processor = on_gpu(freeze_text=True), tiny_processor()
     texts = ["a dog", "two dogs and a cat"]
-    states = encode_target_states(model, processor, texts)
+    states = encode_texts(model, processor, texts, torch.float32)
     tokens = Encoder(model, processor.video_processor, False)(
         [{"frames": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}] * 2
     )
     embeds = embed_texts(model, processor, texts)
-    assert {each.device for each in (*states.values(), tokens, embeds)} == {CPU}
+    assert {each.device for each in (states, tokens, embeds)} == {CPU}
 
 
 # Positive controls: faults that a GPU would report, which these tests must report too.

@@ -75,7 +75,9 @@ def store_frozen_in_bf16(model: VLJEPAModel) -> None:
     table = model.get_input_embeddings()
     for part in (model.x_encoder, model.y_encoder, table):
         if not any_trains(part):
-            part.to(torch.bfloat16)
+            # Not `part.to`, which would round buffers too: the frequencies of rotary positions.
+            for parameter in part.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def add_adapters(model: VLJEPAModel, lora: dict) -> AdaptedModel:
