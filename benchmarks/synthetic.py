@@ -1,0 +1,180 @@
+"""A data set with the shapes of the demonstration's, made without downloads.
+
+Texts follow the demonstration's templates, so their lengths and the share of equal answers are
+realistic. Clips are noise: speed does not depend on what they show.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from training.demo_data.writing import write_clip, write_jsonl
+
+RECIPES = Path(__file__).parents[1] / "training" / "recipes"
+COLORS = ("blue", "green", "grey", "purple", "red", "yellow")
+KINDS = ("ball", "box", "key")
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+VERBS = ("went to", "picked up")
+SHAPES = ("circle", "rectangle", "triangle")
+CLIP_FRAMES, FPS = 11, 5  # as BabyAI's
+
+# The Y-Encoder of the demonstration, all-MiniLM-L6-v2. Its outputs are computed once before
+# training, so its vocabulary does not matter.
+MINILM = {
+    "model_type": "bert",
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+}
+
+
+class Texts:
+    """Queries and answers with the demonstration's wording."""
+
+    def __init__(self, seed: int = 0):
+        self.generator = np.random.default_rng(seed)
+
+    def one(self, *choices: str) -> str:
+        return choices[self.generator.integers(len(choices))]
+
+    def thing(self) -> str:
+        return f"{self.one(*COLORS)} {self.one(*KINDS)}"
+
+    def narration(self) -> str:
+        """Return a narration of one goal or two."""
+        first = f"the agent {self.one(*VERBS)} the {self.thing()}"
+        second = f" and then put the {self.thing()} next to the {self.thing()}"
+        return first + second * bool(self.generator.integers(2))
+
+    def question(self) -> tuple[str, str]:
+        pairs = (
+            (f"What color is the {self.one(*KINDS)}?", self.one(*COLORS)),
+            (f"Is there a {self.thing()} in the room?", self.one("yes", "no")),
+            (f"What did the agent do with the {self.thing()}?", self.one("nothing", "moved it")),
+            (f"Did the agent go to the {self.thing()} before picking up the {self.thing()}?", "no"),
+            (f"What did the agent put the {self.thing()} next to?", f"the {self.thing()}"),
+        )
+        return pairs[self.generator.integers(len(pairs))]
+
+    def place(self) -> tuple[str, str]:
+        when = self.one("start", "end")
+        return f"Where is the {self.thing()} at the {when}?", self.one(*CORNERS)
+
+    def shape(self) -> tuple[str, str]:
+        pairs = (
+            ("What shape is in the image?", self.one(*SHAPES)),
+            (f"What is the color of the {self.one(*SHAPES)}?", self.one(*COLORS)),
+            (f"Is there not a {self.one(*COLORS)} shape in the image?", self.one("yes", "no")),
+        )
+        return pairs[self.generator.integers(len(pairs))]
+
+    def caption(self) -> tuple[str, str]:
+        return "", self.narration()
+
+
+# The sources of babyai_sft.yaml, in its order.
+SOURCES = {
+    "train_vqa": ("video", Texts.question),
+    "train_where": ("video", Texts.place),
+    "easy_vqa": ("image", Texts.shape),
+    "train_captions": ("video", Texts.caption),
+    "train_narrations": ("video", Texts.caption),
+}
+
+
+def write_media(folder: Path, side: int, frames: int, count: int) -> None:
+    """Write `count` clips and `count` images of noise."""
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        pixels = generator.integers(0, 256, (frames, side // 8, side // 8, 3), np.uint8)
+        pictures = [np.asarray(Image.fromarray(each).resize((side, side))) for each in pixels]
+        write_clip(folder / f"{index}.mp4", pictures, FPS)
+        Image.fromarray(pictures[0]).save(folder / f"{index}.png")
+
+
+def write_demo(folder: Path, *, rows: int = 192, side: int = 64, **training: Any) -> Path:
+    """Write rows, clips and the recipe of the demonstration's SFT; return the recipe.
+
+    Two differences: the model is new instead of stage A's, and so is the Y-Encoder. No two rows of
+    a source share a clip, because few rows of a batch do among the demonstration's 6,000 clips.
+
+    Args:
+        rows: rows of every source.
+        training: changes of the section `training`.
+    """
+    write_media(folder, side, CLIP_FRAMES, rows)
+    texts = Texts()
+    for name, (kind, draw) in SOURCES.items():
+        written = []
+        for index in range(rows):
+            query, target = draw(texts)
+            media = f"{index}.{'mp4' if kind == 'video' else 'png'}"
+            written.append({kind: media, "query": query, "target": target})
+        write_jsonl(folder / f"{name}.jsonl", written)
+    start, recipe = (
+        yaml.safe_load((RECIPES / f"babyai_{stage}.yaml").read_text(encoding="utf-8"))
+        for stage in ("pretrain", "sft")
+    )
+    config = start["model"]["config"] | {"text_config": MINILM}
+    del config["backbones"]
+    recipe["model"] = {
+        "vocab_size": start["model"]["vocab_size"],
+        "config": config,
+        "tokenizer_rows": [str(folder / f"{name}.jsonl") for name in ("train_vqa", "easy_vqa")],
+    }
+    recipe["processor"] = start["processor"] | recipe["processor"]
+    for source, name in zip(recipe["data"]["sources"], SOURCES, strict=True):
+        source["rows"] = str(folder / f"{name}.jsonl")
+        source.pop("licence", None)  # an older revision has no such key
+    recipe["data"] |= {"cache_dir": str(folder / "cache"), "num_workers": 1}
+    return write_recipe(folder, recipe, **training)
+
+
+def write_recipe(folder: Path, recipe: dict, **training: Any) -> Path:
+    """Write a recipe that trains on the CPU and saves nothing on the way."""
+    recipe["training"] |= {
+        "output_dir": str(folder / "out"),
+        "save_strategy": "no",
+        "save_total_limit": None,
+        "report_to": "none",
+        "use_cpu": True,
+        **training,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def write_clips(
+    folder: Path, config: dict, *, rows: int, frames: int, side: int, **training: Any
+) -> Path:
+    """Write clips of one size with questions, and a recipe for a new model; return the recipe.
+
+    Args:
+        config: the recipe's `model.config`.
+        rows: rows of a step.
+        training: changes of the section `training`.
+    """
+    count = 16 * rows
+    write_media(folder, side, frames, count)
+    texts = Texts()
+    written = [
+        {"video": f"{index}.mp4", "query": texts.question()[0], "target": texts.narration()}
+        for index in range(count)
+    ]
+    write_jsonl(folder / "rows.jsonl", written)
+    recipe = {
+        "model": {"vocab_size": 1000, "config": config},
+        "processor": {"image_size": side, "num_frames": frames},
+        "data": {
+            "sources": [{"rows": str(folder / "rows.jsonl")}],
+            "cache_dir": str(folder / "cache"),
+            "num_workers": 1,
+        },
+        "training": {"global_batch_size": rows, "learning_rate": 5e-5, "warmup_steps": 2},
+    }
+    return write_recipe(folder, recipe, **training)

@@ -1,0 +1,407 @@
+"""The trainer's step against a plain loop: `python -m benchmarks.train_step`.
+
+`training.train` builds the trainer, which runs by itself: data loader, collator, forward, backward,
+clipping, optimizer, schedule, log. After each of its steps, a plain loop of bare transformers
+modules (`plain.py`) takes the same step: with equal weights at the start, the same batch through
+the same collator, cross entropy both ways, and torch's fused AdamW. In fp32 the losses of all steps
+must agree. The minimum of CPU-seconds over the steps counts, after the first ones.
+
+| case  | model and batch                                                                        |
+|-------|----------------------------------------------------------------------------------------|
+| demo  | `babyai_sft.yaml`: 64 rows of clips or images of 64 pixels, the mean by source weights |
+| mid   | `configs.py`: 2 clips of 4 frames of 256 pixels                                        |
+| paper | the paper's widths, half its layers, tables of 32,000 rows: 2 clips of 2 frames        |
+
+`--against FOLDER` compares the demo's step with that of another checkout of this repository, such
+as one of `git worktree add FOLDER REVISION`. Two processes take steps alternately.
+"""
+
+import argparse
+import copy
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from benchmarks.configs import MID
+from benchmarks.plain import Batch, PlainLoop, PlainModel
+from benchmarks.report import Goal, Report, add_arguments, chosen
+from benchmarks.synthetic import write_clips, write_demo
+from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from processing import VLJEPAProcessor
+from training.arguments import Recipe, read_recipe
+from training.data.collator import ContrastiveCollator
+from training.data.dataset import ContrastiveDataset
+from training.data.mixture import MixtureSampler
+from training.data.sources import Source, read_source, texts_of
+from training.loop.trainer import VLJEPATrainer, default_lanes
+from training.model.recipe_model import new_config, new_processor, start_model, train_tokenizer
+from training.train import build_trainer, read_data, run_settings
+
+TOLERANCE = 1e-4  # of the loss of every step, in fp32
+VOCABULARY = 32_000
+# Samples per CPU-second of the demo, against revision 02ec42d on a processor with native bf16.
+AGAINST = {"fp32": 1.1, "bf16": 1.5}
+
+
+def half_paper() -> dict:
+    """Return `model.config` of the paper's widths with half its layers."""
+    config = VLJEPAConfig()
+    layers = {
+        name: {
+            "model_type": sub.model_type,
+            "num_hidden_layers": sub.num_hidden_layers // 2,
+        }
+        for name, sub in (
+            ("vision_config", config.vision_config),
+            ("predictor_config", config.predictor_config),
+            ("text_config", config.text_config),
+        )
+    }
+    given = {name: dict(config.sub_configs_defaults[name].init_kwargs or {}) for name in layers}
+    return {name: given[name] | changes for name, changes in layers.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its data, and the bound for the trainer's CPU-seconds / those of the plain loop.
+
+    Attributes:
+        write: writes data and recipe into a folder.
+        steps, warm_up: steps of each loop, and the first ones that do not count.
+        vocabulary: rows of the token tables; `None` for those of the tokenizer.
+    """
+
+    write: Callable[..., Path]
+    most: float
+    steps: int
+    warm_up: int
+    vocabulary: int | None = None
+
+
+def write_mid(folder: Path, **training) -> Path:
+    return write_clips(folder, copy.deepcopy(MID), rows=2, frames=4, side=256, **training)
+
+
+def write_paper(folder: Path, **training) -> Path:
+    return write_clips(folder, half_paper(), rows=2, frames=2, side=256, **training)
+
+
+CASES = {
+    "demo": Case(write_demo, most=1.15, steps=28, warm_up=4),
+    "mid": Case(write_mid, most=1.05, steps=7, warm_up=1, vocabulary=VOCABULARY),
+    "paper": Case(write_paper, most=1.05, steps=6, warm_up=1, vocabulary=VOCABULARY),
+}
+
+
+def new_model_of(
+    recipe: Recipe, sources: list[Source], vocabulary: int | None
+) -> tuple[VLJEPAModel, VLJEPAProcessor]:
+    """Build the recipe's model, with token tables of another size if it is given."""
+    if vocabulary is None:
+        return start_model(recipe, sources)
+    tokenizer = train_tokenizer(texts_of(sources), recipe.model.vocab_size)
+    processor = new_processor(tokenizer, recipe.processor, None)
+    config = new_config(recipe.model, processor, None)
+    config.predictor_config.vocab_size = config.text_config.vocab_size = vocabulary
+    return VLJEPAModel(config), processor
+
+
+@dataclass
+class Run:
+    """A trainer and what it was built from."""
+
+    recipe: Recipe
+    trainer: VLJEPATrainer
+    dataset: ContrastiveDataset
+    collator: ContrastiveCollator
+    processor: VLJEPAProcessor
+    plain: PlainModel
+
+
+def start(path: Path, vocabulary: int | None = None) -> Run:
+    """Build the trainer of a recipe as `training.train` does, and a plain model."""
+    recipe = read_recipe(str(path))
+    set_seed(recipe.training.seed)
+    sources = [read_source(source) for source in recipe.data.sources]
+    settings = run_settings(recipe, sources)
+    model, processor = new_model_of(recipe, sources, vocabulary)
+    dataset, collator = read_data(recipe, model, processor, sources)
+    plain = PlainModel(model, recipe.training.bf16)  # before adapters and bf16 weights
+    trainer = build_trainer(
+        recipe,
+        model,
+        processor,
+        dataset=dataset,
+        collator=collator,
+        benchmarks=[],
+        settings=settings,
+    )
+    return Run(recipe, trainer, dataset, collator, processor, plain)
+
+
+def batches_of(run: Run) -> Iterator[Batch]:
+    """Yield the batches of the run's trainer, in its order."""
+    args = run.recipe.training
+    sampler = MixtureSampler(
+        run.dataset.buckets,
+        batch_size=args.global_batch_size,
+        num_batches=args.max_steps,
+        seed=args.seed,
+        lanes=default_lanes(args),
+    )
+    for step in sampler:
+        yield run.collator(run.dataset.__getitems__(step).samples)
+
+
+@dataclass
+class Steps:
+    """Figures of the steps of two loops.
+
+    Attributes:
+        kinds: "clips" or "images" of every step.
+        trainer, plain: CPU-seconds of every step.
+        losses: pairs of losses, the trainer's and the plain loop's.
+    """
+
+    kinds: list[str]
+    trainer: list[float]
+    plain: list[float]
+    losses: list[tuple[float, float]]
+
+    def least(self, name: str, kind: str, warm_up: int) -> float:
+        rows = zip(self.kinds[warm_up:], vars(self)[name][warm_up:], strict=True)
+        return min(seconds for each, seconds in rows if each == kind)
+
+    def mean(self, name: str, weights: dict[str, float], warm_up: int) -> float:
+        """Return the least CPU-seconds of each kind, averaged with the weights of their sources."""
+        total = sum(
+            weight * self.least(name, kind, warm_up)
+            for kind, weight in weights.items()
+            if kind in self.kinds[warm_up:]
+        )
+        return total / sum(w for kind, w in weights.items() if kind in self.kinds[warm_up:])
+
+
+class Alternate(TrainerCallback):
+    """Runs a step of the plain loop after each step of the trainer, and measures both.
+
+    The trainer's step lasts from the end of the plain step before it, so that loading, logging and
+    callbacks count.
+    """
+
+    def __init__(self, run: Run, steps: Steps):
+        self.steps = steps
+        self.kind = ""
+        batches = self.with_kind(batches_of(run))
+        self.loop = PlainLoop(
+            run.plain, run.recipe.training, batches, run.processor.video_processor
+        )
+        step = run.trainer.training_step
+
+        def recorded(*args, **kwargs) -> torch.Tensor:
+            loss = step(*args, **kwargs)
+            self.loss = loss.item()
+            return loss
+
+        run.trainer.training_step = recorded
+
+    def with_kind(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.kind = "images" if batch["frames"].shape[1] == 1 else "clips"
+            yield batch
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self.since = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        trainer = time.process_time() - self.since
+        since = time.process_time()
+        loss = self.loop.step()
+        self.steps.plain.append(time.process_time() - since)
+        self.steps.trainer.append(trainer)
+        self.steps.losses.append((self.loss, loss))
+        self.steps.kinds.append(self.kind)
+        self.since = time.process_time()
+
+
+def quietly(call: Callable[[], object]) -> None:
+    """Call without the progress line and the warnings of training."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        call()
+
+
+def measure(path: Path, vocabulary: int | None = None) -> tuple[Run, Steps]:
+    """Train with a recipe and with the plain loop, alternately."""
+    run, steps = None, Steps([], [], [], [])
+
+    def train() -> None:
+        nonlocal run
+        run = start(path, vocabulary)
+        run.trainer.add_callback(Alternate(run, steps))
+        run.trainer.train()
+
+    quietly(train)
+    return run, steps
+
+
+def weights_of(run: Run) -> dict[str, float]:
+    """Return how often a step has clips, and how often images."""
+    found = {"clips": 0.0, "images": 0.0}
+    for bucket in run.dataset.buckets:
+        is_video = "video" in run.dataset.rows[bucket.rows[0]]
+        found["clips" if is_video else "images"] += bucket.weight
+    return found
+
+
+def check_losses(steps: Steps, precision: str) -> float:
+    """Return the largest difference of losses, relative to the loss.
+
+    Raises:
+        RuntimeError: in fp32 it exceeds the tolerance, so the two loops do not compute the same.
+    """
+    most = max(abs(ours - plain) / max(abs(plain), 1) for ours, plain in steps.losses)
+    if precision == "fp32" and not most <= TOLERANCE:
+        raise RuntimeError(f"losses of the trainer and of the plain loop differ by {most:.1e}")
+    return most
+
+
+def compare(name: str, precision: str, report: Report, quick: bool = False) -> None:
+    """Measure a case and report it."""
+    case = CASES[name]
+    report.start(f"{name} {precision}")
+    count = case.warm_up + 4 if quick else case.steps
+    with tempfile.TemporaryDirectory() as folder:
+        path = case.write(Path(folder), precision=precision, max_steps=count)
+        run, steps = measure(path, case.vocabulary)
+    difference = check_losses(steps, precision)
+    weights = weights_of(run)
+    ours, plain = (steps.mean(each, weights, case.warm_up) for each in ("trainer", "plain"))
+    rows = run.recipe.training.global_batch_size
+    report.add(
+        f"{name} {precision}",
+        {
+            "plain, CPU-s": plain,
+            "trainer, CPU-s": ours,
+            "trainer / plain": ours / plain,
+            "samples per CPU-s": rows / ours,
+            "difference of losses": difference,
+        },
+        Goal("trainer / plain", most=case.most),
+    )
+
+
+class PacedSteps:
+    """A checkout that trains with a recipe in its own process, one step at each call.
+
+    Args:
+        checkout: root of the repository, at any revision whose recipes have the demo's keys.
+        folder: its output and its cache of decoded clips.
+    """
+
+    def __init__(self, checkout: Path, recipe: Path, folder: Path):
+        folder.mkdir()
+        self.log = folder / "log.txt"
+        script = Path(__file__).with_name("paced_steps.py")
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, str(script), str(recipe)),
+                *(f"training.output_dir={folder / 'out'}", f"data.cache_dir={folder / 'cache'}"),
+            ],
+            cwd=checkout,
+            env=os.environ | {"PYTHONPATH": str(checkout)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+        )
+
+    def step(self) -> dict:
+        """Take a step; return its CPU-seconds and the frames of its clips.
+
+        Raises:
+            RuntimeError: the process has ended.
+        """
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args} ended:\n{self.log.read_text()[-2000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def compare_revisions(other: Path, precision: str, report: Report, count: int) -> None:
+    """Take `count` steps of the demo with this checkout and with another, alternately."""
+    case = f"demo {precision}, this checkout / {other.name}"
+    report.start(case)
+    warm_up = CASES["demo"].warm_up
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = write_demo(Path(folder), precision=precision, max_steps=count)
+        weights = {"clips": 0.0, "images": 0.0}
+        read = read_recipe(str(recipe))
+        rows = read.training.global_batch_size
+        for source in read.data.sources:
+            weights["images" if "easy_vqa" in source.rows else "clips"] += source.weight
+        both = {
+            name: PacedSteps(checkout.resolve(), recipe, Path(folder, name))
+            for name, checkout in (("here", Path(__file__).parents[1]), ("there", other))
+        }
+        found = {name: Steps([], [], [], []) for name in both}
+        try:
+            for _ in range(count):
+                for name, paced in both.items():
+                    step = paced.step()
+                    found[name].kinds.append("images" if step["frames"] == 1 else "clips")
+                    found[name].trainer.append(step["seconds"])
+        finally:
+            for paced in both.values():
+                paced.close()
+    here, there = (found[n].mean("trainer", weights, warm_up) for n in ("here", "there"))
+    report.add(
+        case,
+        {
+            "samples per CPU-s, there": rows / there,
+            "samples per CPU-s, here": rows / here,
+            "here / there": there / here,
+        },
+        Goal("here / there", least=AGAINST[precision]),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--against", type=Path, help="a checkout of another revision")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.against is not None:
+        report = Report("train_step", args.output, len(args.precision))
+        for precision in args.precision:
+            compare_revisions(args.against, precision, report, CASES["demo"].steps)
+        report.close()
+        return
+    cases = chosen(CASES, args.only, parser)
+    report = Report("train_step", args.output, len(cases) * len(args.precision))
+    for name in cases:
+        for precision in args.precision:
+            compare(name, precision, report, args.quick)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
