@@ -221,6 +221,18 @@ def tiny_rows(folder: Path) -> Path:
     return write_rows(folder / "rows.jsonl", rows)
 
 
+def two_folders_of_equal_names(parent: Path) -> list[Path]:
+    """Write two folders whose files have equal names, sizes and times, and other pixels."""
+    rows = []
+    for name, color in (("a", 10), ("b", 200)):
+        (parent / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), (color,) * 3).save(parent / name / "clip.bmp")
+        os.utime(parent / name / "clip.bmp", ns=(10**18, 10**18))
+        row = {"image": "clip.bmp", "target": f"folder {name}"}
+        rows.append(write_rows(parent / name / "rows.jsonl", [row]))
+    return rows
+
+
 def tiny_recipe(rows: Path, **training: object) -> Path:
     """Write a recipe for a `tiny_config` model next to its `rows`: fp32, on the CPU."""
     recipe = {
