@@ -136,6 +136,8 @@ class SourceArguments:
         augment: mirror and shift frames at random. Not for texts that mention positions or sides.
         group_by_length: make batches of texts of similar length, to save padding. Their negatives
             then have that length too.
+        rows_per_clip: put up to this many rows of a clip into one batch, where they share one pass
+            of the X-Encoder. They are negatives of each other, unless they share a `group_id`.
         licence: licence of the data, for the model card; nothing else reads it.
     """
 
@@ -153,6 +155,7 @@ class SourceArguments:
     query: str | None = None
     augment: bool = False
     group_by_length: bool = False
+    rows_per_clip: int = 1
     licence: str | None = None
 
     def __post_init__(self):
@@ -162,7 +165,14 @@ class SourceArguments:
             raise RecipeError(
                 f"data.sources: {self.name}: weight is {self.weight}; give more than 0."
             )
-        check_least(self, f"data.sources: {self.name}", shuffle_rows=1)
+        check_least(self, f"data.sources: {self.name}", shuffle_rows=1, rows_per_clip=1)
+        if self.rows_per_clip > 1:
+            for name in ("streaming", "group_by_length", "augment"):
+                if vars(self)[name]:
+                    raise RecipeError(
+                        f"data.sources: {self.name}: rows_per_clip and {name} exclude each other; "
+                        f"set {name} to false, or rows_per_clip to 1."
+                    )
         if self.streaming and self.group_by_length:
             raise RecipeError(
                 f"data.sources: {self.name}: group_by_length needs all rows in memory; set it or "

@@ -121,6 +121,11 @@ def test_apply_override_reads_values_as_yaml(recipe):
         ("training.device_tflops=-1", "training.device_tflops: it is -1.0; give more than 0"),
         ("data.hard_negatives=-1", "data.hard_negatives: it is -1; give 0 or more"),
         ("data.sources=[{rows: a, shuffle_rows: 0}]", "a.shuffle_rows: it is 0; give 1 or more"),
+        ("data.sources=[{rows: a, rows_per_clip: 0}]", "a.rows_per_clip: it is 0; give 1 or more"),
+        (
+            "data.sources=[{rows: a, rows_per_clip: 2, augment: true}]",
+            "a: rows_per_clip and augment exclude each other; set augment to false",
+        ),
         ("data.max_bad_share=2", "data.max_bad_share: it is 2.0; give 0 to 1"),
         ("data.sources=[{rows: a, weight: 0}]", "a: weight is 0.0; give more than 0"),
         ("data.sources=[{rows: a, weight: .inf}]", "a: weight is inf"),

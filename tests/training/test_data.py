@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import datasets
@@ -143,6 +144,39 @@ def test_mixture_groups_rows_by_length_and_skips_no_row():
     order = numbers_of(MixtureSampler([Bucket(1.0, rows=rows, lengths=lengths)], 10, 100, seed=0))
     means = [lengths[batch].mean() for batch in order]
     assert abs(np.corrcoef(means, range(100))[0, 1]) < 0.2  # not from short to long
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_mixture_draws_rows_of_a_clip_together_and_skips_no_row(size):
+    clips = np.random.default_rng(0).integers(0, 200, size=1000)
+    bucket = Bucket(1.0, rows=np.arange(1000), clips=clips, rows_per_clip=size)
+    drawn = numbers_of(MixtureSampler([bucket], 40, 25, seed=0))
+    assert sorted(sum(drawn, [])) == list(range(1000))
+    order = clips[sum(drawn, [])]
+    runs = Counter(len(list(run)) for _, run in groupby(order))
+    # Groups of one clip rarely follow each other, and the last of a clip may be smaller.
+    groups = sum(-(-count // size) for count in Counter(clips.tolist()).values())
+    assert groups - 15 <= sum(runs.values()) <= groups
+    assert runs[size] > 0.6 * 1000 / size
+    distinct = np.mean([len(set(clips[batch])) for batch in drawn])
+    single = numbers_of(MixtureSampler([Bucket(1.0, rows=np.arange(1000))], 40, 25, seed=0))
+    assert distinct < 0.75 * np.mean([len(set(clips[batch])) for batch in single])
+    # Where a clip comes in an epoch does not depend on its number.
+    assert abs(np.corrcoef(order, range(1000))[0, 1]) < 0.15
+
+
+def test_dataset_groups_the_rows_of_a_clip_in_its_buckets(folder, processor):
+    names = [{"video": name} for name in ("wide.mp4", "tall.mkv")] + [{"image": "wide.png"}]
+    rows = [{**name, "query": query, "target": "x"} for query in "abc" for name in names]
+    path = write_rows(folder / "grouped.jsonl", rows)
+    dataset = build(processor, SourceArguments(rows=str(path), rows_per_clip=3))
+    videos, images = dataset.buckets
+    assert videos.rows.tolist() == [0, 1, 3, 4, 6, 7]
+    assert videos.clips[0] == videos.clips[2] == videos.clips[4] != videos.clips[1]
+    assert len(set(images.clips)) == 1 and videos.rows_per_clip == 3
+    (step, *_) = MixtureSampler(dataset.buckets[:1], 3, 2, seed=0)
+    batch = ContrastiveCollator(processor)(dataset.__getitems__(step).samples)
+    assert batch["visual_index"].tolist() == [0, 0, 0] and len(batch["frames"]) == 1
 
 
 # test_mixture.py has the tests of streamed sources in a mixture.

@@ -219,6 +219,10 @@ class ContrastiveDataset(torch.utils.data.Dataset):
             lengths = None
             if source.arguments.group_by_length:
                 lengths = np.array([len(row["query"]) + len(row["target"]) for row in source.rows])
+            clips, rows_per_clip = None, source.arguments.rows_per_clip
+            if rows_per_clip > 1:
+                keys = [clip_key(row) for row in source.rows]
+                clips = np.unique(keys, return_inverse=True)[1]
             for kind in (is_video, ~is_video):
                 if kind.any():
                     self.buckets.append(
@@ -227,6 +231,8 @@ class ContrastiveDataset(torch.utils.data.Dataset):
                             index,
                             rows=len(self.rows) + np.flatnonzero(kind),
                             lengths=None if lengths is None else lengths[kind],
+                            clips=None if clips is None else clips[kind],
+                            rows_per_clip=rows_per_clip,
                         )
                     )
             self.rows += source.rows

@@ -36,6 +36,8 @@ class Bucket:
         rows (`np.ndarray` of shape `(n,)`, *optional*): indices of the rows, if they are in memory.
         lengths (`np.ndarray` of shape `(n,)`, *optional*): lengths of the rows' texts. With them, a
             batch holds rows of about one length.
+        clips (`np.ndarray` of shape `(n,)`, *optional*): number of each row's clip.
+        rows_per_clip: with `clips`, up to this many rows of a clip are drawn together.
         streamed: the source from which the rows are read, if they are not in memory.
     """
 
@@ -43,6 +45,8 @@ class Bucket:
     source: int = 0
     rows: np.ndarray | None = None
     lengths: np.ndarray | None = None
+    clips: np.ndarray | None = None
+    rows_per_clip: int = 1
     streamed: StreamedSource | None = None
 
 
@@ -63,6 +67,24 @@ class Step:
     rows: list[list[int | dict]]
     replacements: list[int | dict]
     bad: list[BadRow] = field(default_factory=list)
+
+
+def group_by_clip(clips: np.ndarray, size: int) -> np.ndarray:
+    """Return an order of rows in which up to `size` rows of a clip follow each other.
+
+    Every group is at the index of its first row, so a random order of rows gives a random order of
+    groups.
+
+    Args:
+        clips (`np.ndarray` of shape `(n,)`): number of each row's clip.
+    """
+    sorted_rows = np.argsort(clips, kind="stable")
+    sorted_clips = clips[sorted_rows]
+    # How many earlier rows have the same clip.
+    earlier = np.arange(len(clips)) - np.searchsorted(sorted_clips, sorted_clips)
+    first_row = np.empty_like(sorted_rows)  # of each row's group
+    first_row[sorted_rows] = sorted_rows[np.arange(len(clips)) - earlier % size]
+    return np.argsort(first_row, kind="stable")
 
 
 class ShuffledRows:
@@ -86,6 +108,10 @@ class ShuffledRows:
 
     def shuffled_order(self, generator: np.random.Generator) -> np.ndarray:
         """Return all rows in the order of one epoch."""
+        if self.bucket.clips is not None:
+            order = generator.permutation(len(self.bucket.rows))
+            order = order[group_by_clip(self.bucket.clips[order], self.bucket.rows_per_clip)]
+            return self.bucket.rows[order]
         if self.bucket.lengths is None:
             return generator.permutation(self.bucket.rows)
         # Lengths are sorted within windows of a random order. If all rows were sorted at once, a
