@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention import from_config
 from .input_checks import IGNORED, position_limit
 
 MAX_NEW_TOKENS = 64  # default of `generate`; the default of transformers, 20, cuts sentences
@@ -44,7 +45,7 @@ class YDecoder(nn.Module):
     def __init__(self, config: PreTrainedConfig, embedding_dim: int, prefix_tokens: int):
         super().__init__()
         self.prefix_projection = nn.Linear(embedding_dim, prefix_tokens * config.hidden_size)
-        self.backbone = AutoModelForCausalLM.from_config(config)
+        self.backbone = from_config(AutoModelForCausalLM, config)
         self.backbone.generation_config.max_new_tokens = MAX_NEW_TOKENS
         self.limit = position_limit(self.backbone)
 

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attention import from_config
 from .embedding_head import masked_mean
 from .input_checks import check_tokens, position_limit
 
@@ -102,7 +103,7 @@ class YEncoder(nn.Module):
             )
         if pooling not in POOLINGS:
             raise ValueError(f"text_pooling is {pooling!r}: expected one of {POOLINGS}.")
-        self.backbone = AutoModel.from_config(config)
+        self.backbone = from_config(AutoModel, config)
         if config.is_encoder_decoder:
             self.backbone = self.backbone.get_encoder()
         if "pooler" in dict(self.backbone.named_children()):
