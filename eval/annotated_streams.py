@@ -9,6 +9,7 @@ Shapes: S windows of a stream, A its annotations, D embedding size.
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from tqdm import tqdm
 
 from eval.task import Task
 from modeling_vljepa.pipelines.segmentation import as_unit
-from modeling_vljepa.pipelines.stream_session import StreamEncoder
+from modeling_vljepa.pipelines.stream_session import EmbeddedWindow, StreamEncoder
 from processing import MediaError
 from processing.rows import BadRow
+from processing.stream_store import StoredStream
 
 LATE = 1.0  # seconds: `end_time` is the last frame's beginning, so annotations may be a bit later
 
@@ -102,32 +104,48 @@ class EmbeddedStream:
     end_time: float
 
 
+def embed_windows(task: Task, video: str) -> tuple[list[EmbeddedWindow], int]:
+    """Return the embedded windows of a video, and the number of its broken frames."""
+    encoder, benchmark = StreamEncoder(task.vljepa, task.processor, task.query), task.benchmark
+    if task.features is not None:
+        stored = task.features.stream(video, stride=benchmark.stride, fps=benchmark.fps)
+        return list(embed_stored(encoder, stored, task.batch_size)), stored.broken
+    with task.processor.watch(
+        video, window=benchmark.num_frames, stride=benchmark.stride, fps=benchmark.fps
+    ) as windows:
+        return list(encoder.stream(windows, task.batch_size)), windows.report.broken
+
+
+def embed_stored(
+    encoder: StreamEncoder, stored: StoredStream, batch_size: int
+) -> Iterator[EmbeddedWindow]:
+    """Embed the windows of a stored stream."""
+    model = encoder.model
+    for times, tokens in stored.batches(batch_size):
+        yield from encoder.embed_encoded(times, tokens.to(model.device, model.dtype))
+
+
 def embed_streams(
     task: Task, streams: list[AnnotatedStream]
 ) -> tuple[list[EmbeddedStream], list[str]]:
     """Embed every window of every stream, with the query, window and stride of the benchmark.
 
+    With `task.features`, no frame is decoded and the X-Encoder is not run.
+
     Returns: the streams, and a sentence for each stream or frame that could not be read and for
         annotations after the end of a video.
-    Raises: `ValueError` if no stream can be read.
+    Raises: `ValueError` if no stream can be read, `FeatureError` for one that is not stored.
     """
-    model, benchmark = task.vljepa.eval(), task.benchmark
+    task.vljepa.eval()
     left_out: list[str] = []
     found = []
     for stream in tqdm(streams, "streams"):
-        encoder = StreamEncoder(model, task.processor, task.query)
         try:
-            with task.processor.watch(
-                stream.video,
-                window=benchmark.num_frames,
-                stride=benchmark.stride,
-                fps=benchmark.fps,
-            ) as windows:
-                embedded = list(encoder.stream(windows, task.batch_size))
+            embedded, broken = embed_windows(task, stream.video)
         except MediaError as error:
             left_out.append(f"line {stream.line}: {error}")
             continue
-        if broken := windows.report.broken:
+        if broken:
             left_out.append(f"line {stream.line}: {broken} broken frames of {stream.video}")
         if not embedded:
             left_out.append(f"line {stream.line}: {stream.video} has no frames")
@@ -152,4 +170,4 @@ def embed_streams(
     return found, left_out
 
 
-__all__ = ["AnnotatedStream", "EmbeddedStream", "embed_streams", "read_streams"]
+__all__ = ["AnnotatedStream", "EmbeddedStream", "embed_stored", "embed_streams", "read_streams"]

@@ -20,6 +20,7 @@ from eval.task import Task
 from eval.tasks import TASKS
 from processing.feature_store import FeatureError, FeatureStore
 from processing.output import check_output_folder, writing
+from processing.stream_store import StreamStore
 
 
 def at_least_one(text: str) -> int:
@@ -47,7 +48,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--features",
         type=Path,
-        help="a store of training.cache_features that contains every file",
+        help="a store of training.cache_features that contains every file or stream",
     )
     args = parser.parse_args(argv)
     if args.features is not None and args.ablation == "grey":
@@ -64,7 +65,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def write_results(
-    path: Path, model_name: str, results: list[TaskResult], features: FeatureStore | None = None
+    path: Path,
+    model_name: str,
+    results: list[TaskResult],
+    features: FeatureStore | StreamStore | None = None,
 ) -> None:
     """Write the scores and everything that they depend on.
 
@@ -100,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     for benchmark in benchmarks:
         print(f"{benchmark.name}: {benchmark.description}")
         if args.features is not None:
-            features = FeatureStore.open(
+            features = TASKS[benchmark.task].features.open(
                 args.features,
                 model.base_model,
                 processor.video_processor,

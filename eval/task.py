@@ -23,6 +23,7 @@ from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.feature_store import FeatureStore
 from processing.rows import BadRow, media_of, read_rows
+from processing.stream_store import StreamStore
 
 
 def usable_rows(path: Path) -> tuple[list[dict], list[BadRow]]:
@@ -99,8 +100,8 @@ class Task:
         batch_size (`int`, *optional*, defaults to 64): clips or texts per forward pass.
         ablation (`str`, *optional*, defaults to `"none"`): see [`predict_rows`].
         limit (`int`, *optional*): measure on the first `limit` rows only.
-        features (`FeatureStore`, *optional*): visual tokens to read in place of the clips; opened
-            for this model.
+        features (`FeatureStore` or `StreamStore`, *optional*): visual tokens to read in place of
+            clips or streams; opened for this model by the kind's `features`.
     """
 
     model: VLJEPAModel | VLJEPAForConditionalGeneration
@@ -110,7 +111,7 @@ class Task:
     batch_size: int = 64
     ablation: str = "none"
     limit: int | None = None
-    features: FeatureStore | None = None
+    features: FeatureStore | StreamStore | None = None
 
     @property
     def vljepa(self) -> VLJEPAModel:
@@ -257,6 +258,7 @@ class Kind:
         examples (`str`): how the report shows the examples. `"answers"`: a clip with its ranked
             answers. `"clips"`: a text with its ranked clips. `"captions"`: a clip with captions
             and their CIDEr.
+        features (`type`): what reads the visual tokens of its media from a feature store.
     """
 
     name: str
@@ -265,6 +267,7 @@ class Kind:
     needs_decoder: bool
     hub_tasks: dict[str, str]
     examples: Literal["answers", "clips", "captions"]
+    features: type[FeatureStore] | type[StreamStore] = FeatureStore
 
 
 __all__ = ["Benchmark", "Kind", "Task", "one_row_per_clip", "sha256", "usable_rows"]

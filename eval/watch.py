@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from eval.annotated_streams import embed_stored
 from eval.models import load_model
 from eval.subtitles import clock, one_line, write_subtitles
 from eval.timeline import timeline
@@ -36,6 +37,7 @@ from modeling_vljepa.pipelines.pipeline_vljepa import VLJEPAStreamingCaptionPipe
 from modeling_vljepa.pipelines.stream_session import EmbeddedWindow
 from processing import FrameStream, StreamReport, VLJEPAProcessor, WindowStream
 from processing.output import check_output_folder, writing
+from processing.stream_store import StreamStore
 
 SETTINGS = tuple(inspect.signature(OnlineSegmenter).parameters)
 FILE_BATCH = 8  # windows per forward pass of a file; a live source cannot wait and takes one
@@ -71,6 +73,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--threshold", type=float, help="offline: merge segments below this Ward distance"
     )
     parser.add_argument("--allow-urls", action="store_true", help="open an http(s) or rtsp address")
+    parser.add_argument(
+        "--features", type=Path, help="a feature store that holds these windows of the file"
+    )
     parser.add_argument("--output", type=Path, help="folder for subtitles and timeline")
     return parser.parse_args(argv)
 
@@ -253,11 +258,15 @@ def watch(
     return watched
 
 
-def summary(watched: Watched, report: StreamReport, size: int) -> str:
+def summary(watched: Watched, size: int, report: str) -> str:
     """Summarise a stream that was watched in windows of `size` frames."""
     decodes, windows = len(watched.captions), len(watched.times)
+    return f"{windows} windows of {size} frames, {decodes} decodes instead of {windows}\n{report}"
+
+
+def counts(report: StreamReport) -> str:
+    """Return the counts of a source that was read."""
     return (
-        f"{windows} windows of {size} frames, {decodes} decodes instead of {windows}\n"
         f"{report.frames} frames, {report.dropped} dropped, {report.broken} broken, "
         f"{report.size_changes} changes of size, {report.leaps} leaps in time, {report.stalls} "
         f"stalls; {report.ended or 'interrupted'}"
@@ -274,6 +283,12 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(args.model)
     windows = open_source(args, processor)
     seconds = seconds_of(windows.frames)
+    stored = None
+    if args.features is not None:
+        store = StreamStore.open(
+            args.features, model.base_model, processor.video_processor, num_frames=windows.window
+        )
+        stored = store.stream(args.source, stride=windows.stride, fps=args.fps)
 
     # 2. the model as a pipeline, and a new session
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -282,10 +297,15 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. watch
     size = args.batch_size if args.batch_size is not None else FILE_BATCH if seconds else 1
+    encoder = StreamEncoder(model, processor, args.query)
     with windows:
-        embedded = StreamEncoder(model, processor, args.query).stream(windows, size)
-        watched = watch(session, embedded, seconds)
-    print(summary(watched, windows.report, windows.window))
+        if stored is None:
+            watched = watch(session, encoder.stream(windows, size), seconds)
+            report = counts(windows.report)
+        else:
+            watched = watch(session, embed_stored(encoder, stored, size), seconds)
+            report = f"from {args.features}, {stored.broken} broken frames"
+    print(summary(watched, windows.window, report))
 
     # 4. subtitles and timeline
     if args.output is not None:

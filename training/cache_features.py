@@ -2,8 +2,11 @@
 
     python -m training.cache_features RECIPE.yaml --output DIR [--dtype int8] [training.seed=1 …]
     torchrun --nproc_per_node 2 -m training.cache_features RECIPE.yaml --output DIR
+    python -m training.cache_features RECIPE.yaml --output DIR \\
+        --streams BENCHMARK --benchmarks eval/streams.yaml
 
-The same command continues after a killed run. docs/features.md explains when a store saves time.
+With `--streams` it also stores every window of the streams of these benchmarks. The same command
+continues after a killed run. docs/features.md explains when a store saves time.
 """
 
 import argparse
@@ -39,6 +42,7 @@ from training.data.feature_writer import (
     write_shards,
 )
 from training.data.sources import Source, StreamedSource, read_source
+from training.data.stream_writer import Settings, streams_of, write_stream
 from training.loop.distributed import rank, world_size
 from training.model.adapters import store_frozen_in_bf16
 from training.model.recipe_model import start_model
@@ -231,6 +235,31 @@ def write(
         print(report(folder, facts))
 
 
+def write_streams(
+    folder: Path,
+    streams: list[tuple[str, Settings]],
+    facts: dict,
+    model: VLJEPAModel,
+    processor: VLJEPAProcessor,
+    bf16: bool,
+    options: argparse.Namespace,
+) -> None:
+    """Write this process's streams, and print the number of their windows."""
+    for video, settings in streams[rank() :: world_size()]:
+        count = write_stream(
+            folder,
+            video,
+            settings,
+            facts,
+            model,
+            processor,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            bf16=bf16,
+        )
+        print(f"{video}: {count} windows of {settings[0]} frames", flush=True)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="training.cache_features", description=__doc__.split("\n")[0]
@@ -245,7 +274,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="dtype of the stored features; int8 halves the size",
     )
     parser.add_argument("--batch-size", type=at_least_one, default=32, help="clips per batch")
-    return parser.parse_intermixed_args(argv)
+    parser.add_argument(
+        "--streams", nargs="+", default=[], metavar="BENCHMARK", help="benchmarks of streams"
+    )
+    parser.add_argument(
+        "--benchmarks", type=Path, help="file of the benchmarks that --streams names"
+    )
+    options = parser.parse_intermixed_args(argv)
+    if bool(options.streams) != (options.benchmarks is not None):
+        parser.error("--streams and --benchmarks: give both or neither")
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -260,6 +298,9 @@ def main(argv: list[str] | None = None) -> None:
     args = recipe.training
     model, processor, dataset = read_as_training(recipe)
     video = processor.video_processor
+    streams = []
+    if options.streams:
+        streams = streams_of(options.benchmarks, options.streams, video.num_frames)
 
     # 2. A new store, or one to continue; the first process locks it for all of this run
     clips = distinct_clips(dataset.rows)
@@ -269,11 +310,14 @@ def main(argv: list[str] | None = None) -> None:
         with args.main_process_first(local=False, desc="finding the folder"):
             begin(folder, plan)
         if (folder / FACTS).is_file():
-            facts = read_facts(folder / FACTS)
-            FeatureStore(folder, facts).check(dataset.rows)
-            print_once(f"complete already. {report(folder, facts)}")
-            return
-        write(folder, plan, clips, dataset, Encoder(model, video, args.bf16), recipe, options)
+            stored = read_facts(folder / FACTS)
+            FeatureStore(folder, stored).check(dataset.rows)
+            print_once(f"complete already. {report(folder, stored)}")
+        else:
+            write(folder, plan, clips, dataset, Encoder(model, video, args.bf16), recipe, options)
+
+    # 3. The streams of benchmarks, each by one process
+    write_streams(folder, streams, facts, model.eval(), processor, args.bf16, options)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from modeling_vljepa import VLJEPAForConditionalGeneration
 from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, Segment, WardSegmenter, as_unit
 from processing import Excerpt, VLJEPAProcessor
 from processing.rows import BadRow
+from processing.stream_store import StreamStore
 
 BUDGETS = (2.0, 1.0, 0.5, 0.35, 0.2, 0.1, 0.05, 0.02, 0.01)  # decodes per second
 REFERENCE_DENSITY = 2.5  # decodes per annotation
@@ -413,7 +414,8 @@ class StreamingBenchmark(Benchmark):
 def evaluate(task: Task) -> TaskResult:
     """Embed the streams, choose, decode and compare.
 
-    Raises: `ValueError` for a model without a Y-Decoder, for an ablation and for a feature store.
+    Raises: `ValueError` for a model without a Y-Decoder and for an ablation, `FeatureError` for
+        streams that are not in the feature store.
     """
     check(task)
     benchmark = task.benchmark
@@ -455,10 +457,8 @@ def check(task: Task) -> None:
             f"{name}: this decoder reads the text before, and here texts are decoded independently "
             "of each other. Take one without decoder_reads_previous."
         )
-    if task.ablation != "none" or task.features is not None:
-        raise ValueError(
-            f"{name}: streams are read window by window, with neither --ablation nor --features."
-        )
+    if task.ablation != "none":
+        raise ValueError(f"{name}: streams are read window by window, without --ablation.")
     if task.limit is not None and task.limit < 1:
         raise ValueError(f"{name}: limit is {task.limit}: give at least 1 stream.")
     if sha256(benchmark.rows) == sha256(benchmark.validation_rows):
@@ -552,6 +552,7 @@ KIND = Kind(
     needs_decoder=True,
     hub_tasks=dict.fromkeys(("image", "video"), "video-text-to-text"),
     examples="captions",
+    features=StreamStore,
 )
 
 __all__ = ["KIND", "StreamingBenchmark", "evaluate"]

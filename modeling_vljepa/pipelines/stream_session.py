@@ -92,12 +92,24 @@ class StreamEncoder:
     @torch.no_grad()
     def embed(self, windows: list[FrameWindow]) -> list[EmbeddedWindow]:
         """Embed a batch of windows with the same number of frames."""
-        visual = self.encode(windows)  # (B, N, Dx)
-        predicted = self.predict(visual, self.query).float().cpu()  # (B, D)
+        times = [(window.times[0], window.times[-1]) for window in windows]
+        return self.embed_encoded(times, self.encode(windows))
+
+    @torch.no_grad()
+    def embed_encoded(
+        self, times: list[tuple[float, float]], visual_embeds: torch.Tensor
+    ) -> list[EmbeddedWindow]:
+        """Embed windows that are encoded already.
+
+        Args:
+            times: seconds of the first and the last frame of each window.
+            visual_embeds: their visual tokens `(B, N, Dx)`.
+        """
+        predicted = self.predict(visual_embeds, self.query).float().cpu()  # (B, D)
         return [
-            EmbeddedWindow(window.times[0], window.times[-1], embedding, visual_embeds)
-            for window, embedding, visual_embeds in zip(
-                windows, predicted, visual.cpu(), strict=True
+            EmbeddedWindow(start, end, embedding, tokens)
+            for (start, end), embedding, tokens in zip(
+                times, predicted, visual_embeds.cpu(), strict=True
             )
         ]
 

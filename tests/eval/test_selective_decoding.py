@@ -1,6 +1,8 @@
 """Selective decoding, measured on streams whose right scores are known."""
 
+import dataclasses
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from eval.evaluate import main
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
 from eval.task import Task
-from eval.tasks import captioning, selective_decoding
+from eval.tasks import TASKS, captioning, selective_decoding
 from eval.tasks.selective_decoding import (
     Captions,
     Choice,
@@ -32,8 +34,13 @@ from eval.tasks.selective_decoding import (
     thresholds,
     uniform,
 )
+from modeling_vljepa import VLJEPAModel
 from modeling_vljepa.pipelines.segmentation import as_unit
+from processing import MediaError, VLJEPAProcessor
+from processing.feature_store import FeatureError, made_with
+from processing.stream_store import StreamStore
 from tests.tiny import noise, tiny_model, tiny_processor, tiny_writer, write_clip, write_rows
+from training.data.stream_writer import streams_of, write_stream
 
 WORDS = ("red", "blue", "green", "grey", "purple", "ball", "box", "key", "door", "lamp", "cup")
 TEXTS = [f"the agent went to the {a} {b} {c}" for a, b, c in combinations(WORDS, 3)]
@@ -375,7 +382,7 @@ def test_evaluate_measures_streams_and_rejects_an_ablation(data: Path, short: No
     report = (data / "model/eval/report.html").read_text(encoding="utf-8")
     assert "CIDEr over the time between decodes" in report and "missing.mp4" in report
     assert "CIDEr at 0.01 Hz" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="neither --ablation"):
+    with pytest.raises(ValueError, match="without --ablation"):
         main([*options, "--tasks", "tiny", "--ablation", "grey"])
 
 
@@ -432,6 +439,96 @@ def test_embed_streams_does_not_depend_on_the_batch_size(data: Path) -> None:
         np.testing.assert_allclose(first.embeds, again.embeds, atol=1e-6)
         assert first.times.tolist() == again.times.tolist()
         assert first.end_time == again.end_time
+
+
+@pytest.fixture
+def stored(data: Path) -> Path:
+    """Store the streams in several parts each; the third of `streams.jsonl` is no video."""
+    shutil.copy(data / "a.mp4", data / "b.mp4")
+    (data / "torn.mp4").write_bytes(b"no video")
+    torn = json.loads((data / "val.jsonl").read_text()) | {"video": "torn.mp4"}
+    with open(data / "streams.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(torn) + "\n")
+    model, processor, store = tiny_model(), tiny_processor(), data / "store"
+    store.mkdir()
+    (store / "plan.json").touch()
+    facts = made_with(model, processor.video_processor, 8)
+    options = {"dtype": "bfloat16", "batch_size": 3, "bf16": False, "part_bytes": 2000}
+    counts = [
+        write_stream(store, video, settings, facts, model.eval(), processor, **options)
+        for video, settings in streams_of(data / "streams.yaml", ["tiny"], 8)
+    ]
+    assert counts == [17, 17, 0]
+    # The videos have one content, so they share the files: a part for every three windows.
+    assert len(list(store.glob("stream-*.safetensors"))) == 6
+    return store
+
+
+def test_embed_streams_from_a_feature_store_equals_live_ones(data: Path, stored: Path) -> None:
+    """No frame is decoded, and the X-Encoder is not run."""
+    model, processor = tiny_writer().eval(), tiny_processor()
+    model.vljepa.load_state_dict(tiny_model().state_dict())
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    streams, _ = benchmark.load()
+    expected, reasons = embed_streams(Task(model, processor, benchmark), streams)
+    shutil.move(data / "a.mp4", data / "moved.mp4")
+    (data / "a.mp4").symlink_to(data / "moved.mp4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VLJEPAModel, "encode_video", None)  # a call would raise a TypeError
+        patch.setattr(VLJEPAProcessor, "watch", None)
+        store = StreamStore.open(stored, model.vljepa, processor.video_processor)
+        task = Task(model, processor, benchmark, features=store, batch_size=7)
+        found, left_out = embed_streams(task, streams)
+    assert left_out == reasons and "torn.mp4: " in left_out[0]
+    for each, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(each.embeds, wanted.embeds, atol=5e-3)
+        assert each.times.tolist() == wanted.times.tolist()
+        assert each.end_time == wanted.end_time
+    assert np.abs(found[0].embeds[0] - expected[0].embeds[9]).max() > 0.02  # positive control
+    assert 0 < store.precision()["relative_error"]["mean"] < 4e-3
+
+
+def test_stream_store_rejects_other_windows_models_and_videos(data: Path, stored: Path) -> None:
+    model, processor = tiny_model(), tiny_processor()
+    store = StreamStore.open(stored, model, processor.video_processor)
+    video = str(data / "a.mp4")
+    assert len(store.stream(video, stride=1, fps=None)) == 17
+    with pytest.raises(FeatureError, match="a.mp4 is not in it.*stride 2, all frames.*--streams"):
+        store.stream(video, stride=2, fps=None)
+    with pytest.raises(FeatureError, match="windows of 2 frames.*4 frames per second"):
+        other = StreamStore.open(stored, model, processor.video_processor, num_frames=2)
+        other.stream(video, stride=1, fps=4)
+    with pytest.raises(FeatureError, match="the X-Encoder has other weights"):
+        other = StreamStore.open(stored, tiny_model(seed=1), processor.video_processor)
+        other.stream(video, stride=1, fps=None)
+    with pytest.raises(MediaError, match=r"torn\.mp4: "):
+        store.stream(str(data / "torn.mp4"), stride=1, fps=None)
+    write_clip(data / "a.mp4", 255 - noise(20, 40, 40, 3))
+    with pytest.raises(FeatureError, match="a.mp4 is not in it, or has changed"):
+        store.stream(video, stride=1, fps=None)
+    with pytest.raises(FeatureError, match="there is no stored stream"):
+        StreamStore.open(data, model, processor.video_processor)
+
+
+def test_evaluate_opens_the_streams_of_a_feature_store(
+    data: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_writer()
+    model.vljepa.load_state_dict(tiny_model().state_dict())
+    model.save_pretrained(data / "model")
+    tiny_processor().save_pretrained(data / "model")
+
+    def measured(task: Task) -> None:
+        streams, _ = task.benchmark.load()
+        found, _ = embed_streams(task, streams)
+        raise InterruptedError(f"{task.features.folder}: {len(found)} streams")
+
+    kind = dataclasses.replace(TASKS["streaming"], evaluate=measured)
+    monkeypatch.setitem(TASKS, "streaming", kind)
+    monkeypatch.setattr(VLJEPAModel, "encode_video", None)  # a call would raise a TypeError
+    options = ["--model", str(data / "model"), "--benchmarks", str(data / "streams.yaml")]
+    with pytest.raises(InterruptedError, match=f"{stored}: 2 streams"):
+        main([*options, "--tasks", "tiny", "--features", str(stored)])
 
 
 def test_evaluate_rejects_a_model_without_a_decoder_for_streams(data: Path) -> None:

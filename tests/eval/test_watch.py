@@ -18,11 +18,13 @@ from eval.watch import FILE_BATCH, Watched, main, uninterrupted, watch
 from modeling_vljepa import StreamSession, WardSegmenter, stream
 from modeling_vljepa.pipelines.pipeline_vljepa import VLJEPAStreamingCaptionPipeline
 from modeling_vljepa.pipelines.stream_session import EmbeddedWindow
+from processing.feature_store import made_with
 from tests.eval.test_subtitles import parsed
 from tests.pipelines.rounding import clear_choices
 from tests.pipelines.test_pipeline_streaming import QUICK, TEXTS
 from tests.pipelines.test_stream_session import cut, quick, scenes
 from tests.tiny import tiny_model, tiny_processor, tiny_writer, write_clip
+from training.data.stream_writer import write_stream
 
 SETTINGS = ["--segmenter", *(f"{name}={value}" for name, value in QUICK.items())]
 LINE = re.compile(r"(\d\d:\d\d:\d\d\.\d) → (\d\d:\d\d:\d\d\.\d)  (.+)  \((\d\.\d\d)\)")
@@ -70,6 +72,25 @@ def test_watch_command_prints_and_writes_the_captions_of_the_pipeline(folder, ca
         spans = [each[:2] for each in parsed(out / name)]
         assert np.allclose(spans, [(each["start"], each["end"]) for each in captions], atol=1e-3)
     assert (out / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_watch_command_reads_the_windows_of_a_feature_store(folder, capsys, tmp_path, monkeypatch):
+    options = [*SETTINGS, "--query", "a", "--candidates", *TEXTS]
+    main(command(folder, *options, model="mute"))
+    live = capsys.readouterr().out.splitlines()
+    model, processor = load_model(str(folder / "mute"))
+    facts = made_with(model, processor.video_processor, 4)
+    (tmp_path / "plan.json").touch()
+    store = {"dtype": "bfloat16", "batch_size": 16, "bf16": False}
+    write_stream(tmp_path, str(folder / "clip.mp4"), (4, 2, None), facts, model, processor, **store)
+    monkeypatch.setattr(type(model), "encode_video", None)  # a call would raise a TypeError
+    options += ["--features", str(tmp_path)]
+    main(command(folder, *options, model="mute"))
+    stored = capsys.readouterr().out.splitlines()
+    assert stored[:4] == live[:4]  # three captions, and the numbers of windows and decodes
+    assert stored[4] == f"from {tmp_path}, 0 broken frames"
+    with pytest.raises(ValueError, match="clip.mp4 is not in it.*stride 3"):
+        main(command(folder, *options, "--stride", "3", model="mute"))
 
 
 @pytest.mark.parametrize("options", [("--segments", "4"), ("--threshold", "0.5")])

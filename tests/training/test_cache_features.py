@@ -20,13 +20,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from modeling_vljepa import StreamEncoder
 from processing.feature_store import FeatureError
 from processing.output import OutputError
+from processing.stream_store import StreamStore
 from tests.full_disk import message_on_a_full_disk
 from tests.tiny import noise, tiny_recipe, tiny_rows, write_rows
 from training import cache_features
-from training.arguments import RecipeError
-from training.cache_features import main
+from training.arguments import RecipeError, read_recipe
+from training.cache_features import main, read_as_training
 from training.data import feature_writer
 from training.data.feature_writer import (
     begin,
@@ -434,6 +436,44 @@ def test_cache_features_rejects_a_store_of_other_clips(recipe, whole, tmp_path):
     sources = json.dumps([{"rows": str(write_rows(tmp_path / "fewer.jsonl", [row]))}])
     with pytest.raises(FeatureError, match=r"media is 9 clips .* there and 1 clips .* here"):
         cache(recipe, whole, f"data.sources={sources}", "model.vocab_size=300")
+
+
+def test_cache_features_adds_the_windows_of_streams(recipe, tmp_path, capsys, monkeypatch):
+    for name in ("wide.mp4", "tall.mkv"):
+        row = {"video": str(recipe.parent / name), "events": [{"time": 0, "text": "a cat"}]}
+        write_rows(tmp_path / f"{name}.jsonl", [row])
+    clips = {"task": "retrieval", "description": "Clips.", "rows": f"{tmp_path}/wide.mp4.jsonl"}
+    streams = clips | {"task": "streaming", "stride": 2, "num_frames": 2}
+    streams["validation_rows"] = f"{tmp_path}/tall.mkv.jsonl"
+    file = tmp_path / "benchmarks.yaml"
+    file.write_text(json.dumps({"streams": streams, "clips": clips}))
+    folder, options = tmp_path / "store", ["--dtype", "int8", "--benchmarks", str(file)]
+    cache(recipe, folder, *options, "--streams", "streams")
+    assert "wide.mp4: 3 windows of 2 frames" in capsys.readouterr().out
+    before = content(folder)
+    facts = [json.loads(before[name]) for name in before if re.fullmatch("stream-.*json", name)]
+    assert sorted((len(each["times"]), each["dtype"]) for each in facts) == [
+        (3, "int8"),
+        (5, "int8"),
+    ]
+    monkeypatch.setattr(StreamEncoder, "encode", None)  # a call would raise a TypeError
+    cache(recipe, folder, *options, "--streams", "streams")
+    assert content(folder) == before
+    model, processor, _ = read_as_training(read_recipe(str(recipe), []))
+    store = StreamStore.open(folder, model, processor.video_processor, num_frames=2)
+    video = str(recipe.parent / "tall.mkv")
+    read_back = list(store.stream(video, stride=2, fps=None).batches(3))
+    assert [len(times) for times, _ in read_back] == [3, 2]
+    with processor.watch(video, window=2, stride=2) as windows:
+        pixels = torch.stack([window.pixel_values for window in windows])
+    live = model.encode_video(pixels)
+    error = (torch.cat([tokens for _, tokens in read_back]).float() - live).norm() / live.norm()
+    assert 1e-4 < error < 0.02
+    with pytest.raises(FeatureError, match="--streams: clips has no streams"):
+        cache(recipe, folder, *options, "--streams", "clips")
+    with pytest.raises(SystemExit):
+        cache(recipe, folder, "--streams", "streams")
+    assert "give both or neither" in capsys.readouterr().err
 
 
 def test_cache_features_rejects_a_folder_with_other_files(recipe, tmp_path):
