@@ -30,7 +30,7 @@ def plain(predicted: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, id
     logits = scale * (predicted @ target.T)  # (B, B)
     equal = (ids[:, None] == ids).fill_diagonal_(False)
     logits = logits.masked_fill(equal, -torch.inf)
-    labels = torch.arange(len(ids))
+    labels = torch.arange(len(ids), device=ids.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
