@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaModel
 
 from modeling_vljepa.predictor import Predictor
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import SUB_CONFIGS, tiny_config, tiny_model
 
 VISUAL, LENGTH = 6, 5
 BACKENDS = ("sdpa", "eager")
@@ -52,7 +52,7 @@ def reaction(
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_predictor_visual_tokens_see_the_last_query_token(
-    visual_embeds, input_ids, backend, padded
+    visual_embeds, input_ids, backend, padded, monkeypatch
 ):
     """Disabling causality on the attention modules alone has no effect with some back-ends, and
     works for unpadded batches only with others."""
@@ -60,6 +60,7 @@ def test_predictor_visual_tokens_see_the_last_query_token(
     assert reaction(module, visual_embeds, input_ids, padded).min() > 1e-3
     causal = copy.deepcopy(module)  # positive control
     causal.backbone.config.is_causal = True
+    monkeypatch.setattr("modeling_vljepa.predictor.mask_for", lambda config, states, mask: mask)
     assert reaction(causal, visual_embeds, input_ids, padded).max() < 1e-6
 
 
@@ -102,6 +103,31 @@ def test_predictor_is_independent_of_padding_and_batch(visual_embeds, input_ids,
     unmasked = read(module, visual_embeds, input_ids)
     moved = (unmasked - states)[:, :VISUAL].abs().amax(dim=(1, 2))
     assert moved[0] < 1e-5 and moved[1] > 1e-3 and moved[2] > 1e-3
+
+
+@pytest.mark.parametrize("length", [4, 30])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predictor_equals_its_backbone_with_the_mask_of_padding(backend, family, length):
+    """Mistral's window of 8 tokens is kept: 6 visual tokens and 30 of a query are more."""
+    window = {"sliding_window": 8} if family == "mistral" else {}
+    config = SUB_CONFIGS["predictor_config"] | {"model_type": family, **window}
+    module = tiny_model(predictor_config=config).predictor
+    module.backbone.set_attn_implementation(backend)
+    generator = torch.Generator().manual_seed(0)
+    visual = torch.randn(3, VISUAL, 48, generator=generator)
+    ids = torch.randint(3, 300, (3, length), generator=generator)
+    mask = (torch.arange(length) < torch.tensor([[length], [3], [0]])).long()
+    states, joined = module(visual, ids, mask)
+    query = module.backbone.get_input_embeddings()(ids)
+    expected = module.backbone(
+        inputs_embeds=torch.cat([module.visual_projection(visual), query], dim=1),
+        attention_mask=joined,
+    ).last_hidden_state
+    is_real = joined.bool()  # padding sees no token within Mistral's window
+    torch.testing.assert_close(
+        states.last_hidden_state[is_real], expected[is_real], rtol=0, atol=1e-5
+    )
 
 
 def test_predictor_with_empty_query_reads_the_visual_tokens(visual_embeds):

@@ -1,11 +1,15 @@
 """Training from a recipe to a saved folder, with a model of 200,000 parameters."""
 
+import copy
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +20,13 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 from transformers.utils import is_torchao_available
 
@@ -37,7 +48,12 @@ from tests.tiny import (
 from training.arguments import ModelArguments, ProcessorArguments, RecipeError
 from training.loop import grad_cache
 from training.loop.trainer import VLJEPATrainer
-from training.model.adapters import AdaptedModel, add_adapters, prepare_for_training
+from training.model.adapters import (
+    AdaptedModel,
+    add_adapters,
+    prepare_for_training,
+    store_frozen_in_bf16,
+)
 from training.model.recipe_model import load_checkpoint, new_model
 from training.train import main
 
@@ -211,6 +227,121 @@ def test_grad_cache_trains_like_the_whole_batch(recipe):
     assert abs(losses(accumulated)[0] - losses(plain)[0]) > 0.3
 
 
+# -- waiting for the device ----------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Operations on a device that would wait for it, because the host needs a value or a size.
+
+    The device is the CPU here: everything after the batch's move, except the split into parts.
+    """
+
+    aten = torch.ops.aten
+    NAMES = (
+        *(aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default),
+        *(aten.masked_select.default, aten._unique2.default, aten.unique_dim.default),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.moved, self.found = False, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        indices = args[1] if function is self.aten.index.Tensor else ()
+        is_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        if self.moved and (function in self.NAMES or is_mask):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    def move(self, data, device, non_blocking):
+        self.moved = True
+        return data
+
+    def split(self, *args):
+        self.moved = False
+        parts = SPLIT(*args)
+        self.moved = True
+        return parts
+
+
+SPLIT = grad_cache.split
+PADDED = ("is it red ?", "what is it ?", "")
+
+
+def batch_of(trainer: VLJEPATrainer, texts: tuple[str, ...]) -> dict:
+    samples = [
+        trainer.train_dataset[index] | {"query": texts[index % len(texts)]} for index in range(8)
+    ]
+    return trainer.data_collator(samples) | {"source": 0, "bad_rows": []}
+
+
+def reads_of_a_step(trainer: VLJEPATrainer, monkeypatch, texts: tuple[str, ...]) -> list[str]:
+    reads, model = Reads(), copy.deepcopy(trainer.model)
+    monkeypatch.setattr("training.loop.trainer.send_to_device", reads.move)
+    monkeypatch.setattr(grad_cache, "split", reads.split)
+    weights = {"sigreg_weight": 0.1, "variance_weight": 0.1}
+    monkeypatch.setattr(trainer, "objective", replace(trainer.objective, **weights))
+    monkeypatch.setattr(trainer, "_parts", defaultdict(list))
+    with reads:
+        trainer.training_step(model, batch_of(trainer, texts))
+    assert reads.moved and any(p.grad is not None for p in model.parameters())
+    return reads.found
+
+
+@pytest.mark.parametrize(
+    "rows, texts",
+    [(None, PADDED[:1]), (None, PADDED), (3, PADDED)],
+    ids=["equal", "padded", "parts"],
+)
+def test_trainer_step_reads_no_values_from_the_device(overfit, monkeypatch, rows, texts):
+    monkeypatch.setattr(overfit.args, "gradient_cache_rows", rows)
+    assert reads_of_a_step(overfit, monkeypatch, texts) == []
+
+
+def test_trainer_step_reads_the_mask_that_its_backbone_makes(overfit, monkeypatch):
+    """Positive control of the test above."""
+    monkeypatch.setattr("modeling_vljepa.predictor.mask_for", lambda config, states, mask: mask)
+    assert reads_of_a_step(overfit, monkeypatch, PADDED) == ["aten._local_scalar_dense.default"]
+
+
+@pytest.mark.parametrize("checks", ["before the move", "in the model"])
+def test_trainer_step_runs_on_tensors_without_values(overfit, monkeypatch, checks):
+    """Reads of Python, such as `tolist`, are no operations on a CPU, but fake tensors raise an
+    error. transformers skips its own reads of these, so the tests above are needed too."""
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def move(data, device, non_blocking):
+        if not isinstance(data, dict):
+            return data
+        return {name: fakes.from_tensor(each) for name, each in data.items()}
+
+    monkeypatch.setattr("training.loop.trainer.send_to_device", move)
+    monkeypatch.setattr(overfit, "_parts", defaultdict(list))
+    with FakeCopyMode(fakes):
+        model = copy.deepcopy(overfit.model)
+    batch = batch_of(overfit, PADDED)
+    if checks == "in the model":  # positive control
+        monkeypatch.setattr("training.loop.trainer.values_checked", nullcontext)
+        with pytest.raises(DataDependentOutputException):
+            overfit.training_step(model, batch)
+    else:
+        assert isinstance(overfit.training_step(model, batch), FakeTensor)
+
+
+def test_trainer_checks_a_batch_before_it_moves_and_the_model_every_other_call(
+    overfit, monkeypatch
+):
+    batch = overfit.data_collator([overfit.train_dataset[index] for index in range(8)])
+    batch["input_ids"][2, 1] = 300
+    monkeypatch.setattr("training.loop.trainer.send_to_device", None)
+    for rows in (None, 3):
+        monkeypatch.setattr(overfit.args, "gradient_cache_rows", rows)
+        with pytest.raises(ValueError, match="^input_ids holds the id 300, but the vocabulary"):
+            overfit.training_step(overfit.model, batch | {"source": 0, "bad_rows": []})
+    with pytest.raises(ValueError, match="^input_ids holds the id 300, but the vocabulary"):
+        overfit.model(torch.zeros(8, 2, 3, 32, 32), batch["input_ids"])
+
+
 def test_grad_cache_moves_one_part_at_a_time_to_the_device(recipe, monkeypatch):
     """Ids move first, all at once. Then the parts move: uint8 frames in the first pass, the visual
     tokens that replaced them in the second."""
@@ -380,6 +511,19 @@ def test_layers_under_adapters_in_bf16_change_neither_losses_nor_merged_weights(
     assert any((saved[name] != saved[name].bfloat16()).any() for name in saved)  # positive control
     monkeypatch.setattr(AdaptedModel, "store_base_in_bf16", lambda model: None)
     assert losses(main(arguments)) == pytest.approx(losses(trainer), rel=1e-5)
+
+
+def test_store_frozen_in_bf16_keeps_the_frequencies_of_rotary_positions():
+    model, other = (tiny_model(freeze_text=True) for _ in range(2))
+    store_frozen_in_bf16(model)
+    other.y_encoder.to(torch.bfloat16)  # positive control
+    assert {p.dtype for p in model.y_encoder.parameters()} == {torch.bfloat16}
+    expected = dict(tiny_model(freeze_text=True).y_encoder.named_buffers())
+    assert any("inv_freq" in name for name in expected)
+    for name, buffer in model.y_encoder.named_buffers():
+        torch.testing.assert_close(buffer, expected[name], rtol=0, atol=0)
+    rounded = dict(other.y_encoder.named_buffers())
+    assert any((rounded[name].float() - expected[name]).abs().max() > 1e-4 for name in expected)
 
 
 def test_adapted_model_holds_trained_weights_once_and_in_fp32(recipe):

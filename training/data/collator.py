@@ -16,15 +16,14 @@ def to_pixel_values(frames: torch.Tensor, video: VLJEPAVideoProcessor) -> torch.
     The collator leaves this to the training step: fp32 pixels are four times as large to move, and
     the model's device computes them faster.
     """
-    # Not `video.rescale_and_normalize`: torchvision reads `std` from the device in each call, which
-    # waits for it. Numbers, unlike tensors, need no copy to the device either.
-    pixels = frames.to(torch.float32, copy=True)
-    unit = video.rescale_factor if video.do_rescale else 1.0
-    if not video.do_normalize:
-        return pixels.mul_(unit)
-    for channel, (mean, std) in enumerate(zip(video.image_mean, video.image_std, strict=True)):
-        pixels[:, :, channel].sub_(mean / unit).div_(std / unit)
-    return pixels
+    return video.rescale_and_normalize(
+        frames,
+        video.do_rescale,
+        video.rescale_factor,
+        video.do_normalize,
+        tuple(video.image_mean),
+        tuple(video.image_std),
+    )
 
 
 def stack_clips(samples: list[dict]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -14,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from eval.task import Benchmark, Task
 from eval.tasks import TASKS
+from modeling_vljepa.input_checks import values_checked
 from training.arguments import VLJEPATrainingArguments
 from training.data.collator import ContrastiveCollator, to_pixel_values
 from training.data.dataset import Batch
@@ -114,8 +116,15 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         rows = len(inputs["target_index"])
         self.bad_rows.count(inputs.pop("source"), rows, inputs.pop("bad_rows"))
-        if self.args.gradient_cache_rows is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+        # Before the move: on the device, the model would wait for its values in every pass.
+        self.accelerator.unwrap_model(model).check_values(**inputs)
+        with values_checked():
+            if self.args.gradient_cache_rows is None:
+                return super().training_step(model, inputs, num_items_in_batch)
+            return self.cached_step(model, inputs)
+
+    def cached_step(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Accumulate the gradient of a batch by GradCache; return its loss `()`."""
         model.train()
         # The batch stays on the loader's device; `make_ready` moves one part at a time.
         waiting = dict(inputs)
@@ -131,6 +140,12 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
             backward=self.accelerator.backward,
             no_sync=lambda: self.accelerator.no_sync(model),
         )
+
+    def _prepare_input(self, data):
+        """Move a batch to the device: without waiting, if the loader has pinned its memory."""
+        pinned = self.args.dataloader_pin_memory
+        data = send_to_device(data, self.args.device, non_blocking=pinned)
+        return super()._prepare_input(data)  # DeepSpeed's dtype
 
     def make_ready(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the model's inputs: on the device, with uint8 frames rescaled and normalised."""
