@@ -4,6 +4,8 @@
 # make streams    train the trained model on streams, and measure selective decoding
 # make small      the one-GPU recipes (stage 2, SFT) with small pretrained backbones, two processes
 # make app        the trained model in a browser: ask, search, watch; make app-test tests it
+# make bench      speed and memory against plain loops of transformers modules, 20 minutes at most;
+#                 appends a section to benchmarks/RESULTS.md
 # make test-docs  type every command of README and docs, after make demo
 # make smoke      all steps of make demo in two minutes, too short to learn; its data is small and
 #                 replaces that of make demo
@@ -43,7 +45,7 @@ smoke: PRETRAIN_STEPS = 20
 smoke: SFT_STEPS = 20
 smoke: LIMIT = --limit 200
 
-.PHONY: env data train demo full smoke streams small test test-slow test-portable test-docs app app-test lint clean
+.PHONY: env data train demo full smoke streams small bench test test-slow test-portable test-docs app app-test lint clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -125,6 +127,16 @@ small: data
 		training.max_steps=$(SMALL_AGAIN_STEPS) training.seed=$$(($(SEED) + 1))
 	for model in sft sft_lora sft_lora_again; do \
 		$(RUN) -m eval.evaluate --model $(OUT)/$$model --tasks babyai_vqa || exit 1; done
+
+# Each line is printed and stored when it is measured. One thread: CPU-seconds are then comparable.
+BENCH = train_step step_options predict growth
+BENCH_LINES = runs/bench.jsonl
+
+bench: env
+	rm -f $(BENCH_LINES)
+	for part in $(BENCH); do \
+		OMP_NUM_THREADS=1 $(RUN) -m benchmarks.$$part --output $(BENCH_LINES) || exit 1; done
+	$(RUN) -m benchmarks.report $(BENCH_LINES)
 
 # One process per core, each with one thread: more threads than cores wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile

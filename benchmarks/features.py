@@ -13,11 +13,12 @@ none.
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.configs import mid_config
+from benchmarks.configs import mid_config, small_config
 from benchmarks.measure import Cost, cost, cpu_seconds, in_own_process
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from processing import VLJEPAProcessor
@@ -41,7 +42,7 @@ from training.loop.speed import forward_flops, training_flops
 from training.memory import ADAPTED, FULL, Setting, model_to_train, training_step
 from training.model.recipe_model import new_processor, train_tokenizer
 
-CONFIGS = {"mid": mid_config, "paper": VLJEPAConfig}
+CONFIGS = {"mid": mid_config, "paper": VLJEPAConfig, "small": partial(small_config, 256)}
 SETTINGS = {"LoRA": Setting("LoRA", ADAPTED, {"r": 16}), "full": Setting("full", FULL)}
 KINDS = ("predict", "step", "GradCache")  # forward only; a training step; a step in two parts
 DTYPES = ("bfloat16", "int8")
@@ -182,7 +183,8 @@ def compare(
     """
     torch.manual_seed(0)
     model = model_to_train(CONFIGS[config](), SETTINGS[trains], bf16)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)  # as the Trainer's default is
     processor = processor_of(frames)
     found = {}
     with tempfile.TemporaryDirectory() as folder:

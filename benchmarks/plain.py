@@ -35,6 +35,11 @@ def mean(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return (states.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
+def head(projection: nn.Linear, pooled: torch.Tensor) -> torch.Tensor:
+    """Project `(B, H)` to fp32 unit vectors `(B, D)`."""
+    return F.normalize(projection(pooled.to(projection.weight.dtype)).float(), dim=-1)
+
+
 class PlainModel(nn.Module):
     """V-JEPA 2, a Llama and a text encoder with the weights of `model`, which stays as it is.
 
@@ -94,7 +99,7 @@ class PlainModel(nn.Module):
             inputs_embeds=torch.cat([visual, query], dim=1), attention_mask=mask, use_cache=False
         ).last_hidden_state
         with torch.autocast("cpu", enabled=False):
-            return F.normalize(self.predictor_head(mean(states, mask)), dim=-1)
+            return head(self.predictor_head, mean(states, mask))
 
     def encode_text(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Return pooled states `(U, Dt)` of `(U, Ly)` and `(U, Ly)`."""
@@ -106,7 +111,7 @@ class PlainModel(nn.Module):
     def embed_text(self, pooled: torch.Tensor) -> torch.Tensor:
         """Return unit vectors `(U, D)` of `(U, Dt)`."""
         with torch.autocast("cpu", enabled=False):
-            return F.normalize(self.text_head(pooled.float()), dim=-1)
+            return head(self.text_head, pooled)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the predicted `(B, D)` and the target embeddings `(B, D)` of a collated batch."""

@@ -69,11 +69,10 @@ def machine() -> dict[str, str | int]:
 
 
 def shown(value: float) -> str:
-    """Return three significant digits, never in scientific notation."""
+    """Return a number with three significant digits."""
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    digits = f"{value:.3g}"
-    return f"{value:.6f}" if "e" in digits else digits
+    return f"{value:.3g}"
 
 
 class Report:
@@ -82,16 +81,17 @@ class Report:
     Args:
         part: name of the benchmark.
         output: JSONL file to which lines are appended; `None` prints them only.
-        total: number of lines of the progress bar, if it is known.
+        quick: the sizes are too small for goals, so lines have none.
 
     Attributes:
         lines: the lines, as they are written.
     """
 
-    def __init__(self, part: str, output: Path | None = None, total: int | None = None):
-        self.part, self.output = part, output
+    def __init__(self, part: str, output: Path | None = None, quick: bool = False):
+        self.part, self.output, self.quick = part, output, quick
         self.lines: list[dict] = []
-        self.bar = tqdm(total=total, desc=part, unit="case", leave=False, dynamic_ncols=True)
+        # `None`: no bar in a file.
+        self.bar = tqdm(desc=part, unit=" lines", leave=False, dynamic_ncols=True, disable=None)
 
     def start(self, case: str) -> None:
         """Show the case that runs now in the progress bar."""
@@ -107,6 +107,7 @@ class Report:
             note: remark, such as the reason why a case has no numbers.
         """
         line = {"part": self.part, "case": case, "numbers": numbers, "note": note}
+        goal = None if self.quick else goal
         if goal is not None:
             line["goal"] = asdict(goal) | {"met": goal.is_met(numbers)}
         self.lines.append(line)
@@ -122,8 +123,10 @@ class Report:
                 file.write(json.dumps({**line, "machine": machine()}) + "\n")
         return line
 
-    def close(self) -> None:
+    def close(self) -> list[dict]:
+        """Remove the progress bar and return the lines."""
         self.bar.close()
+        return self.lines
 
 
 def goal_text(line: dict) -> str:

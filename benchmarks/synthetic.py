@@ -4,6 +4,7 @@ Texts follow the demonstration's templates, so their lengths and the share of eq
 realistic. Clips are noise: speed does not depend on what they show.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -150,25 +151,35 @@ def write_recipe(folder: Path, recipe: dict, **training: Any) -> Path:
 
 
 def write_clips(
-    folder: Path, config: dict, *, rows: int, frames: int, side: int, **training: Any
+    folder: Path,
+    config: dict,
+    *,
+    rows: int,
+    frames: int,
+    side: int,
+    texts: list[tuple[str, str]] | None = None,
+    **training: Any,
 ) -> Path:
     """Write clips of one size with questions, and a recipe for a new model; return the recipe.
 
     Args:
         config: the recipe's `model.config`.
         rows: rows of a step.
+        texts: queries and targets, one pair for each clip; by default questions, each with a
+            narration.
         training: changes of the section `training`.
     """
-    count = 16 * rows
-    write_media(folder, side, frames, count)
-    texts = Texts()
+    if texts is None:
+        drawn = Texts()
+        texts = [(drawn.question()[0], drawn.narration()) for _ in range(16 * rows)]
+    write_media(folder, side, frames, len(texts))
     written = [
-        {"video": f"{index}.mp4", "query": texts.question()[0], "target": texts.narration()}
-        for index in range(count)
+        {"video": f"{index}.mp4", "query": query, "target": target}
+        for index, (query, target) in enumerate(texts)
     ]
     write_jsonl(folder / "rows.jsonl", written)
     recipe = {
-        "model": {"vocab_size": 1000, "config": config},
+        "model": {"vocab_size": 1000, "config": copy.deepcopy(config)},
         "processor": {"image_size": side, "num_frames": frames},
         "data": {
             "sources": [{"rows": str(folder / "rows.jsonl")}],

@@ -17,9 +17,9 @@ as one of `git worktree add FOLDER REVISION`. Two processes take steps alternate
 """
 
 import argparse
-import copy
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, set_seed
 
-from benchmarks.configs import MID
+from benchmarks.configs import MID, SMALL
 from benchmarks.plain import Batch, PlainLoop, PlainModel
 from benchmarks.report import Goal, Report, add_arguments, chosen
 from benchmarks.synthetic import write_clips, write_demo
@@ -90,7 +90,7 @@ class Case:
 
 
 def write_mid(folder: Path, **training) -> Path:
-    return write_clips(folder, copy.deepcopy(MID), rows=2, frames=4, side=256, **training)
+    return write_clips(folder, MID, rows=2, frames=4, side=256, **training)
 
 
 def write_paper(folder: Path, **training) -> Path:
@@ -101,6 +101,22 @@ CASES = {
     "demo": Case(write_demo, most=1.15, steps=28, warm_up=4),
     "mid": Case(write_mid, most=1.05, steps=7, warm_up=1, vocabulary=VOCABULARY),
     "paper": Case(write_paper, most=1.05, steps=6, warm_up=1, vocabulary=VOCABULARY),
+}
+
+
+def write_quick_demo(folder: Path, **training) -> Path:
+    return write_demo(folder, rows=8, **(training | {"global_batch_size": 8}))
+
+
+def write_quick(folder: Path, **training) -> Path:
+    return write_clips(folder, SMALL, rows=4, frames=2, side=64, **training)
+
+
+# Too small for a goal: they show that the benchmarks run, and compare the losses.
+QUICK = {
+    "demo": Case(write_quick_demo, most=math.inf, steps=4, warm_up=0),
+    "mid": Case(write_quick, most=math.inf, steps=2, warm_up=0),
+    "paper": Case(write_quick, most=math.inf, steps=2, warm_up=0, vocabulary=1500),
 }
 
 
@@ -278,11 +294,10 @@ def check_losses(steps: Steps, precision: str) -> float:
 
 def compare(name: str, precision: str, report: Report, quick: bool = False) -> None:
     """Measure a case and report it."""
-    case = CASES[name]
+    case = (QUICK if quick else CASES)[name]
     report.start(f"{name} {precision}")
-    count = case.warm_up + 4 if quick else case.steps
     with tempfile.TemporaryDirectory() as folder:
-        path = case.write(Path(folder), precision=precision, max_steps=count)
+        path = case.write(Path(folder), precision=precision, max_steps=case.steps)
         run, steps = measure(path, case.vocabulary)
     difference = check_losses(steps, precision)
     weights = weights_of(run)
@@ -382,25 +397,25 @@ def compare_revisions(other: Path, precision: str, report: Report, count: int) -
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Measure and return the lines."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--against", type=Path, help="a checkout of another revision")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.against is not None:
-        report = Report("train_step", args.output, len(args.precision))
+        report = Report("train_step", args.output)
         for precision in args.precision:
             compare_revisions(args.against, precision, report, CASES["demo"].steps)
-        report.close()
-        return
+        return report.close()
     cases = chosen(CASES, args.only, parser)
-    report = Report("train_step", args.output, len(cases) * len(args.precision))
+    report = Report("train_step", args.output, args.quick)
     for name in cases:
         for precision in args.precision:
             compare(name, precision, report, args.quick)
-    report.close()
+    return report.close()
 
 
 if __name__ == "__main__":
