@@ -6,22 +6,34 @@ X-Encoder, Predictor, segmentation, and Y-Decoder. The Y-Decoder's cost is given
 of texts: one per window, 2.5 per annotation (uniform), and 2.85 times fewer than uniform
 (`eval/tasks/selective_decoding.py`). Texts are decoded one by one, as for a live stream, and in
 batches, as in evaluation. Every figure is the minimum over the rounds.
+
+`--live SECONDS` plays the beginning of each stream as a camera would, in real time, and prints how
+long a caption takes: median and 95th percentile of the wall-clock time from the moment when the
+source hands over a frame to
+
+- the embedding of the window that ends with it;
+- the caption of the segment that it closes;
+- the caption of the segment that ends with it, which includes the frames that the segmenter waits
+  for.
 """
 
 import argparse
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.measure import cpu_seconds
 from eval.annotated_streams import read_streams
 from eval.tasks.selective_decoding import CLAIM, REFERENCE_DENSITY
-from modeling_vljepa import VLJEPAForConditionalGeneration, decode_texts
+from modeling_vljepa import StreamSession, VLJEPAForConditionalGeneration, decode_texts
 from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, WardSegmenter
 from modeling_vljepa.pipelines.stream_session import StreamEncoder
-from processing import VLJEPAProcessor, Window
+from processing import FrameStream, StreamReport, VLJEPAProcessor, Window
 
 BATCH = 32  # windows per pass, and texts per batch of the Y-Decoder
 ENCODING = ("frames", "X-Encoder", "Predictor")
@@ -35,6 +47,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--query", default="Tell what the agent did.")
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--live", type=float, metavar="SECONDS", help="measure the latency instead")
+    parser.add_argument("--fps", type=float, help="with --live: frames per second; all by default")
     return parser.parse_args()
 
 
@@ -95,10 +109,73 @@ class Watched:
         return decode_texts(self.model, self.processor, embeds, queries=queries)
 
 
+# -- latency -------------------------------------------------------------------------------
+
+
+class Camera:
+    """Source that hands over the frames of a video when their time has come, as a camera does.
+
+    Attributes:
+        seen (`dict[float, float]`): clock at which a frame was handed over, by the frame's time.
+    """
+
+    def __init__(self, video: str, seconds: float, fps: float | None):
+        # Decoded before: a camera's frames are pixels already.
+        with FrameStream(video, fps=fps) as frames:
+            self.frames = []
+            for frame in frames:
+                if frame.time > seconds:
+                    break
+                self.frames.append((frame.time, frame.pixels))
+        self.seen: dict[float, float] = {}
+
+    def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
+        start = time.perf_counter() - self.frames[0][0]
+        for seconds, pixels in self.frames:
+            time.sleep(max(start + seconds - time.perf_counter(), 0))
+            self.seen[seconds] = time.perf_counter()
+            yield seconds, pixels
+
+    def since(self, moment: float) -> float:
+        """Return the seconds since the first frame at or after a moment was handed over."""
+        return time.perf_counter() - min(
+            clock for seconds, clock in self.seen.items() if seconds >= moment
+        )
+
+
+def play(watched: Watched, camera: Camera, found: dict[str, list[float]]) -> StreamReport:
+    """Watch a live source, add its latencies by name, and return the source's report."""
+    session = StreamSession(
+        watched.model, watched.processor, query=watched.query, decode=watched.decode
+    )
+    with watched.processor.watch(iter(camera), stride=1, live=True) as windows:
+        for window in session.encoder.stream(windows):
+            found["frame to embedding"].append(camera.since(window.end_time))
+            for segment in session.push(window):
+                found["closing frame to caption"].append(camera.since(window.end_time))
+                found["segment's end to caption"].append(camera.since(segment.end_time))
+        return windows.report
+
+
+def print_latencies(watched: Watched, args: argparse.Namespace) -> None:
+    watched.decode(torch.randn(1, watched.model.config.embedding_dim))  # allocates memory
+    found = defaultdict(list)
+    for stream in watched.streams:
+        report = play(watched, Camera(stream.video, args.live, args.fps), found)
+        print(f"{stream.video}: {report.frames} frames live, {report.dropped} dropped")
+    print("wall-clock milliseconds, 1 thread: median, 95th percentile, number")
+    for name, values in found.items():
+        median, late = 1000 * np.quantile(values, (0.5, 0.95))
+        print(f"  {name:<26}{median:8.1f}{late:8.1f}{len(values):6}")
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     watched = Watched(args)
+    if args.live is not None:
+        print_latencies(watched, args)
+        return
     rounds = [watched.round() for _ in range(args.rounds)]
     seconds = {name: min(each[name] for each in rounds) for name in rounds[0]}
     minutes = watched.minutes

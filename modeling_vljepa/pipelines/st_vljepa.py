@@ -155,6 +155,8 @@ class VLJEPAModule(InputModule):
         embeds, model = [], self.model.base_model  # without a Y-Decoder
         if "input_ids" in features:
             texts = features["input_ids"], features["attention_mask"]
+            # Not through the pipelines' cache of texts: callers of `encode` keep its result, and a
+            # corpus would push out the candidates.
             embeds.append(model.encode_target(*texts))
         if "pixel_values_videos" in features:
             queries = features["query_ids"], features["query_mask"]
