@@ -36,7 +36,9 @@ class Goal:
     most: float | None = None
 
     def is_met(self, numbers: dict[str, float]) -> bool:
-        value = numbers[self.column]
+        value = float(
+            numbers[self.column]
+        )  # a NumPy number would give a NumPy bool, unknown to JSON
         return value >= self.least if self.most is None else value <= self.most
 
     def __str__(self) -> str:

@@ -276,7 +276,7 @@ def weights_of(run: Run) -> dict[str, float]:
     found = {"clips": 0.0, "images": 0.0}
     for bucket in run.dataset.buckets:
         is_video = "video" in run.dataset.rows[bucket.rows[0]]
-        found["clips" if is_video else "images"] += bucket.weight
+        found["clips" if is_video else "images"] += float(bucket.weight)  # NumPy's, not JSON's
     return found
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import growth, predict, step_options, train_step
@@ -19,7 +20,7 @@ def test_report_appends_each_line_at_once(tmp_path, capsys):
     assert {"processor", "cores", "instructions", "torch", "transformers"} <= line["machine"].keys()
     printed = capsys.readouterr().out
     assert "part: small: plain 2; ours 3; goal: ours at most 2.5, MISSED" in printed
-    report.add("large", {"plain": 2.0, "ours": 3.0}, Goal("ours", least=3), note="busy")
+    report.add("large", {"plain": 2.0, "ours": np.float64(3.0)}, Goal("ours", least=3), note="busy")
     assert [each["case"] for each in read_lines(output)] == ["small", "large"]
 
 
