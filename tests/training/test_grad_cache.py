@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model
-from training.loop.grad_cache import cached_step, split
+from training.loop.grad_cache import cached_step, split, store_like
 from training.loop.objective import Embeds, Ids, Objective
 
 ROWS, TEXTS = 7, 4
@@ -110,6 +110,28 @@ def test_cached_step_repeats_dropout_in_the_second_pass(rows):
     # Positive control: other masks give another loss.
     torch.manual_seed(2)
     assert abs(cached_step(model, batch(), rows, loss_of) - loss) > 1e-4
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_store_like_waits_only_where_pixels_are_not_pinned(monkeypatch, pinned):
+    """A CPU has no pinned memory: requests for it are recorded, and other memory is returned."""
+    asked, empty, copy_ = [], torch.empty, torch.Tensor.copy_
+
+    def recorded(*shape, pin_memory, **kwargs):
+        asked.append(pin_memory)
+        return empty(*shape, **kwargs)
+
+    def copied(self, source, non_blocking):
+        asked.append(non_blocking)
+        return copy_(self, source)
+
+    tokens, pixels = torch.randn(2, 3, 4), torch.zeros(2, dtype=torch.uint8)
+    monkeypatch.setattr(torch, "empty", recorded)
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
+    stored = store_like(pixels, tokens, torch.bfloat16)
+    assert asked == [pinned, pinned]
+    assert torch.equal(stored, tokens.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("logarithm", [4.7, 1e4, -1e4])

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -340,6 +341,21 @@ def test_trainer_checks_a_batch_before_it_moves_and_the_model_every_other_call(
             overfit.training_step(overfit.model, batch | {"source": 0, "bad_rows": []})
     with pytest.raises(ValueError, match="^input_ids holds the id 300, but the vocabulary"):
         overfit.model(torch.zeros(8, 2, 3, 32, 32), batch["input_ids"])
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_trainer_make_ready_waits_only_for_memory_that_is_not_pinned(overfit, monkeypatch, pinned):
+    waits = []
+
+    def move(data, device, non_blocking):
+        waits.append(not non_blocking)
+        return send_to_device(data, device)
+
+    monkeypatch.setattr(overfit.args, "dataloader_pin_memory", pinned)
+    monkeypatch.setattr("training.loop.trainer.send_to_device", move)
+    ready = overfit.make_ready({"frames": torch.zeros(1, 2, 3, 32, 32, dtype=torch.uint8)})
+    assert ready["pixel_values_videos"].dtype == torch.float32
+    assert set(waits) == {not pinned}
 
 
 def test_grad_cache_moves_one_part_at_a_time_to_the_device(recipe, monkeypatch):
@@ -776,11 +792,14 @@ def test_load_checkpoint_converts_to_fp32_and_applies_changes(overfit, tmp_path)
     trained.save_pretrained(tmp_path)
     overfit.processing_class.save_pretrained(tmp_path)
     changes = {"freeze_vision": False, "predictor_config": {"attention_dropout": 0.1}}
+    changes["visual_token_pooling"] = 2
     arguments = ModelArguments(checkpoint=str(tmp_path), config=changes)
     model, processor = load_checkpoint(arguments, ProcessorArguments(image_size=48))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in model.x_encoder.parameters())
     assert model.predictor.backbone.config.attention_dropout == 0.1
+    assert model.config.visual_token_pooling == 2
+    assert model.encode_video(torch.zeros(1, 2, 3, 32, 32)).shape == (1, 1, 48)
     assert model.predictor.backbone.config.hidden_size == 32  # unchanged
     assert not model.predictor.backbone.config.is_causal
     assert isinstance(processor, VLJEPAProcessor)
@@ -829,6 +848,9 @@ def saved(model: PreTrainedModel, folder: Path) -> str:
         ),
         ({"embedding_dim": "abc"}, "model.config.embedding_dim: .* expected int, got str"),
         ({"freeze_vision": "maybe"}, "model.config.freeze_vision: .* expected bool, got str"),
+        ({"visual_token_pooling": True}, "model.config.visual_token_pooling: .* got bool"),
+        ({"visual_token_pooling": 0}, "model.config: visual_token_pooling is 0: give a whole"),
+        ({"visual_token_pooling": 3}, "with changed visual_token_pooling: .* has 2 x 2 patches"),
         ({"logit_bias_init_value": "abc"}, "model.config.logit_bias_init_value: "),
         (
             {"vision_config": {"num_hidden_layers": "x"}},

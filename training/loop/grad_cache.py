@@ -146,6 +146,17 @@ def inner(value: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
     return (value[:rows] * gradient[:rows]).sum()
 
 
+def store_like(pixels: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the tokens in `dtype` in memory of the kind that holds the pixels.
+
+    If that is pinned, neither this copy nor the later one to the device waits. Both are in the
+    device's queue of work, in this order, and the CPU reads neither.
+    """
+    pinned = pixels.is_pinned()
+    stored = torch.empty(tokens.shape, dtype=dtype, device=pixels.device, pin_memory=pinned)
+    return stored.copy_(tokens, non_blocking=pinned)
+
+
 def unchanged(part: Batch) -> Batch:
     return part
 
@@ -185,15 +196,18 @@ def cached_step(
             targets.append(output.target_embeds)
             pixels = next((name for name in PIXELS if name in part), None)
             if vision is not None and pixels is not None:
-                device = part.pop(pixels).device
                 # In the dtype of the encoder's weights: data parallelism converts outputs to fp32,
                 # and in the Predictor's first layer autocast rounds them to bf16 again.
-                tokens = output.visual_embeds.to(device, next(vision.parameters()).dtype)
-                part["visual_embeds"] = tokens
+                dtype = next(vision.parameters()).dtype
+                part["visual_embeds"] = store_like(part.pop(pixels), output.visual_embeds, dtype)
     texts = next(len(value) for name, value in batch.items() if name in TEXTS)
     bias = output.logit_bias
+    predicted = torch.cat(predicted)  # (b, D)
+    # Moved here: an index on the CPU would be moved too, and waited for.
+    given = order.argsort().to(predicted.device, non_blocking=True)
+    order = order.to(predicted.device, non_blocking=True)
     embeds = Embeds(
-        predicted_embeds=torch.cat(predicted)[order.argsort()],  # (b, D), in the caller's order
+        predicted_embeds=predicted[given],  # (b, D), in the caller's order
         distinct_target_embeds=torch.cat(targets)[:texts],  # (U, D)
         logit_scale=output.logit_scale.detach(),  # (1,)
         logit_bias=None if bias is None else bias.detach(),  # the output is the parameter itself
