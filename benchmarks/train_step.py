@@ -12,17 +12,13 @@ must agree. The minimum of CPU-seconds over the steps counts, after the first on
 | mid   | `configs.py`: 2 clips of 4 frames of 256 pixels                                        |
 | paper | the paper's widths, half its layers, tables of 32,000 rows: 2 clips of 2 frames        |
 
-`--against FOLDER` compares the demo's step with that of another checkout of this repository, such
-as one of `git worktree add FOLDER REVISION`. Two processes take steps alternately.
+`--against FOLDER` compares the demo with that of another checkout, such as one of
+`git worktree add FOLDER REVISION` (`against.py`).
 """
 
 import argparse
 import io
-import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,9 +29,11 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, set_seed
 
+from benchmarks.against import compare_revisions
 from benchmarks.configs import MID, SMALL
 from benchmarks.plain import Batch, PlainLoop, PlainModel
 from benchmarks.report import Goal, Report, add_arguments, chosen
+from benchmarks.steps import Steps
 from benchmarks.synthetic import write_clips, write_demo
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from processing import VLJEPAProcessor
@@ -50,8 +48,7 @@ from training.train import build_trainer, read_data, run_settings
 
 TOLERANCE = 1e-4  # of the loss of every step, in fp32
 VOCABULARY = 32_000
-# Samples per CPU-second of the demo, against revision 02ec42d on a processor with native bf16.
-AGAINST = {"fp32": 1.1, "bf16": 1.5}
+DEMO_STEPS, DEMO_WARM_UP = 28, 4
 
 
 def half_paper() -> dict:
@@ -98,7 +95,7 @@ def write_paper(folder: Path, **training) -> Path:
 
 
 CASES = {
-    "demo": Case(write_demo, most=1.15, steps=28, warm_up=4),
+    "demo": Case(write_demo, most=1.15, steps=DEMO_STEPS, warm_up=DEMO_WARM_UP),
     "mid": Case(write_mid, most=1.05, steps=7, warm_up=1, vocabulary=VOCABULARY),
     "paper": Case(write_paper, most=1.05, steps=6, warm_up=1, vocabulary=VOCABULARY),
 }
@@ -178,35 +175,6 @@ def batches_of(run: Run) -> Iterator[Batch]:
     )
     for step in sampler:
         yield run.collator(run.dataset.__getitems__(step).samples)
-
-
-@dataclass
-class Steps:
-    """Figures of the steps of two loops.
-
-    Attributes:
-        kinds: "clips" or "images" of every step.
-        trainer, plain: CPU-seconds of every step.
-        losses: pairs of losses, the trainer's and the plain loop's.
-    """
-
-    kinds: list[str]
-    trainer: list[float]
-    plain: list[float]
-    losses: list[tuple[float, float]]
-
-    def least(self, name: str, kind: str, warm_up: int) -> float:
-        rows = zip(self.kinds[warm_up:], vars(self)[name][warm_up:], strict=True)
-        return min(seconds for each, seconds in rows if each == kind)
-
-    def mean(self, name: str, weights: dict[str, float], warm_up: int) -> float:
-        """Return the least CPU-seconds of each kind, averaged with the weights of their sources."""
-        total = sum(
-            weight * self.least(name, kind, warm_up)
-            for kind, weight in weights.items()
-            if kind in self.kinds[warm_up:]
-        )
-        return total / sum(w for kind, w in weights.items() if kind in self.kinds[warm_up:])
 
 
 class Alternate(TrainerCallback):
@@ -317,87 +285,6 @@ def compare(name: str, precision: str, report: Report, quick: bool = False) -> N
     )
 
 
-class PacedSteps:
-    """A checkout that trains with a recipe in its own process, one step at each call.
-
-    Args:
-        checkout: root of the repository, at any revision whose recipes have the demo's keys.
-        folder: its output and its cache of decoded clips.
-    """
-
-    def __init__(self, checkout: Path, recipe: Path, folder: Path):
-        folder.mkdir()
-        self.log = folder / "log.txt"
-        script = Path(__file__).with_name("paced_steps.py")
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, str(script), str(recipe)),
-                *(f"training.output_dir={folder / 'out'}", f"data.cache_dir={folder / 'cache'}"),
-            ],
-            cwd=checkout,
-            env=os.environ | {"PYTHONPATH": str(checkout)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-        )
-
-    def step(self) -> dict:
-        """Take a step; return its CPU-seconds and the frames of its clips.
-
-        Raises:
-            RuntimeError: the process has ended.
-        """
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.process.args} ended:\n{self.log.read_text()[-2000:]}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def compare_revisions(other: Path, precision: str, report: Report, count: int) -> None:
-    """Take `count` steps of the demo with this checkout and with another, alternately."""
-    case = f"demo {precision}, this checkout / {other.name}"
-    report.start(case)
-    warm_up = CASES["demo"].warm_up
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = write_demo(Path(folder), precision=precision, max_steps=count)
-        weights = {"clips": 0.0, "images": 0.0}
-        read = read_recipe(str(recipe))
-        rows = read.training.global_batch_size
-        for source in read.data.sources:
-            weights["images" if "easy_vqa" in source.rows else "clips"] += source.weight
-        both = {
-            name: PacedSteps(checkout.resolve(), recipe, Path(folder, name))
-            for name, checkout in (("here", Path(__file__).parents[1]), ("there", other))
-        }
-        found = {name: Steps([], [], [], []) for name in both}
-        try:
-            for _ in range(count):
-                for name, paced in both.items():
-                    step = paced.step()
-                    found[name].kinds.append("images" if step["frames"] == 1 else "clips")
-                    found[name].trainer.append(step["seconds"])
-        finally:
-            for paced in both.values():
-                paced.close()
-    here, there = (found[n].mean("trainer", weights, warm_up) for n in ("here", "there"))
-    report.add(
-        case,
-        {
-            "samples per CPU-s, there": rows / there,
-            "samples per CPU-s, here": rows / here,
-            "here / there": there / here,
-        },
-        Goal("here / there", least=AGAINST[precision]),
-    )
-
-
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure and return the lines."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
@@ -408,8 +295,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     torch.set_num_threads(args.threads)
     if args.against is not None:
         report = Report("train_step", args.output)
-        for precision in args.precision:
-            compare_revisions(args.against, precision, report, CASES["demo"].steps)
+        compare_revisions(args.against, args.precision, report, DEMO_STEPS)
         return report.close()
     cases = chosen(CASES, args.only, parser)
     report = Report("train_step", args.output, args.quick)

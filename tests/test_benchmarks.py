@@ -61,7 +61,7 @@ def test_train_step_rejects_other_losses_in_fp32(other):
 
 def test_train_step_mean_weights_the_least_of_each_kind():
     kinds = ["clips", "clips", "images", "images", "clips"]
-    steps = train_step.Steps(kinds, [0.1, 5.0, 2.0, 1.0, 4.0], [], [])
+    steps = train_step.Steps(kinds, [0.1, 5.0, 2.0, 1.0, 4.0])
     assert steps.mean("trainer", {"clips": 3.0, "images": 1.0}, warm_up=1) == (3 * 4 + 1) / 4
     assert steps.mean("trainer", {"clips": 3.0, "images": 0.0}, warm_up=1) == 4
 

@@ -1,0 +1,156 @@
+"""The demo's training in this checkout and in another one: `benchmarks.train_step --against`.
+
+| line          | compared                                                                      |
+|---------------|-------------------------------------------------------------------------------|
+| start         | CPU-seconds before the first step: decoding, target texts, imports            |
+| second start  | the same, started again                                                       |
+| after a move  | the same, with rows and clips in another folder                               |
+| values read   | tensors in a step whose values Python reads: on a GPU each one waits for it   |
+| sizes read    | operators in a step whose result's size depends on values, which wait too     |
+| copies        | copies and conversions in a step                                              |
+| demo          | samples per CPU-second of two processes that take steps alternately           |
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.report import Goal, Report
+from benchmarks.steps import Steps
+from benchmarks.synthetic import write_demo
+from training.arguments import read_recipe
+
+WARM_UP = 4  # steps that do not count
+# Goals of the samples per CPU-second against revision 02ec42d, on a processor with native bf16.
+LEAST = {"fp32": 1.1, "bf16": 1.5}
+SCRIPT = Path(__file__).with_name("paced_steps.py")
+HERE = Path(__file__).parents[1]
+
+
+class PacedSteps:
+    """A checkout that trains with a recipe in its own process, one step at each call.
+
+    Args:
+        checkout: root of the repository, at any revision whose recipes have the demo's keys.
+        folder: its output and its cache.
+
+    Attributes:
+        start: CPU-seconds before the first step.
+    """
+
+    def __init__(self, checkout: Path, recipe: Path, folder: Path):
+        folder.mkdir(exist_ok=True)
+        self.log = folder / "log.txt"
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, str(SCRIPT), str(recipe)),
+                *(f"training.output_dir={folder / 'out'}", f"data.cache_dir={folder / 'cache'}"),
+            ],
+            cwd=checkout,
+            env=os.environ | {"PYTHONPATH": str(checkout)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+        )
+        self.start = self.read()["start"]
+
+    def step(self, *, count: bool = False) -> dict:
+        """Take a step; return its CPU-seconds and the frames of its clips.
+
+        Args:
+            count: count operators instead; the step is then slower.
+        """
+        self.process.stdin.write("count\n" if count else "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            log = self.log.read_text(encoding="utf-8")
+            raise RuntimeError(f"{' '.join(self.process.args)} ended:\n{log[-2000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def add(report: Report, case: str, there: float, here: float) -> None:
+    numbers = {"there": there, "here": here}
+    if there:
+        numbers["here / there"] = here / there
+    report.add(case, numbers)
+
+
+def compare_starts(checkouts: dict[str, Path], recipe: Path, folder: Path, report: Report) -> None:
+    """Start both checkouts three times, the last time with moved rows and clips."""
+    moved = folder / "moved"
+    shutil.copytree(recipe.parent, moved)
+    text = recipe.read_text(encoding="utf-8").replace(str(recipe.parent), str(moved))
+    (moved / "recipe.yaml").write_text(text, encoding="utf-8")
+    for case, path in (
+        ("start", recipe),
+        ("second start", recipe),
+        ("after a move", moved / "recipe.yaml"),
+    ):
+        report.start(case)
+        seconds = {}
+        for name, checkout in checkouts.items():
+            paced = PacedSteps(checkout, path, folder / name)
+            seconds[name] = paced.start
+            paced.close()
+        add(report, f"{case}, CPU-s", seconds["there"], seconds["here"])
+
+
+def compare_steps(
+    checkouts: dict[str, Path], recipe: Path, folder: Path, report: Report, steps: int
+) -> None:
+    """Take steps in both checkouts alternately, and count the operators of one more step."""
+    read = read_recipe(str(recipe))
+    weights = {"clips": 0.0, "images": 0.0}
+    for source in read.data.sources:
+        weights["images" if "easy_vqa" in source.rows else "clips"] += source.weight
+    precision = "bf16" if read.training.bf16 else "fp32"
+    both = {name: PacedSteps(each, recipe, folder / name) for name, each in checkouts.items()}
+    found = {name: Steps() for name in both}
+    try:
+        for _ in range(steps - 1):
+            for name, paced in both.items():
+                step = paced.step()
+                found[name].kinds.append("images" if step["frames"] == 1 else "clips")
+                found[name].trainer.append(step["seconds"])
+        counts = {name: paced.step(count=True)["counts"] for name, paced in both.items()}
+    finally:
+        for paced in both.values():
+            paced.close()
+    here, there = (
+        read.training.global_batch_size / found[name].mean("trainer", weights, WARM_UP)
+        for name in ("here", "there")
+    )
+    report.add(
+        f"demo {precision}, samples per CPU-s",
+        {"there": there, "here": here, "here / there": here / there},
+        Goal("here / there", least=LEAST[precision]),
+    )
+    for kind in counts["here"]:
+        add(report, f"{kind} in a step, {precision}", counts["there"][kind], counts["here"][kind])
+
+
+def compare_revisions(other: Path, precisions: list[str], report: Report, steps: int) -> None:
+    """Compare starts and steps of this checkout and of `other`."""
+    checkouts = {"there": other.resolve(), "here": HERE}
+    for precision in precisions:
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder, "data")
+            data.mkdir()
+            recipe = write_demo(data, precision=precision, max_steps=steps)
+            if precision == precisions[0]:
+                compare_starts(checkouts, recipe, Path(folder), report)
+            compare_steps(checkouts, recipe, Path(folder), report, steps)
