@@ -219,8 +219,8 @@ class VLJEPAVideoProcessor(BaseVideoProcessor):
             frame = video[index : index + 1]
             if isinstance(frame, list | tuple):
                 frame = self.load_frame(frame[0])
-            if isinstance(frame, np.ndarray):
-                frame = channels_first(frame)
+            # torch resizes uint8 on the CPU only.
+            frame = channels_first(frame) if isinstance(frame, np.ndarray) else frame.cpu()
             sizes.add(f"{frame.shape[3]} x {frame.shape[2]}")
             frames[index] = self.fit(frame, **fit)
         if len(sizes) > 1:

@@ -163,7 +163,7 @@ class ClipLibrary:
     def nearest(self, embeds: torch.Tensor, top_k: int) -> list[list[dict]]:
         """Return the `top_k` clips nearest to each embedding of `(N, D)`, best first."""
         results = []
-        for texts in embeds.float().split(TEXTS_AT_ONCE):
+        for texts in embeds.detach().float().cpu().split(TEXTS_AT_ONCE):
             scores, indices = self.cosines(texts).topk(min(top_k, len(self.dataset)))
             videos = self.dataset.select_columns("video")[indices.flatten().tolist()]["video"]
             found = [

@@ -133,7 +133,7 @@ def as_arrow(videos: list[str], embeds: torch.Tensor) -> dict[str, "pa.Array"]:
 
     `datasets` would make a Python object of every number.
     """
-    numbers = pa.array(embeds.float().reshape(-1).numpy())
+    numbers = pa.array(embeds.detach().float().cpu().reshape(-1).numpy())
     return {
         "video": pa.array(videos, pa.string()),
         "embedding": pa.FixedSizeListArray.from_arrays(numbers, embeds.shape[1]),

@@ -486,7 +486,7 @@ class OnlineSegmenter:
         self.reset()
         if not state:
             return
-        arrays = {name: tensor.numpy().copy() for name, tensor in state.items()}
+        arrays = {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}
         whole = arrays["whole_numbers"].tolist()
         self.count, self.closed, self.start, self.suspected, self.sample.stride = whole
         self.savings, self.time, self.start_time = arrays["real_numbers"].tolist()

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -29,7 +30,7 @@ from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from modeling_vljepa import predictor as predictor_module
 from modeling_vljepa import y_encoder as y_encoder_module
 from modeling_vljepa.losses import LOSSES, TiledInfoNCE, find_matches
-from modeling_vljepa.pipelines import embedding
+from modeling_vljepa.pipelines import embedding, library_writer
 from modeling_vljepa.pipelines.pipeline_vljepa import VLJEPARetrievalPipeline
 from modeling_vljepa.pipelines.segmentation import OnlineSegmenter
 from modeling_vljepa.pipelines.stream_session import Memory, StreamSession
@@ -48,6 +49,7 @@ from training.data.target_states import encode_texts
 from training.loop import grad_cache
 from training.loop.grad_cache import cached_step
 from training.loop.objective import Embeds, Ids, Objective
+from training.model.adapters import add_adapters
 
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -297,6 +299,35 @@ def test_texts_and_features_are_stored_on_the_cpu(fake, monkeypatch):
     )
     embeds = embed_texts(model, processor, texts)
     assert {each.device for each in (states, tokens, embeds)} == {CPU}
+
+
+def test_processor_makes_pixels_on_the_cpu_from_a_clip_on_the_gpu(fake):
+    processor = tiny_processor()
+    clip = torch.zeros(3, 3, 40, 48, dtype=torch.uint8, device=fake)
+    for given in ({"videos": [clip]}, {"videos": [[clip[0], clip[1]]]}, {"images": [clip[0]]}):
+        assert processor(**given)["pixel_values_videos"].device == CPU
+
+
+def test_library_and_search_take_embeddings_on_the_gpu(fake, monkeypatch):
+    # Arrow reads the bytes of its columns, and fake tensors have none.
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda self: self.device)
+    monkeypatch.setattr(library_writer.pa, "array", lambda *values: values[0])
+    arrays = SimpleNamespace(from_arrays=lambda numbers, dim: numbers)
+    monkeypatch.setattr(library_writer.pa, "FixedSizeListArray", arrays)
+    embeds = torch.ones(2, 24, device=fake, requires_grad=True)
+    assert library_writer.as_arrow(["a", "b"], embeds)["embedding"] == CPU
+
+
+def test_adapters_keep_fp32_weights_in_main_memory(fake, monkeypatch):
+    with _disable_current_modes():
+        model = add_adapters(VLJEPAModel(tiny_config()), {"r": 2})
+    layers = [each.get_base_layer() for each in model.modules() if isinstance(each, LoraLayer)]
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.to(fake), requires_grad=False)
+    monkeypatch.setattr(nn.Linear, "to", lambda self, dtype: self)  # fakes cannot be swapped
+    model.store_base_in_bf16()
+    waiting = [weight.device for layer in layers for weight in model.in_fp32[layer].values()]
+    assert set(waiting) == {CPU}
 
 
 # Positive controls: faults that a GPU would report, which these tests must report too.

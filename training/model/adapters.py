@@ -43,7 +43,11 @@ class AdaptedModel(PeftModel):
         for module in self.modules():
             if isinstance(module, LoraLayer):
                 layer = module.get_base_layer()
-                self.in_fp32[layer] = {name: p.data for name, p in layer.named_parameters()}
+                # The model may be on the device already. `training.memory` has shapes only.
+                self.in_fp32[layer] = {
+                    name: p.data if p.is_meta else p.data.cpu()
+                    for name, p in layer.named_parameters()
+                }
                 layer.to(torch.bfloat16)
 
     def save_pretrained(
