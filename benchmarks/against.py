@@ -37,13 +37,21 @@ class PacedSteps:
     Args:
         checkout: root of the repository, at any revision whose recipes have the demo's keys.
         folder: its output and its cache.
+        environment: variables that are set, or removed if `None`.
 
     Attributes:
         start: CPU-seconds before the first step.
     """
 
-    def __init__(self, checkout: Path, recipe: Path, folder: Path):
+    def __init__(
+        self,
+        checkout: Path,
+        recipe: Path,
+        folder: Path,
+        environment: dict[str, str | None] | None = None,
+    ):
         folder.mkdir(exist_ok=True)
+        changed = os.environ | {"PYTHONPATH": str(checkout)} | (environment or {})
         self.log = folder / "log.txt"
         self.process = subprocess.Popen(
             [
@@ -51,7 +59,7 @@ class PacedSteps:
                 *(f"training.output_dir={folder / 'out'}", f"data.cache_dir={folder / 'cache'}"),
             ],
             cwd=checkout,
-            env=os.environ | {"PYTHONPATH": str(checkout)},
+            env={name: value for name, value in changed.items() if value is not None},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
@@ -109,31 +117,37 @@ def compare_starts(checkouts: dict[str, Path], recipe: Path, folder: Path, repor
         add(report, f"{case}, CPU-s", seconds["there"], seconds["here"])
 
 
+def alternate(both: dict[str, PacedSteps], recipe: Path, steps: int) -> dict[str, float]:
+    """Take steps of two processes alternately; return the CPU-seconds of a step of each.
+
+    The least of the steps on clips and of those on images are averaged by the sources' weights.
+    """
+    weights = {"clips": 0.0, "images": 0.0}
+    for source in read_recipe(str(recipe)).data.sources:
+        weights["images" if "easy_vqa" in source.rows else "clips"] += source.weight
+    found = {name: Steps() for name in both}
+    for _ in range(steps):
+        for name, paced in both.items():
+            step = paced.step()
+            found[name].kinds.append("images" if step["frames"] == 1 else "clips")
+            found[name].trainer.append(step["seconds"])
+    return {name: each.mean("trainer", weights, WARM_UP) for name, each in found.items()}
+
+
 def compare_steps(
     checkouts: dict[str, Path], recipe: Path, folder: Path, report: Report, steps: int
 ) -> None:
     """Take steps in both checkouts alternately, and count the operators of one more step."""
-    read = read_recipe(str(recipe))
-    weights = {"clips": 0.0, "images": 0.0}
-    for source in read.data.sources:
-        weights["images" if "easy_vqa" in source.rows else "clips"] += source.weight
-    precision = "bf16" if read.training.bf16 else "fp32"
+    training = read_recipe(str(recipe)).training
+    precision = "bf16" if training.bf16 else "fp32"
     both = {name: PacedSteps(each, recipe, folder / name) for name, each in checkouts.items()}
-    found = {name: Steps() for name in both}
     try:
-        for _ in range(steps - 1):
-            for name, paced in both.items():
-                step = paced.step()
-                found[name].kinds.append("images" if step["frames"] == 1 else "clips")
-                found[name].trainer.append(step["seconds"])
+        seconds = alternate(both, recipe, steps - 1)
         counts = {name: paced.step(count=True)["counts"] for name, paced in both.items()}
     finally:
         for paced in both.values():
             paced.close()
-    here, there = (
-        read.training.global_batch_size / found[name].mean("trainer", weights, WARM_UP)
-        for name in ("here", "there")
-    )
+    here, there = (training.global_batch_size / seconds[name] for name in ("here", "there"))
     report.add(
         f"demo {precision}, samples per CPU-s",
         {"there": there, "here": here, "here / there": here / there},

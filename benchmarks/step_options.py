@@ -6,9 +6,10 @@ CPU-seconds.
 | case            | without / with                                                         |
 |-----------------|------------------------------------------------------------------------|
 | lengths         | random batches / `group_by_length`; queries of 3 to 120 words          |
-| distinct texts  | each of 64 texts encoded / equal ones once, in the demo's share      |
+| distinct texts  | each of 64 texts encoded / equal ones once; as equal as in the demo    |
 | shared clips    | X-Encoder once for a question / once for a clip with four              |
 | compile         | `torch.compile` of the demo's model, for batches of one shape          |
+| malloc          | glibc's thresholds / those of the Makefile, which keep freed memory    |
 | features        | live / features from the store, against the ratio of operations        |
 | pooled features | live, not pooled / from the store, pooled 2 x 2; adapters, 8 frames    |
 """
@@ -28,10 +29,11 @@ import yaml
 from torch import nn
 
 from benchmarks import features
+from benchmarks.against import HERE, PacedSteps, alternate
 from benchmarks.configs import MID, SMALL
 from benchmarks.plain import Batch, to_pixels
 from benchmarks.report import Goal, Report, add_arguments, chosen
-from benchmarks.synthetic import Texts, write_clips
+from benchmarks.synthetic import Texts, write_clips, write_demo
 from benchmarks.train_step import Run, batches_of, start
 from training.loop.objective import Embeds, Ids, Objective
 from training.loop.trainer import take_ids
@@ -164,6 +166,27 @@ def compiled(report: Report, folder: Path, quick: bool) -> None:
     torch.compiler.reset()
 
 
+# As in the Makefile.
+KEEP_MEMORY = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**33))
+
+
+def malloc(report: Report, folder: Path, quick: bool) -> None:
+    if quick:
+        report.add("malloc", {}, note="not measured: it starts processes")
+        return
+    recipe = write_demo(folder, max_steps=24)
+    defaults = dict.fromkeys(KEEP_MEMORY)  # removes those that make has exported
+    both = {}
+    try:
+        for name, environment in ((WITHOUT, defaults), (WITH, KEEP_MEMORY)):
+            both[name] = PacedSteps(HERE, recipe, folder / name, environment)
+        seconds = alternate(both, recipe, 24)
+    finally:
+        for paced in both.values():
+            paced.close()
+    reported(report, "malloc", seconds[WITHOUT], seconds[WITH], "the demo's steps")
+
+
 def from_store(report: Report, folder: Path, quick: bool) -> None:
     """Measure steps from the feature store; nothing is written to `folder`."""
     config, frames = ("small", 2) if quick else ("mid", 8)
@@ -201,6 +224,7 @@ CASES = {
     "distinct texts": distinct_texts,
     "shared clips": shared_clips,
     "compile": compiled,
+    "malloc": malloc,
     "features": from_store,
     "pooled features": pooled_features,
 }
