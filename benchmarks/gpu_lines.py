@@ -82,9 +82,8 @@ class Lines:
         self.add("parity", case, {"difference": difference}, goal=goal | {"met": met})
 
 
-def run_parts(parts: list[Part], lines: Lines, minutes: float) -> None:
-    """Run the parts in their order, as long as there is time."""
-    end = time.monotonic() + 60 * minutes
+def run_parts(parts: list[Part], lines: Lines, end: float) -> None:
+    """Run the parts in their order, as long as there is time until `end` of `time.monotonic`."""
     for name, seconds, run in parts:
         left = end - time.monotonic()
         if left < seconds:

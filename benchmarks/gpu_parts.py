@@ -211,11 +211,16 @@ class Lab:
         torch.cuda.reset_peak_memory_stats(self.device)
         return torch.cuda.memory_allocated(self.device)
 
-    def peak(self, before: int = 0) -> dict[str, float]:
-        """Return the peak in GiB since `reset_peak`, as a column; a CPU has none."""
+    def peak(self, before: int | None = None) -> dict[str, float]:
+        """Return the peak in GiB since `reset_peak`, as a column; a CPU has none.
+
+        Args:
+            before: bytes that do not count, such as those of a model.
+        """
         if self.device.type != "cuda":
             return {}
-        return {"peak GiB": (torch.cuda.max_memory_allocated(self.device) - before) / 2**30}
+        name = "peak GiB" if before is None else "added GiB"
+        return {name: (torch.cuda.max_memory_allocated(self.device) - (before or 0)) / 2**30}
 
     def least_seconds(self, call: Callable[[], object], repeats: int) -> float:
         """Return the seconds of the fastest of several calls, after a first one."""
@@ -753,7 +758,7 @@ def parts(lab: Lab) -> list[Part]:
         *cases(CASES, 45),
         part("loss", 20, loss_speed),
         *[part(f"predict {n} frames", 40, predict_speed, n) for n in lab.sizes.asked],
-        part("gradcache", 110, gradcache),
         part("profile", 40, profile_slowest),
+        part("gradcache", 110, gradcache),
         *cases(COMPILED, 100),
     ]

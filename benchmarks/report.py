@@ -45,17 +45,22 @@ class Goal:
         return f"at least {self.least:g}" if self.most is None else f"at most {self.most:g}"
 
 
+def revision() -> str:
+    """Return the short name of the commit; "" for a copy without a repository, or without git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        run = subprocess.run(
+            command, cwd=RESULTS.parent, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return run.stdout.strip()
+
+
 def machine() -> dict[str, str | int]:
     """Return facts of this machine and the versions on which a measurement depends."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     named = (line for line in info.splitlines() if line.startswith("model name"))
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,  # an installed copy has no repository
-    )
     return {
         "processor": next(named, "model name unknown").split(":")[-1].strip(),
         "cores": os.cpu_count() or 1,
@@ -66,7 +71,7 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "revision": revision.stdout.strip(),
+        "revision": revision(),
     }
 
 
