@@ -41,8 +41,8 @@ class Setting:
 
 
 SETTINGS = [Setting(1, None), Setting(2, None), Setting(1, 1), Setting(2, 1)]
-# Each kill takes the next pair: during the writing of a checkpoint, or between two; one process, or
-# all. The moment is random.
+# Each kill of a setting takes the next pair, and each setting starts at another: during the writing
+# of a checkpoint, or between two; one process, or all. The moment is random.
 MANNERS = [(False, False), (True, True), (False, True), (True, False)]
 
 
@@ -190,7 +190,7 @@ def kill_once(
     chance: random.Random,
 ) -> str:
     """Start a run and kill it; return a line on the moment and the manner."""
-    while_writing, alone = MANNERS[turn % len(MANNERS)]
+    while_writing, alone = MANNERS[(turn + SETTINGS.index(setting)) % len(MANNERS)]
     alone = alone and setting.processes > 1
     # Checkpoints to wait for; in the first turn none, so the run is killed before its first.
     saved = chance.randrange(STEPS // SAVE_STEPS) if turn else 0
@@ -231,9 +231,10 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0) -> list[str]:
         setting = SETTINGS[index]
         if setting not in expected:
             output = folder / f"whole-{setting.processes}-{setting.gradient_cache_rows}"
-            finish(start(setting, recipe, output))  # fills the caches before the timed run
+            if not expected:
+                finish(start(setting, recipe, output))  # fills the caches before the timed runs
+                shutil.rmtree(output)
             begun = time.monotonic()
-            shutil.rmtree(output)
             finish(start(setting, recipe, output))
             expected[setting] = (*result(output), time.monotonic() - begun)
         weights, losses, duration = expected[setting]

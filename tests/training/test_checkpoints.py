@@ -426,9 +426,9 @@ def test_training_stops_at_too_many_bad_rows(tmp_path):
 
 @pytest.mark.slow
 def test_killed_runs_resume_to_the_weights_of_an_uninterrupted_one(tmp_path):
-    """`python -m benchmarks.kills` kills twenty runs; here are two for each setting."""
-    lines = kill_and_resume(tmp_path, kills=8)
-    assert len(lines) == 8
+    """`python -m benchmarks.kills` kills twenty runs; here is one for each setting."""
+    lines = kill_and_resume(tmp_path, kills=4)
+    assert len(lines) == 4
     assert any("one process" in line for line in lines)
 
 
