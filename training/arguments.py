@@ -11,7 +11,6 @@ import math
 import os
 import re
 import sys
-import time
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +20,9 @@ import torch
 import yaml
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments, get_scheduler
+from transformers.utils import is_torch_bf16_gpu_available
 
+from modeling_vljepa.attention import cpu_has_bf16
 from modeling_vljepa.losses import LOSSES
 from modeling_vljepa.prompts import complete_prompts, complete_target_prompts
 
@@ -535,15 +536,15 @@ class VLJEPATrainingArguments(TrainingArguments):
             other's negatives) or "positives".
         sigreg_weight, variance_weight, covariance_weight: weights of LeJEPA's and VICReg's terms.
         precision: compute in "fp32" or "bf16" (weights stay in fp32, except those of frozen
-            encoders), or "auto": bf16 if this machine multiplies matrices faster in it.
+            encoders), or "auto": bf16 if the device multiplies it natively, see `use_bf16`.
         text_learning_rate_scale: factor on a Y-Encoder's backbone (paper section 3.2: 0.05 for
             a pretrained one; a random one needs 1).
         vision_learning_rate_scale: factor on an X-Encoder that is trained.
         resume_from_checkpoint: a checkpoint's folder; or true for the last checkpoint in
             `output_dir`, or the beginning if it has no checkpoint.
         device_tflops: peak of a device in 10^12 operations per second at this precision, from its
-            data sheet: the denominator of `mfu` in the log. Default: the measured speed of a large
-            matrix product.
+            data sheet: the denominator of `mfu` in the log. Default: the speed of a large matrix
+            product, measured for two seconds.
         world_size_expected: number of processes that the recipe is meant for, checked at start-up.
         dataloader_num_workers: number of processes that read batches ahead, for each training
             process. Default: see `loader_defaults`.
@@ -675,28 +676,37 @@ def set_loader_defaults(arguments: VLJEPATrainingArguments) -> None:
         arguments.dataloader_pin_memory = pins
 
 
+def gpu_has_bf16() -> bool:
+    """Return True if the GPU multiplies bf16 natively; NVIDIA's do since Ampere, others emulate."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_torch_bf16_gpu_available()
+
+
 def use_bf16(precision: str, device: torch.device | None) -> bool:
     """Return True to compute in bf16.
 
+    "auto" is bf16 on a device that multiplies it natively, else fp32. It is a property of the
+    device: a measurement could give one run two precisions.
+
     Args:
         precision: "fp32", "bf16" or "auto".
-        device: the CPU, or `None` for an accelerator, on which "auto" is bf16. On CPUs bf16 can be
-            four times faster than fp32 or much slower, so "auto" measures both.
+        device: the CPU, or `None` for an accelerator.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise RecipeError(f"training.precision: {precision!r} is not one of auto, fp32, bf16.")
     if precision != "auto":
         return precision == "bf16"
-    if device is None:
-        return True
+    return gpu_has_bf16() if device is None else cpu_has_bf16()
 
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    for dtype in [*best] * 10:  # alternately, so that a busy moment slows both
-        tokens, weights = torch.ones(4096, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-        start = time.perf_counter()
-        tokens @ weights
-        best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return best[torch.bfloat16] < best[torch.float32]
+
+def precision_line(args: TrainingArguments) -> str:
+    """Return the precision of a run and its reason, for the start of the log."""
+    line = f"{'bf16' if args.bf16 else 'fp32'} compute"
+    if args.precision != "auto":
+        return line
+    device, found = "CPU" if args.use_cpu else "GPU", "" if args.bf16 else "no "
+    return f"{line} (auto: this {device} has {found}native bf16)"
 
 
 @dataclass(kw_only=True)

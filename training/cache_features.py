@@ -25,7 +25,7 @@ from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.feature_store import FACTS, FeatureError, FeatureStore, made_with, read_facts
 from processing.output import OutputError, check_output_folder
-from training.arguments import Recipe, RecipeError, read_recipe
+from training.arguments import Recipe, RecipeError, precision_line, read_recipe
 from training.data.dataset import ContrastiveDataset, build_dataset
 from training.data.feature_writer import (
     Encoder,
@@ -214,6 +214,7 @@ def write(
 ) -> None:
     """Print the estimate and write the rest of the store, with a summary at the end."""
     wait_for_everyone = recipe.training.distributed_state.wait_for_everyone
+    print_once(f"{world_size()} process(es) · {precision_line(recipe.training)}")
     # 1. Size and time
     trials = try_out(dataset, encoder, clips, options.batch_size)
     shapes = {kind: trial.shape for kind, trial in trials.items()}

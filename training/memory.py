@@ -214,6 +214,8 @@ def model_to_train(config: VLJEPAConfig, setting: Setting, bf16: bool) -> nn.Mod
     config = copy.deepcopy(config)
     config.update(setting.changes)
     model = VLJEPAModel(config).float()
+    # As on a GPU. The CPU, which this counts on, would store the scores of short sequences.
+    model.set_attn_implementation("sdpa")
     check_objective(model, args)
     model = prepare_for_training(model, setting.lora, args).train()
     if setting.checkpointing:

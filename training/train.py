@@ -28,6 +28,7 @@ from training.arguments import (
     RecipeError,
     SourceArguments,
     VLJEPATrainingArguments,
+    precision_line,
     read_recipe,
     save_recipes,
 )
@@ -114,8 +115,15 @@ def untrained_prompts(prompts: dict[str, str], sources: list[Source | StreamedSo
     ]
 
 
+def peak_flops(args: VLJEPATrainingArguments) -> float:
+    """Return the operations per second that one device can reach, as given or as measured."""
+    if args.device_tflops is not None:
+        return args.device_tflops * 1e12
+    return reachable_flops(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+
+
 def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source | StreamedSource]) -> str:
-    """Return the start of the log: parameters, sources, precision and chance loss."""
+    """Return the start of the log: parameters, sources, precision, peak of mfu, chance loss."""
     args = recipe.training
     rows = args.global_batch_size // args.gradient_accumulation_steps
     texts = rows * (1 + recipe.data.hard_negatives)
@@ -128,8 +136,10 @@ def start_report(model: VLJEPAModel, recipe: Recipe, sources: list[Source | Stre
     lines += untrained_prompts(model.config.prompts, sources)
     lines.append(
         f"{args.world_size} process(es) on {args.device} · {args.max_steps} steps of "
-        f"{args.global_batch_size} rows · {'bf16' if args.bf16 else 'fp32'} compute, fp32 weights"
+        f"{args.global_batch_size} rows · {precision_line(args)}, fp32 weights"
     )
+    given = "measured" if args.device_tflops is None else "training.device_tflops"
+    lines.append(f"mfu is a share of {peak_flops(args) / 1e12:.3g} TFLOP/s ({given})")
     lines.append(
         f"chance loss of {rows} rows and {texts} texts at most "
         f"{(math.log(rows) + math.log(texts)) / 2:.3f}; each line gives its own, lower if rows "
@@ -210,11 +220,6 @@ def build_trainer(
     args = recipe.training
     check_objective(model, args)
     model = prepare_for_training(model, recipe.model.lora, args)
-    if args.device_tflops is None:
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
-        peak_flops = reachable_flops(args.device, dtype)
-    else:
-        peak_flops = args.device_tflops * 1e12
     trainer = VLJEPATrainer(
         model=model,
         args=args,
@@ -224,7 +229,7 @@ def build_trainer(
         callbacks=[ProgressLine(), CollapseWarning(), RunFacts(recipe.model.checkpoint)],
         benchmarks=benchmarks,
         limit=recipe.evaluation.limit,
-        peak_flops=peak_flops,
+        peak_flops=peak_flops(args),
         lanes=recipe.data.lanes,
         max_bad_share=recipe.data.max_bad_share,
         settings=settings,

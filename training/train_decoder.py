@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from processing.output import OutputError, check_output_folder, writing
-from training.arguments import RecipeError, save_recipes
+from training.arguments import RecipeError, precision_line, save_recipes
 from training.decoder.model import with_decoder
 from training.decoder.recipe import DecoderRecipe, read_recipe
 from training.decoder.texts import DecoderCollator, predicted_texts, read_source, training_texts
@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     if trainer.is_world_process_zero():
         print(parameter_table(model))
         print(f"{len(texts)} embeddings of texts, {len(held_out or [])} of validation clips")
+        print(f"{args.world_size} process(es) on {args.device} · {precision_line(args)}")
         if changes:
             print(f"other settings than before: {changes}", flush=True)
     trainer.train(resume_from_checkpoint=resume_from)

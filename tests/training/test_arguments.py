@@ -20,6 +20,8 @@ from training.arguments import (
     VLJEPATrainingArguments,
     apply_override,
     check_deepspeed,
+    gpu_has_bf16,
+    precision_line,
     read_recipe,
     set_loader_defaults,
     use_bf16,
@@ -410,13 +412,41 @@ def test_read_recipe_sets_loader_defaults_of_a_cpu(recipe):
     assert read_recipe(recipe, ["training.dataloader_num_workers=2"]).training != training
 
 
-def test_use_bf16_follows_precision_and_device():
+@pytest.mark.parametrize("native", [True, False])
+def test_use_bf16_follows_precision_and_what_the_device_multiplies_natively(monkeypatch, native):
+    monkeypatch.setattr("training.arguments.gpu_has_bf16", lambda: native)
+    monkeypatch.setattr("training.arguments.cpu_has_bf16", lambda: not native)
     assert use_bf16("bf16", CPU) and use_bf16("bf16", None)
     assert not use_bf16("fp32", CPU) and not use_bf16("fp32", None)
-    assert use_bf16("auto", None)
-    assert type(use_bf16("auto", CPU)) is bool
+    assert use_bf16("auto", None) is native
+    assert use_bf16("auto", CPU) is not native
     with pytest.raises(RecipeError, match="training.precision: 'fp16' is not one of"):
         use_bf16("fp16", CPU)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_gpu_has_bf16_ignores_emulation(monkeypatch, native):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    # Volta and Turing emulate it.
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    assert gpu_has_bf16() is native
+
+
+@pytest.mark.parametrize(
+    ("precision", "bf16", "use_cpu", "expected"),
+    [
+        ("auto", True, False, "bf16 compute (auto: this GPU has native bf16)"),
+        ("auto", False, True, "fp32 compute (auto: this CPU has no native bf16)"),
+        ("bf16", True, True, "bf16 compute"),
+        ("fp32", False, True, "fp32 compute"),
+    ],
+)
+def test_precision_line_states_the_choice_of_auto(precision, bf16, use_cpu, expected):
+    args = SimpleNamespace(precision=precision, bf16=bf16, use_cpu=use_cpu)
+    assert precision_line(args) == expected
 
 
 @pytest.mark.parametrize(

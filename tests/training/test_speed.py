@@ -67,17 +67,34 @@ def test_training_flops_count_a_shared_clip_once():
     assert found < 0.95 * whole
 
 
-def test_reachable_flops_is_the_rate_of_the_fastest_product(monkeypatch):
-    """The clock is the test's own: on a busy machine, equal products take unequal times."""
-    seconds = [0.5, 0.3, 0.2, 0.25, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0]
-    times = iter([time for taken in seconds for time in (0.0, taken)])
-    monkeypatch.setattr("training.loop.speed.time.perf_counter", lambda: next(times))
+@pytest.fixture
+def unmeasured():
+    """No stored speed of a device, before and after the test."""
+    reachable_flops.cache_clear()
+    yield
+    reachable_flops.cache_clear()
+
+
+def test_reachable_flops_is_the_rate_of_the_fastest_product(monkeypatch, unmeasured):
+    """The clocks are the test's own: on a busy machine, equal products take unequal times."""
+    times = iter([time for taken in (0.5, 0.2, 0.4) for time in (0.0, taken)])
+    elapsed = iter([0.0, 0.1, 1.9, 2.1])  # the end, and after each product
+    monkeypatch.setattr("training.loop.speed.time.thread_time", lambda: next(times))
+    monkeypatch.setattr("training.loop.speed.time.monotonic", lambda: next(elapsed))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("training.loop.speed.torch.get_num_threads", lambda: 3)
+    set_to = []
+    monkeypatch.setattr("training.loop.speed.torch.set_num_threads", set_to.append)
     reachable = reachable_flops(torch.device("cpu"), torch.float32)
-    assert reachable == pytest.approx(2 * 1024**3 / 0.2)
-    assert list(times) == []  # ten products were timed
+    assert reachable == pytest.approx(3 * 2 * 1024**3 / 0.2)  # one thread is timed, three compute
+    assert list(times) == list(elapsed) == [] and set_to == [1, 3]
+    monkeypatch.undo()
+    assert torch.get_num_threads() == threads
+    assert reachable_flops(torch.device("cpu"), torch.float32) == reachable  # not measured again
 
 
-def test_reachable_flops_reads_the_real_clock():
+def test_reachable_flops_reads_the_real_clock(monkeypatch, unmeasured):
+    monkeypatch.setattr("training.loop.speed.MEASURED_SECONDS", 0.0)  # one product
     assert 1e6 < reachable_flops(torch.device("cpu"), torch.float32) < 1e16
 
 

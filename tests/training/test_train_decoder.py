@@ -122,6 +122,7 @@ def test_train_decoder_adds_a_decoder_and_changes_nothing_else(checkpoint, capsy
     assert json.loads((out / "trainer_state.json").read_text())["log_history"] == [{"loss": 1.0}]
     printed = capsys.readouterr().out
     assert "4 embeddings of texts, 4 of validation clips" in printed
+    assert "1 process(es) on cpu · fp32 compute" in printed
     assert "loss on predicted embeddings of validation clips" in printed
 
 

@@ -918,6 +918,7 @@ def test_train_command_trains_on_images_and_clips_of_any_size(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "rows.jsonl: 4 rows, weight 1" in done.stdout
     assert "1 process(es) on cpu · 6 steps of 2 rows · fp32 compute, fp32 weights" in done.stdout
+    assert "mfu is a share of 1 TFLOP/s (training.device_tflops)" in done.stdout
     assert "chance loss of 2 rows and 2 texts at most 0.693" in done.stdout
     assert "x_encoder               0.130M        0.000M" in done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]

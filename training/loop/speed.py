@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 import time
+from functools import cache
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from modeling_vljepa import VLJEPAModel
 from training.arguments import VLJEPATrainingArguments
 
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d)
+MEASURED_SECONDS = 2.0  # of matrix products, for the speed that a device can reach
 
 
 def synchronize(device: torch.device) -> None:
@@ -29,18 +31,33 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
+@cache
 def reachable_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the operations per second of a large matrix product; return the best of ten."""
-    size = 1024 if device.type == "cpu" else 8192
+    """Measure the operations per second of a large matrix product over `MEASURED_SECONDS`.
+
+    The fastest product counts. On a CPU one thread computes it, its processor time is measured, and
+    the result is multiplied by the number of threads: the elapsed time would depend on the other
+    programs of the machine. On this process's next calls the value is the same.
+    """
+    on_cpu = device.type == "cpu"
+    # On a GPU several products follow each other, so that starting them costs nothing.
+    size, products = (1024, 1) if on_cpu else (8192, 10)
+    clock = time.thread_time if on_cpu else time.perf_counter
     left, right = torch.randn(2, size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(10):
+    threads = torch.get_num_threads() if on_cpu else 1
+    if on_cpu:
+        torch.set_num_threads(1)
+    best, end = float("inf"), time.monotonic() + MEASURED_SECONDS
+    while best == float("inf") or time.monotonic() < end:
         synchronize(device)
-        start = time.perf_counter()
-        left @ right
+        start = clock()
+        for _ in range(products):
+            left @ right
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        best = min(best, clock() - start)
+    if on_cpu:
+        torch.set_num_threads(threads)
+    return 2 * size**3 * products / best * threads
 
 
 def forward_flops(module: nn.Module, sequences: int, length: int, attention_width: int) -> int:
