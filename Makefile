@@ -144,8 +144,10 @@ PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 test: env
 	$(PYTEST)
 
+# In the order of the files: xdist would start with those of many tests, and end with one core idle
+# during the longest tests, which are alone in their files.
 test-slow: env
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --no-loadscope-reorder
 
 # Results that differ between processors, as a processor without vector instructions computes them,
 # and with the unaligned weights of loaded models moved by one unit in the last place.
