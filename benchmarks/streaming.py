@@ -2,7 +2,8 @@
 `python -m benchmarks.streaming --model DIR --rows data/streams/test_streams.jsonl`.
 
 It prints CPU-seconds per minute of stream for each part: frames (decoding and preprocessing),
-X-Encoder, Predictor, segmentation, and Y-Decoder. The Y-Decoder's cost is given for three numbers
+X-Encoder, Predictor, segmentation, and Y-Decoder; and for reading the windows' visual tokens from a
+feature store, which replaces frames and X-Encoder. The Y-Decoder's cost is given for three numbers
 of texts: one per window, 2.5 per annotation (uniform), and 2.85 times fewer than uniform
 (`eval/tasks/selective_decoding.py`). Texts are decoded one by one, as for a live stream, and in
 batches, as in evaluation. Every figure is the minimum over the rounds.
@@ -22,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,10 @@ from modeling_vljepa import StreamSession, VLJEPAForConditionalGeneration, decod
 from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, WardSegmenter
 from modeling_vljepa.pipelines.stream_session import StreamEncoder
 from processing import FrameStream, StreamReport, VLJEPAProcessor, Window
+from processing.feature_store import made_with
+from processing.stream_store import StreamStore
+from training.data.feature_writer import PLAN
+from training.data.stream_writer import write_stream
 
 BATCH = 32  # windows per pass, and texts per batch of the Y-Decoder
 ENCODING = ("frames", "X-Encoder", "Predictor")
@@ -68,6 +74,19 @@ class Watched:
         self.annotations = sum(len(stream.times) for stream in self.streams)
         self.minutes = 0.0
 
+    def store(self, folder: Path) -> StreamStore:
+        """Store the visual tokens of all windows in an empty folder."""
+        model, processor = self.model.vljepa, self.processor
+        frames = processor.video_processor.num_frames
+        facts = made_with(model, processor.video_processor, frames)
+        (folder / PLAN).touch()
+        options = {"dtype": "bfloat16", "batch_size": BATCH, "bf16": False}
+        for stream in self.streams:
+            write_stream(
+                folder, stream.video, (frames, 1, None), facts, model, processor, **options
+            )
+        return StreamStore.open(folder, model, processor.video_processor)
+
     def frames(self) -> list[list[Window]]:
         """Read all windows of every stream."""
         seen = []
@@ -78,7 +97,7 @@ class Watched:
         return seen
 
     @torch.no_grad()
-    def round(self) -> dict[str, float]:
+    def round(self, store: StreamStore) -> dict[str, float]:
         """Return the CPU-seconds of each part on all streams; those of decoding are per text."""
         seconds = {}
 
@@ -92,6 +111,11 @@ class Watched:
         encoder = StreamEncoder(self.model.vljepa, self.processor, self.query)
         parts = [each[at : at + BATCH] for each in seen for at in range(0, len(each), BATCH)]
         visual = timed("X-Encoder", lambda: [encoder.encode(part) for part in parts])
+        stored = [store.stream(each.video, stride=1, fps=None) for each in self.streams]
+        timed(
+            "feature store",
+            lambda: [tokens.float() for each in stored for _, tokens in each.batches(BATCH)],
+        )
         predicted = timed("Predictor", lambda: [encoder.predict(x, encoder.query) for x in visual])
         self.found = torch.cat(predicted)
         timed("Ward", lambda: WardSegmenter(self.annotations).segment(self.found))
@@ -176,7 +200,9 @@ def main() -> None:
     if args.live is not None:
         print_latencies(watched, args)
         return
-    rounds = [watched.round() for _ in range(args.rounds)]
+    with TemporaryDirectory() as folder:
+        store = watched.store(Path(folder))
+        rounds = [watched.round(store) for _ in range(args.rounds)]
     seconds = {name: min(each[name] for each in rounds) for name in rounds[0]}
     minutes = watched.minutes
     reference = round(REFERENCE_DENSITY * watched.annotations)
@@ -189,7 +215,7 @@ def main() -> None:
         f"{minutes:.2f} minutes, {len(watched.found)} windows, {watched.annotations} annotations, "
         "1 thread\nCPU-seconds per minute of stream"
     )
-    for name in (*ENCODING, "Ward", "online segmenter"):
+    for name in (*ENCODING, "feature store", "Ward", "online segmenter"):
         print(f"  {name:<18}{seconds[name] / minutes:9.3f}")
     encoding = sum(seconds[name] for name in ENCODING) / minutes
     for way in WAYS:
