@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from benchmarks.gpu_lines import Lines
 
 ROOT = Path(__file__).parents[1]
-# Packages that this command imports; `pyproject.toml` has the versions.
+# Packages that this command imports, itself or by way of datasets, whose versions are those of
+# `pyproject.toml`.
 NEEDED = (
     *("torch", "transformers", "accelerate", "peft", "datasets", "av", "numpy", "pillow", "tqdm"),
-    *("safetensors", "huggingface_hub", "pyyaml", "jinja2", "matplotlib"),
+    *("safetensors", "huggingface_hub", "pyyaml", "jinja2", "matplotlib", "filelock", "pyarrow"),
+    *("pandas", "dill", "multiprocess", "xxhash"),
 )
 
 
@@ -41,6 +43,7 @@ def faults() -> list[str]:
     """Return a sentence for each package that is missing or has an unsuitable version."""
     try:
         from packaging.requirements import Requirement
+        from packaging.specifiers import SpecifierSet
     except ImportError:
         return ["packaging is missing: install it with the other packages."]
 
@@ -49,13 +52,14 @@ def faults() -> list[str]:
     wanted = {each.name: each.specifier for each in map(Requirement, listed)}
     found = []
     for name in NEEDED:
+        versions = wanted.get(name, SpecifierSet())
         try:
             installed = version(name)
         except PackageNotFoundError:
-            found.append(f"{name} is missing: {name}{wanted[name]} is needed.")
+            found.append(f"{name} is missing: install {name}{versions}.")
             continue
-        if not wanted[name].contains(installed, prereleases=True):
-            found.append(f"{name} {installed} is installed: {name}{wanted[name]} is needed.")
+        if not versions.contains(installed, prereleases=True):
+            found.append(f"{name} {installed} is installed: {name}{versions} is needed.")
     return found
 
 

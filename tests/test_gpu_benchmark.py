@@ -30,7 +30,7 @@ def test_gpu_benchmark_names_each_missing_and_each_old_package(monkeypatch):
     monkeypatch.setattr(gpu, "version", version)
     old, missing = gpu.faults()
     assert old.startswith("transformers 5.17.0 is installed: transformers<6,>=5.")
-    assert missing.startswith("av is missing: av>=")
+    assert missing.startswith("av is missing: install av>=")
     with pytest.raises(SystemExit, match="^transformers 5.17.0 is installed"):
         gpu.main(["--tiny"])
 

@@ -138,7 +138,7 @@ KINDS = {
     "the paper's": {},
     "image tower": IMAGE_TOWER,
     "bert": {"text_config": BERT, "text_pooling": "cls"},
-    "last token": {"text_pooling": "lasttoken"},
+    "last token, pooled patches": {"text_pooling": "lasttoken", "visual_token_pooling": 2},
 }
 
 
@@ -159,6 +159,7 @@ def test_predict_and_encode_target_are_on_one_device(fake):
         model.predict(pixels, ids, mask),
         model.predict(visual_embeds=visual_embeds, input_ids=ids, truncate_dim=8),
         model.predict(visual_embeds=visual_embeds),  # without a query
+        model.predict(pixels[:2], ids, mask, visual_index=torch.ones(3, dtype=int, device=fake)),
         model.encode_target(texts, text_mask),
         model.encode_target(texts),
         model.encode_target(target_pooler_output=torch.ones(3, 32, device=fake)),
