@@ -39,12 +39,22 @@ def status(field: str) -> int:
     raise ValueError(f"/proc/self/status has no {field}: run this benchmark on Linux")
 
 
+class PeakMemory:
+    """Peak of resident memory since this object was made, minus the memory at that time."""
+
+    def __init__(self):
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak so far
+        self.before = status("VmRSS")
+
+    def read(self) -> int:
+        return status("VmHWM") - self.before
+
+
 def cost(call: Callable[[], Any]) -> Cost:
     """Run `call` in this process and measure it."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak so far
-    before, since = status("VmRSS"), cpu_seconds()
+    peak, since = PeakMemory(), cpu_seconds()
     value = call()
-    return Cost(cpu_seconds() - since, status("VmHWM") - before, value)
+    return Cost(cpu_seconds() - since, peak.read(), value)
 
 
 def return_freed_memory() -> None:

@@ -11,12 +11,14 @@ class Steps:
         kinds: "clips" or "images" of every step.
         trainer, plain: CPU-seconds of every step.
         losses: pairs of losses, the trainer's and the plain loop's.
+        peaks: peak memory of a step in bytes, beyond weights and states, of "trainer" and "plain".
     """
 
     kinds: list[str] = field(default_factory=list)
     trainer: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
     losses: list[tuple[float, float]] = field(default_factory=list)
+    peaks: dict[str, int] = field(default_factory=dict)
 
     def least(self, name: str, kind: str, warm_up: int) -> float:
         rows = zip(self.kinds[warm_up:], vars(self)[name][warm_up:], strict=True)

@@ -4,7 +4,8 @@
 clipping, optimizer, schedule, log. After each of its steps, a plain loop of bare transformers
 modules (`plain.py`) takes the same step: with equal weights at the start, the same batch through
 the same collator, cross entropy both ways, and torch's fused AdamW. In fp32 the losses of all steps
-must agree. The minimum of CPU-seconds over the steps counts, after the first ones.
+must agree. The minimum of CPU-seconds over the steps counts, after the first ones. The peak of
+memory is that of the last step, beyond weights, optimizer states and everything else in memory.
 
 | case  | model and batch                                                                        |
 |-------|----------------------------------------------------------------------------------------|
@@ -31,6 +32,7 @@ from transformers import TrainerCallback, set_seed
 
 from benchmarks.against import compare_revisions
 from benchmarks.configs import MID, SMALL
+from benchmarks.measure import Cost, PeakMemory, in_own_process, return_freed_memory
 from benchmarks.plain import Batch, PlainLoop, PlainModel
 from benchmarks.report import Goal, Report, add_arguments, chosen
 from benchmarks.steps import Steps
@@ -206,17 +208,20 @@ class Alternate(TrainerCallback):
             yield batch
 
     def on_train_begin(self, *args, **kwargs) -> None:
-        self.since = time.process_time()
+        self.peak, self.since = PeakMemory(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        trainer = time.process_time() - self.since
-        since = time.process_time()
+        self.steps.trainer.append(time.process_time() - self.since)
+        self.steps.peaks["trainer"] = self.peak.read()
+        self.peak, since = PeakMemory(), time.process_time()
         loss = self.loop.step()
         self.steps.plain.append(time.process_time() - since)
-        self.steps.trainer.append(trainer)
+        self.steps.peaks["plain"] = self.peak.read()
         self.steps.losses.append((self.loss, loss))
         self.steps.kinds.append(self.kind)
-        self.since = time.process_time()
+        if state.global_step == args.max_steps - 1:
+            return_freed_memory()  # the last step's peak counts
+        self.peak, self.since = PeakMemory(), time.process_time()
 
 
 def quietly(call: Callable[[], object]) -> None:
@@ -227,7 +232,7 @@ def quietly(call: Callable[[], object]) -> None:
 
 def measure(path: Path, vocabulary: int | None = None) -> tuple[Run, Steps]:
     """Train with a recipe and with the plain loop, alternately."""
-    run, steps = None, Steps([], [], [], [])
+    run, steps = None, Steps()
 
     def train() -> None:
         nonlocal run
@@ -261,28 +266,35 @@ def check_losses(steps: Steps, precision: str) -> float:
     return most
 
 
-def compare(name: str, precision: str, report: Report, quick: bool = False) -> None:
-    """Measure a case and report it."""
+def figures(name: str, precision: str, quick: bool) -> Cost:
+    """Measure a case; return its numbers as the value of a `Cost`."""
     case = (QUICK if quick else CASES)[name]
-    report.start(f"{name} {precision}")
     with tempfile.TemporaryDirectory() as folder:
         path = case.write(Path(folder), precision=precision, max_steps=case.steps)
         run, steps = measure(path, case.vocabulary)
-    difference = check_losses(steps, precision)
     weights = weights_of(run)
     ours, plain = (steps.mean(each, weights, case.warm_up) for each in ("trainer", "plain"))
-    rows = run.recipe.training.global_batch_size
-    report.add(
-        f"{name} {precision}",
-        {
-            "plain, CPU-s": plain,
-            "trainer, CPU-s": ours,
-            "trainer / plain": ours / plain,
-            "samples per CPU-s": rows / ours,
-            "difference of losses": difference,
-        },
-        Goal("trainer / plain", most=case.most),
-    )
+    numbers = {
+        "plain, CPU-s": plain,
+        "trainer, CPU-s": ours,
+        "trainer / plain": ours / plain,
+        "samples per CPU-s": run.recipe.training.global_batch_size / ours,
+        "difference of losses": check_losses(steps, precision),
+        "plain, peak GiB": steps.peaks["plain"] / 2**30,
+        "trainer, peak GiB": steps.peaks["trainer"] / 2**30,
+    }
+    return Cost(sum(steps.plain + steps.trainer), max(steps.peaks.values()), numbers)
+
+
+def compare(name: str, precision: str, report: Report, args: argparse.Namespace) -> None:
+    """Measure a case in its own process, or in this one for `--quick`, and report it."""
+    report.start(f"{name} {precision}")
+    settings = (name, precision, args.quick)
+    if args.quick:
+        found = figures(*settings)
+    else:
+        found = in_own_process(figures, *settings, threads=args.threads)
+    report.add(f"{name} {precision}", found.value, Goal("trainer / plain", most=CASES[name].most))
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -301,7 +313,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     report = Report("train_step", args.output, args.quick)
     for name in cases:
         for precision in args.precision:
-            compare(name, precision, report, args.quick)
+            compare(name, precision, report, args)
     return report.close()
 
 

@@ -80,7 +80,7 @@ QUICK = {
     "train_step": (
         train_step,
         ["--only", "demo", "--precision", "fp32"],
-        {"trainer / plain", "samples per CPU-s", "difference of losses"},
+        {"trainer / plain", "difference of losses", "trainer, peak GiB"},
     ),
     "step_options": (step_options, ["--only", "shared clips"], {"gain"}),
     "predict": (predict, ["--precision", "fp32"], {"ours / plain", "again, CPU-s"}),
