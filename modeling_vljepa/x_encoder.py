@@ -55,8 +55,7 @@ def pool_patches(tokens: torch.Tensor, height: int, width: int, size: int) -> to
             f"for {height} x {width} patches, so their grid is unknown: set it to 1."
         )
     grid = tokens[:, special:].transpose(1, 2).unflatten(2, (height, width))  # (F, Dx, h, w)
-    # `count_include_pad` changes nothing in torch; ONNX Runtime would count patches beyond an edge.
-    pooled = avg_pool2d(grid, size, ceil_mode=True, count_include_pad=False)
+    pooled = avg_pool2d(grid, size, ceil_mode=True)  # the default drops incomplete windows
     return torch.cat([tokens[:, :special], pooled.flatten(2).transpose(1, 2)], dim=1)
 
 

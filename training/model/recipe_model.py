@@ -205,7 +205,10 @@ def load_checkpoint(
         else:
             if name in ADDED and vars(config)[name] != value:
                 new.append(ADDED[name])
-            setattr(config, name, value)
+            try:
+                setattr(config, name, value)
+            except ValueError as error:
+                raise RecipeError(f"model.config: {error}") from error
     for name in PROMPT_SETTINGS:  # the configuration keeps those that are not given
         setattr(config, name, vars(arguments)[name])
     changed = f" with changed {', '.join(changes)}" if changes else ""
