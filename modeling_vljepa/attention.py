@@ -1,9 +1,10 @@
 """Attention of the backbones: PyTorch's `sdpa`, except where it is slower than plain products.
 
-PyTorch's kernel for CPUs, "flash", computes bf16 tile by tile. For short sequences two plain matrix
-products and a softmax take 0.1 to 0.7 of its time forward and backward, if the CPU multiplies bf16
-natively. `benchmarks/attention.py` measures it, and `benchmarks/RESULTS.md` has the table. fp32 and
-GPUs always compute `sdpa`.
+PyTorch's "flash" kernel for CPUs computes the gradient of bf16 attention slowly. For at most 256
+tokens two plain matrix products and a softmax take 0.1 to 0.9 of its time forward and backward, if
+the CPU multiplies bf16 natively. `benchmarks/attention.py` measures it, and `benchmarks/RESULTS.md`
+has the table. Plain products gain little in inference and nothing in fp32, so these compute `sdpa`,
+as GPUs do.
 
 Shapes: B batch, H heads, L query positions, S key positions, d head size.
 """
@@ -23,10 +24,9 @@ from transformers.masking_utils import sdpa_mask
 
 SDPA_OR_PLAIN = "sdpa_or_plain"  # value of `attn_implementation`, the default of every backbone
 
-# The longest sequences for which plain products are faster at head sizes of 32 to 128, with and
-# without a mask.
-LONGEST_IN_TRAINING = 256  # forward and backward
-LONGEST_IN_INFERENCE = 128
+# The longest sequences for which plain products are faster forward and backward at the head sizes
+# 32, 64 and 128, with and without a mask.
+LONGEST = 256
 
 
 @cache
@@ -44,14 +44,15 @@ def is_plain_faster(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -
     `module.training` decides, not `torch.is_grad_enabled()`: GradCache and gradient checkpointing
     run a part first without gradients and then with them, and both passes need the same kernel.
     """
-    if query.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False  # a program may be compiled or exported for other lengths
+    if not module.training or query.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # a program also serves other lengths
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else query.dtype
     if dtype != torch.bfloat16 or not cpu_has_bf16():
         return False
-    longest = LONGEST_IN_TRAINING if module.training else LONGEST_IN_INFERENCE
-    return query.shape[2] == key.shape[2] <= longest  # not text that grows token by token
+    return query.shape[2] <= LONGEST and key.shape[2] <= LONGEST
 
 
 def plain_attention(

@@ -37,7 +37,7 @@ def states(length: int, heads: int = 4, dtype: torch.dtype = torch.float32) -> t
     return torch.randn(2, heads, length, 8, generator=generator).to(dtype)
 
 
-def layer(training: bool = False, groups: int = 1) -> nn.Module:
+def layer(training: bool = True, groups: int = 1) -> nn.Module:
     module = nn.Module().train(training)
     module.num_key_value_groups, module.is_causal = groups, False
     return module
@@ -87,8 +87,7 @@ def test_plain_attention_is_finite_where_a_padded_position_sees_no_key():
     [
         (256, True, HALF, True),
         (257, True, HALF, False),
-        (128, False, HALF, True),
-        (129, False, HALF, False),
+        (16, False, HALF, False),
         (16, True, torch.float32, False),
         (16, True, torch.float16, False),
     ],
@@ -104,7 +103,6 @@ def test_is_plain_faster_follows_length_dtype_and_mode(native, length, training,
 def test_is_plain_faster_only_on_cpus_with_bf16_outside_of_programs(native, monkeypatch):
     query = states(16, dtype=HALF)
     assert is_plain_faster(layer(), query, query)
-    assert not is_plain_faster(layer(), query[:, :, -1:], query)  # one token of a growing text
     assert not is_plain_faster(layer(), query.to("meta"), query.to("meta"))  # another device
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -127,7 +125,11 @@ def test_sdpa_or_plain_leaves_special_features_to_sdpa(native, plain_calls):
 
 @pytest.mark.parametrize("changes", [{}, {"text_config": BERT}], ids=["gemma", "bert"])
 def test_every_encoder_chooses_by_the_rule_and_stays_near_sdpa(native, plain_calls, changes):
-    model = tiny_model(freeze_vision=False, **changes)
+    if "text_config" in changes:  # dropout would differ
+        changes = {
+            "text_config": {**BERT, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+        }
+    model = tiny_model(freeze_vision=False, **changes).train()
     names = ("x_encoder", "predictor", "y_encoder")
     layers = sum(
         model.config.to_dict()[f"{name}_config"]["num_hidden_layers"]
@@ -154,7 +156,7 @@ def test_every_encoder_chooses_by_the_rule_and_stays_near_sdpa(native, plain_cal
 
 
 def test_y_decoder_chooses_by_the_rule_and_stays_near_sdpa(native, plain_calls):
-    writer = tiny_writer(decoder_config=DECODER)
+    writer = tiny_writer(decoder_config=DECODER).train()
     embeds = torch.randn(2, writer.config.embedding_dim, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[5, 6, 7, 2], [8, 2, -100, -100]])
     losses = []
@@ -187,9 +189,9 @@ def test_requested_attention_is_kept_and_none_is_saved(name, tmp_path, native, p
     config._attn_implementation = name
     for each in (model, VLJEPAModel(VLJEPAModel(config).config)):
         with torch.autocast("cpu", HALF):
-            each(**BATCH)
+            each.train()(**BATCH)
     assert plain_calls == []
     model.set_attn_implementation(SDPA_OR_PLAIN)  # back to the default
     with torch.autocast("cpu", HALF):
         model(**BATCH)
-    assert len(plain_calls) == 6
+    assert len(plain_calls) == 4  # the frozen X-Encoder stays in evaluation mode
