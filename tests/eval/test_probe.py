@@ -1,14 +1,12 @@
 """The probe finds what is linear in stored tokens, and nothing in noise."""
 
-import shutil
-
 import numpy as np
 import pytest
 
 from eval import probe as probing
 from eval.probe import main, probe
 from tests.processing.test_feature_store import read_dataset, write_store
-from tests.tiny import tiny_model, tiny_processor, tiny_rows, write_rows
+from tests.tiny import noise, tiny_model, tiny_processor, tiny_rows, write_clip, write_rows
 
 
 def test_probe_finds_a_linear_answer_and_none_in_noise():
@@ -63,7 +61,7 @@ def folder(tmp_path_factory):
     ]
     few = [{**media[0], "query": "rare?", "target": "a"}]
     write_rows(folder / "asked.jsonl", [*asked, *few, {"query": "no media", "target": "a"}])
-    shutil.copy(media[2]["video"], folder / "strange.mp4")
+    write_clip(folder / "strange.mp4", noise(5, 48, 48, 3))
     write_rows(folder / "one_clip.jsonl", asked[7:9] * 2)
     strange = [{**row, "video": "strange.mp4"} for row in asked[7:9]]
     write_rows(folder / "strange.jsonl", [*asked[7:9], *strange])
