@@ -204,9 +204,9 @@ class Lab:
 
     def reset_peak(self) -> int:
         """Free unused memory and start to measure the peak; return the bytes that are in use."""
-        gc.collect()
         if self.device.type != "cuda":
             return 0
+        gc.collect()  # a trainer and its model refer to each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         return torch.cuda.memory_allocated(self.device)
@@ -451,7 +451,6 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         flops = trainer.floating_point_ops(batch)
-        trainer.accelerator.free_memory()
     return statistics.median(clock.seconds[warm_up:]), flops, lab.peak()
 
 
