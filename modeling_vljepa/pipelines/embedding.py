@@ -60,13 +60,13 @@ def samples_hash(weights: Iterable[torch.Tensor]) -> bytes:
 
 
 def weights_state(model: PreTrainedModel) -> tuple | None:
-    """Return a value that differs whenever the model embeds texts differently.
+    """Return a value that changes with the weights and layers that embed texts.
 
     It is compared before a cached embedding is used: it holds the address, version, dtype and
     device of each weight of the Y-Encoder and its head, and the layers' settings. A version alone
     would miss `model.to(dtype)`, which replaces `weight.data`. An address alone would miss a way
     there and back, and some optimizers write past the version. So a sample of the numbers counts
-    too.
+    too. Only an edit through `weight.data` of single numbers outside the sample is not seen.
 
     Returns: `None` if this cannot be known: in training, and for weights that are not in this
         process's memory (offloaded, sharded) or not plain numbers (quantized).

@@ -72,7 +72,7 @@ COLUMNS = datasets.Features(
     error=datasets.Value("string"),
     content=datasets.Value("string"),
 )
-FILE = "\0"  # stands for the name of the file in a stored error: the file may be moved
+FILE = "\0"  # in place of the name of the file in a stored error: the file may be moved
 
 
 def decode(index: int, rows: list[dict], video_processor: VLJEPAVideoProcessor) -> dict:
