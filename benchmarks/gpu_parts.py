@@ -63,7 +63,7 @@ class Sizes:
     """Sizes of all parts.
 
     Attributes:
-        config: of the model that is measured; `small` of the one for parity.
+        config: configuration of the measured model; `small` is that of the model for parity.
         frames: frames of a clip in training.
         lengths: tokens of queries and of targets.
         rows: rows of a step; `None` for those that fit. `most` bounds them.
@@ -142,15 +142,13 @@ TINY = Sizes(
 
 
 def facts(device: torch.device) -> dict[str, str | int | float]:
-    """Return the machine, its GPU and the versions."""
-    if device.type != "cuda":
-        return machine()
-    gpu = torch.cuda.get_device_properties(device)
-    return machine() | {
-        "gpu": gpu.name,
-        "gpu_gib": round(gpu.total_memory / 2**30, 1),
-        "cuda": torch.version.cuda,
-    }
+    """Return the machine and the versions; a GPU is named first."""
+    found = machine()
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        size = f"{gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        found["processor"] = f"{gpu.name} ({size}), {found['processor']}"
+    return found
 
 
 class Lab:

@@ -2,12 +2,15 @@
 
 import json
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_parts
 from benchmarks.gpu_lines import Lines, Part, Skip, run_parts
+from training.memory import Need
 
 PARTS = ("parity", "train", "loss", "predict", "gradcache", "profile")
 
@@ -74,6 +77,33 @@ def test_gpu_benchmark_fails_a_comparison_beyond_its_tolerance(lines, difference
     lines.compare("large", difference, 0.1)
     assert [line["goal"]["met"] for line in read(lines)] == [True, False]
     assert lines.failed == ["parity large"]
+
+
+def test_gpu_benchmark_tries_fewer_rows_after_a_lack_of_memory(lines, monkeypatch):
+    tried = []
+
+    def train(lab, case, rows, **steps):
+        tried.append(rows)
+        if rows > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 2.0, 1e12, {"peak GiB": 3.0}
+
+    monkeypatch.setattr(gpu_parts, "train", train)
+    need = Need(weights=2**30, gradients=0, trained=0, steps={1: 0, 9: 2**30})
+    lab = gpu_parts.Lab(torch.device("cpu"), lines, replace(gpu_parts.TINY, rows=10))
+    lab.reachable, lab.needs = 1e12, {"full": need}
+    gpu_parts.train_case(lab, gpu_parts.Case("full"))
+    assert tried == [10, 9, 8]
+    found = read(lines)[-1]["numbers"]
+    assert found.pop("predicted GiB") == pytest.approx(1 + 7 / 8)
+    assert found.pop("peak GiB / predicted") == pytest.approx(3 / (1 + 7 / 8))
+    expected = {"rows": 8, "samples/s": 4.0, "s/step": 2.0, "MFU": 0.5, "peak GiB": 3.0}
+    assert found == pytest.approx(expected)
+
+
+def test_gpu_benchmark_idle_time_is_that_of_no_interval():
+    assert gpu_parts.covered([(0, 2), (1, 3), (1, 2), (5, 6)]) == 4
+    assert gpu_parts.covered([]) == 0
 
 
 @pytest.mark.slow
