@@ -167,14 +167,14 @@ def table(lines: list[dict]) -> str:
     )
 
 
-def section(lines: list[dict], command: str) -> str:
+def section(lines: list[dict], command: str, title: str = "All benchmarks") -> str:
     """Return a Markdown section of all lines, with the machine and the versions."""
     facts = lines[0]["machine"]
     loads = [line["machine"]["load"] for line in lines]
     busy = ", busy with other work" if max(loads) > facts["threads"] + 0.5 else ""
     bf16 = "native bf16" if facts["native_bf16"] else "no native bf16"
     text = (
-        f"## All benchmarks, {date.today().isoformat()}, revision {facts['revision']}\n\n"
+        f"## {title}, {date.today().isoformat()}, revision {facts['revision']}\n\n"
         f"```\n{command}\n```\n\n"
         f"{facts['processor']}, {facts['cores']} cores, {facts['instructions']}, {bf16}, "
         f"{facts['threads']} thread(s){busy}: load average {min(loads)} to {max(loads)}. "
@@ -209,9 +209,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("lines", type=Path, help="JSONL file that the benchmarks wrote")
     parser.add_argument("--command", default="make bench", help="the command that made it")
+    parser.add_argument("--title", default="All benchmarks", help="of the section")
     args = parser.parse_args()
     with RESULTS.open("a", encoding="utf-8") as file:
-        file.write("\n" + section(read_lines(args.lines), args.command))
+        file.write("\n" + section(read_lines(args.lines), args.command, args.title))
 
 
 if __name__ == "__main__":
