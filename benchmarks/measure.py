@@ -58,7 +58,7 @@ def cost(call: Callable[[], Any]) -> Cost:
 
 
 def return_freed_memory() -> None:
-    """Make glibc return freed blocks of 1 MiB and more to the system from now on.
+    """Return freed memory to the system; from now on, blocks of 1 MiB and more at once.
 
     Resident memory is then memory in use. It costs time, so times are measured before. The setting
     cannot be undone, so only processes of `in_own_process` change it.

@@ -213,6 +213,8 @@ class Alternate(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.steps.trainer.append(time.process_time() - self.since)
         self.steps.peaks["trainer"] = self.peak.read()
+        if state.global_step == args.max_steps:
+            return_freed_memory()  # that of the trainer's step, which the plain step would reuse
         self.peak, since = PeakMemory(), time.process_time()
         loss = self.loop.step()
         self.steps.plain.append(time.process_time() - since)
