@@ -177,7 +177,7 @@ def section(lines: list[dict], command: str, title: str = "All benchmarks") -> s
         f"## {title}, {date.today().isoformat()}, revision {facts['revision']}\n\n"
         f"```\n{command}\n```\n\n"
         f"{facts['processor']}, {facts['cores']} cores, {facts['instructions']}, {bf16}, "
-        f"{facts['threads']} thread(s){busy}: load average {min(loads)} to {max(loads)}. "
+        f"{facts['threads']} thread(s){busy}: load average {min(loads)} to {max(loads)}.\n"
         f"Python {facts['python']}, torch {facts['torch']}, "
         f"transformers {facts['transformers']}.\n"
     )
