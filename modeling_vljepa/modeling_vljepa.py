@@ -306,9 +306,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             shape = ((visual_embeds if visual_index is None else visual_index).shape[0], 0)
             input_ids = torch.empty(shape, dtype=torch.long, device=visual_embeds.device)
         check_shape("visual_embeds", visual_embeds, "batch", "tokens", "hidden size")
-        attention_mask = check_tokens(
-            "", input_ids, attention_mask, self.config.predictor_config
-        )
+        attention_mask = check_tokens("", input_ids, attention_mask, self.config.predictor_config)
         states, mask = self.predictor(
             visual_embeds, input_ids, attention_mask, visual_index, **kwargs
         )  # (B, N + L, Dp), (B, N + L)
