@@ -43,6 +43,24 @@ def test_training_flops_are_those_that_torch_counts(changes):
     assert training_flops(model, batch) == pytest.approx(counted(model, batch), rel=0.1)
 
 
+def test_training_flops_count_the_gradient_through_frozen_attention():
+    """With adapters on long clips, it is a quarter of the step here."""
+    model, batch = tiny_model(), tiny_batch()
+    model.set_attn_implementation("eager")  # torch counts no operations of the CPU's own kernel
+    (
+        batch.pop("attention_mask"),
+        batch.pop("target_attention_mask"),
+        batch.pop("pixel_values_videos"),
+    )
+    batch["visual_embeds"] = torch.zeros(3, 512, model.config.vision_config.hidden_size)
+    lora = LoraConfig(r=1, target_modules=LORA_TARGET_MODULES)
+    adapted = get_peft_model(model, lora)
+    with FlopCounterMode(display=False) as counter:
+        adapted(**batch, return_loss=True).loss.backward()
+    found = training_flops(adapted.base_model.model, batch)
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
 def test_training_flops_are_fewer_for_frozen_or_given_parts():
     batch = tiny_batch()
     trained = training_flops(tiny_model(freeze_vision=False), batch)

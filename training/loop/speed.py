@@ -61,26 +61,38 @@ def reachable_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def forward_flops(module: nn.Module, sequences: int, length: int, attention_width: int) -> int:
-    """Count the operations of a transformer on `sequences` sequences of `length` tokens.
+    """Count the operations of a transformer on `sequences` sequences of `length` tokens."""
+    return sum(count_products(module, sequences, length, attention_width)[:2])
+
+
+def count_products(
+    module: nn.Module, sequences: int, length: int, attention_width: int
+) -> tuple[int, int, float]:
+    """Count the operations of a forward pass; return those of the weights, those of attention, and
+    the share of the weights that train.
 
     Every weight of a matrix product is used once for each token, and attention multiplies each
     pair of tokens twice; all other operations are ignored (Chowdhery et al. 2022, appendix B).
     """
-    weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, PRODUCTS))
-    layers = module.backbone.config.num_hidden_layers
-    return 2 * sequences * length * (weights + 2 * layers * length * attention_width)
-
-
-def passes(module: nn.Module, through: bool = False) -> float:
-    """Return the cost of a step in forward passes of the module.
-
-    The forward pass costs 1. The gradient of the activations costs 1 if any weight trains or the
-    gradient passes `through` to an earlier module. The gradient of the weights costs the share of
-    weights that train.
-    """
     weights = [m.weight for m in module.modules() if isinstance(m, PRODUCTS)]
+    size = sum(w.numel() for w in weights)
     trained = sum(w.numel() for w in weights if w.requires_grad)
-    return 1 + (through or trained > 0) + trained / sum(w.numel() for w in weights)
+    attention = 2 * module.backbone.config.num_hidden_layers * length * attention_width
+    return 2 * sequences * length * size, 2 * sequences * length * attention, trained / size
+
+
+def step_flops(
+    module: nn.Module, sequences: int, length: int, attention_width: int, through: bool = False
+) -> float:
+    """Count the operations of a transformer in a step, forward and backward.
+
+    Activations need a gradient if any weight trains, or if it passes `through` to an earlier
+    module. It costs one forward pass of the weights and two of attention, whose products have two
+    activations each. The gradient of the weights costs the share of them that train.
+    """
+    weights, attention, trained = count_products(module, sequences, length, attention_width)
+    backward = through or trained > 0
+    return weights * (1 + backward + trained) + attention * (1 + 2 * backward)
 
 
 def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
@@ -101,28 +113,26 @@ def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
         grid = height // vision.patch_size, width // vision.patch_size
         patches = math.prod(grid)
         if model.x_encoder.is_video:
-            frames = -(-frames // vision.tubelet_size)
-            flops = forward_flops(model.x_encoder, rows, frames * patches, vision.hidden_size)
+            if frames > 1 or not model.x_encoder.has_image_stem:
+                frames = -(-frames // vision.tubelet_size)
+            total += step_flops(model.x_encoder, rows, frames * patches, vision.hidden_size)
         else:
-            flops = forward_flops(model.x_encoder, rows * frames, patches, vision.hidden_size)
+            total += step_flops(model.x_encoder, rows * frames, patches, vision.hidden_size)
         # The Predictor reads pooled tokens.
         tokens = frames * math.prod(-(-edge // model.x_encoder.pooling) for edge in grid)
-        total += flops * passes(model.x_encoder)
 
     if "visual_index" in inputs:  # several queries share a clip
         rows = len(inputs["visual_index"])
     queries = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     llama = model.predictor.backbone.config
     width = llama.num_attention_heads * llama.head_dim
-    flops = forward_flops(model.predictor, rows, tokens + queries, width)
     # The gradient passes through frozen Predictor layers as well, to the visual projection.
-    total += flops * passes(model.predictor, through=True)
+    total += step_flops(model.predictor, rows, tokens + queries, width, through=True)
 
     if "target_input_ids" in inputs:
         texts, length = inputs["target_input_ids"].shape
         text = model.y_encoder.backbone.config
-        flops = forward_flops(model.y_encoder, texts, length, text.hidden_size)
-        total += flops * passes(model.y_encoder)
+        total += step_flops(model.y_encoder, texts, length, text.hidden_size)
     return round(total)
 
 
