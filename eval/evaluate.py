@@ -1,6 +1,7 @@
 """Measure a model: `python -m eval.evaluate --model DIR --tasks babyai_vqa easy_vqa`.
 
-The command prints a table for each kind of benchmark, and writes `results.json` and `report.html`.
+The command prints a table for each kind of benchmark, and writes `results.json`, `report.html`, and
+`items.jsonl` with scores and predictions of every item, which `eval.compare` reads.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import torch
 
 from eval.benchmarks import load_benchmarks, measurable
 from eval.embed import ABLATIONS
+from eval.items import FILE, write_items
 from eval.models import load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
@@ -125,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         results.append(result)
         with writing(args.output):
             args.output.mkdir(parents=True, exist_ok=True)
+            write_items(args.output / FILE, result.name, result.items, append=len(results) > 1)
             write_results(args.output / "results.json", model_name, results, features)
 
     # 4. tables and report

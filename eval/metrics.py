@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 LONGEST = 4  # CIDEr compares n-grams of one to four words
+HIGHEST_CIDER = 10.0
 LENGTH_STD = 6.0  # of CIDEr-D's Gaussian penalty for a difference of lengths
 CLITIC = re.compile(r"(n't|'s|'re|'ve|'ll|'d|'m)\b")
 TOKEN = re.compile(r"n't|'\w+|\w+(?:-\w+)*")
@@ -55,26 +56,16 @@ def chance_recall(relevant: torch.Tensor, k: int) -> float:
     ) / len(relevant)
 
 
-def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: float, total: int, z: float = 1.959964) -> tuple[float, float]:
     """Return the interval `(low, high)` of a proportion (Wilson, 1927), 95 % by default.
 
-    It assumes independent rows. Questions about one clip are not quite independent, so the true
-    interval is somewhat wider.
+    It assumes independent rows; `eval.intervals` has intervals for rows that are not, such as
+    several questions about one clip.
     """
     share, shrink = hits / total, z * z / total
     centre = share + shrink / 2
     half = math.sqrt(shrink * (share * (1 - share) + shrink / 4))
     return max(0.0, (centre - half) / (1 + shrink)), min(1.0, (centre + half) / (1 + shrink))
-
-
-def mean_interval(values: torch.Tensor, z: float = 1.959964) -> tuple[float, float]:
-    """Return the interval of the mean of `(R,)` values from their standard error, 95 % by default.
-
-    It assumes independent rows, as `wilson` does.
-    """
-    mean = values.mean().item()
-    half = z * values.std(correction=0).item() / math.sqrt(len(values))
-    return mean - half, mean + half
 
 
 def words(text: str) -> list[str]:
@@ -135,7 +126,9 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tor
     scores = []
     for candidate, texts in zip(candidates, wanted, strict=True):
         ngrams = _ngrams(candidate)
-        scores.append(10 * sum(similarity(ngrams, other) for other in texts) / len(texts))
+        scores.append(
+            HIGHEST_CIDER * sum(similarity(ngrams, other) for other in texts) / len(texts)
+        )
     return torch.tensor(scores, dtype=torch.float64)
 
 
@@ -155,11 +148,11 @@ def _length(ngrams: Counter) -> int:
 
 
 __all__ = [
+    "HIGHEST_CIDER",
     "chance_recall",
     "cider",
     "exact_match",
     "first_relevant_ranks",
-    "mean_interval",
     "relevant_index",
     "token_f1",
     "wilson",

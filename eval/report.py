@@ -30,7 +30,7 @@ def text_tables(results: list[TaskResult]) -> str:
     for task in dict.fromkeys(result.task for result in results):
         family = [result for result in results if result.task == task]
         names = list(next(iter(family[0].scores.values())).baselines)
-        rows = [["benchmark", "metric", "score", "95 % interval", "n", *names]]
+        rows = [["benchmark", "metric", "score", "95 % interval", "n", "clusters", *names]]
         for result in family:
             rows += [_cells(result.name, metric, score) for metric, score in result.scores.items()]
             rows += [_cells("", f"  {name}", score) for name, score in result.by_type.items()]
@@ -40,7 +40,7 @@ def text_tables(results: list[TaskResult]) -> str:
             for name, numbers in result.comparisons.items()
         ]
         protocols = [f"{result.name}: {_facts(_protocol(result))}" for result in family]
-        tables.append("\n".join([f"{task} (in %)", _aligned(rows), "", *compared, *protocols]))
+        tables.append("\n".join([f"{task} (in %)", aligned(rows), "", *compared, *protocols]))
     return "\n\n".join(tables)
 
 
@@ -165,10 +165,11 @@ def loss_figure(history: list[dict]) -> Figure | None:
 def _cells(name: str, metric: str, score: Score) -> list[str]:
     interval = f"{percent(score.low)} - {percent(score.high)}"
     baselines = map(percent, score.baselines.values())
-    return [name, metric, percent(score.value), interval, str(score.n), *baselines]
+    counts = [str(score.n), str(score.clusters)]
+    return [name, metric, percent(score.value), interval, *counts, *baselines]
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     """Align a table: the two columns of text to the left, the numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -193,4 +194,4 @@ def _facts(facts: dict[str, str | int | float]) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-__all__ = ["loss_figure", "percent", "text_tables", "write_report"]
+__all__ = ["aligned", "loss_figure", "percent", "text_tables", "write_report"]

@@ -1,12 +1,15 @@
 """Results of an evaluation: scores, examples, and the protocol that they need to be understood."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from eval.embed import Predictions
-from eval.metrics import mean_interval, wilson
+from eval.intervals import RESAMPLES, mean_interval
+from eval.items import Items
 from processing.rows import Media, media_of
 
 
@@ -16,9 +19,10 @@ class Score:
 
     Attributes:
         value (`float`): the share or mean.
-        low, high (`float`): its 95 % interval: Wilson's for a share, from the standard error for a
-            mean.
+        low, high (`float`): its 95 % interval, see [`mean_interval`].
         n (`int`): rows.
+        clusters (`int`): clusters of rows, such as clips, that the interval resamples.
+        interval (`str`): kind of the interval.
         baselines (`dict[str, float]`): the value of chance, of the most common answer and so on.
             All scores of one kind of benchmark have the same baselines, in the same order.
     """
@@ -27,18 +31,28 @@ class Score:
     low: float
     high: float
     n: int
+    clusters: int
+    interval: str
     baselines: dict[str, float]
 
     @classmethod
-    def of(cls, hits: torch.Tensor, baselines: dict[str, float]) -> "Score":
-        """Return the share of `hits` (`torch.BoolTensor` of shape `(n,)`)."""
-        right, n = int(hits.sum()), len(hits)
-        return cls(right / n, *wilson(right, n), n, baselines)
+    def of(
+        cls,
+        values: torch.Tensor | np.ndarray,
+        clusters: np.ndarray,
+        baselines: dict[str, float],
+        highest: float = 1.0,
+    ) -> "Score":
+        """Return the mean of `values` `(n,)`, one for each row; a share if they are booleans.
 
-    @classmethod
-    def of_mean(cls, values: torch.Tensor, baselines: dict[str, float]) -> "Score":
-        """Return the mean of `values` (`torch.DoubleTensor` of shape `(n,)`), one for each row."""
-        return cls(values.mean().item(), *mean_interval(values), len(values), baselines)
+        Args:
+            clusters (`np.ndarray` of shape `(n,)`): number of each row's cluster.
+            highest: the highest value possible.
+        """
+        values = np.asarray(values, dtype=np.float64)
+        found = mean_interval(values, clusters, highest)
+        value, n = float(values.mean()), len(values)
+        return cls(value, found.low, found.high, n, found.clusters, found.kind, baselines)
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,7 @@ class TaskResult:
         by_type (`dict[str, Score]`): accuracy by question type; only VQA has it.
         skipped (`list[str]`): each line and file that was left out, and why.
         examples (`list[Example]`): for the report.
+        items (`list[Items]`): the rows that the scores are means over, with the scores of each.
     """
 
     name: str
@@ -97,10 +112,33 @@ class TaskResult:
     by_type: dict[str, Score] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    items: list[Items] = field(default_factory=list)
 
     def as_json(self) -> dict:
-        """Return all fields except the examples, whose paths are valid on one machine only."""
-        return {name: value for name, value in asdict(self).items() if name != "examples"}
+        """Return all fields except the examples, whose paths are valid on one machine only, and
+        the items, which have a file of their own."""
+        left_out = {"examples": [], "items": []}  # `asdict` would copy them
+        return {
+            name: value
+            for name, value in asdict(replace(self, **left_out)).items()
+            if name not in left_out
+        }
+
+
+def interval_facts(scores: Iterable[Score], cluster: str) -> dict[str, str | int]:
+    """Return the facts about the intervals of scores, for the protocol.
+
+    Args:
+        cluster: the rows that form a cluster, such as "clip".
+    """
+    scores = list(scores)
+    kinds = dict.fromkeys(score.interval for score in scores)
+    return {
+        "interval": f"95 %, {', '.join(kinds)}",
+        "cluster": cluster,
+        "clusters": ", ".join(dict.fromkeys(str(score.clusters) for score in scores)),
+        "resamples": RESAMPLES,
+    }
 
 
 def portable(path: Path) -> str:
@@ -155,5 +193,6 @@ __all__ = [
     "answer_examples",
     "best",
     "evenly_spaced",
+    "interval_facts",
     "portable",
 ]

@@ -8,6 +8,7 @@ Shapes: R rows, D embedding size.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from eval.embed import Predictions, embed_texts, predict_rows
-from eval.results import Score, TaskResult, portable
+from eval.results import Score, TaskResult, interval_facts, portable
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.feature_store import FeatureStore
@@ -45,6 +46,11 @@ def one_row_per_clip(rows: list[dict]) -> list[dict]:
 def sha256(path: Path) -> str:
     """Return the first 12 hexadecimal digits: enough to see that two runs read the same rows."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def texts_sha256(texts: list[str]) -> str:
+    """Return the first 12 hexadecimal digits for a list of candidate texts, in any order."""
+    return hashlib.sha256(json.dumps(sorted(texts)).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -185,19 +191,24 @@ class Task:
         predictions: Predictions,
         protocol: dict[str, str | int | float],
         scores: dict[str, Score],
+        *,
+        cluster: str = "clip",
         **others: Any,
     ) -> TaskResult:
         """Return the result with the protocol that every kind states, and the rows left out.
 
         Args:
             protocol: the kind's own facts; the shared ones follow them.
+            cluster: the rows that form a cluster of the intervals.
             others: further fields of [`TaskResult`].
         """
         return TaskResult(
             name=self.benchmark.name,
             task=self.benchmark.task,
             description=self.benchmark.description,
-            protocol=protocol | self._shared_protocol(predictions),
+            protocol=protocol
+            | self._shared_protocol(predictions)
+            | interval_facts(scores.values(), cluster),
             scores=scores,
             skipped=self._skipped_rows(predictions),
             **others,
@@ -270,4 +281,4 @@ class Kind:
     features: type[FeatureStore] | type[StreamStore] = FeatureStore
 
 
-__all__ = ["Benchmark", "Kind", "Task", "one_row_per_clip", "sha256", "usable_rows"]
+__all__ = ["Benchmark", "Kind", "Task", "one_row_per_clip", "sha256", "texts_sha256", "usable_rows"]

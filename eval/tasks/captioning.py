@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from eval.embed import batches
-from eval.metrics import cider, exact_match, mean_interval, token_f1
+from eval.intervals import difference_interval, numbered
+from eval.items import Items
+from eval.metrics import HIGHEST_CIDER, cider, exact_match, token_f1
 from eval.results import Example, Score, TaskResult, evenly_spaced, portable
 from eval.task import Benchmark, Kind, Task, one_row_per_clip, sha256, usable_rows
 from modeling_vljepa import VLJEPAForConditionalGeneration, decode_texts
@@ -90,13 +93,18 @@ def difference(scored: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
     """Return how much each metric exceeds the other captions', with its 95 % interval.
 
     The difference is taken clip by clip: its interval can exclude 0 even where the intervals of
-    the two means overlap.
+    the two means overlap. Clips are resampled.
     """
     numbers = {}
     for metric, values in scored.items():
         better = values - other[metric]  # (R,)
-        low, high = mean_interval(better)
-        numbers |= {metric: better.mean().item(), f"{metric} low": low, f"{metric} high": high}
+        largest = max(values.max().item(), other[metric].max().item())
+        found = difference_interval(better.numpy(), np.arange(len(better)), largest)
+        numbers |= {
+            metric: better.mean().item(),
+            f"{metric} low": found.low,
+            f"{metric} high": found.high,
+        }
     return {name: round(number, 4) for name, number in numbers.items()}
 
 
@@ -137,12 +145,23 @@ def evaluate(task: Task) -> TaskResult:
     # 2. Their scores
     scored = score_captions(written, references)
     scored_others = {name: score_captions(texts, references) for name, texts in others.items()}
+    clusters = numbered(clips)
     scores = {
-        metric: Score.of_mean(
-            values, {name: other[metric].mean().item() for name, other in scored_others.items()}
+        metric: Score.of(
+            values,
+            clusters,
+            {name: other[metric].mean().item() for name, other in scored_others.items()},
+            highest=HIGHEST_CIDER if metric == "CIDEr" else 1.0,
         )
         for metric, values in scored.items()
     }
+    items = Items(
+        clips=[[row] for row in predictions.rows],
+        texts=references,
+        clusters=clusters,
+        scores=scored,
+        predictions=written,
+    )
 
     cosines = (predictions.embeds * true_embeds).sum(dim=1)  # (R,)
     return task.result(
@@ -159,6 +178,7 @@ def evaluate(task: Task) -> TaskResult:
             {"written": written, **others},
             {"written": scored, **scored_others},
         ),
+        items=[items],
     )
 
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from eval.intervals import numbered
+from eval.items import Items
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
 from eval.results import Score, TaskResult, answer_examples
-from eval.task import Benchmark, Kind, Task
+from eval.task import Benchmark, Kind, Task, texts_sha256
+from processing.rows import media_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,8 @@ def evaluate(task: Task) -> TaskResult:
     relevant = relevant_index(truth, len(labels))  # (R, C)
     ranks = first_relevant_ranks(similarity, relevant)  # (R,)
 
+    clusters = numbered(map(media_of, predictions.rows))
+    hits = {f"top-{k}": ranks <= k for k in (1, 5)}
     scores = {}
     for k in (1, 5):
         most_common = sum(count for _, count in Counter(targets).most_common(k))
@@ -55,12 +60,25 @@ def evaluate(task: Task) -> TaskResult:
             "chance": chance_recall(relevant, k),
             "majority": most_common / len(targets),
         }
-        scores[f"top-{k}"] = Score.of(ranks <= k, baselines)
+        scores[f"top-{k}"] = Score.of(hits[f"top-{k}"], clusters, baselines)
     return task.result(
         predictions,
-        {"candidates": len(labels), "rows": len(targets)},
+        {
+            "candidates": len(labels),
+            "candidates_sha256": texts_sha256(labels),
+            "rows": len(targets),
+        },
         scores,
         examples=answer_examples(predictions, similarity, labels, ranks),
+        items=[
+            Items(
+                clips=[[row] for row in predictions.rows],
+                texts=[[target] for target in targets],
+                clusters=clusters,
+                scores=hits,
+                predictions=[labels[index] for index in similarity.argmax(dim=1).tolist()],
+            )
+        ],
     )
 
 

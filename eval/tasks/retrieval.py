@@ -5,8 +5,11 @@ A pool of images is called one of images, and a mixed pool one of clips.
 Shapes: V distinct files, T distinct texts, D embedding size.
 """
 
+import numpy as np
 import torch
 
+from eval.intervals import numbered
+from eval.items import Items
 from eval.metrics import chance_recall, first_relevant_ranks
 from eval.results import Example, Score, TaskResult, best, evenly_spaced
 from eval.task import Benchmark, Kind, Task, one_row_per_clip
@@ -49,6 +52,22 @@ def relevance(rows: list[dict], files: list[str], texts: list[str]) -> torch.Ten
     return relevant
 
 
+def clusters_of(
+    rows: list[dict], files: list[str], texts: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cluster of each file `(V,)` and of each text `(T,)`.
+
+    Files of one group form a cluster; without `group_id`, each file is one. All texts of a file are
+    in one cluster. A text of several files, or a file of several groups, belongs to the first.
+    """
+    group_of = {media_of(row): row.get("group_id", media_of(row)) for row in reversed(rows)}
+    file_of = {row["target"]: media_of(row) for row in reversed(rows)}
+    return (
+        numbered(group_of[file] for file in files),
+        numbered(group_of[file_of[text]] for text in texts),
+    )
+
+
 def evaluate(task: Task) -> TaskResult:
     """Rank all files for each text and all texts for each file, by cosine similarity."""
     predictions = task.predict(one_row_per_clip(task.rows()))
@@ -58,17 +77,24 @@ def evaluate(task: Task) -> TaskResult:
     similarity = predictions.embeds @ task.embed_texts(texts).T  # (V, T)
     relevant = relevance(rows, files, texts)  # (V, T)
 
-    scores, rank_statistics = {}, {}
+    scores, rank_statistics, items = {}, {}, []
+    file_clusters, text_clusters = clusters_of(rows, files, texts)
     kinds = {"image" if "image" in row else "video" for row in predictions.rows}
     kind = kinds.pop() if len(kinds) == 1 else "clip"
-    for direction, found, right in (
-        (f"text to {kind}", similarity.T, relevant.T),
-        (f"{kind} to text", similarity, relevant),
+    # Rows and texts that an item of each direction is known by, in another evaluation too
+    by_text = [[predictions.rows[file] for file in indices_of(each)] for each in relevant.T]
+    by_file = [[texts[text] for text in indices_of(each)] for each in relevant]
+    own_row = [[row] for row in predictions.rows]
+    own_text = [[text] for text in texts]
+    for direction, found, right, clusters, clips, known_texts in (
+        (f"text to {kind}", similarity.T, relevant.T, text_clusters, by_text, own_text),
+        (f"{kind} to text", similarity, relevant, file_clusters, own_row, by_file),
     ):
         ranks = first_relevant_ranks(found, right)
-        for k in (1, 5, 10):
-            chance = {"chance": chance_recall(right, k)}
-            scores[f"{direction} R@{k}"] = Score.of(ranks <= k, chance)
+        hits = {f"{direction} R@{k}": ranks <= k for k in (1, 5, 10)}
+        for k, (metric, values) in zip((1, 5, 10), hits.items(), strict=True):
+            scores[metric] = Score.of(values, clusters, {"chance": chance_recall(right, k)})
+        items.append(Items(clips, known_texts, clusters, hits, predictions=ranks.tolist()))
         rank_statistics[f"{direction} median rank"] = ranks.double().quantile(0.5).item()
         rank_statistics[f"{direction} mean rank"] = round(ranks.double().mean().item(), 2)
 
@@ -82,9 +108,15 @@ def evaluate(task: Task) -> TaskResult:
         predictions,
         protocol,
         scores,
+        cluster="clip, or clips of one group_id",
         ranks=rank_statistics,
+        items=items,
         examples=text_examples(similarity.T, relevant.T, texts, files),
     )
+
+
+def indices_of(marks: torch.Tensor) -> list[int]:
+    return marks.nonzero().flatten().tolist()
 
 
 def text_examples(
@@ -96,7 +128,7 @@ def text_examples(
         Example(
             media=None,
             query=texts[text],
-            truth=[files[index] for index in relevant[text].nonzero().flatten().tolist()],
+            truth=[files[index] for index in indices_of(relevant[text])],
             ranked=best(similarity[text], files, 5),
             rank=int(ranks[text]),
         )

@@ -38,8 +38,10 @@ import torch
 from tqdm import tqdm
 
 from eval.annotated_streams import AnnotatedStream, EmbeddedStream, embed_streams, read_streams
-from eval.metrics import cider, exact_match
-from eval.results import Example, Score, TaskResult, evenly_spaced, portable
+from eval.intervals import difference_interval
+from eval.items import Items
+from eval.metrics import HIGHEST_CIDER, cider, exact_match
+from eval.results import Example, Score, TaskResult, evenly_spaced, interval_facts, portable
 from eval.task import Benchmark, Kind, Task, sha256
 from eval.tasks.captioning import write
 from modeling_vljepa import VLJEPAForConditionalGeneration
@@ -53,7 +55,6 @@ REFERENCE_DENSITY = 2.5  # decodes per annotation
 CLAIM = 2.85  # times fewer than the reference
 FEWER = np.geomspace(1, 16, 49)  # factors tried on the validation streams
 TOLERANCE = 0.5  # seconds by which a boundary may be off
-RESAMPLES = 2000
 # Settings of the online segmenter, all combinations of which are tried on the validation streams.
 ONLINE = {
     "window": (2, 4, 8),
@@ -248,18 +249,20 @@ class Judge:
         ]
         return self.score(choices), self.score(offline)
 
-    def interval(self, values: np.ndarray) -> tuple[float, float]:
-        """Return the 95 % interval of the mean of `(A,)` values, by resampling streams.
-
-        Annotations of one stream are not independent, so whole streams are drawn.
-        """
-        sums = np.bincount(self.stream_of, weights=values)
-        counts = np.bincount(self.stream_of)
-        drawn = np.random.default_rng(0).integers(
-            len(self.streams), size=(RESAMPLES, len(self.streams))
+    def items(self, outcomes: dict[str, Outcome]) -> Items:
+        """Return the annotations with the CIDEr of each outcome, by the metric's name."""
+        moments = [
+            (stream.annotated.video, time, text)
+            for stream in self.streams
+            for time, text in zip(stream.annotated.times, stream.annotated.texts, strict=True)
+        ]
+        return Items(
+            clips=[[{"video": video}] for video, _, _ in moments],
+            texts=[[repr(float(time)), text] for _, time, text in moments],
+            clusters=self.stream_of,
+            scores={metric: outcome.cider for metric, outcome in outcomes.items()},
+            predictions=[],  # every budget has others
         )
-        means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-        return tuple(np.quantile(means, (0.025, 0.975)).tolist())
 
 
 def boundaries(stream: EmbeddedStream) -> np.ndarray:
@@ -340,13 +343,17 @@ def thresholds(judge: Judge, budgets: Sequence[float]) -> list[dict[str, float |
 
 def measure(
     judge: Judge, budgets: Sequence[float], settings: Sequence[dict[str, float | str]]
-) -> tuple[dict[str, Score], dict[str, list[tuple[float, float]]]]:
-    """Return the CIDEr of every way of choosing at each budget, and each way's curve."""
+) -> tuple[dict[str, Score], dict[str, list[tuple[float, float]]], Items]:
+    """Return the CIDEr of every way of choosing at each budget, each way's curve, and the items of
+    selective decoding.
+
+    Annotations of one stream are not independent, so a stream is a cluster.
+    """
     oracles = {
         name: judge.score([oracle(stream, pool=pool) for stream in judge.streams]).mean
         for name, pool in (("oracle", False), ("oracle + pool", True))
     }
-    scores = {}
+    scores, selected = {}, {}
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in (*METHODS, "online")}
     for budget, chosen in zip(tqdm(budgets, "budgets"), settings, strict=True):
         outcomes = {name: judge.at_rate(name, budget) for name in METHODS}
@@ -356,9 +363,10 @@ def measure(
         shown = outcomes.pop("selective")
         others = {name: outcome.mean for name, outcome in outcomes.items()}
         others |= {"offline, as many as online": offline.mean, **oracles}
-        interval = judge.interval(shown.cider)
-        scores[f"CIDEr at {budget:.3g} Hz"] = Score(shown.mean, *interval, len(shown.cider), others)
-    return scores, curves
+        metric = f"CIDEr at {budget:.3g} Hz"
+        scores[metric] = Score.of(shown.cider, judge.stream_of, others, HIGHEST_CIDER)
+        selected[metric] = shown
+    return scores, curves, judge.items(selected)
 
 
 def compare(judge: Judge, method: str, reference: str, fewer: float) -> dict[str, float]:
@@ -370,10 +378,12 @@ def compare(judge: Judge, method: str, reference: str, fewer: float) -> dict[str
     for name, times in (("claimed", CLAIM), ("chosen", fewer)):
         numbers[f"{name} fewer"] = times
         if times:
-            difference = judge.at_rate(method, rate / times).cider - wanted.cider
+            found = judge.at_rate(method, rate / times)
+            difference = found.cider - wanted.cider
             numbers[f"{name} difference"] = float(difference.mean())
-            low, high = judge.interval(difference)
-            numbers |= {f"{name} low": low, f"{name} high": high}
+            largest = max(found.cider.max(), wanted.cider.max())
+            interval = difference_interval(difference, judge.stream_of, largest)
+            numbers |= {f"{name} low": interval.low, f"{name} high": interval.high}
     return {name: round(value, 4) for name, value in numbers.items()}
 
 
@@ -434,18 +444,19 @@ def evaluate(task: Task) -> TaskResult:
     settings = thresholds(validation, budgets)
 
     # 3. Measure on the test streams
-    scores, curves = measure(test, budgets, settings)
+    scores, curves, items = measure(test, budgets, settings)
     return TaskResult(
         name=benchmark.name,
         task=benchmark.task,
         description=benchmark.description,
-        protocol=protocol_of(task, test),
+        protocol=protocol_of(task, test) | interval_facts(scores.values(), "stream"),
         scores=scores,
         numbers={"reference rate": round(rate, 4), **boundary_scores(test)},
         comparisons={" against ".join(pair): compare(test, *pair, fewer[pair]) for pair in PAIRS},
         curves=curves,
         skipped=left_out + left_out_validation,
         examples=examples(test, rate),
+        items=[items],
     )
 
 
@@ -507,7 +518,6 @@ def protocol_of(task: Task, test: Judge) -> dict[str, str | int | float]:
         "prompt_from": task.query_source([task.query]),
         "claim": f"{CLAIM} times fewer than {REFERENCE_DENSITY} per annotation",
         "boundary_tolerance_seconds": TOLERANCE,
-        "interval": f"95 % over streams, {RESAMPLES} resamples",
         "decoding": "greedy",
         "limit": "none" if task.limit is None else task.limit,
     }

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from eval.intervals import numbered
+from eval.items import Items
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
 from eval.results import Score, TaskResult, answer_examples, portable
-from eval.task import Benchmark, Kind, Task, sha256, usable_rows
+from eval.task import Benchmark, Kind, Task, sha256, texts_sha256, usable_rows
 from processing.rows import media_of
 
 
@@ -61,9 +63,12 @@ class QuestionOnly:
 
 
 def score(
-    rows: list[dict], ranks: torch.Tensor, relevant: torch.Tensor, blind: QuestionOnly
+    rows: list[dict],
+    ranks: torch.Tensor,
+    relevant: torch.Tensor,
+    blind: QuestionOnly,
 ) -> Score:
-    """Return the accuracy over R rows.
+    """Return the accuracy over R rows; the questions about one clip form a cluster.
 
     Args:
         ranks (`torch.LongTensor` of shape `(R,)`): rank of the true answer.
@@ -75,7 +80,11 @@ def score(
         "majority": sum(row["target"] == majority for row in rows) / len(rows),
         "question only": sum(row["target"] == blind.answer(row) for row in rows) / len(rows),
     }
-    return Score.of(ranks == 1, baselines)
+    return Score.of(ranks == 1, numbered(map(media_of, rows)), baselines)
+
+
+def type_of(row: dict) -> str:
+    return row.get("question_type", "untyped")
 
 
 def score_by_type(
@@ -84,7 +93,7 @@ def score_by_type(
     """Return `score` for each `question_type`, in the order of their names."""
     types = defaultdict(list)
     for index, row in enumerate(rows):
-        types[row.get("question_type", "untyped")].append(index)
+        types[type_of(row)].append(index)
     return {
         name: score([rows[index] for index in indices], ranks[indices], relevant[indices], blind)
         for name, indices in sorted(types.items())
@@ -111,6 +120,7 @@ def evaluate(task: Task) -> TaskResult:
     shared = {media_of(row) for row in rows} & {media_of(row) for row in train_rows}
     protocol = {
         "candidates": len(answers),
+        "candidates_sha256": texts_sha256(answers),
         "rows": len(rows),
         "answers_not_among_candidates": int((truth == -1).sum()),
         "train_rows_file": portable(train_file),
@@ -118,12 +128,21 @@ def evaluate(task: Task) -> TaskResult:
         "train_rows_unusable": len(bad_train),
         "media_shared_with_training": len(shared),
     }
+    items = Items(
+        clips=[[row] for row in rows],
+        texts=[[row["query"], row["target"]] for row in rows],
+        clusters=numbered(map(media_of, rows)),
+        scores={"accuracy": ranks == 1},
+        predictions=[answers[index] for index in similarity.argmax(dim=1).tolist()],
+        types=[type_of(row) for row in rows],
+    )
     return task.result(
         predictions,
         protocol,
         {"accuracy": score(rows, ranks, relevant, blind)},
         by_type=score_by_type(rows, ranks, relevant, blind),
         examples=answer_examples(predictions, similarity, answers, ranks),
+        items=[items],
     )
 
 

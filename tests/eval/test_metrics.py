@@ -10,7 +10,6 @@ from eval.metrics import (
     cider,
     exact_match,
     first_relevant_ranks,
-    mean_interval,
     relevant_index,
     token_f1,
     wilson,
@@ -146,9 +145,3 @@ def test_token_f1_and_exact_match_compare_words():
     assert token_f1("", "red") == token_f1("blue", "red") == 0
     assert exact_match("The red ball.", "the red ball")
     assert not exact_match("red the ball", "the red ball")
-
-
-def test_mean_interval_is_that_of_the_standard_error():
-    values = torch.tensor([0.0, 1.0, 1.0, 0.0] * 25, dtype=torch.float64)
-    low, high = mean_interval(values)
-    assert ((low + high) / 2, high - low) == pytest.approx((0.5, 2 * 1.959964 * 0.05))

@@ -12,6 +12,8 @@ import pytest
 from eval.annotated_streams import AnnotatedStream, EmbeddedStream, embed_streams, read_streams
 from eval.benchmarks import load_benchmarks
 from eval.evaluate import main
+from eval.intervals import mean_interval
+from eval.metrics import wilson
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
 from eval.task import Task
@@ -234,18 +236,19 @@ def test_thresholds_of_a_budget_below_all_settings_take_the_fewest_decodes(judge
     assert judge.online(settings)[0].rate < 0.1
 
 
-def test_judge_interval_resamples_streams_and_not_annotations(judge: Judge) -> None:
-    assert judge.interval(np.ones(36)) == (1.0, 1.0)
+def test_judge_resamples_streams_and_not_annotations(judge: Judge) -> None:
     by_stream = np.repeat([0.0, 1.0, 2.0], 12)
-    low, high = judge.interval(by_stream)
-    assert low == 0.0 and high == 2.0  # in 1 of 9 draws, one stream is drawn thrice
+    found = mean_interval(by_stream, judge.stream_of, 10.0)
+    # In 1 of 9 draws, one stream is drawn thrice.
+    assert (found.low, found.high, found.clusters) == (0.0, 2.0, 3)
     within = np.tile([0.0, 2.0], 18)  # the same variance, but within each stream
-    assert judge.interval(within) == (1.0, 1.0)
+    found = mean_interval(within, judge.stream_of, 2.0)
+    assert (found.low, found.high) == pytest.approx([2 * each for each in wilson(1.5, 3)])
 
 
 def test_measure_scores_every_method_at_every_budget(judge: Judge) -> None:
     budgets = [1.0, 0.1]
-    scores, curves = measure(judge, budgets, thresholds(judge, budgets))
+    scores, curves, items = measure(judge, budgets, thresholds(judge, budgets))
     assert list(scores) == ["CIDEr at 1 Hz", "CIDEr at 0.1 Hz"]
     columns = ["uniform", "uniform + pool", "selective + pool", "online"]
     columns += ["offline, as many as online", "oracle", "oracle + pool"]
@@ -253,6 +256,9 @@ def test_measure_scores_every_method_at_every_budget(judge: Judge) -> None:
         assert list(score.baselines) == columns
         assert score.low <= score.value <= score.high
         assert score.baselines["oracle"] == pytest.approx(10.0)
+        assert (score.n, score.clusters) == (36, 3)
+    for metric, score in scores.items():
+        assert items.scores[metric].mean() == pytest.approx(score.value)
     assert set(curves) == {*columns[:3], "selective", "online"}
     assert curves["selective"][0][1] == pytest.approx(scores["CIDEr at 1 Hz"].value, abs=1e-4)
     assert scores["CIDEr at 1 Hz"].value > scores["CIDEr at 0.1 Hz"].value
@@ -552,7 +558,7 @@ def test_load_benchmarks_needs_validation_streams(data: Path) -> None:
 
 def test_report_and_table_show_comparisons_and_curves(judge: Judge, tmp_path: Path) -> None:
     budgets = [1.0, 0.1]
-    scores, curves = measure(judge, budgets, thresholds(judge, budgets))
+    scores, curves, _ = measure(judge, budgets, thresholds(judge, budgets))
     result = TaskResult(
         name="tiny",
         task="streaming",

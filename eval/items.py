@@ -1,0 +1,129 @@
+"""The rows, clips and texts that scores are means over, with the scores of each.
+
+An evaluation writes them to `items.jsonl`; `eval.compare` pairs those of two evaluations.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from processing.rows import clip_key, content_key
+
+FILE = "items.jsonl"
+
+
+@dataclass(frozen=True)
+class Items:
+    """The n items of some metrics, such as the questions of a VQA benchmark.
+
+    Attributes:
+        clips (`list[list[dict]]` of length n): rows of the clips that the item is about.
+        texts (`list[list[str]]` of length n): texts that the item is about, such as question and
+            answer. A prompt that the model brings is left out, because two models with different
+            prompts answer the same item.
+        clusters (`np.ndarray` of shape `(n,)`): number of each item's cluster.
+        scores (`dict[str, torch.Tensor]`): value of each item `(n,)`, by metric.
+        predictions (`list[str]` or `list[int]` of length n): the model's texts, or ranks; empty if
+            an item has several.
+        types (`list[str]` of length n, *optional*): question types.
+    """
+
+    clips: list[list[dict]]
+    texts: list[list[str]]
+    clusters: np.ndarray
+    scores: dict[str, torch.Tensor | np.ndarray]
+    predictions: list[str] | list[int]
+    types: list[str] | None = None
+
+    def names(self) -> list[str]:
+        """Return a name of each item that is the same on every machine and in every order of rows.
+
+        It is a hash of the clips' contents and of the texts. Every file is read once for it.
+        Items with equal clips and texts are counted: the second one's name ends in "#2".
+        """
+        rows = {clip_key(row): row for clips in self.clips for row in clips}
+        contents = {key: content_key(row) for key, row in tqdm(rows.items(), "item names", delay=5)}
+        names, seen = [], Counter()
+        for clips, texts in zip(self.clips, self.texts, strict=True):
+            known = [sorted(contents[clip_key(row)] for row in clips), texts]
+            name = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
+            seen[name] += 1
+            names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+        return names
+
+    def as_json(self) -> Iterator[dict]:
+        """Yield one JSON object for each item."""
+        scores = {
+            metric: [_short(value) for value in np.asarray(values, dtype=np.float64).tolist()]
+            for metric, values in self.scores.items()
+        }
+        for index, name in enumerate(self.names()):
+            item = {"item": name, "cluster": int(self.clusters[index])}
+            if self.types is not None:
+                item["type"] = self.types[index]
+            if self.predictions:
+                item["prediction"] = self.predictions[index]
+            yield item | {"scores": {metric: found[index] for metric, found in scores.items()}}
+
+
+def _short(value: float) -> int | float:
+    """Return a whole number without its decimals: most scores are 0 or 1."""
+    return int(value) if value.is_integer() else round(value, 8)
+
+
+def write_items(path: Path, benchmark: str, items: list[Items], *, append: bool) -> None:
+    """Write the items of a benchmark, one JSON object per line."""
+    with open(path, "a" if append else "w", encoding="utf-8") as file:
+        for part in items:
+            for item in part.as_json():
+                line = json.dumps({"benchmark": benchmark, **item}, ensure_ascii=False)
+                file.write(line + "\n")
+
+
+@dataclass
+class Column:
+    """One metric's scores of one evaluation.
+
+    Attributes:
+        values (`dict[str, float]`): score by item.
+        clusters (`dict[str, int]`): cluster by item.
+        types (`dict[str, str]`): question type by item; empty for metrics without types.
+    """
+
+    values: dict[str, float]
+    clusters: dict[str, int]
+    types: dict[str, str]
+
+
+def read_items(path: Path) -> dict[tuple[str, str], Column]:
+    """Read the file of `write_items`: a column for each benchmark and metric.
+
+    Raises: `ValueError` that names the line which is not an item.
+    """
+    columns: dict[tuple[str, str], Column] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                found = json.loads(line)
+                name, cluster, kind = found["item"], found["cluster"], found.get("type")
+                for metric, value in found["scores"].items():
+                    column = columns.setdefault((found["benchmark"], metric), Column({}, {}, {}))
+                    column.values[name] = float(value)
+                    column.clusters[name] = cluster
+                    if kind is not None:
+                        column.types[name] = kind
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}:{number}: not an item ({error!r}). Run eval.evaluate again."
+                ) from error
+    return columns
+
+
+__all__ = ["FILE", "Column", "Items", "read_items", "write_items"]
