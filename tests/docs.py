@@ -45,6 +45,7 @@ LONG = {
     r"^python -m training\.demo_data\.backbones": "downloads 270 MB from PyPI",
     r"data/backbones": "needs the backbones that the command above downloads",
     r"^python -m training\.memory": "four minutes",
+    r"^python -m eval\.compare": "needs the results of `--tasks all`",
     r"--tasks all$|--tasks babyai_captioning": "measures thousands of rows",
     r"^(torchrun|accelerate) ": "several processes; tests of training start them",
     r"benchmarks\.": "a benchmark at the paper's size",

@@ -11,8 +11,12 @@ from PIL import Image
 
 import eval.tasks
 from eval.benchmarks import load_benchmarks
+from eval.compare import main as compare
 from eval.embed import embed_texts, predict_rows
 from eval.evaluate import main
+from eval.intervals import WILSON
+from eval.items import FILE
+from eval.metrics import wilson
 from eval.report import frame_strip, write_report
 from eval.task import Task
 from eval.tasks import TASKS, classification, retrieval, vqa
@@ -146,6 +150,11 @@ def test_vqa_scores_accuracy_and_its_baselines(data, processor):
     assert result.by_type["color"].baselines["question only"] == pytest.approx(2 / 6)
     assert result.by_type["yes/no"].baselines["question only"] == pytest.approx(4 / 6)
     assert (result.protocol["rows"], result.protocol["media"]) == (12, 6)
+    # Two questions about each image: six clusters, all right
+    assert (accuracy.clusters, accuracy.interval) == (6, WILSON)
+    assert (accuracy.low, accuracy.high) == wilson(6, 6)
+    facts = [result.protocol[fact] for fact in ("interval", "cluster", "clusters", "resamples")]
+    assert facts == ["95 %, Wilson", "clip", "6", 2000]
     assert (result.protocol["candidates"], result.protocol["frames"]) == (5, "1")
     assert result.protocol["media_shared_with_training"] == 6
 
@@ -201,7 +210,7 @@ def test_retrieval_scores_several_texts_per_file(data, processor, kind, videos):
         f"{kind} to text",
     }
     text_to_clip = result.scores[f"text to {kind} R@1"]
-    assert (text_to_clip.value, text_to_clip.n) == (1.0, 6)
+    assert (text_to_clip.value, text_to_clip.n, text_to_clip.clusters) == (1.0, 6, 3)
     assert text_to_clip.baselines["chance"] == pytest.approx(1 / 3)
     clip_to_text = result.scores[f"{kind} to text R@1"]
     assert (clip_to_text.value, clip_to_text.n) == (1.0, 3)
@@ -222,6 +231,21 @@ def test_retrieval_relevance_joins_texts_and_groups():
     ]
     relevant = retrieval.relevance(rows, list("abcd"), ["open", "shut", "wide"])
     assert relevant.int().tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]]
+
+
+def test_retrieval_clusters_hold_the_texts_of_a_file_and_the_files_of_a_group():
+    rows = [
+        {"video": "a", "target": "open", "group_id": "1"},
+        {"video": "b", "target": "shut", "group_id": "1"},
+        {"video": "c", "target": "open", "group_id": "2"},  # "open" belongs to a, its first file
+        {"video": "c", "target": "big"},
+        {"video": "d", "target": "wide"},
+        {"video": "d", "target": "far"},
+    ]
+    texts = ["open", "shut", "big", "wide", "far"]
+    files, of_texts = retrieval.clusters_of(rows, list("abcd"), texts)
+    assert files.tolist() == [0, 0, 1, 2]
+    assert of_texts.tolist() == [0, 0, 1, 2, 2]
 
 
 def test_predict_rows_rejects_an_empty_list(processor):
@@ -507,6 +531,16 @@ def test_evaluate_writes_equal_files_for_equal_runs(data, processor, model, monk
     # Ranks are equal at every batch size: the similarities of a row differ by 4e-4 and more.
     assert results == (data / "small/results.json").read_bytes()
     assert str(data).encode() not in results
+    items = (data / "model/eval" / FILE).read_bytes()
+    assert items == (data / "again" / FILE).read_bytes()
+    assert str(data).encode() not in items
+    assert len(items.splitlines()) == 12 + (6 + 3) + 6  # questions, texts and images, labels
+    for found in compare(["model", "again"]):
+        assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+    # Items pair across an ablation, which hides pixels and leaves files and questions as they are.
+    scores = json.loads(results)["benchmarks"]["colours"]["scores"]["accuracy"]
+    [found, *_] = compare(["model/eval_grey", "model", "--tasks", "colours"])
+    assert (found.b, found.items, found.clusters) == (pytest.approx(scores["value"]), 12, 6)
     content = json.loads(results)
     assert list(content["benchmarks"]) == ["colours", "clips", "labels"]
     assert content["model"] == "model"

@@ -11,6 +11,7 @@ import pytest
 
 from eval.annotated_streams import AnnotatedStream, EmbeddedStream, embed_streams, read_streams
 from eval.benchmarks import load_benchmarks
+from eval.compare import main as compare_evaluations
 from eval.evaluate import main
 from eval.intervals import mean_interval
 from eval.metrics import wilson
@@ -385,6 +386,8 @@ def test_evaluate_measures_streams_and_rejects_an_ablation(data: Path, short: No
     assert set(saved["curves"]) == {
         "uniform", "uniform + pool", "selective", "selective + pool", "online"
     }  # fmt: skip
+    found = compare_evaluations([str(data / "model"), str(data / "model/eval")])
+    assert [(each.items, each.clusters, each.difference) for each in found] == [(4, 2, 0.0)] * 11
     report = (data / "model/eval/report.html").read_text(encoding="utf-8")
     assert "CIDEr over the time between decodes" in report and "missing.mp4" in report
     assert "CIDEr at 0.01 Hz" in capsys.readouterr().out
