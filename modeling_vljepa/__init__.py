@@ -27,9 +27,12 @@ from .pipelines.segmentation import WardSegmenter as WardSegmenter
 from .pipelines.stream_session import StreamEncoder as StreamEncoder
 from .pipelines.stream_session import StreamSession as StreamSession
 from .pipelines.stream_session import stream as stream
+from .vjepa21 import VJEPA21Config as VJEPA21Config
+from .vjepa21 import VJEPA21Model as VJEPA21Model
 
 # Registered here, because this file is not shipped to the Hub; shipped files only define classes.
 AutoConfig.register("vljepa", VLJEPAConfig)
+AutoConfig.register(VJEPA21Config.model_type, VJEPA21Config)
 AutoModel.register(VLJEPAConfig, VLJEPAModel)
 AutoModelForZeroShotImageClassification.register(VLJEPAConfig, VLJEPAForZeroShotImageClassification)
 AutoModelForImageTextToText.register(VLJEPAConfig, VLJEPAForConditionalGeneration)

@@ -210,7 +210,7 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             config.vision_config, frozen=config.freeze_vision, pooling=config.visual_token_pooling
         )
         self.predictor = Predictor(
-            config.predictor_config, visual_hidden_size=config.vision_config.hidden_size
+            config.predictor_config, visual_hidden_size=self.x_encoder.output_size
         )
         self.predictor_head = EmbeddingHead(
             config.predictor_config.hidden_size, config.embedding_dim

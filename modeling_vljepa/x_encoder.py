@@ -1,7 +1,7 @@
 """X-Encoder: a video, or an image as a video of one frame, to visual tokens.
 
-Shapes: B batch, T frames, C channels, F frames of a batch or tubelets of V-JEPA 2, h and w patches,
-P tokens of a frame, N visual tokens, Dx hidden size.
+Shapes: B batch, T frames, C channels, F frames of a batch or tubelets of V-JEPA, h and w patches,
+P tokens of a frame, N visual tokens, Dx output size.
 """
 
 import torch
@@ -10,18 +10,47 @@ from torch.nn.functional import avg_pool2d
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .attention import from_config
+from .vjepa21 import VJEPA21Config
 
-# Image towers whose positions are rotary, or trained to be interpolated from a table: they accept
-# any grid of whole patches. Every other tower is correct at its own size only.
-ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+V_JEPA_2, V_JEPA_2_1 = "vjepa2", VJEPA21Config.model_type
+VIDEO = (V_JEPA_2, V_JEPA_2_1)  # encoders of tubelets; every other one reads single frames
 
-# Settings of V-JEPA 2.1 that transformers' V-JEPA 2 lacks (huggingface/transformers#45497). It
-# would accept the configuration, ignore these settings and compute wrong features.
-V_JEPA_2_1 = {
+# Encoders whose positions are rotary with the grid of the input, or trained to be interpolated from
+# a table: they accept any grid of whole patches. Every other one is correct at its own size only.
+ANY_SIZE = (V_JEPA_2_1, "dinov2", "dinov2_with_registers", "dinov3_vit")
+
+# Settings of V-JEPA 2.1 in configurations of a V-JEPA 2, as huggingface/transformers#45497 and the
+# ports on the Hub name them. transformers' V-JEPA 2 would ignore them and compute wrong features.
+V_JEPA_2_1_SETTINGS = {
     "hierarchical_layers",
     "img_temporal_dim_size",
     "interpolate_rope",
+    "modality_embedding",
+    "n_output_distillation",
+    "num_distillation_outputs",
+    "pretrained_crop_size",
+    "return_all_tokens",
+    "teacher_embed_dim",
+    "use_context_projection",
+    "use_image_patch_embedder",
     "use_modality_embeddings",
+    "use_rope_interleave",
+}
+# Settings of V-JEPA configurations that change nothing in the encoder, `pred_...` apart: facts of
+# saving, values that repeat another one, and parts that are never built here.
+WITHOUT_EFFECT = {
+    "attention_dropout",
+    "auto_map",
+    "image_size",
+    "is_composition",
+    "num_labels",
+    "num_pooler_heads",
+    "num_pooler_layers",
+    "quantization_config",
+    "torch_dtype",
+    "uniform_power",
+    "use_sdpa",
+    "wide_SiLU",
 }
 
 
@@ -60,8 +89,8 @@ def pool_patches(tokens: torch.Tensor, height: int, width: int, size: int) -> to
 
 
 class XEncoder(nn.Module):
-    """V-JEPA 2 without the masked-token predictor of its own training (paper section 3.1), or an
-    image tower applied to each frame, as in the paper's controlled comparison (section 4.5).
+    """V-JEPA 2 or 2.1 without the masked-token predictor of its own training (paper section 3.1),
+    or an image tower applied to each frame, as in the paper's controlled comparison (section 4.5).
 
     An image tower does not encode time, and nothing is added here: the tokens of its frames are
     concatenated, and the Predictor's rotary positions, which run over all visual tokens, order
@@ -70,16 +99,25 @@ class XEncoder(nn.Module):
     With a `pooling` above 1, each window of `pooling` x `pooling` patches of a frame, or of a
     tubelet, becomes one visual token: their mean.
 
+    One frame is repeated to fill a tubelet of V-JEPA 2, as in the paper (section 3.2). V-JEPA 2.1
+    has a stem for images, which gives h x w tokens of the frame itself; its configuration's
+    `img_temporal_dim_size` of `None` repeats the frame there, too.
+
     A frozen X-Encoder records no graph and stays in evaluation mode, even when `train()` is called
     on the model around it. That model sets `requires_grad` of the parameters.
     """
 
     def __init__(self, config: PreTrainedConfig, frozen: bool, pooling: int = 1):
         super().__init__()
-        self.is_video = config.model_type == "vjepa2"
+        self.is_video = config.model_type in VIDEO
         self.pooling = pooling
         check_config(config, pooling)
         self.backbone = build_backbone(config)
+        is_newer = config.model_type == V_JEPA_2_1
+        self.has_image_stem = is_newer and config.img_temporal_dim_size is not None
+        self.output_size = config.output_size if is_newer else config.hidden_size  # Dx
+        # The rest of V-JEPA 2 is its predictor, of which nothing is left.
+        self.options = {"skip_predictor": True} if config.model_type == V_JEPA_2 else {}
         self.frozen = frozen
         self.train()
 
@@ -89,7 +127,7 @@ class XEncoder(nn.Module):
     def forward(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """Encode `(B, T, C, H, W)` to `(B, N, Dx)`, for any T.
 
-        Without pooling, N is ceil(T / tubelet) x patches for V-JEPA 2, T x P for an image tower.
+        Without pooling, N is ceil(T / tubelet) x patches for V-JEPA, T x P for an image tower.
 
         Raises:
             ValueError: another layout, or a resolution that the position embeddings do not
@@ -100,8 +138,10 @@ class XEncoder(nn.Module):
         height, width = (edge // self.backbone.config.patch_size for edge in (height, width))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             if self.is_video:
-                frames = fill_tubelets(pixel_values_videos, self.backbone.config.tubelet_size)
-                tokens = self.backbone(frames, skip_predictor=True).last_hidden_state
+                frames = pixel_values_videos
+                if frames.shape[1] > 1 or not self.has_image_stem:
+                    frames = fill_tubelets(frames, self.backbone.config.tubelet_size)
+                tokens = self.backbone(frames, **self.options).last_hidden_state
                 tokens = tokens.unflatten(1, (-1, height * width)).flatten(0, 1)  # (F, P, Dx)
             else:
                 frames = pixel_values_videos.flatten(0, 1)  # (B * T, C, H, W)
@@ -138,7 +178,10 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     if config.model_type == "dinov2":
         config.use_mask_token = False
     backbone = from_config(AutoModel, config)
-    if config.model_type == "vjepa2":
+    if config.model_type == V_JEPA_2_1 and not config.hierarchical_output:
+        for level in range(len(config.levels) - 1):
+            backbone.encoder.norms_block[level] = nn.Identity()
+    if config.model_type == V_JEPA_2:
         del backbone.predictor  # 22M parameters, a third of the time of a forward pass
     if config.model_type == "clip_vision_model":
         backbone.post_layernorm = nn.Identity()  # normalizes the pooled class token only
@@ -147,25 +190,48 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     return backbone
 
 
+def unknown_settings(config: PreTrainedConfig) -> list[str]:
+    """Return the settings of a configuration that its encoder would ignore, those of V-JEPA 2.1
+    first.
+
+    transformers accepts any name. A setting that is off (false, 0 or null) changes nothing. Image
+    towers have old settings of no effect, so only those of V-JEPA 2.1 are looked for there.
+    """
+    settings = {name for name, value in config.to_dict().items() if value}
+    newer = sorted(V_JEPA_2_1_SETTINGS & settings - type(config).__dataclass_fields__.keys())
+    if config.model_type not in VIDEO:
+        return newer
+    known = type(config).__dataclass_fields__.keys() | WITHOUT_EFFECT | {"model_type"}
+    other = sorted(name for name in settings - known if not name.startswith(("_", "pred_")))
+    return newer + [name for name in other if name not in newer]
+
+
 def check_config(config: PreTrainedConfig, pooling: int = 1) -> None:
     """Reject a configuration whose encoder would give wrong visual tokens or none."""
     name = f"vision_config is a {config.model_type!r}"
-    if newer := sorted(V_JEPA_2_1 & config.to_dict().keys()):
+    unknown = unknown_settings(config)
+    if unknown and unknown[0] in V_JEPA_2_1_SETTINGS:
         raise ValueError(
-            f"{name} with {newer[0]!r}: that is V-JEPA 2.1, which this version of transformers "
-            "cannot run. Use a V-JEPA 2 checkpoint, such as facebook/vjepa2-vitl-fpc64-256."
+            f"{name} with {unknown[0]!r}: that is V-JEPA 2.1, which transformers' class computes "
+            f"wrongly. Give its checkpoint to training.init_checkpoint, which makes a "
+            f"{V_JEPA_2_1!r} of it."
+        )
+    if unknown:
+        raise ValueError(
+            f"{name} with {unknown[0]!r}, a setting that this encoder does not implement: it would "
+            "compute other features than the checkpoint's own code. Use a checkpoint without it."
         )
     missing = {"hidden_size", "patch_size"} - config.to_dict().keys()
-    if config.model_type != "vjepa2":
+    if config.model_type not in VIDEO:
         missing |= {"image_size", "num_channels"} - config.to_dict().keys()
     if missing:
         raise ValueError(
-            f"{name}, which has no {min(missing)}: an X-Encoder is V-JEPA 2 or an image "
+            f"{name}, which has no {min(missing)}: an X-Encoder is V-JEPA 2, 2.1 or an image "
             "transformer whose last hidden states are one sequence of tokens per frame, such as "
             "dinov2, dinov3_vit, clip_vision_model or siglip_vision_model."
         )
     if pooling > 1:
-        side = config.crop_size if config.model_type == "vjepa2" else config.image_size
+        side = config.crop_size if config.model_type in VIDEO else config.image_size
         if pooling > (most := side // config.patch_size):
             raise ValueError(
                 f"visual_token_pooling is {pooling}, but a frame has {most} x {most} patches: give "
@@ -173,4 +239,4 @@ def check_config(config: PreTrainedConfig, pooling: int = 1) -> None:
             )
 
 
-__all__ = ["XEncoder"]
+__all__ = ["VIDEO", "V_JEPA_2", "V_JEPA_2_1", "XEncoder"]

@@ -113,11 +113,12 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--vision", required=True, help="X-Encoder: V-JEPA 2, or an image transformer")
+    add("--vision", required=True, help="X-Encoder: V-JEPA 2 or 2.1, or an image transformer")
     add("--predictor", required=True, help="language model, or its GGUF file")
     add("--layers", default="8", help="8: the last eight; 0-8: the first eight")
     add("--text", required=True, help="Y-Encoder: a sentence-transformers or transformers model")
     add("--output", required=True, type=Path, help="folder to write")
+    add("--hierarchical", action="store_true", help="read all four levels of V-JEPA 2.1")
     add("--embedding-dim", type=int, help="width of the shared space; default: 1536, the paper's")
     add("--no-target-projection", action="store_true", help="use the Y-Encoder's own space")
     add("--without-dense", action="store_true", help="leave out the Y-Encoder's Dense layers")
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. The parts, without upstream's warnings: `join` checks for missing weights
     logging.set_verbosity_error()
-    vision = read_vision("--vision", args.vision)
+    vision = read_vision("--vision", args.vision, hierarchical=args.hierarchical)
     predictor = read_predictor(args.predictor, args.layers, args.pad_token)
     text = read_text("--text", args.text, with_dense=not args.without_dense, pooling=args.pooling)
 

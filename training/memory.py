@@ -48,7 +48,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
-from modeling_vljepa.x_encoder import XEncoder
+from modeling_vljepa.x_encoder import VIDEO, XEncoder
 from training.arguments import RecipeError, VLJEPATrainingArguments
 from training.loop.objective import Embeds, Ids, Objective, check_objective
 from training.model.adapters import prepare_for_training
@@ -169,7 +169,7 @@ def random_batch(
     """`frames` `(B, T, C, H, W)`, uint8, `input_ids` `(B, L)`, `target_input_ids` `(B, Ly)`, and
     their masks, in which the last row is shorter."""
     vision = config.vision_config
-    is_video = vision.model_type == "vjepa2"
+    is_video = vision.model_type in VIDEO
     channels = vision.in_chans if is_video else vision.num_channels
     side = vision.crop_size if is_video else vision.image_size
     batch = {"frames": torch.zeros(rows, frames, channels, side, side, dtype=torch.uint8)}

@@ -9,7 +9,7 @@ import unittest
 import pytest
 import torch
 
-from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from modeling_vljepa import VJEPA21Config, VJEPA21Model, VLJEPAConfig, VLJEPAModel
 from tests.fetch_common import upstream
 from tests.tiny import tiny_batch, tiny_config
 
@@ -69,3 +69,40 @@ class VLJEPAModelTest(ModelTesterMixin, unittest.TestCase):
             generator = torch.Generator().manual_seed(0)
             inputs["input_ids"] = torch.randint(3, 300, mask.shape, generator=generator)
         return inputs
+
+
+class VJEPA21Tester:
+    """As `Tester`, for the encoder alone."""
+
+    is_training = True
+    batch_size = 3
+    seq_length = 8
+    hidden_size = 48
+    num_hidden_layers = 2
+    num_attention_heads = 4
+
+    def get_config(self):
+        return VJEPA21Config(
+            crop_size=32, hidden_size=48, num_hidden_layers=2, num_attention_heads=4
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.get_config(), {"pixel_values_videos": tiny_batch()["pixel_values_videos"]}
+
+
+class VJEPA21ModelTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (VJEPA21Model,)
+    test_resize_embeddings = False  # it has no table of tokens
+
+    def setUp(self):
+        self.model_tester = VJEPA21Tester()
+        self.config_tester = ConfigTester(self, config_class=VJEPA21Config, has_text_modality=False)
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    def test_model_get_set_embeddings(self):
+        self.skipTest("the stem is a convolution, not a table of tokens")
+
+    def test_inputs_embeds(self):
+        self.skipTest("it reads pixels only")

@@ -58,6 +58,7 @@ UNKNOWN = Licence("unknown", "", "unknown", "ask the author of the weights")
 # By prefix of the Hub id; the longest matching prefix counts.
 KNOWN = {
     "facebook/vjepa2": MIT,
+    "vjepa2_1_vit": MIT,  # a published file has its own name, no Hub id
     "facebook/dinov2": APACHE,
     "facebook/dinov3": DINOV3,
     "google/siglip": APACHE,

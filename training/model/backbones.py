@@ -1,6 +1,7 @@
 """Pretrained parts for a new VL-JEPA, from Hub ids or folders.
 
-Weights are read from safetensors (nothing is unpickled), or from GGUF for a language model. Each
+Weights are read from safetensors, or from GGUF for a language model. Nothing is unpickled, except a
+published `.pt` file of V-JEPA 2.1, by torch's restricted unpickler, which runs no code. Each
 reader returns a part's configuration, its weights under the names that our module uses, and its
 video processor or tokenizer, pooling and prompts.
 """
@@ -20,9 +21,10 @@ from transformers import (
 )
 from transformers.image_processing_utils import get_size_dict
 
-from modeling_vljepa.x_encoder import check_config
+from modeling_vljepa.x_encoder import V_JEPA_2, VIDEO, check_config
 from modeling_vljepa.y_encoder import POOLINGS
 from processing import VLJEPAVideoProcessor
+from processing.video_processing_vljepa import shortest_edge
 from training.arguments import RecipeError
 from training.model.checkpoint_files import (
     Weights,
@@ -32,11 +34,15 @@ from training.model.checkpoint_files import (
     read_json,
     read_tensors,
     split_gguf,
+    tensor_files,
 )
+from training.model.vjepa21_files import read_vjepa21
 
 # Decoder-only language models whose masks follow `is_causal = False`; each is tested.
 PREDICTORS = ("llama", "mistral", "qwen2", "qwen3")
 LLAMA_3_PAD = "<|finetune_right_pad_id|>"  # reserved by Llama 3 and in no text
+# Parts of the names of weights that V-JEPA 2.1 has and V-JEPA 2 has not.
+V_JEPA_2_1_WEIGHTS = ("norms_block.", "_mod_embed", "patch_embeddings_img.", "patch_embed_img.")
 ACTIVATIONS = {"Identity": "linear", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu"}
 
 
@@ -87,8 +93,25 @@ class DecoderBackbone:
 # -- the X-Encoder -------------------------------------------------------------------------
 
 
-def read_vision(key: str, source: str) -> VisionBackbone:
-    """Read an X-Encoder and its preprocessing; from CLIP or SigLIP, the image tower."""
+def read_vision(key: str, source: str, *, hierarchical: bool = False) -> VisionBackbone:
+    """Read an X-Encoder and its preprocessing; from CLIP or SigLIP, the image tower.
+
+    Args:
+        hierarchical: give the four levels of V-JEPA 2.1 as visual tokens, not only the last.
+
+    Raises:
+        RecipeError: it cannot be read, is no X-Encoder, or has only one level.
+    """
+    newer = read_vjepa21(key, source)
+    if newer is not None:
+        config, weights = newer
+        config.hierarchical_output = hierarchical
+        weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+        if source.endswith(".pt"):
+            processor = VLJEPAVideoProcessor(crop_size=config.crop_size)
+        else:
+            processor = read_video_processor(key, source, config)
+        return VisionBackbone(public_name(source), config, weights, processor)
     config = load(AutoConfig, key, source)
     if "vision_config" in config.sub_configs:
         config = config.vision_config
@@ -96,10 +119,29 @@ def read_vision(key: str, source: str) -> VisionBackbone:
         check_config(config)
     except ValueError as error:
         raise RecipeError(f"{key}: {source}: {error}") from error
+    if hierarchical:
+        raise RecipeError(
+            f"--hierarchical: {source} is a {config.model_type!r}; only V-JEPA 2.1 has levels."
+        )
+    if config.model_type == V_JEPA_2:
+        check_stock_weights(key, source)
     weights = load_weights(key, source, config, AutoModel)
     config.name_or_path = ""
     name = public_name(source)
     return VisionBackbone(name, config, weights, read_video_processor(key, source, config))
+
+
+def check_stock_weights(key: str, source: str) -> None:
+    """Raise `RecipeError` if the weights of a V-JEPA 2 are those of a V-JEPA 2.1.
+
+    transformers would leave out the weights that it does not know, and only warn.
+    """
+    for name in sorted(tensor_files(key, source)):
+        if not name.startswith("predictor.") and any(part in name for part in V_JEPA_2_1_WEIGHTS):
+            raise RecipeError(
+                f"{key}: {source} has {name}, a weight of V-JEPA 2.1, but its config.json "
+                "describes a V-JEPA 2. Give the published file, or a port of V-JEPA 2.1."
+            )
 
 
 def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJEPAVideoProcessor:
@@ -111,7 +153,7 @@ def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJ
     settings = read_json(source, "video_preprocessor_config.json") or read_json(
         source, "preprocessor_config.json"
     )
-    is_video = config.model_type == "vjepa2"
+    is_video = config.model_type in VIDEO
     if settings is None:
         if is_video:
             return VLJEPAVideoProcessor(crop_size=config.crop_size)
@@ -124,15 +166,17 @@ def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJ
         for name in ("resample", "rescale_factor", "image_mean", "image_std")
         if settings.get(name) is not None
     }
-    size = get_size_dict(settings.get("size") or config.image_size, default_to_square=False)
+    side = config.crop_size if is_video else config.image_size
+    size = settings.get("size") or (shortest_edge(side) if is_video else side)
+    size = get_size_dict(size, default_to_square=False)
     # A tower trained on frames resized to squares has a size but no crop; then crop to that size.
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
     crop = get_size_dict(crop or size.get("shortest_edge") or dict(size), param_name="crop_size")
     processor = VLJEPAVideoProcessor(size=dict(size), crop_size=dict(crop), **kept)
     if is_video and processor.crop_size["height"] != config.crop_size:
         raise RecipeError(
-            f"{key}: {source} crops to {processor.crop_size['height']} pixels, but its encoder has "
-            f"positions for {config.crop_size}. Correct its video_preprocessor_config.json."
+            f"{key}: {source} crops to {processor.crop_size['height']} pixels, but its config.json "
+            f"states a crop_size of {config.crop_size}. Correct its video_preprocessor_config.json."
         )
     return processor
 

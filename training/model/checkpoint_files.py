@@ -100,9 +100,8 @@ def read_tensors(
     Raises:
         RecipeError: a weight file is missing or broken.
     """
-    index = read_json(source, os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME))
+    files = tensor_files(key, source, folder)
     try:
-        files = shard_names(key, source, folder) if index is None else index["weight_map"]
         wanted = defaultdict(dict)
         for name, file in files.items():
             if (new := rename(name)) is not None:
@@ -117,6 +116,19 @@ def read_tensors(
     except SafetensorError as error:
         raise RecipeError(f"{key}: a weight file of {source} is broken: {error}") from error
     return tensors
+
+
+def tensor_files(key: str, source: str, folder: str = "") -> dict[str, str]:
+    """Return the name of the weight file of each tensor.
+
+    Raises:
+        RecipeError: the weight file is missing or broken.
+    """
+    index = read_json(source, os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME))
+    try:
+        return shard_names(key, source, folder) if index is None else index["weight_map"]
+    except SafetensorError as error:
+        raise RecipeError(f"{key}: a weight file of {source} is broken: {error}") from error
 
 
 def shard_names(key: str, source: str, folder: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
+from modeling_vljepa.x_encoder import VIDEO
 from processing import VLJEPAProcessor, VLJEPAVideoProcessor
 from training.arguments import (
     PROMPT_SETTINGS,
@@ -140,7 +141,7 @@ def new_config(
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise RecipeError(f"model.config: {error}") from error
     vision, side = config.vision_config, processor.video_processor.crop_size["height"]
-    vision.update({"crop_size" if vision.model_type == "vjepa2" else "image_size": side})
+    vision.update({"crop_size" if vision.model_type in VIDEO else "image_size": side})
     config.predictor_config.vocab_size = len(processor.tokenizer)
     set_special_tokens(config.predictor_config, processor.tokenizer)
     if text is None:
