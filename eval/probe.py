@@ -13,8 +13,8 @@ that are not linear in the tokens.
 import argparse
 import sys
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from eval.evaluate import at_least_one
-from eval.metrics import wilson
+from eval.intervals import mean_interval, numbered
 from eval.models import load_model
 from eval.task import usable_rows
 from processing.feature_store import FeatureStore
@@ -35,17 +35,39 @@ LEAST_ROWS = 100  # per question
 ALPHAS = (1e2, 1e3, 1e4, 1e5)  # strong: there are thousands of features and hundreds of clips
 
 
-class Probed(NamedTuple):
-    """Counts of held-out rows: right by the classifier, by the most common answer, and all."""
+@dataclass(frozen=True)
+class Probed:
+    """Held-out rows.
 
-    right: int
+    Attributes:
+        hits (`list[bool]`): True where the classifier is right, by row.
+        usual (`int`): rows whose answer is the most common one.
+        clips (`list[str]`): name of each row's clip.
+    """
+
+    hits: list[bool]
     usual: int
-    rows: int
+    clips: list[str]
+
+    @property
+    def right(self) -> int:
+        """Number of rows on which the classifier is right."""
+        return sum(self.hits)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.hits)
+
+    def __add__(self, other: "Probed") -> "Probed":
+        """Return the rows of both; a clip can be in both, with two questions."""
+        return Probed(self.hits + other.hits, self.usual + other.usual, self.clips + other.clips)
 
     def __str__(self) -> str:
-        low, high = wilson(self.right, self.rows)
+        """Return accuracy, its 95 % interval over clips, and that of the most common answer."""
+        found = mean_interval(np.array(self.hits, dtype=np.float64), numbered(self.clips))
         share, usual = self.right / self.rows, self.usual / self.rows
-        return f"{share:.3f} ({low:.3f} to {high:.3f}), most common answer {usual:.3f}"
+        return f"{share:.3f} ({found.low:.3f} to {found.high:.3f}), most common answer {usual:.3f}"
 
 
 def can_be_learnt(rows: list[dict]) -> bool:
@@ -70,7 +92,8 @@ def probe(tokens: np.ndarray, answers: list[str], clips: list[str]) -> Probed:
     classifier = make_pipeline(StandardScaler(), RidgeClassifierCV(ALPHAS))
     predicted = classifier.fit(tokens[seen], learnt).predict(tokens[held_out])
     usual = Counter(learnt).most_common(1)[0][0]
-    return Probed(int((predicted == truth).sum()), truth.count(usual), len(truth))
+    hits = (predicted == np.array(truth)).tolist()
+    return Probed(hits, truth.count(usual), [clips[row] for row in held_out])
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -116,7 +139,7 @@ def main(argv: list[str] | None = None) -> Probed:
         answers = [row["target"] for row in rows]
         found.append(probe(clips.flatten(1).numpy(), answers, [clip_key(row) for row in rows]))
         tqdm.write(f"{found[-1]}  {kind}s: {query}")
-    total = Probed(*map(sum, zip(*found, strict=True)))
+    total = sum(found, Probed([], 0, []))
     print(f"{total}  all {len(queries)} questions, {total.rows} rows held out")
 
     # 4. the questions and rows left out, by name

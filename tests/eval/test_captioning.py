@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from eval.benchmarks import measurable
+from eval.compare import main as compare
 from eval.embed import embed_texts
 from eval.evaluate import main
 from eval.metrics import cider
@@ -184,3 +185,8 @@ def test_evaluate_measures_all_kinds_on_one_model_with_a_decoder(
     main(["--model", "model", "--tasks", "all", "--benchmarks", "b.yaml"])
     results = (data / "model/eval/results.json").read_text()
     assert '"CIDEr"' in results and '"top-1"' in results
+    compared = compare(["model", "model/eval"])
+    assert [each.metric for each in compared] == [
+        "CIDEr", "exact match", "token F1", "top-1", "top-5"
+    ]  # fmt: skip
+    assert {(each.items, each.clusters, each.difference) for each in compared} == {(4, 4, 0.0)}

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from eval import probe as probing
-from eval.probe import main, probe
+from eval.metrics import wilson
+from eval.probe import Probed, main, probe
 from tests.processing.test_feature_store import read_dataset, write_store
 from tests.tiny import noise, tiny_model, tiny_processor, tiny_rows, write_clip, write_rows
 
@@ -38,6 +39,16 @@ def test_probe_counts_the_most_common_answer_of_the_learnt_rows():
     found = probe(tokens, ["a"] * 90 + ["b"] * 10, [str(row) for row in range(100)])
     assert found.right == found.usual >= 15
     assert probe(tokens, ["a"] * 100, [str(row) for row in range(100)]).right == 20
+
+
+def test_probed_resamples_clips_and_not_rows():
+    """Ten clips with six equal rows: Wilson's interval for 10 of 10, not for 60 of 60."""
+    one = Probed([True] * 30, 30, [f"clip {row // 3}" for row in range(30)])
+    low, high = wilson(10, 10)
+    assert str(one + one) == f"1.000 ({low:.3f} to {high:.3f}), most common answer 1.000"
+    single = Probed([True, False] * 10, 10, [str(row) for row in range(20)])
+    low, high = wilson(10, 20)
+    assert f"({low:.3f} to {high:.3f})" in str(single)
 
 
 @pytest.fixture(scope="module")
