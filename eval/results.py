@@ -90,8 +90,8 @@ class TaskResult:
         scores (`dict[str, Score]`): by metric.
         ranks (`dict[str, float]`): median and mean ranks; only retrieval has them.
         numbers (`dict[str, float]`): numbers that are not a share of rows; only streaming has them.
-        comparisons (`dict[str, dict[str, float]]`): differences between two methods; only
-            captioning and streaming have them.
+        comparisons (`dict[str, dict[str, float]]`): differences between two methods, or from a
+            baseline; VQA, captioning and streaming have them.
         curves (`dict[str, list[tuple[float, float]]]`): decodes per second and CIDEr, by the method
             of choosing what to decode; only streaming has them.
         by_type (`dict[str, Score]`): accuracy by question type; only VQA has it.

@@ -10,9 +10,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from eval.intervals import numbered
+from eval.intervals import difference_interval, numbered
 from eval.items import Items
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
 from eval.results import Score, TaskResult, answer_examples, portable
@@ -100,6 +101,31 @@ def score_by_type(
     }
 
 
+def against_blind(
+    rows: list[dict], ranks: torch.Tensor, blind: QuestionOnly
+) -> dict[str, dict[str, float]]:
+    """Return how much the accuracy exceeds that of the question alone, with its 95 % interval: over
+    all rows, and for each `question_type`.
+
+    The difference is taken row by row, and clips are resampled: the baseline varies with the rows
+    too, so the interval of the accuracy alone would not do.
+    """
+    known = np.array([row["target"] == blind.answer(row) for row in rows], dtype=np.float64)
+    better = (ranks == 1).double().numpy() - known  # (R,)
+    clusters, types = numbered(map(media_of, rows)), [type_of(row) for row in rows]
+    parts = {"accuracy": np.full(len(rows), True)}
+    parts |= {name: np.array([each == name for each in types]) for name in sorted(set(types))}
+    found = {}
+    for name, part in parts.items():
+        interval = difference_interval(better[part], clusters[part], largest=1.0)
+        numbers = {"difference": float(better[part].mean())}
+        numbers |= {"low": interval.low, "high": interval.high}
+        found[f"{name} against question only"] = {
+            key: round(number, 4) for key, number in numbers.items()
+        }
+    return found
+
+
 def evaluate(task: Task) -> TaskResult:
     """Rank all candidate answers for each question by cosine similarity.
 
@@ -140,6 +166,7 @@ def evaluate(task: Task) -> TaskResult:
         predictions,
         protocol,
         {"accuracy": score(rows, ranks, relevant, blind)},
+        comparisons=against_blind(rows, ranks, blind),
         by_type=score_by_type(rows, ranks, relevant, blind),
         examples=answer_examples(predictions, similarity, answers, ranks),
         items=[items],

@@ -14,7 +14,7 @@ from eval.benchmarks import load_benchmarks
 from eval.compare import main as compare
 from eval.embed import embed_texts, predict_rows
 from eval.evaluate import main
-from eval.intervals import WILSON
+from eval.intervals import WILSON, difference_interval
 from eval.items import FILE
 from eval.metrics import wilson
 from eval.report import frame_strip, write_report
@@ -169,6 +169,30 @@ def test_vqa_counts_an_answer_without_training_rows_as_wrong(data, processor):
     assert result.protocol["candidates"] == 4
     assert result.scores["accuracy"].value == pytest.approx(10 / 12)
     assert result.scores["accuracy"].baselines["chance"] == pytest.approx(10 / 12 / 4)
+
+
+def test_vqa_against_blind_pairs_rows_and_resamples_clips():
+    """The question alone answers "red" and "yes"; the model is right in all rows but the last."""
+    train = [{"query": "what?", "target": "red"}, {"query": "is it?", "target": "yes"}]
+    rows = [
+        row
+        for clip, color in enumerate(["red", "green", "blue", "blue"])
+        for row in (
+            {"image": f"{clip}.png", "query": "what?", "target": color, "question_type": "color"},
+            {"image": f"{clip}.png", "query": "is it?", "target": "yes", "question_type": "yes/no"},
+        )
+    ]
+    ranks = torch.tensor([1, 1, 1, 1, 1, 1, 1, 2])
+    found = vqa.against_blind(rows, ranks, QuestionOnly(train))
+    better = np.array([0, 0, 1, 0, 1, 0, 1, -1.0])
+    clips = np.repeat(np.arange(4), 2)
+    expected = difference_interval(better, clips, 1.0)
+    assert found["accuracy against question only"] == pytest.approx(
+        {"difference": 2 / 8, "low": expected.low, "high": expected.high}, abs=1e-4
+    )
+    assert found["color against question only"]["difference"] == 3 / 4
+    assert found["yes/no against question only"]["difference"] == -1 / 4
+    assert list(found)[1:] == [f"{name} against question only" for name in ("color", "yes/no")]
 
 
 def test_question_only_falls_back_from_question_to_type_to_all():
