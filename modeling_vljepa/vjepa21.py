@@ -18,6 +18,7 @@ size, A attention heads, d head size.
 from collections.abc import Callable
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -38,6 +39,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 LEVELS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48: (11, 23, 37, 47)}
 
 
+@strict  # values of another type are errors, as in transformers' own configurations
 class VJEPA21Config(PreTrainedConfig):
     r"""
     Configuration of a [`VJEPA21Model`]. The defaults are those of V-JEPA 2.1 ViT-L; the names are

@@ -71,6 +71,16 @@ VISION = {
         "vjepa2",
         {k: v for k, v in SUB_CONFIGS["vision_config"].items() if k != "model_type"},
     ),
+    "vjepa2_1": (
+        "vjepa2_1",
+        {
+            "crop_size": 32,
+            "hidden_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "hierarchical_layers": [0, 1],
+        },
+    ),
     "dinov2": ("dinov2", {**TOWER, "image_size": 64}),
     "dinov3_vit": ("dinov3_vit", {**TOWER, "num_register_tokens": 2}),
     "clip": ("clip", {"vision_config": TOWER, "text_config": CLIP_TEXT, "projection_dim": 24}),
@@ -81,6 +91,7 @@ VISION = {
 }
 PREPROCESSOR = {
     "vjepa2": {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 36}},
+    "vjepa2_1": {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 36}},
     "dinov2": {
         "crop_size": {"height": 32, "width": 32},
         "size": {"shortest_edge": 36},

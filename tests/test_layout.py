@@ -24,7 +24,7 @@ OWN = {"modeling_vljepa", "processing", "training", "eval", "benchmarks", "space
 # The parts of `training/`, top first; its commands are the files next to these folders.
 TRAINING = ("commands", "decoder", "loop", "hub", "model", "data", "arguments")
 # fsspec comes with torch.
-PACKAGES = {"torch", "transformers", "numpy", "PIL", "safetensors", "fsspec"}
+PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "fsspec"}
 OPTIONAL = {"av", "datasets", "filelock", "pyarrow"}  # under `if is_..._available():`
 # Home folders and common working folders, none of which a manual would name.
 MACHINE_PATH = re.compile(r"(?<![\w.:])/(?:home|Users|root|work|mnt|data|workspace|scratch)/\w")

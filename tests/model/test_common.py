@@ -74,7 +74,7 @@ class VLJEPAModelTest(ModelTesterMixin, unittest.TestCase):
 class VJEPA21Tester:
     """As `Tester`, for the encoder alone."""
 
-    is_training = True
+    is_training = False  # it has no loss; test_vjepa21.py compares gradients
     batch_size = 3
     seq_length = 8
     hidden_size = 48

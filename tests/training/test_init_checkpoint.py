@@ -129,9 +129,10 @@ def test_visual_tokens_equal_the_stock_encoders(kind, parts, tmp_path):
     stock = AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():
         tokens = model.encode_video(PIXELS)
-        if kind == "vjepa2":
+        if "vjepa" in kind:
             padded = torch.cat([PIXELS, PIXELS[:, -1:]], dim=1)
-            expected = stock(padded, skip_predictor=True).last_hidden_state
+            options = {"skip_predictor": True} if kind == "vjepa2" else {}
+            expected = stock(padded, **options).last_hidden_state
         else:
             tower = stock.vision_model if kind in ("clip", "siglip") else stock
             frames = [tower(pixel_values=PIXELS[:, t]).last_hidden_state for t in range(3)]
@@ -445,7 +446,7 @@ def test_predict_accepts_several_queries_for_one_video(built):
         model.predict(PIXELS, **queries)
 
 
-@pytest.mark.parametrize("kind", ["vjepa2", "dinov2"])
+@pytest.mark.parametrize("kind", ["vjepa2", "vjepa2_1", "dinov2"])
 def test_init_checkpoint_result_can_be_trained(kind, parts, tmp_path):
     folder = sources.vision(tmp_path / "vision", kind)
     build(parts, tmp_path / "built", vision=folder)

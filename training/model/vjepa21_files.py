@@ -152,7 +152,7 @@ def read_published(key: str, source: str) -> tuple[VJEPA21Config, Weights]:
     """Read a published `.pt` file, with torch's restricted unpickler.
 
     Raises:
-        RecipeError: it is missing, broken, or no V-JEPA 2.1 of a published size.
+        RecipeError: it is missing or broken, and as `from_published` raises it.
     """
     folder, file = os.path.split(source)
     path = source if os.path.isfile(source) else find_file(folder, file) if folder else None
@@ -164,6 +164,15 @@ def read_published(key: str, source: str) -> tuple[VJEPA21Config, Weights]:
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"{key}: {source} is not a file of tensors: {reason}") from error
+    return from_published(key, source, content)
+
+
+def from_published(key: str, source: str, content: Any) -> tuple[VJEPA21Config, Weights]:
+    """Return the configuration and the weights, under our names, in the content of a `.pt` file.
+
+    Raises:
+        RecipeError: it is no V-JEPA 2.1 of a published size.
+    """
     weights = encoder_of(key, source, content)
     config = published_config(key, source, weights)
     shapes = {name: tensor.shape for name, tensor in weights.items()}
