@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tests.tiny import BERT, SUB_CONFIGS, TOWER, tiny_tokenizer
+from tests.tiny import BERT, SUB_CONFIGS, TOWER, VJEPA21, tiny_tokenizer
 
 LM = {
     "vocab_size": 300,
@@ -71,16 +71,7 @@ VISION = {
         "vjepa2",
         {k: v for k, v in SUB_CONFIGS["vision_config"].items() if k != "model_type"},
     ),
-    "vjepa2_1": (
-        "vjepa2_1",
-        {
-            "crop_size": 32,
-            "hidden_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "hierarchical_layers": [0, 1],
-        },
-    ),
+    "vjepa2_1": ("vjepa2_1", {k: v for k, v in VJEPA21.items() if k != "model_type"}),
     "dinov2": ("dinov2", {**TOWER, "image_size": 64}),
     "dinov3_vit": ("dinov3_vit", {**TOWER, "num_register_tokens": 2}),
     "clip": ("clip", {"vision_config": TOWER, "text_config": CLIP_TEXT, "projection_dim": 24}),

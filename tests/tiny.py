@@ -74,6 +74,16 @@ TOWER = {
     "patch_size": 16,
 }
 
+# V-JEPA 2.1 with two levels.
+VJEPA21 = {
+    "model_type": "vjepa2_1",
+    "crop_size": 32,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hierarchical_layers": [0, 1],
+}
+
 # A Y-Decoder whose tokens are those of `tiny_tokenizer()`.
 DECODER = {
     **SUB_CONFIGS["predictor_config"],

@@ -6,7 +6,8 @@
         --text google/embeddinggemma-300m
 
 These are the parts of the paper's model (arXiv 2512.10942, section 3.1). Each may be a Hub id or a
-folder. The projections between the parts and the temperature are new.
+folder, and `--vision` a published `.pt` file of V-JEPA 2.1. The projections between the parts and
+the temperature are new.
 """
 
 import argparse

@@ -39,6 +39,7 @@ from tests.tiny import (
     DECODER,
     SUB_CONFIGS,
     TOWER,
+    VJEPA21,
     tiny_batch,
     tiny_config,
     tiny_processor,
@@ -137,6 +138,7 @@ IMAGE_TOWER = {"vision_config": TOWER | {"model_type": "dinov2"}}
 KINDS = {
     "the paper's": {},
     "image tower": IMAGE_TOWER,
+    "V-JEPA 2.1": {"vision_config": VJEPA21 | {"hierarchical_layers": None}},
     "bert": {"text_config": BERT, "text_pooling": "cls"},
     "last token, pooled patches": {"text_pooling": "lasttoken", "visual_token_pooling": 2},
 }

@@ -8,7 +8,7 @@ import torch
 from modeling_vljepa import VJEPA21Config, VJEPA21Model, VLJEPAModel
 from modeling_vljepa.attention import SDPA_OR_PLAIN
 from tests.model.vjepa21_reference import DIFFERENCES, encode, random_weights
-from tests.tiny import tiny_batch, tiny_model
+from tests.tiny import VJEPA21, tiny_batch, tiny_model
 from training.model.vjepa21_files import to_ours
 
 WIDTH, DEPTH, HEADS = 128, 12, 2  # heads of 64, as published: 60 channels are rotated
@@ -19,14 +19,6 @@ SETTINGS = {
     "mlp_ratio": 2,
 }
 WEIGHTS = random_weights(WIDTH, DEPTH, 2 * WIDTH)
-TINY = {  # heads of 12 channels, all rotated
-    "model_type": "vjepa2_1",
-    "crop_size": 32,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "hierarchical_layers": [0, 1],
-}
 PIXELS = tiny_batch()["pixel_values_videos"]
 
 
@@ -146,7 +138,7 @@ def gradients(model: torch.nn.Module, pixels: torch.Tensor) -> dict[str, torch.T
 
 @pytest.mark.parametrize("frames", [1, 4])
 def test_vjepa21_gradient_checkpointing_gives_equal_gradients(frames):
-    model = VJEPA21Model(VJEPA21Config(**{**TINY, "hierarchical_output": True})).train()
+    model = VJEPA21Model(VJEPA21Config(**{**VJEPA21, "hierarchical_output": True})).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)
@@ -220,7 +212,7 @@ def test_vjepa21_rejects_settings_that_contradict_each_other(changes, message):
 
 
 def vljepa(**changes: object) -> VLJEPAModel:
-    model = tiny_model(vision_config=TINY | changes)
+    model = tiny_model(vision_config=VJEPA21 | changes)
     with torch.no_grad():
         for parameter in model.x_encoder.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)
@@ -248,7 +240,7 @@ def test_x_encoder_vjepa21_repeats_the_last_frame_of_an_odd_number():
 
 
 def test_x_encoder_vjepa21_reads_any_grid_and_pools_it():
-    model = tiny_model(vision_config=TINY, visual_token_pooling=2)
+    model = tiny_model(vision_config=VJEPA21, visual_token_pooling=2)
     wide = clip(1, 3, 3, 48, 80)
     assert model.encode_video(wide).shape == (1, 2 * 2 * 3, 48)
     with pytest.raises(ValueError, match="height and width multiples of 16"):
@@ -264,7 +256,7 @@ def test_x_encoder_vjepa21_has_no_norms_of_levels_that_it_does_not_read():
 
 @pytest.mark.parametrize("frames", [1, 4])
 def test_x_encoder_vjepa21_unfrozen_trains_every_parameter(frames):
-    model = tiny_model(vision_config=TINY, freeze_vision=False).train()
+    model = tiny_model(vision_config=VJEPA21, freeze_vision=False).train()
     assert model.x_encoder.backbone.config._attn_implementation == SDPA_OR_PLAIN
     batch = tiny_batch()
     batch["pixel_values_videos"] = batch["pixel_values_videos"][:, :frames]

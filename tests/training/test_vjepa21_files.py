@@ -13,11 +13,12 @@ from modeling_vljepa import VJEPA21Config, VJEPA21Model
 from processing import VLJEPAVideoProcessor
 from tests import sources
 from tests.model.vjepa21_reference import encode, random_weights
-from tests.tiny import run_elsewhere, tiny_recipe, tiny_rows
+from tests.tiny import run_elsewhere, tiny_config, tiny_recipe, tiny_rows
 from training.arguments import RecipeError
 from training.init_checkpoint import main
 from training.model import vjepa21_files
 from training.model.backbones import VisionBackbone, read_vision
+from training.model.recipe_model import check_config
 from training.model.vjepa21_files import Size, from_published
 from training.train import main as train
 
@@ -320,6 +321,15 @@ def test_read_vision_reads_vit_b_in_full(tmp_path):
     ]
     assert torch.equal(torch.cat(parts), fused)
     assert isinstance(part.config, VJEPA21Config)
+
+
+def test_check_config_knows_the_settings_of_the_checkpoints_encoder():
+    change = {"vision_config": {"img_temporal_dim_size": None}}
+    newer = tiny_config(vision_config={"model_type": "vjepa2_1"})
+    assert check_config(change, newer) == change
+    for checkpoint in (None, tiny_config()):
+        with pytest.raises(RecipeError, match="vision_config.img_temporal_dim_size: no such"):
+            check_config(change, checkpoint)
 
 
 # -- from the file to a model that loads elsewhere ----------------------------------------

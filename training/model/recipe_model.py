@@ -91,10 +91,14 @@ def new_processor(
     )
 
 
-def check_config(config: dict) -> dict:
+def check_config(config: dict, checkpoint: VLJEPAConfig | None = None) -> dict:
     """Return `model.config` if all keys are known and all values have the right type.
 
     transformers itself accepts an unknown key and ignores it.
+
+    Args:
+        checkpoint: the configuration that is changed. Its sub-networks have other settings than
+            those of a new model.
 
     Raises:
         RecipeError: an unknown key or model type, or a value of another type.
@@ -104,7 +108,9 @@ def check_config(config: dict) -> dict:
         section = config.get(name, {})
         if not isinstance(section, dict):
             raise RecipeError(f"model.config.{name}: expected keys and values, found {section!r}.")
-        model_type = section.get("model_type", spec.model_type)
+        changed = None if checkpoint is None else vars(checkpoint)[name]
+        default = spec.model_type if changed is None else changed.model_type
+        model_type = section.get("model_type", default)
         if model_type not in CONFIG_MAPPING:
             raise RecipeError(
                 f"model.config.{name}.model_type: transformers has no {model_type!r}; correct it."
@@ -197,8 +203,8 @@ def load_checkpoint(
     Raises:
         RecipeError: they do not load, or the checkpoint's weights do not fit the changes.
     """
-    changes = check_config(arguments.config)
     config = load(AutoConfig, "model.checkpoint", arguments.checkpoint)
+    changes = check_config(arguments.config, config)
     new = []
     for name, value in changes.items():
         if name in VLJEPAConfig.sub_configs_defaults:
