@@ -1,5 +1,7 @@
 """The demo's training in this checkout and in another one: `benchmarks.train_step --against`.
 
+Each takes its own recipe, with the same rows.
+
 | line          | compared                                                                      |
 |---------------|-------------------------------------------------------------------------------|
 | start         | CPU-seconds before the first step: decoding, target texts, imports            |
@@ -19,9 +21,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import yaml
+
 from benchmarks.report import Goal, Report
 from benchmarks.steps import Steps
-from benchmarks.synthetic import write_demo
+from benchmarks.synthetic import write_demo_recipe, write_demo_rows
 from training.arguments import read_recipe
 
 WARM_UP = 4  # steps that do not count
@@ -68,7 +72,7 @@ class PacedSteps:
         self.start = self.read()["start"]
 
     def step(self, *, count: bool = False) -> dict:
-        """Take a step; return its CPU-seconds and the frames of its clips.
+        """Take a step; return its CPU-seconds, its number of clips and the frames of each.
 
         Args:
             count: count operators instead; the step is then slower.
@@ -97,52 +101,75 @@ def add(report: Report, case: str, there: float, here: float) -> None:
     report.add(case, numbers)
 
 
-def compare_starts(checkouts: dict[str, Path], recipe: Path, folder: Path, report: Report) -> None:
+def compare_starts(
+    checkouts: dict[str, Path], recipes: dict[str, Path], folder: Path, report: Report
+) -> None:
     """Start both checkouts three times, the last time with moved rows and clips."""
-    moved = folder / "moved"
-    shutil.copytree(recipe.parent, moved)
-    text = recipe.read_text(encoding="utf-8").replace(str(recipe.parent), str(moved))
-    (moved / "recipe.yaml").write_text(text, encoding="utf-8")
-    for case, path in (
-        ("start", recipe),
-        ("second start", recipe),
-        ("after a move", moved / "recipe.yaml"),
-    ):
+    data, moved = recipes["here"].parent, folder / "moved"
+    shutil.copytree(data, moved)
+    for recipe in recipes.values():
+        text = recipe.read_text(encoding="utf-8").replace(str(data), str(moved))
+        (moved / recipe.name).write_text(text, encoding="utf-8")
+    for case, place in (("start", data), ("second start", data), ("after a move", moved)):
         report.start(case)
         seconds = {}
         for name, checkout in checkouts.items():
-            paced = PacedSteps(checkout, path, folder / name)
+            paced = PacedSteps(checkout, place / recipes[name].name, folder / name)
             seconds[name] = paced.start
             paced.close()
         add(report, f"{case}, CPU-s", seconds["there"], seconds["here"])
 
 
-def alternate(both: dict[str, PacedSteps], recipe: Path, steps: int) -> dict[str, float]:
+def weights_of(recipe: Path) -> dict[str, float]:
+    """Return the weights of the kinds of steps: images, clips, and clips that rows share."""
+    recipe = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    weights = {"images": 0.0, "clips": 0.0, "shared clips": 0.0}
+    for source in recipe["data"]["sources"]:
+        kind = "shared clips" if source.get("rows_per_clip", 1) > 1 else "clips"
+        weights["images" if "easy_vqa" in source["rows"] else kind] += source["weight"]
+    return weights
+
+
+def kind_of(step: dict, rows: int) -> str:
+    if step["frames"] == 1:
+        return "images"
+    return "shared clips" if 2 * step["clips"] <= rows else "clips"
+
+
+def alternate(
+    both: dict[str, PacedSteps], recipes: dict[str, Path], rows: int, steps: int
+) -> dict[str, float]:
     """Take steps of two processes alternately; return the CPU-seconds of a step of each.
 
-    The least of the steps on clips and of those on images are averaged by the sources' weights.
+    The least of each kind of steps are averaged by the weights of their sources.
     """
-    weights = {"clips": 0.0, "images": 0.0}
-    for source in read_recipe(str(recipe)).data.sources:
-        weights["images" if "easy_vqa" in source.rows else "clips"] += source.weight
     found = {name: Steps() for name in both}
     for _ in range(steps):
         for name, paced in both.items():
             step = paced.step()
-            found[name].kinds.append("images" if step["frames"] == 1 else "clips")
+            found[name].kinds.append(kind_of(step, rows))
             found[name].trainer.append(step["seconds"])
-    return {name: each.mean("trainer", weights, WARM_UP) for name, each in found.items()}
+    return {
+        name: each.mean("trainer", weights_of(recipes[name]), WARM_UP)
+        for name, each in found.items()
+    }
 
 
 def compare_steps(
-    checkouts: dict[str, Path], recipe: Path, folder: Path, report: Report, steps: int
+    checkouts: dict[str, Path],
+    recipes: dict[str, Path],
+    folder: Path,
+    report: Report,
+    steps: int,
 ) -> None:
     """Take steps in both checkouts alternately, and count the operators of one more step."""
-    training = read_recipe(str(recipe)).training
+    training = read_recipe(str(recipes["here"])).training
     precision = "bf16" if training.bf16 else "fp32"
-    both = {name: PacedSteps(each, recipe, folder / name) for name, each in checkouts.items()}
+    both = {
+        name: PacedSteps(each, recipes[name], folder / name) for name, each in checkouts.items()
+    }
     try:
-        seconds = alternate(both, recipe, steps - 1)
+        seconds = alternate(both, recipes, training.global_batch_size, steps - 1)
         counts = {name: paced.step(count=True)["counts"] for name, paced in both.items()}
     finally:
         for paced in both.values():
@@ -164,7 +191,17 @@ def compare_revisions(other: Path, precisions: list[str], report: Report, steps:
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder, "data")
             data.mkdir()
-            recipe = write_demo(data, precision=precision, max_steps=steps)
+            write_demo_rows(data)
+            recipes = {
+                name: write_demo_recipe(
+                    data,
+                    recipes=each / "training" / "recipes",
+                    name=f"{name}.yaml",
+                    precision=precision,
+                    max_steps=steps,
+                )
+                for name, each in checkouts.items()
+            }
             if precision == precisions[0]:
-                compare_starts(checkouts, recipe, Path(folder), report)
-            compare_steps(checkouts, recipe, Path(folder), report, steps)
+                compare_starts(checkouts, recipes, Path(folder), report)
+            compare_steps(checkouts, recipes, Path(folder), report, steps)

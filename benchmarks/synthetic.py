@@ -77,13 +77,13 @@ class Texts:
         return "", self.narration()
 
 
-# The sources of babyai_sft.yaml, in its order.
+# The sources of babyai_sft.yaml, in its order: media, rows about each clip or image, and texts.
 SOURCES = {
-    "train_vqa": ("video", Texts.question),
-    "train_where": ("video", Texts.place),
-    "easy_vqa": ("image", Texts.shape),
-    "train_captions": ("video", Texts.caption),
-    "train_narrations": ("video", Texts.caption),
+    "train_vqa": ("video", 5, Texts.question),
+    "train_where": ("video", 7, Texts.place),
+    "easy_vqa": ("image", 9, Texts.shape),
+    "train_captions": ("video", 1, Texts.caption),
+    "train_narrations": ("video", 1, Texts.caption),
 }
 
 
@@ -97,55 +97,70 @@ def write_media(folder: Path, side: int, frames: int, count: int) -> None:
         Image.fromarray(pictures[0]).save(folder / f"{index}.png")
 
 
-def write_demo(folder: Path, *, rows: int = 192, side: int = 64, **training: Any) -> Path:
+def write_demo(folder: Path, *, clips: int = 192, side: int = 64, **training: Any) -> Path:
     """Write rows, clips and the recipe of the demonstration's SFT; return the recipe.
 
-    Two differences: the model is new instead of stage A's, and so is the Y-Encoder. No two rows of
-    a source share a clip, because few rows of a batch do among the demonstration's 6,000 clips.
-
     Args:
-        rows: rows of every source.
+        clips: number of clips, and of images.
         training: changes of the section `training`.
     """
-    write_media(folder, side, CLIP_FRAMES, rows)
+    write_demo_rows(folder, clips=clips, side=side)
+    return write_demo_recipe(folder, **training)
+
+
+def write_demo_rows(folder: Path, *, clips: int = 192, side: int = 64) -> None:
+    """Write clips and rows like those of the demonstration, with fewer clips."""
+    write_media(folder, side, CLIP_FRAMES, clips)
     texts = Texts()
-    for name, (kind, draw) in SOURCES.items():
+    for name, (kind, rows_of_each, draw) in SOURCES.items():
         written = []
-        for index in range(rows):
+        for index in range(clips * rows_of_each):
             query, target = draw(texts)
-            media = f"{index}.{'mp4' if kind == 'video' else 'png'}"
+            media = f"{index // rows_of_each}.{'mp4' if kind == 'video' else 'png'}"
             written.append({kind: media, "query": query, "target": target})
         write_jsonl(folder / f"{name}.jsonl", written)
+
+
+def write_demo_recipe(
+    folder: Path, *, recipes: Path = RECIPES, name: str = "recipe.yaml", **training: Any
+) -> Path:
+    """Write the recipe of the demonstration's SFT for the rows of `folder`; return its path.
+
+    The model is new instead of stage A's, and so is the Y-Encoder.
+
+    Args:
+        recipes: folder of the recipes, of this revision or another.
+        name: name of the file.
+        training: changes of the section `training`.
+    """
     start, recipe = (
-        yaml.safe_load((RECIPES / f"babyai_{stage}.yaml").read_text(encoding="utf-8"))
+        yaml.safe_load((recipes / f"babyai_{stage}.yaml").read_text(encoding="utf-8"))
         for stage in ("pretrain", "sft")
     )
     config = start["model"]["config"] | {"text_config": MINILM}
-    del config["backbones"]
+    del config["backbones"]  # the names of pretrained parts
     recipe["model"] = {
         "vocab_size": start["model"]["vocab_size"],
         "config": config,
-        "tokenizer_rows": [str(folder / f"{name}.jsonl") for name in ("train_vqa", "easy_vqa")],
+        "tokenizer_rows": [str(folder / f"{each}.jsonl") for each in ("train_vqa", "easy_vqa")],
     }
     recipe["processor"] = start["processor"] | recipe["processor"]
-    for source, name in zip(recipe["data"]["sources"], SOURCES, strict=True):
-        source["rows"] = str(folder / f"{name}.jsonl")
-        source.pop("licence", None)  # an older revision has no such key
+    for source, each in zip(recipe["data"]["sources"], SOURCES, strict=True):
+        source["rows"] = str(folder / f"{each}.jsonl")
     recipe["data"] |= {"cache_dir": str(folder / "cache"), "num_workers": 1}
-    return write_recipe(folder, recipe, **training)
+    return write_recipe(folder / name, recipe, **training)
 
 
-def write_recipe(folder: Path, recipe: dict, **training: Any) -> Path:
+def write_recipe(path: Path, recipe: dict, **training: Any) -> Path:
     """Write a recipe that trains on the CPU and saves nothing on the way."""
     recipe["training"] |= {
-        "output_dir": str(folder / "out"),
+        "output_dir": str(path.parent / "out"),
         "save_strategy": "no",
         "save_total_limit": None,
         "report_to": "none",
         "use_cpu": True,
         **training,
     }
-    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
 
@@ -188,4 +203,4 @@ def write_clips(
         },
         "training": {"global_batch_size": rows, "learning_rate": 5e-5, "warmup_steps": 2},
     }
-    return write_recipe(folder, recipe, **training)
+    return write_recipe(folder / "recipe.yaml", recipe, **training)

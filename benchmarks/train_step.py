@@ -104,7 +104,7 @@ CASES = {
 
 
 def write_quick_demo(folder: Path, **training) -> Path:
-    return write_demo(folder, rows=8, **(training | {"global_batch_size": 8}))
+    return write_demo(folder, clips=8, **(training | {"global_batch_size": 8}))
 
 
 def write_quick(folder: Path, **training) -> Path:
