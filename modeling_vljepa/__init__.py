@@ -32,7 +32,8 @@ from .vjepa21 import VJEPA21Model as VJEPA21Model
 
 # Registered here, because this file is not shipped to the Hub; shipped files only define classes.
 AutoConfig.register("vljepa", VLJEPAConfig)
-AutoConfig.register(VJEPA21Config.model_type, VJEPA21Config)
+# `exist_ok`, because a later transformers may have a V-JEPA 2.1 of the same name.
+AutoConfig.register(VJEPA21Config.model_type, VJEPA21Config, exist_ok=True)
 AutoModel.register(VLJEPAConfig, VLJEPAModel)
 AutoModelForZeroShotImageClassification.register(VLJEPAConfig, VLJEPAForZeroShotImageClassification)
 AutoModelForImageTextToText.register(VLJEPAConfig, VLJEPAForConditionalGeneration)

@@ -407,7 +407,8 @@ class VJEPA21Model(VJEPA21PreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.encoder(pixel_values_videos, **kwargs))
 
 
-# By class, not by name: code that was loaded from the Hub registers a class of its own.
-AutoModel.register(VJEPA21Config, VJEPA21Model)
+# By class, not by name: code that was loaded from the Hub registers a class of its own. `exist_ok`,
+# because a later transformers may have classes of the same names.
+AutoModel.register(VJEPA21Config, VJEPA21Model, exist_ok=True)
 
 __all__ = ["VJEPA21Config", "VJEPA21Model"]

@@ -47,8 +47,10 @@ WITHOUT_EFFECT = {
     "num_pooler_heads",
     "num_pooler_layers",
     "quantization_config",
+    "tie_word_embeddings",
     "torch_dtype",
     "uniform_power",
+    "use_rope",
     "use_sdpa",
     "wide_SiLU",
 }

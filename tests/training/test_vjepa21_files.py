@@ -110,6 +110,13 @@ def test_read_vision_reads_a_published_file(key, tmp_path):
     assert part.config.crop_size == 384
 
 
+def test_read_vision_reads_a_single_file_of_safetensors(tmp_path):
+    save_file(WEIGHTS, tmp_path / "tiny.safetensors")
+    part = read_vision("--vision", str(tmp_path / "tiny.safetensors"))
+    assert_equals_the_reference(part)
+    assert part.video_processor.crop_size == {"height": 384, "width": 384}
+
+
 PORTS = {
     "remote code": (transformers_names, {"n_registers": 0, "has_cls_first": False}),
     "published names": (lambda w: w, {"modality_embedding": True, "teacher_embed_dim": 1664}),
@@ -220,11 +227,15 @@ def test_read_vision_names_a_file_that_is_no_vjepa21(tmp_path, monkeypatch):
     old = {name: t for name, t in WEIGHTS.items() if not name.startswith("norms_block")}
     old |= {"norm.weight": torch.ones(WIDTH), "norm.bias": torch.zeros(WIDTH)}
     refused({"target_encoder": old}, "is a V-JEPA 2, which has one final norm")
-    refused({"target_encoder": {}}, "lacks patch_embed.proj.weight")
+    refused({"target_encoder": {}}, "lacks a patch_embed.proj.weight")
+    refused({"target_encoder": {"a": 3}}, "has no ema_encoder or target_encoder")
+    twice = {"module.img_mod_embed": torch.zeros(1), "img_mod_embed": torch.zeros(1)}
+    refused({"target_encoder": WEIGHTS | twice}, "has two tensors of one name in target_encoder")
     wide = WEIGHTS | {"patch_embed.proj.weight": torch.zeros(80, 3, 2, 16, 16)}
     refused({"target_encoder": wide}, "has 80 features, but .* 768, 1024, 1408, 1664")
     (tmp_path / "broken.pt").write_bytes(b"no archive")
-    for name in ("broken.pt", "missing.pt"):
+    (tmp_path / "broken.safetensors").write_bytes(b"no archive")
+    for name in ("broken.pt", "broken.safetensors", "missing.pt", "no/folder/missing.pt"):
         with pytest.raises(RecipeError, match=f"--vision: .*{name}"):
             read_vision("--vision", str(tmp_path / name))
 

@@ -36,7 +36,7 @@ from training.model.checkpoint_files import (
     split_gguf,
     tensor_files,
 )
-from training.model.vjepa21_files import read_vjepa21
+from training.model.vjepa21_files import FILES, read_vjepa21
 
 # Decoder-only language models whose masks follow `is_causal = False`; each is tested.
 PREDICTORS = ("llama", "mistral", "qwen2", "qwen3")
@@ -107,7 +107,7 @@ def read_vision(key: str, source: str, *, hierarchical: bool = False) -> VisionB
         config, weights = newer
         config.hierarchical_output = hierarchical
         weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
-        if source.endswith(".pt"):
+        if source.endswith(FILES):
             processor = VLJEPAVideoProcessor(crop_size=config.crop_size)
         else:
             processor = read_video_processor(key, source, config)

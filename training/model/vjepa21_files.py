@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from modeling_vljepa.vjepa21 import VJEPA21Config, VJEPA21Model
 from modeling_vljepa.x_encoder import V_JEPA_2_1, V_JEPA_2_1_SETTINGS, unknown_settings
@@ -48,6 +50,7 @@ SIZES = {
     1664: Size("ViT-G", 48, 26, 8192, "vjepa2_1_vitG_384.pt"),
 }
 ENCODERS = ("ema_encoder", "target_encoder")  # keys of a `.pt` file: distilled, and trained alone
+FILES = (".pt", ".safetensors")  # a single file with published names, without a configuration
 PREFIXES = ("module.", "backbone.", "model.", "vjepa21.", "vjepa2.")
 # Parts of ports that are no part of the encoder.
 OTHER_PARTS = ("predictor.", "pooler.", "classifier.")
@@ -149,19 +152,31 @@ def check_shapes(
 
 
 def read_published(key: str, source: str) -> tuple[VJEPA21Config, Weights]:
-    """Read a published `.pt` file, with torch's restricted unpickler.
+    """Read a published `.pt` file, with torch's restricted unpickler, or the same as safetensors.
 
     Raises:
         RecipeError: it is missing or broken, and as `from_published` raises it.
     """
     folder, file = os.path.split(source)
-    path = source if os.path.isfile(source) else find_file(folder, file) if folder else None
+    try:
+        path = source if os.path.isfile(source) else find_file(folder, file) if folder else None
+    except OSError as error:
+        raise RecipeError(f"{key}: cannot load {source}: {error}") from error
     if path is None:
         raise RecipeError(f"{key}: {source} does not exist; give a .pt file, a folder or a Hub id.")
     try:
+        if path.endswith(".safetensors"):
+            return from_published(key, source, {ENCODERS[0]: load_file(path)})
         # Mapped, because a file also holds the predictor and the optimizer's state.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"{key}: {source} is not a file of tensors: {reason}") from error
     return from_published(key, source, content)
@@ -180,12 +195,23 @@ def from_published(key: str, source: str, content: Any) -> tuple[VJEPA21Config, 
     return config, to_ours(weights)
 
 
+def is_weights(content: Any) -> bool:
+    """Return True for a dictionary of named tensors."""
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in content.items()
+    )
+
+
 def encoder_of(key: str, source: str, content: Any) -> Weights:
     """Return the encoder's tensors of a `.pt` file under their names without prefixes."""
     names = list(content) if isinstance(content, dict) else []
     for name in ENCODERS:
-        if name in names and isinstance(content[name], dict):
-            return {plain_name(k): v for k, v in content[name].items()}
+        if name in names and is_weights(content[name]):
+            weights = {plain_name(k): v for k, v in content[name].items()}
+            if len(weights) < len(content[name]):
+                raise RecipeError(f"{key}: {source} has two tensors of one name in {name}.")
+            return weights
     raise RecipeError(
         f"{key}: {source} has no {' or '.join(ENCODERS)}, the encoders of V-JEPA 2.1's files; it "
         f"has {', '.join(map(str, names[:5])) or 'no names'}."
@@ -204,9 +230,9 @@ def published_config(key: str, source: str, weights: Weights) -> VJEPA21Config:
             f"{key}: {source} is a V-JEPA 2, which has one final norm and no norms_block. Give its "
             "checkpoint for transformers, such as facebook/vjepa2-vitl-fpc64-256."
         )
-    if stem is None:
+    if stem is None or stem.ndim != 5:
         raise RecipeError(
-            f"{key}: {source} lacks patch_embed.proj.weight; give a complete V-JEPA 2.1."
+            f"{key}: {source} lacks a patch_embed.proj.weight of five axes; give another file."
         )
     if stem.shape[0] not in SIZES:
         files = [size.file for size in SIZES.values()]
@@ -313,7 +339,7 @@ def read_vjepa21(key: str, source: str) -> tuple[VJEPA21Config, Weights] | None:
 
     Weights are named as in `VJEPA21Model`.
     """
-    if source.endswith(".pt"):
+    if source.endswith(FILES):
         return read_published(key, source)
     try:
         settings = read_json(source, "config.json")
