@@ -72,7 +72,7 @@ class PacedSteps:
         self.start = self.read()["start"]
 
     def step(self, *, count: bool = False) -> dict:
-        """Take a step; return its CPU-seconds, its number of clips and the frames of each.
+        """Take a step; return its CPU-seconds and sizes.
 
         Args:
             count: count operators instead; the step is then slower.
@@ -130,14 +130,14 @@ def weights_of(recipe: Path) -> dict[str, float]:
     return weights
 
 
-def kind_of(step: dict, rows: int) -> str:
+def kind_of(step: dict) -> str:
     if step["frames"] == 1:
         return "images"
-    return "shared clips" if 2 * step["clips"] <= rows else "clips"
+    return "shared clips" if 2 * step["clips"] <= step["rows"] else "clips"
 
 
 def alternate(
-    both: dict[str, PacedSteps], recipes: dict[str, Path], rows: int, steps: int
+    both: dict[str, PacedSteps], recipes: dict[str, Path], steps: int
 ) -> dict[str, float]:
     """Take steps of two processes alternately; return the CPU-seconds of a step of each.
 
@@ -147,7 +147,7 @@ def alternate(
     for _ in range(steps):
         for name, paced in both.items():
             step = paced.step()
-            found[name].kinds.append(kind_of(step, rows))
+            found[name].kinds.append(kind_of(step))
             found[name].trainer.append(step["seconds"])
     return {
         name: each.mean("trainer", weights_of(recipes[name]), WARM_UP)
@@ -169,7 +169,7 @@ def compare_steps(
         name: PacedSteps(each, recipes[name], folder / name) for name, each in checkouts.items()
     }
     try:
-        seconds = alternate(both, recipes, training.global_batch_size, steps - 1)
+        seconds = alternate(both, recipes, steps - 1)
         counts = {name: paced.step(count=True)["counts"] for name, paced in both.items()}
     finally:
         for paced in both.values():

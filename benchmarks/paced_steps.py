@@ -2,9 +2,9 @@
 
 It runs `training.train` of the checkout on PYTHONPATH, of whatever revision. It uses nothing but
 that command and the name of its progress line. It writes one JSON object per line: first the
-CPU-seconds of the start; then, for each line on stdin, those of a step, its number of clips and the
-frames of each.
-After the line "count", it writes the numbers of some operators of the step instead.
+CPU-seconds of the start; then, for each line on stdin, those of a step, its numbers of rows and
+clips, and the frames of a clip. After the line "count", it writes the numbers of some operators of
+the step instead.
 """
 
 import json
@@ -68,6 +68,7 @@ class Paced(command.ProgressLine):
         self.wait()
 
     def see(self, model, args, kwargs) -> None:
+        self.rows = len(kwargs["input_ids"])
         self.clips, self.frames = kwargs["pixel_values_videos"].shape[:2]
 
     def wait(self) -> None:
@@ -79,7 +80,7 @@ class Paced(command.ProgressLine):
     def on_step_end(self, args, state, control, **kwargs):
         seconds = time.process_time() - self.since
         if self.counted is None:
-            write(seconds=seconds, frames=self.frames, clips=self.clips)
+            write(seconds=seconds, rows=self.rows, clips=self.clips, frames=self.frames)
         else:
             self.counted.__exit__(None, None, None)
             write(counts=self.counted.counts())

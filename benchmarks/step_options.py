@@ -180,7 +180,7 @@ def malloc(report: Report, folder: Path, quick: bool) -> None:
     try:
         for name, environment in ((WITHOUT, defaults), (WITH, KEEP_MEMORY)):
             both[name] = PacedSteps(HERE, recipe, folder / name, environment)
-        seconds = alternate(both, recipe, 24)
+        seconds = alternate(both, dict.fromkeys(both, recipe), 24)
     finally:
         for paced in both.values():
             paced.close()
