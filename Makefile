@@ -45,7 +45,7 @@ smoke: PRETRAIN_STEPS = 20
 smoke: SFT_STEPS = 20
 smoke: LIMIT = --limit 200
 
-.PHONY: env data train demo full smoke streams small bench test test-slow test-portable test-docs app app-test lint clean
+.PHONY: env data train demo full smoke streams small bench test test-slow test-long test-portable test-docs app app-test lint clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -148,6 +148,10 @@ test: env
 # during the longest tests, which are alone in their files.
 test-slow: env
 	$(PYTEST) -m slow --no-loadscope-reorder
+
+# The longest tests, which CI has no time for.
+test-long: env
+	$(PYTEST) -m long --no-loadscope-reorder
 
 # Results that differ between processors, as a processor without vector instructions computes them,
 # and with the unaligned weights of loaded models moved by one unit in the last place.

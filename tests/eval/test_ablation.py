@@ -13,7 +13,7 @@ from processing import VLJEPAProcessor
 from training import train
 from training.demo_data import easy_vqa
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 RECIPE = Path(__file__).parents[2] / "training" / "recipes" / "babyai_pretrain.yaml"
 

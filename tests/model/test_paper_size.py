@@ -15,7 +15,7 @@ from modeling_vljepa import VLJEPAConfig
 from tests.sources import tokenizer_of
 from tests.tiny import tiny_tokenizer
 
-pytestmark = pytest.mark.slow  # 6 GB on disk, 3 GB in memory
+pytestmark = pytest.mark.long  # 6 GB on disk, 3 GB in memory
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 12 * 2**30  # bytes

@@ -287,7 +287,7 @@ def peak_memory(process: int) -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory in /proc")
 def test_handler_answers_hostile_requests_in_little_time_and_memory(tmp_path, trap, monkeypatch):

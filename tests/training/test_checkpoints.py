@@ -424,7 +424,7 @@ def test_training_stops_at_too_many_bad_rows(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_resume_to_the_weights_of_an_uninterrupted_one(tmp_path):
     """`python -m benchmarks.kills` kills twenty runs; here is one for each setting."""
     lines = kill_and_resume(tmp_path, kills=4)

@@ -247,7 +247,7 @@ def test_publish_twice_gives_the_same_content(published, trained, shown):
     assert hub.repositories["me/tiny"] == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_publish_killed_and_repeated_gives_the_same_content(published, trained, shown, tmp_path):
     complete = published[0].repositories["me/tiny"]
     generator = random.Random(0)

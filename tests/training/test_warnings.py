@@ -71,7 +71,7 @@ def test_adapted_model_hides_the_warning_of_peft(recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_commands_print_no_warning(tmp_path):
     """From training to publication, in one process, with Python's own choice of warnings."""
     rows = tiny_rows(tmp_path)
