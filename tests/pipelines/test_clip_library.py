@@ -9,11 +9,13 @@ from collections.abc import Callable
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from threading import RLock
 
 import datasets
 import numpy as np
 import pytest
 import torch
+import tqdm.auto
 
 from modeling_vljepa.pipelines import clip_library, library_writer
 from modeling_vljepa.pipelines.clip_library import ClipLibrary
@@ -338,12 +340,20 @@ def two_builds(folder: Path, clips: list[str]) -> None:
     check_whole(folder, clips)
 
 
+def build_to_be_killed(folder: Path, clips: list[str], pipe: Numbers) -> None:
+    """Build with a lock for progress bars of its own: tqdm's is shared with the parent process,
+    which would wait forever for a process that was killed with the lock."""
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        bar.set_lock(RLock())
+    build(folder, clips, pipe)
+
+
 def killed_builds(folder: Path, clips: list[str], kills: int) -> None:
     """Kill builds at random moments, check the folder after each, and complete the library."""
     fork, moments = get_context("fork"), random.Random(0)
     slowly = dict.fromkeys(range(COUNT), lambda: time.sleep(0.002))
     for _ in range(kills):
-        run = fork.Process(target=build, args=(folder, clips, Numbers(slowly)))
+        run = fork.Process(target=build_to_be_killed, args=(folder, clips, Numbers(slowly)))
         run.start()
         time.sleep(moments.uniform(0, 0.12))
         run.kill()
