@@ -1,7 +1,9 @@
-"""Checks of output paths before a command works, and one sentence for a disk that is full."""
+"""Checks of output paths before a command works, files that are complete or missing, and one
+sentence for a disk that is full."""
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,4 +77,19 @@ def writing(path: str | os.PathLike, kept: str = "") -> Iterator[None]:
         ) from error
 
 
-__all__ = ["OutputError", "check_output_file", "check_output_folder", "writing"]
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, and rename it to `path` at the end of the block.
+
+    So `path` is complete or missing, even if the machine stops: the content is flushed to the disk
+    first. The other name contains the host and the process, so that two processes never write to
+    one file.
+    """
+    written = path.with_name(f"incomplete-{socket.gethostname()}-{os.getpid()}-{path.name}")
+    yield written
+    with open(written, "rb") as file:
+        os.fsync(file.fileno())
+    written.rename(path)
+
+
+__all__ = ["OutputError", "check_output_file", "check_output_folder", "complete_file", "writing"]

@@ -44,7 +44,7 @@ def encoded(monkeypatch) -> list[int]:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.safetensors"))
+    return sorted(folder.rglob("[0-9a-f]*.safetensors"))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -190,7 +190,7 @@ def test_target_states_of_complete_files_outlast_a_killed_run(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "rename", killed)
         read_target_states(frozen, processor, TEXTS, tmp_path, False)
-    assert len(files(tmp_path)) == 1 and len([*tmp_path.rglob("*.incomplete")]) == 1
+    assert len(files(tmp_path)) == 1 and len([*tmp_path.rglob("incomplete-*")]) == 1
     encoded.clear()
     states = read_target_states(frozen, processor, TEXTS, tmp_path, False)
     assert encoded == [2, 1] and len(states) == DISTINCT

@@ -12,7 +12,6 @@ This file does steps 3 and 4, and does not depend on where rows come from.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -26,7 +25,7 @@ from datasets.fingerprint import Hasher
 
 from processing.feature_store import FeatureStore
 from processing.media import name_of
-from processing.output import writing
+from processing.output import complete_file, writing
 from processing.rows import (
     BadRow,
     bad_rows_report,
@@ -129,9 +128,8 @@ def decode_clips(
                 "sizes": sizes,
                 "contents": Hasher.hash(list(decoded["content"])),
             }
-            written = note.with_suffix(f".{os.getpid()}")
-            written.write_text(json.dumps(facts))
-            written.rename(note)
+            with complete_file(note) as written:
+                written.write_text(json.dumps(facts))
     return {key: index for index, key in enumerate(wanted)}, decoded
 
 

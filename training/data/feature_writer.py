@@ -13,9 +13,7 @@ Shapes: B batch, T frames, h and w pixels, n clips of a shard, N visual tokens, 
 import fcntl
 import hashlib
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ from processing.feature_store import (
     shard_path,
     to_int8,
 )
-from processing.output import writing
+from processing.output import complete_file, writing
 from processing.rows import clip_key, content_key, file_stamp, key_number, media_file, size_key
 from training.data.collator import to_pixel_values
 from training.data.dataset import ContrastiveDataset
@@ -196,14 +194,13 @@ def make_plan(
 def put(path: Path, content: dict[str, torch.Tensor] | str) -> None:
     """Write a file so that it is complete or missing, even if the machine stops.
 
-    It is written under another name, flushed to the disk and renamed. The other name contains the
-    host and the process, so that two processes never write to one file.
-
     Raises:
         OutputError: the disk is full, or the folder cannot be written to.
     """
-    written = path.with_name(f"incomplete-{socket.gethostname()}-{os.getpid()}-{path.name}")
-    with writing(path.parent, "Its complete shards are kept; the same command continues."):
+    with (
+        writing(path.parent, "Its complete shards are kept; the same command continues."),
+        complete_file(path) as written,
+    ):
         if isinstance(content, str):
             written.write_text(content)
         else:
@@ -211,9 +208,6 @@ def put(path: Path, content: dict[str, torch.Tensor] | str) -> None:
             # `save_file` lets the owner alone read a file; the plan has the user's usual
             # permissions.
             shutil.copymode(path.with_name(PLAN), written)
-        with open(written, "rb") as file:
-            os.fsync(file.fileno())
-        written.rename(path)
 
 
 @contextmanager

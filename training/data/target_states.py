@@ -12,8 +12,6 @@ Shapes: U texts of a file, Dt width of the Y-Encoder's output.
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from modeling_vljepa import VLJEPAModel
 from modeling_vljepa.pipelines.embedding import read_tokens
 from modeling_vljepa.y_encoder import YEncoder
 from processing import VLJEPAProcessor
-from processing.output import writing
+from processing.output import complete_file, writing
 from training.arguments import RecipeError
 
 TEXTS_PER_FILE = 8192  # 12 MiB of EmbeddingGemma's states in bf16
@@ -107,23 +105,16 @@ def content_hash(tensors: dict[str, torch.Tensor]) -> str:
 def write_file(folder: Path, keys: list[Key], states: torch.Tensor) -> Path:
     """Write the states `(U, Dt)` of texts to a file of their own, and return its path.
 
-    It is written under another name, flushed to the disk and renamed. The other name contains the
-    host and the process, so that two runs can write one file.
-
     Raises:
         OutputError: the disk is full, or the folder cannot be written to.
     """
     tensors = {"keys": torch.tensor(keys), "states": states}
     name = hashlib.blake2b(tensors["keys"].numpy(), digest_size=16).hexdigest()
     path = folder / f"{name}.safetensors"
-    written = folder / f"{name}.{socket.gethostname()}-{os.getpid()}.incomplete"
     with writing(f"data.cache_dir: {folder}", "The states of earlier texts are kept."):
         folder.mkdir(parents=True, exist_ok=True)
-        with open(written, "wb") as file:
-            file.write(save(tensors, {"hash": content_hash(tensors)}))
-            file.flush()
-            os.fsync(file.fileno())
-        written.rename(path)
+        with complete_file(path) as written:
+            written.write_bytes(save(tensors, {"hash": content_hash(tensors)}))
     return path
 
 
@@ -148,7 +139,7 @@ def read_file(path: Path) -> dict[Key, tuple[torch.Tensor, int]]:
 def read_files(folder: Path) -> dict[Key, tuple[torch.Tensor, int]]:
     """Return the stored states by key. A damaged file is reported and removed."""
     stored = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[0-9a-f]*.safetensors")):  # not those of killed runs
         try:
             stored |= read_file(path)
         except ValueError as error:
