@@ -127,7 +127,7 @@ class SourceArguments:
             `parquet` or `webdataset`, whose files are then `data_files`.
         config, split, data_files, revision: further arguments of `datasets.load_dataset`.
         columns: the columns of a row's parts: the name of a public set
-            (`training/data/public_sets.yaml`), or a mapping (`training/data/columns.py`).
+            (`training/data/public_sets.yaml`), or a mapping (`processing/columns.py`).
             Default: those of the public set with this Hub id.
         media_folder: folder of media that a dataset names by relative paths.
         streaming: read rows during training, instead of all before it.

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from processing.columns import ColumnError, Columns, ExampleError
 from processing.rows import read_rows
 from tests.tiny import noise
-from training.data.columns import ColumnError, Columns, ExampleError
 from training.data.public_sets import (
     convert,
     load_columns,

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from processing.columns import ColumnError, Columns, ExampleError
 from processing.rows import BadRow, bad_rows_report
-from training.data.columns import ColumnError, Columns, ExampleError
 
 ENTRIES = Path(__file__).with_suffix(".yaml")
 
@@ -70,7 +70,7 @@ def public_set(name: str) -> PublicSet:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ColumnError(
             f"there is no public set {name!r}.{hint} Choose one of {', '.join(sets)}, or write a "
-            "mapping (training/data/columns.py)."
+            "mapping (processing/columns.py)."
         )
     return sets[name]
 

@@ -16,10 +16,10 @@ from typing import Any
 import datasets
 from datasets.packaged_modules.csv.csv import CsvConfig
 
+from processing.columns import ColumnError, Columns, ExampleError, read_json
 from processing.media import is_address
 from processing.rows import BadRow, RowError, bad_rows_report, read_rows, samples_of
 from training.arguments import RecipeError, SourceArguments
-from training.data.columns import ColumnError, Columns, ExampleError, read_json
 from training.data.lanes import Blocks, DatasetBlocks, JSONLBlocks, Lane
 from training.data.public_sets import load_columns, public_sets
 
@@ -256,7 +256,7 @@ def columns_of(arguments: SourceArguments) -> Columns:
             return public.columns
     raise RecipeError(
         f"data.sources: {arguments.name}: columns is missing. Map image or video, query and target "
-        "to columns of the dataset (training/data/columns.py), or name a public set "
+        "to columns of the dataset (processing/columns.py), or name a public set "
         "(training/data/public_sets.yaml)."
     )
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from processing.rows import media_name
+from .rows import media_name
 
 # Columns of an image or a video that `datasets` has not decoded; one of them may be null.
 _STORED = {"bytes", "path"}
