@@ -9,23 +9,19 @@
 
 import glob
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import datasets
-from datasets.packaged_modules.csv.csv import CsvConfig
 
-from processing.columns import ColumnError, Columns, ExampleError, read_json
-from processing.media import is_address
-from processing.rows import BadRow, RowError, bad_rows_report, read_rows, samples_of
+from processing.columns import ColumnError, Columns
+from processing.examples import DatasetArguments, DatasetError, ExampleReader, load_dataset
+from processing.rows import BadRow, bad_rows_report, read_rows
 from training.arguments import RecipeError, SourceArguments
 from training.data.lanes import Blocks, DatasetBlocks, JSONLBlocks, Lane
 from training.data.public_sets import load_columns, public_sets
 
 FIRST_ROWS = 20_000  # rows of a streamed source from which a tokenizer or a page is made
-# `datasets` reads the metadata.csv of these with pandas' list of nulls, which no option changes.
-FOLDERS = ("imagefolder", "videofolder")
 FALLBACK_ROWS = 64  # if nine rows of ten are broken, 99.9 % of such samples have a readable one
 
 
@@ -68,11 +64,11 @@ class StreamedSource:
     dataset: datasets.IterableDataset | None
     kind: str = field(init=False)
     fallback_rows: list[dict] = field(init=False, repr=False)
-    reader: "ExampleReader" = field(init=False)
+    reader: "RecipeReader" = field(init=False)
 
     def __post_init__(self):
         if self.dataset is not None:  # one reader for all lanes
-            self.reader = ExampleReader(self.arguments, self.dataset)
+            self.reader = RecipeReader(self.arguments, self.dataset)
         first = self.some_rows(FALLBACK_ROWS)
         if self.dataset is not None:
             check_numbers(self.dataset, self.reader, first)
@@ -120,121 +116,37 @@ class StreamedSource:
         return f"{self.arguments.name}: streamed {self.kind}s, weight {self.arguments.weight:g}"
 
 
-class ExampleReader:
-    """Reader of a dataset's examples as rows, by the mapping of its columns.
-
-    A class index becomes the name of its class, and JSON texts that `datasets` makes of a column of
-    several types become their values.
-
-    Args:
-        dataset: the dataset, with its features.
-    """
+class RecipeReader(ExampleReader):
+    """Reader of the examples of a recipe's source."""
 
     def __init__(
         self, arguments: SourceArguments, dataset: datasets.Dataset | datasets.IterableDataset
     ):
-        self.columns = columns_of(arguments)
-        self.folder = arguments.media_folder
-        self.coded = {name: kind for name, kind in dataset.features.items() if is_coded(kind)}
-        self.hint = ""
-        if dataset.info.builder_name in FOLDERS:
-            self.hint = "; texts such as NA or None in a metadata.csv are nulls: use metadata.jsonl"
+        super().__init__(columns_of(arguments), dataset, arguments.media_folder)
 
     def __call__(self, example: dict, where: tuple[str, int]) -> tuple[list[dict], list[BadRow]]:
-        """Return the rows and the bad rows of an example.
+        """Return the rows and the bad rows of an example; see [`ExampleReader`].
 
-        Args:
-            where: name of the dataset and number of the example, for messages.
         Raises:
             RecipeError: a column of the mapping is missing.
         """
         try:
-            plain = {name: decoded(kind, example[name]) for name, kind in self.coded.items()}
-            rows, faults = self.columns.read({**example, **plain})
+            return super().__call__(example, where)
         except ColumnError as error:
             raise RecipeError(f"data.sources: {error}") from error
-        except ExampleError as error:
-            return [], [BadRow(*where, str(error))]
-        samples, bad = [], [BadRow(*where, fault + self.hint) for fault in faults]
-        for row in rows:
-            try:
-                samples += samples_of(self.in_folder(row), where)
-            except RowError as error:
-                bad.append(BadRow(*where, str(error)))
-        return samples, bad
-
-    def in_folder(self, row: dict) -> dict:
-        """Return the row with its media path joined to the recipe's `media_folder`."""
-        media = "video" if "video" in row else "image"
-        if self.folder is None or not isinstance(row[media], str) or is_address(row[media]):
-            return row
-        return {**row, media: os.path.join(self.folder, row[media])}
 
 
-def parts_of(feature: Any) -> list:
-    """Return the features within a feature of `datasets`: of a struct's fields or a list's
-    elements."""
-    if isinstance(feature, dict):
-        return list(feature.values())
-    if isinstance(feature, list | tuple):
-        return list(feature)
-    return [feature.feature] if isinstance(feature, datasets.List | datasets.LargeList) else []
-
-
-def is_coded(feature: Any) -> bool:
-    """Return whether a feature stores codes, at any depth: class indices or JSON texts."""
-    coded = isinstance(feature, datasets.ClassLabel | datasets.Json)
-    return coded or any(map(is_coded, parts_of(feature)))
-
-
-def decoded(feature: Any, value: Any) -> Any:
-    """Return a stored value with class names and JSON values instead of their codes.
-
-    `IterableDataset.decode(False)` leaves media as they are stored, which is wanted, and JSON texts
-    too, which is not: of `"one"` and `["one", "two"]` in one column it would give the source.
+def dataset_of(arguments: SourceArguments) -> datasets.Dataset | datasets.IterableDataset:
+    """Load a source's dataset; a streamed one leaves media as they are stored.
 
     Raises:
-        ExampleError: a class index has no name.
+        RecipeError: the dataset, its split or a file is missing or broken.
     """
-    if value is None or not is_coded(feature):
-        return value
-    if isinstance(feature, datasets.ClassLabel):
-        return class_name(feature, value)
-    if isinstance(feature, datasets.Json):
-        return json_value(value)
-    if isinstance(feature, dict):
-        return {name: decoded(part, value[name]) for name, part in feature.items()}
-    (part,) = parts_of(feature)
-    return [decoded(part, element) for element in value]
-
-
-def json_value(text: str) -> Any:
-    """Return the value of a cell of a JSON column.
-
-    `datasets` stores the text "3" as the number 3 is stored, and the text "null" as `null`; only a
-    list, an object and a text that is not JSON itself are stored without doubt. Everything else is
-    returned as the text.
-    """
+    given = {item.name: vars(arguments)[item.name] for item in fields(DatasetArguments)}
     try:
-        value = read_json(text)
-    except ValueError:  # the reader of `datasets` accepts more, such as 007
-        return text
-    return value if isinstance(value, dict | list | str) else text
-
-
-def class_name(label: datasets.ClassLabel, index: int) -> str | None:
-    """Return the class name, or `None` if unlabelled (-1, as in many test splits).
-
-    Raises:
-        ExampleError: there is no such class.
-    """
-    if index < 0:
-        return None
-    if index >= label.num_classes:
-        raise ExampleError(
-            f"class {index} has no name: the classes are 0 to {label.num_classes - 1}"
-        )
-    return label.int2str(index)
+        return load_dataset(DatasetArguments(**given))
+    except DatasetError as error:
+        raise RecipeError(f"data.sources: {arguments.name}: {error}") from error
 
 
 def with_query(rows: list[dict], arguments: SourceArguments) -> list[dict]:
@@ -274,63 +186,6 @@ def jsonl_files(pattern: str, key: str = "data.sources") -> list[Path]:
     return paths
 
 
-def load_dataset(arguments: SourceArguments) -> datasets.Dataset | datasets.IterableDataset:
-    """Load a source's dataset; a streamed one leaves media as they are stored.
-
-    Raises:
-        RecipeError: the dataset, its split or a file is missing or broken.
-    """
-    try:
-        builder = dataset_builder(arguments)
-        if arguments.streaming:
-            return with_features(builder.as_streaming_dataset(split=arguments.split)).decode(False)
-        builder.download_and_prepare()
-        return builder.as_dataset(split=arguments.split)
-    # Builders, fsspec and the Hub raise errors of any type. `datasets` wraps a builder's own error,
-    # which names the broken file, as the cause.
-    except Exception as error:
-        cause = "" if error.__cause__ is None else f" ({error.__cause__!r})"
-        if isinstance(error.__cause__ or error, UnicodeError):
-            cause += ". Save the file as UTF-8."
-        raise RecipeError(f"data.sources: {arguments.name}: {error}{cause}") from error
-
-
-def dataset_builder(arguments: SourceArguments) -> datasets.DatasetBuilder:
-    """Return the builder of a source's dataset; one of CSV files reads every cell as a text.
-
-    Without these options pandas reads the answers "None" and "NA" as nulls, the id 007 as 7, and a
-    column of whole numbers with a gap as floats.
-    """
-    if Path(arguments.dataset, "state.json").is_file():
-        raise ValueError(
-            "this folder is one of save_to_disk; name its files: dataset: arrow, data_files: "
-            f"{arguments.dataset}/*.arrow"
-        )
-    given = {"data_files": arguments.data_files, "revision": arguments.revision}
-    builder = datasets.load_dataset_builder(arguments.dataset, arguments.config, **given)
-    if not isinstance(builder.config, CsvConfig):
-        return builder
-    given |= {"keep_default_na": False, "na_values": [""]}
-    if builder.info.features is None:  # otherwise the types are the dataset's own
-        builder = datasets.load_dataset_builder(arguments.dataset, arguments.config, **given)
-        head = builder.as_streaming_dataset(split=arguments.split)
-        texts = {name: datasets.Value("string") for name in next(iter(head), {})}
-        given["features"] = datasets.Features(texts)
-    return datasets.load_dataset_builder(arguments.dataset, arguments.config, **given)
-
-
-def with_features(dataset: datasets.IterableDataset) -> datasets.IterableDataset:
-    """Return a streamed dataset with the features of its first example, if it states none.
-
-    Some files show their types only when they are read, such as a JSON array.
-    """
-    if dataset.features is not None:
-        return dataset
-    for table in dataset.with_format("arrow").iter(batch_size=1):
-        return dataset.cast(datasets.Features.from_arrow_schema(table.schema))
-    return dataset.cast(datasets.Features())
-
-
 def read_source(arguments: SourceArguments, key: str = "data.sources") -> Source | StreamedSource:
     """Read all rows of a source, or the first ones if it is streamed.
 
@@ -341,7 +196,7 @@ def read_source(arguments: SourceArguments, key: str = "data.sources") -> Source
     """
     if arguments.streaming:
         # Undecoded: `shuffle_rows` rows are in memory, and decoded media are many times larger.
-        dataset = None if arguments.dataset is None else load_dataset(arguments)
+        dataset = None if arguments.dataset is None else dataset_of(arguments)
         return StreamedSource(arguments, dataset)
     if arguments.dataset is None:
         rows, bad = read_jsonl(jsonl_files(arguments.rows, key), key)
@@ -373,8 +228,8 @@ def read_jsonl(paths: list[Path], key: str) -> tuple[list[dict], list[BadRow]]:
 
 
 def read_examples(arguments: SourceArguments) -> tuple[list[dict], list[BadRow]]:
-    dataset = load_dataset(arguments)
-    reader = ExampleReader(arguments, dataset)
+    dataset = dataset_of(arguments)
+    reader = RecipeReader(arguments, dataset)
     rows, bad = [], []
     for number, example in enumerate(dataset.to_iterable_dataset().decode(False), start=1):
         example_rows, example_bad = reader(example, (arguments.name, number))
@@ -385,7 +240,7 @@ def read_examples(arguments: SourceArguments) -> tuple[list[dict], list[BadRow]]
 
 
 def check_numbers(
-    dataset: datasets.Dataset | datasets.IterableDataset, reader: ExampleReader, rows: list[dict]
+    dataset: datasets.Dataset | datasets.IterableDataset, reader: "RecipeReader", rows: list[dict]
 ) -> None:
     """Refuse targets of a CSV file that are all whole numbers, and usually class indices.
 
