@@ -30,10 +30,88 @@ def first_relevant_ranks(similarity: torch.Tensor, relevant: torch.Tensor) -> to
         similarity (`torch.FloatTensor` of shape `(R, C)`): the higher, the better.
         relevant (`torch.BoolTensor` of shape `(R, C)`): a row may have several.
     """
-    best = similarity.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)  # (R, 1)
-    # "not lower" instead of "higher or equal": both are false for NaN, which must not win.
-    ahead = ~relevant & ~(similarity < best)  # (R, C)
-    return 1 + ahead.sum(dim=1)
+    return relevant_ranks(similarity, relevant, 1).squeeze(1)
+
+
+def relevant_ranks(similarity: torch.Tensor, relevant: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the ranks of the `count` best relevant candidates of each row, ascending: int64
+    `(R, count)`.
+
+    Ties are those of [`first_relevant_ranks`]. A row with fewer relevant candidates gets C + 1 for
+    the missing ones.
+    """
+    candidates = similarity.shape[1]
+    # NaN counts as the lowest score; topk would put it first.
+    scores = similarity.masked_fill(~relevant | similarity.isnan(), -torch.inf)
+    best = scores.topk(min(count, candidates), dim=1).values  # (R, count)
+    totals = relevant.sum(dim=1)  # (R,)
+    ranks = torch.full((len(similarity), count), candidates + 1)
+    for index in range(best.shape[1]):
+        # "not lower" instead of "higher or equal": both are false for NaN, which must not win.
+        ahead = (~relevant & ~(similarity < best[:, index, None])).sum(dim=1)  # (R,)
+        has_one = totals > index
+        ranks[has_one, index] = 1 + index + ahead[has_one]
+    return ranks
+
+
+def ndcg(similarity: torch.Tensor, relevant: torch.Tensor, k: int = 10) -> torch.Tensor:
+    """Return the normalised discounted cumulative gain of the first k candidates: float64 `(R,)`.
+
+    Relevance is binary: a relevant candidate of rank r counts 1 / log2(1 + r), and the sum is
+    divided by that of the best order (Järvelin and Kekäläinen, 2002). Ties are pessimistic, see
+    [`first_relevant_ranks`]. A row without any relevant candidate gets 0.
+    """
+    totals = relevant.sum(dim=1).clamp(max=k)  # (R,)
+    ranks = relevant_ranks(similarity, relevant, max(1, int(totals.max())))
+    found = ranks <= min(k, relevant.shape[1])  # rank C + 1: no such candidate
+    gains = torch.where(found, 1 / torch.log2(1.0 + ranks.double()), 0.0).sum(dim=1)
+    return torch.where(totals > 0, gains / _ideal_gains(k)[totals.clamp(min=1) - 1], 0.0)
+
+
+def chance_ndcg(relevant: torch.Tensor, k: int = 10) -> float:
+    """Return the expected nDCG@k of a random order, averaged over the rows."""
+    candidates, ideal = relevant.shape[1], _ideal_gains(k)
+    totals = relevant.sum(dim=1)
+    # Every rank holds a relevant candidate with probability m / C.
+    gains = totals / candidates * ideal[min(k, candidates) - 1]
+    best = ideal[totals.clamp(1, k) - 1]
+    return (gains / best).mean().item()
+
+
+def _ideal_gains(k: int) -> torch.Tensor:
+    """Return the gains of 1 to k relevant candidates at the first ranks: float64 `(k,)`."""
+    return (1 / torch.log2(torch.arange(2, k + 2, dtype=torch.float64))).cumsum(dim=0)
+
+
+def rank_lists(
+    similarity: Sequence[Sequence[float]], relevant: Sequence[int | Sequence[int]]
+) -> torch.Tensor:
+    """Return `first_relevant_ranks` of R lists, as the evaluate library gives them: `(R,)`.
+
+    Args:
+        similarity: R lists of C similarities.
+        relevant: R relevant indices, or lists of them. -1 and an empty list mark none.
+
+    Raises: `ValueError` for no row, for rows of different lengths, and for an index of no candidate.
+    """
+    if not similarity:
+        raise ValueError("predictions: no row was given; add rows before compute.")
+    lengths = sorted({len(row) for row in similarity})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"predictions: rows have {lengths[0]} to {lengths[-1]} similarities; give one for "
+            "each candidate in every row."
+        )
+    mask = torch.zeros(len(similarity), lengths[0], dtype=torch.bool)
+    for row, given in enumerate(relevant):
+        indices = [index for index in ([given] if isinstance(given, int) else given) if index != -1]
+        if outside := [index for index in indices if not 0 <= index < lengths[0]]:
+            raise ValueError(
+                f"references: row {row} names candidate {outside[0]}; indices are 0 to "
+                f"{lengths[0] - 1}, or -1 for none."
+            )
+        mask[row, indices] = True
+    return first_relevant_ranks(torch.tensor(similarity, dtype=torch.float64), mask)
 
 
 def relevant_index(index: torch.Tensor, candidates: int) -> torch.Tensor:
@@ -149,11 +227,15 @@ def _length(ngrams: Counter) -> int:
 
 __all__ = [
     "HIGHEST_CIDER",
+    "chance_ndcg",
     "chance_recall",
     "cider",
     "exact_match",
     "first_relevant_ranks",
+    "rank_lists",
+    "ndcg",
     "relevant_index",
+    "relevant_ranks",
     "token_f1",
     "wilson",
     "words",

@@ -4,13 +4,17 @@ import math
 
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from eval.metrics import (
+    chance_ndcg,
     chance_recall,
     cider,
     exact_match,
     first_relevant_ranks,
+    ndcg,
     relevant_index,
+    relevant_ranks,
     token_f1,
     wilson,
     words,
@@ -73,6 +77,54 @@ def test_chance_recall_is_that_of_random_scores():
     ranks = first_relevant_ranks(torch.rand(20000, 12, generator=generator), relevant)
     measured = (ranks <= 2).float().mean().item()
     assert chance_recall(relevant, 2) == pytest.approx(measured, abs=0.01)
+
+
+def test_relevant_ranks_and_ndcg_by_hand():
+    similarity = torch.tensor([[0.9, 0.8, 0.8, 0.1], [0.9, 0.8, 0.7, 0.6], [0.5] * 4, [0.5] * 4])
+    relevant = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    # First row: candidate 2 is wrong and ties with candidate 1, so it is ahead of it.
+    assert relevant_ranks(similarity, relevant, 2).tolist() == [[3, 4], [1, 2], [4, 5], [5, 5]]
+    best = 1 + 1 / math.log2(3)
+    expected = [(1 / 2 + 1 / math.log2(5)) / best, 1.0, 1 / math.log2(5), 0.0]
+    assert ndcg(similarity, relevant).tolist() == pytest.approx(expected)
+    assert ndcg(similarity, relevant, 3).tolist() == pytest.approx([1 / 2 / best, 1.0, 0.0, 0.0])
+
+
+def test_ndcg_and_recall_equal_those_of_sentence_transformers():
+    """Without ties, which its evaluator orders by the candidates' names."""
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.rand(40, 30, generator=generator)
+    relevant = torch.rand(40, 30, generator=generator) < 0.2
+    relevant[:, 0] |= ~relevant.any(dim=1)
+    evaluator = InformationRetrievalEvaluator(
+        queries={str(row): "" for row in range(40)},
+        corpus={str(column): "" for column in range(30)},
+        relevant_docs={
+            str(row): {str(column) for column in marks.nonzero().flatten().tolist()}
+            for row, marks in enumerate(relevant)
+        },
+        accuracy_at_k=[1, 5, 10],
+        ndcg_at_k=[3, 10],
+    )
+    found = evaluator.compute_metrics(
+        [
+            [{"corpus_id": str(column), "score": value} for column, value in enumerate(row)]
+            for row in similarity.tolist()
+        ]
+    )
+    ranks = first_relevant_ranks(similarity, relevant)
+    for k, value in found["accuracy@k"].items():
+        assert (ranks <= k).double().mean().item() == pytest.approx(value)
+    for k, value in found["ndcg@k"].items():
+        assert ndcg(similarity, relevant, k).mean().item() == pytest.approx(value)
+
+
+def test_chance_ndcg_is_that_of_random_scores():
+    generator = torch.Generator().manual_seed(0)
+    relevant = torch.rand(4, 12, generator=generator) < 0.3
+    measured = ndcg(torch.rand(20000, 12, generator=generator), relevant.repeat(5000, 1), 5)
+    assert chance_ndcg(relevant, 5) == pytest.approx(measured.mean().item(), abs=0.01)
+    assert chance_ndcg(torch.eye(3).bool(), 10) == pytest.approx((1 + 1 / math.log2(3) + 1 / 2) / 3)
 
 
 @pytest.mark.parametrize(
