@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,11 @@ class TaskResult:
         skipped (`list[str]`): each line and file that was left out, and why.
         examples (`list[Example]`): for the report.
         items (`list[Items]`): the rows that the scores are means over, with the scores of each.
+        paper (`dict`, *optional*): the entry's `paper:` block, if the paper has this benchmark: its
+            `name` there, `pool`, `metric`, the `scores` of models, and what is `open`.
+        pool (`int`, *optional*): number of measured clips or rows, those that `paper.pool` counts.
+        pool_expected (`int`, *optional*): number that the paper's name needs; None if the paper
+            does not state it.
     """
 
     name: str
@@ -113,15 +119,43 @@ class TaskResult:
     skipped: list[str] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     items: list[Items] = field(default_factory=list)
+    paper: dict[str, Any] | None = None
+    pool: int | None = None
+    pool_expected: int | None = None
+
+    @property
+    def reservations(self) -> list[str]:
+        """Reasons why these scores cannot be compared with the paper's; empty if they can.
+
+        The pool decides the difficulty, and an ablation hides the clip or the query.
+        """
+        if self.paper is None:
+            return []
+        found = []
+        if self.pool_expected is None:
+            found.append(f"{self.pool:,} clips, the paper does not state how many")
+        elif self.pool != self.pool_expected:
+            found.append(f"{self.pool:,} of {self.pool_expected:,} clips")
+        if (ablation := self.protocol.get("ablation", "none")) != "none":
+            found.append(f"ablation {ablation}")
+        return found
+
+    @property
+    def title(self) -> str:
+        """The paper's name of the benchmark, never bare if the scores cannot be compared with the
+        paper's; the entry's name if the paper does not have the benchmark."""
+        if self.paper is None:
+            return self.name
+        reasons = "; ".join(self.reservations)
+        return f"{self.paper['name']} ({reasons})" if reasons else self.paper["name"]
 
     def as_json(self) -> dict:
-        """Return all fields except the examples, whose paths are valid on one machine only, and
-        the items, which have a file of their own."""
+        """Return the title and all fields except the examples, whose paths are valid on one machine
+        only, and the items, which have a file of their own."""
         left_out = {"examples": [], "items": []}  # `asdict` would copy them
-        return {
-            name: value
-            for name, value in asdict(replace(self, **left_out)).items()
-            if name not in left_out
+        fields = asdict(replace(self, **left_out))
+        return {"title": self.title} | {
+            name: value for name, value in fields.items() if name not in left_out
         }
 
 
