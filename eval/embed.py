@@ -20,6 +20,8 @@ from processing.feature_store import FeatureStore
 from processing.rows import Media, media_of
 
 ABLATIONS = ("none", "grey", "shuffled_queries")
+# Two frames of a clip, each repeated: which of the two each half of the frames shows.
+STATES = {"both": (0, 1), "final": (1, 1)}
 GREY = 127
 
 
@@ -51,11 +53,24 @@ def grey_frame(processor: VLJEPAProcessor) -> torch.Tensor:
 
 
 def read_media(
-    processor: VLJEPAProcessor, kind: str, media: Media, num_frames: int | None
+    processor: VLJEPAProcessor,
+    kind: str,
+    media: Media,
+    num_frames: int | None,
+    states: str | None = None,
 ) -> torch.Tensor:
-    """Read one clip to pixels `(1, T, 3, h, w)`; an image has T = 1."""
+    """Read one clip to pixels `(1, T, 3, h, w)`; an image has T = 1.
+
+    Args:
+        states (*optional*): see [`predict_rows`].
+    """
     if kind == "image":
         return processor(images=[media])["pixel_values_videos"]
+    if states is not None:
+        ends = processor(videos=[media], num_frames=2)["pixel_values_videos"]  # first, last
+        total = num_frames or processor.video_processor.num_frames
+        first, second = STATES[states]
+        return ends[:, [first] * (total - total // 2) + [second] * (total // 2)]
     return processor(videos=[media], num_frames=num_frames)["pixel_values_videos"]
 
 
@@ -74,6 +89,7 @@ def embed_media(
     num_frames: int | None = None,
     batch_size: int = 64,
     grey: bool = False,
+    states: str | None = None,
 ) -> Iterator[tuple[list[Media], torch.Tensor]]:
     """Encode each distinct clip once with the X-Encoder, batch by batch.
 
@@ -83,6 +99,7 @@ def embed_media(
         broken (`dict[Media, str]`): filled here with each clip that could not be read, and why.
         grey (`bool`, *optional*): replace every frame by a uniform grey one. The files are still
             read, so that the same rows are scored.
+        states (*optional*): see [`predict_rows`].
 
     Yields: clips, and their visual tokens `(B, N, Dx)`.
     """
@@ -96,7 +113,7 @@ def embed_media(
                 pixels = {}
                 for media in batch:
                     try:
-                        pixels[media] = read_media(processor, kind, media, num_frames)
+                        pixels[media] = read_media(processor, kind, media, num_frames, states)
                     except MediaError as error:
                         broken[media] = str(error)
                     progress.update()
@@ -153,6 +170,7 @@ def predict_rows(
     batch_size: int = 64,
     ablation: str = "none",
     features: FeatureStore | None = None,
+    states: str | None = None,
 ) -> Predictions:
     """Predict Ŝ_Y of every row: the embedding of the answer to its query on its clip.
 
@@ -162,6 +180,9 @@ def predict_rows(
             worse that uses the clip and the query.
         features (`FeatureStore`, *optional*): visual tokens to read in place of the clips; opened
             for this model.
+        states (*optional*): in place of a video, encode two of its frames: the first and the last
+            one, each repeated for half of the frames (`"both"`), or only the last one (`"final"`).
+            A feature store has no such clips, so they are read from the files.
 
     Raises: `ValueError` for an unknown ablation, no rows, or when no clip can be read;
         `FeatureError` for rows whose clip is not in the store or has changed since.
@@ -175,7 +196,7 @@ def predict_rows(
         rows_of_clip[media_of(row)].append(index)
 
     broken: dict[Media, str] = {}
-    if features is not None:
+    if features is not None and states is None:
         media = stored_media(model, features, rows, batch_size=batch_size)
     else:
         media = embed_media(
@@ -186,6 +207,7 @@ def predict_rows(
             num_frames=num_frames,
             batch_size=batch_size,
             grey=ablation == "grey",
+            states=states,
         )
     embeds: dict[int, torch.Tensor] = {}
     for clips, visual_embeds in media:

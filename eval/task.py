@@ -170,7 +170,7 @@ class Task:
         """Return the rows to measure on: the good ones, at most `limit`."""
         return self.all_rows()[: self.limit]
 
-    def predict(self, rows: list[dict]) -> Predictions:
+    def predict(self, rows: list[dict], *, states: str | None = None) -> Predictions:
         """Predict the answer's embedding for each row; see [`predict_rows`]."""
         return predict_rows(
             self.vljepa,
@@ -180,6 +180,7 @@ class Task:
             batch_size=self.batch_size,
             ablation=self.ablation,
             features=self.features,
+            states=states,
         )
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
