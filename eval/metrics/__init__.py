@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 LONGEST = 4  # CIDEr compares n-grams of one to four words
@@ -83,37 +84,6 @@ def _ideal_gains(k: int) -> torch.Tensor:
     return (1 / torch.log2(torch.arange(2, k + 2, dtype=torch.float64))).cumsum(dim=0)
 
 
-def rank_lists(
-    similarity: Sequence[Sequence[float]], relevant: Sequence[int | Sequence[int]]
-) -> torch.Tensor:
-    """Return `first_relevant_ranks` of R lists, as the evaluate library gives them: `(R,)`.
-
-    Args:
-        similarity: R lists of C similarities.
-        relevant: R relevant indices, or lists of them. -1 and an empty list mark none.
-
-    Raises: `ValueError` for no row, for rows of different lengths, and for an index of no candidate.
-    """
-    if not similarity:
-        raise ValueError("predictions: no row was given; add rows before compute.")
-    lengths = sorted({len(row) for row in similarity})
-    if len(lengths) > 1:
-        raise ValueError(
-            f"predictions: rows have {lengths[0]} to {lengths[-1]} similarities; give one for "
-            "each candidate in every row."
-        )
-    mask = torch.zeros(len(similarity), lengths[0], dtype=torch.bool)
-    for row, given in enumerate(relevant):
-        indices = [index for index in ([given] if isinstance(given, int) else given) if index != -1]
-        if outside := [index for index in indices if not 0 <= index < lengths[0]]:
-            raise ValueError(
-                f"references: row {row} names candidate {outside[0]}; indices are 0 to "
-                f"{lengths[0] - 1}, or -1 for none."
-            )
-        mask[row, indices] = True
-    return first_relevant_ranks(torch.tensor(similarity, dtype=torch.float64), mask)
-
-
 def relevant_index(index: torch.Tensor, candidates: int) -> torch.Tensor:
     """Mark one relevant candidate per row: `(R,)` indices to bool `(R, C)`; -1 marks none."""
     return index.unsqueeze(1) == torch.arange(candidates)
@@ -132,6 +102,20 @@ def chance_recall(relevant: torch.Tensor, k: int) -> float:
         (1 - math.comb(candidates - m, k) / ways) * rows
         for m, rows in enumerate(torch.bincount(relevant.sum(dim=1)).tolist())
     ) / len(relevant)
+
+
+def precision_recall_f1(
+    found: Sequence[bool] | np.ndarray, wanted: Sequence[bool] | np.ndarray
+) -> tuple[float, float, float]:
+    """Return precision, recall and F1 of the positive answer, 0 where they are 0 / 0.
+
+    Args:
+        found, wanted: R rows each; True for a row with the positive answer, predicted and true.
+    """
+    found, wanted = np.asarray(found, dtype=bool), np.asarray(wanted, dtype=bool)
+    hits, positives, true = int((found & wanted).sum()), int(found.sum()), int(wanted.sum())
+    precision, recall = hits / max(positives, 1), hits / max(true, 1)
+    return precision, recall, 2 * hits / max(positives + true, 1)
 
 
 def wilson(hits: float, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -232,7 +216,7 @@ __all__ = [
     "cider",
     "exact_match",
     "first_relevant_ranks",
-    "rank_lists",
+    "precision_recall_f1",
     "ndcg",
     "relevant_index",
     "relevant_ranks",
