@@ -1,0 +1,190 @@
+"""Candidate texts, such as class labels and answers: where they come from, and their embeddings.
+
+A template is a text with `{}`, once, in the position of the label: "a video of {}." With several
+templates a label has several texts. Its embedding is their mean on the sphere: the unit vector of
+the sum of their unit vectors (prompt ensembling; Radford et al., 2021).
+
+Each text is encoded once: `target_embeds` caches 20,000 texts of a model by their tokens. That is
+more than any benchmark of the paper has candidates. 80 templates for 1,000 labels exceed it; they
+are then encoded again for a second benchmark with the same labels, not for the same one.
+
+Shapes: R rows, C candidates, D embedding size.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from eval.task import Benchmark, Task, texts_sha256
+
+NAMED = 20  # names in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidatesBenchmark(Benchmark):
+    """A benchmark whose rows choose among texts.
+
+    Attributes:
+        candidates (`list[str]`, *optional*): the texts to choose from.
+        candidates_file (`Path`, *optional*): a file with them in place of the list; see
+            [`read_candidates`].
+        templates (`list[str]`, *optional*): the texts that are embedded for a candidate, with `{}`
+            once. A name of `config.target_prompts`, such as `image`, means the model's own.
+    """
+
+    candidates: list | None = None
+    candidates_file: Path | None = None
+    templates: list | None = None
+
+    def __post_init__(self) -> None:
+        if self.candidates is not None and self.candidates_file is not None:
+            raise ValueError(f"{self.name}: candidates and candidates_file exclude each other")
+        if self.candidates is not None:
+            check_texts(f"{self.name}: candidates", self.candidates)
+        if self.templates is not None:
+            check_texts(f"{self.name}: templates", self.templates)
+
+    def given_candidates(self) -> list[str] | None:
+        """Return the texts that the entry gives; `None` if it gives none.
+
+        Raises: `ValueError`, see [`read_candidates`].
+        """
+        if self.candidates_file is not None:
+            return read_candidates(self.candidates_file)
+        return self.candidates
+
+
+def named(texts: list[str]) -> str:
+    """Return the texts in one line, at most `NAMED` of them."""
+    rest = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
+    return ", ".join(texts[:NAMED]) + rest
+
+
+def check_texts(name: str, texts: list) -> None:
+    """Raise `ValueError` if a list is empty, or an element is no text, empty or repeated.
+
+    A repeated candidate would tie with itself, which counts as wrong.
+    """
+    if not texts:
+        raise ValueError(f"{name} is empty: give texts or leave it out")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} holds {text!r}, which is not a text: put it in quotes")
+        if not text.strip():
+            raise ValueError(f"{name} holds an empty text")
+    if repeated := [text for text, count in Counter(texts).items() if count > 1]:
+        raise ValueError(f"{name} holds a text twice: {named(repeated)}")
+
+
+def read_candidates(path: Path) -> list[str]:
+    """Read candidate texts from a UTF-8 file, in its order.
+
+    A `.json` file holds a list of texts, or an object whose keys are the texts, as Something-
+    Something V2's `labels.json`. Any other file holds one text per line.
+
+    Raises: `ValueError` for a file of another form, and for what [`check_texts`] refuses.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+        texts = json.loads(content) if path.suffix == ".json" else content.splitlines()
+    except ValueError as error:
+        raise ValueError(f"{path}: not a UTF-8 file of candidates: {error}") from error
+    if not isinstance(texts, list | dict):
+        raise ValueError(f"{path}: must hold a list of texts, found {type(texts).__name__}")
+    texts = [text.strip() if isinstance(text, str) else text for text in texts]
+    texts = texts if path.suffix == ".json" else [text for text in texts if text]
+    check_texts(str(path), texts)
+    return texts
+
+
+def templates_of(task: Task, default: str) -> list[str]:
+    """Return the templates of a benchmark: its own, or `default`.
+
+    Raises: `ValueError` for a template that does not contain `{}` once.
+    """
+    benchmark, prompts = task.benchmark, task.model.config.target_prompts
+    templates = [prompts.get(text, text) for text in benchmark.templates or [default]]
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(
+                f"{benchmark.name}: templates holds {template!r}: write {{}} once, in the position "
+                f"of the candidate, or a name of {', '.join(prompts)}"
+            )
+    return templates
+
+
+def embed_candidates(task: Task, candidates: list[str], templates: list[str]) -> torch.Tensor:
+    """Return unit vectors `(C, D)`; with several templates, means on the sphere.
+
+    Raises: `ValueError` for an embedding that is not finite, or a mean of length 0.
+    """
+    total = torch.zeros(())
+    for template in templates:
+        # Not `str.format`: a template may hold other braces.
+        texts = [template.replace("{}", candidate) for candidate in candidates]
+        embeds = task.embed_texts(texts)
+        check_finite(task, embeds, texts)
+        total = total + embeds
+    if len(templates) == 1:
+        return total
+    lengths = total.norm(dim=-1)
+    if (lengths < 1e-6).any():
+        text = candidates[int(lengths.argmin())]
+        raise ValueError(f"{task.benchmark.name}: the templates of {text!r} cancel each other out")
+    return F.normalize(total, dim=-1)
+
+
+def check_finite(task: Task, embeds: torch.Tensor, texts: list[str]) -> None:
+    """Raise `ValueError` for an embedding with NaN or infinity, `(N, D)`, naming its text."""
+    finite = embeds.isfinite().all(dim=-1)
+    if not finite.all():
+        text = texts[int(finite.int().argmin())]
+        raise ValueError(
+            f"{task.benchmark.name}: the embedding of {text!r} is not finite: load the model in "
+            "float32 or bfloat16, or replace the checkpoint"
+        )
+
+
+def candidate_facts(candidates: list[str], templates: list[str]) -> dict[str, str | int]:
+    """Return the facts about candidates for the protocol."""
+    facts: dict[str, str | int] = {
+        "candidates": len(candidates),
+        "candidates_sha256": texts_sha256(candidates),
+    }
+    if len(templates) == 1:
+        return facts | {"template": templates[0]}
+    return facts | {"templates": len(templates), "templates_sha256": texts_sha256(templates)}
+
+
+def chosen(
+    similarity: torch.Tensor, relevant: torch.Tensor, ranks: torch.Tensor, candidates: list[str]
+) -> list[str]:
+    """Return the candidate that each row chooses, in agreement with its rank.
+
+    A tie is decided against the model: among the nearest candidates it chooses the first wrong one.
+
+    Args:
+        similarity (`torch.FloatTensor` of shape `(R, C)`)
+        relevant (`torch.BoolTensor` of shape `(R, C)`)
+        ranks (`torch.LongTensor` of shape `(R,)`): see [`first_relevant_ranks`].
+    """
+    tied = relevant & (ranks > 1).unsqueeze(1)
+    best = similarity.masked_fill(tied, -torch.inf).argmax(dim=1)  # the first of equal ones
+    return [candidates[index] for index in best.tolist()]
+
+
+__all__ = [
+    "CandidatesBenchmark",
+    "candidate_facts",
+    "check_finite",
+    "check_texts",
+    "chosen",
+    "embed_candidates",
+    "named",
+    "read_candidates",
+    "templates_of",
+]
