@@ -2,24 +2,38 @@
 
 A pool of images is called one of images, and a mixed pool one of clips.
 
-Shapes: V distinct files, T distinct texts, D embedding size.
+Shapes: V distinct clips, T texts, D embedding size.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from eval.intervals import numbered
 from eval.items import Items
-from eval.metrics import chance_recall, first_relevant_ranks
+from eval.metrics import chance_ndcg, chance_recall, first_relevant_ranks, ndcg
 from eval.results import Example, Score, TaskResult, best, evenly_spaced
 from eval.task import Benchmark, Kind, Task, one_row_per_clip
-from processing.rows import BadRow, media_of
+from processing.rows import BadRow, Media, media_of
 
 
+@dataclass(frozen=True, kw_only=True)
 class RetrievalBenchmark(Benchmark):
-    """A retrieval benchmark: every clip is asked the same query."""
+    """A retrieval benchmark: every clip is asked the same query.
+
+    Attributes:
+        paragraphs (`bool`, *optional*, defaults to `False`): join the texts of a clip, in the order
+            of its rows, to one text.
+        merge_texts (`bool`, *optional*, defaults to `True`): equal texts are one text, right for
+            the clips of all its rows. The published protocols do not merge: with `False`, the text
+            of each row is right for its own clip only, and an equal text of another clip is wrong.
+    """
 
     prompt = "retrieval"
+
+    paragraphs: bool = False
+    merge_texts: bool = True
 
     def load(self) -> tuple[list[dict], list[BadRow]]:
         """Read the rows as every [`Benchmark`] does.
@@ -28,81 +42,113 @@ class RetrievalBenchmark(Benchmark):
         """
         rows, bad = super().load()
         self.check_one_query(rows)
-        return rows, bad
+        return joined(rows) if self.paragraphs else rows, bad
 
 
-def relevance(rows: list[dict], files: list[str], texts: list[str]) -> torch.Tensor:
-    """Return which texts are right for which files: bool `(V, T)`.
-
-    A text is right for the files of its rows, and for those of every row that shares a
-    `group_id` with one of them. A row without that column forms a group with the other rows of
-    its file.
-    """
-    file_index = {file: index for index, file in enumerate(files)}
-    text_index = {text: index for index, text in enumerate(texts)}
-    files_of, texts_of = {}, {}
+def joined(rows: list[dict]) -> list[dict]:
+    """Return the first row of each clip, its target the targets of all rows of the clip."""
+    texts: dict[Media, list[str]] = {}
     for row in rows:
+        texts.setdefault(media_of(row), []).append(row["target"].strip())
+    first_rows = {media_of(row): row for row in reversed(rows)}
+    return [first_rows[clip] | {"target": " ".join(parts)} for clip, parts in texts.items()]
+
+
+def texts_of(rows: list[dict], merge: bool) -> tuple[list[str], list[int]]:
+    """Return the T texts, and the index of each row's text.
+
+    Args:
+        merge: equal texts are one; otherwise every row has its own.
+    """
+    targets = [row["target"] for row in rows]
+    if not merge:
+        return targets, list(range(len(rows)))
+    index_of = {text: index for index, text in enumerate(dict.fromkeys(targets))}
+    return list(index_of), [index_of[text] for text in targets]
+
+
+def relevance(rows: list[dict], clips: list[Media], text_of: list[int]) -> torch.Tensor:
+    """Return which texts are right for which clips: bool `(V, T)`.
+
+    A text is right for the clips of its rows, and for those of every row that shares a
+    `group_id` with one of them. A row without that column forms a group with the other rows of
+    its clip.
+
+    Args:
+        text_of: index of each row's text, see `texts_of`.
+    """
+    clip_index = {clip: index for index, clip in enumerate(clips)}
+    clips_of, texts_in = {}, {}
+    for row, text in zip(rows, text_of, strict=True):
         group = row.get("group_id", media_of(row))
-        files_of.setdefault(group, set()).add(file_index[media_of(row)])
-        texts_of.setdefault(group, set()).add(text_index[row["target"]])
-    relevant = torch.zeros(len(files), len(texts), dtype=torch.bool)
-    for group, indices in files_of.items():
-        # (files, 1) and (texts,) broadcast: every file of the group with every text of it
-        relevant[torch.tensor(list(indices))[:, None], torch.tensor(list(texts_of[group]))] = True
+        clips_of.setdefault(group, set()).add(clip_index[media_of(row)])
+        texts_in.setdefault(group, set()).add(text)
+    relevant = torch.zeros(len(clips), max(text_of) + 1, dtype=torch.bool)
+    for group, indices in clips_of.items():
+        # (clips, 1) and (texts,) broadcast: every clip of the group with every text of it
+        relevant[torch.tensor(list(indices))[:, None], torch.tensor(list(texts_in[group]))] = True
     return relevant
 
 
 def clusters_of(
-    rows: list[dict], files: list[str], texts: list[str]
+    rows: list[dict], clips: list[Media], text_of: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cluster of each file `(V,)` and of each text `(T,)`.
+    """Return the cluster of each clip `(V,)` and of each text `(T,)`.
 
-    Files of one group form a cluster; without `group_id`, each file is one. All texts of a file are
-    in one cluster. A text of several files, or a file of several groups, belongs to the first.
+    Clips of one group form a cluster; without `group_id`, each clip is one. All texts of a clip are
+    in one cluster. A text of several clips, or a clip of several groups, belongs to the first.
     """
     group_of = {media_of(row): row.get("group_id", media_of(row)) for row in reversed(rows)}
-    file_of = {row["target"]: media_of(row) for row in reversed(rows)}
+    pairs = zip(reversed(text_of), reversed(rows), strict=True)
+    clip_of = {text: media_of(row) for text, row in pairs}
     return (
-        numbered(group_of[file] for file in files),
-        numbered(group_of[file_of[text]] for text in texts),
+        numbered(group_of[clip] for clip in clips),
+        numbered(group_of[clip_of[text]] for text in range(max(text_of) + 1)),
     )
 
 
 def evaluate(task: Task) -> TaskResult:
-    """Rank all files for each text and all texts for each file, by cosine similarity."""
+    """Rank all clips for each text and all texts for each clip, by cosine similarity."""
+    benchmark = task.benchmark
     predictions = task.predict(one_row_per_clip(task.rows()))
     rows = [row for row in task.rows() if media_of(row) not in predictions.broken]
-    files = [media_of(row) for row in predictions.rows]
-    texts = list(dict.fromkeys(row["target"] for row in rows))
+    clips = [media_of(row) for row in predictions.rows]
+    texts, text_of = texts_of(rows, benchmark.merge_texts)
     similarity = predictions.embeds @ task.embed_texts(texts).T  # (V, T)
-    relevant = relevance(rows, files, texts)  # (V, T)
+    relevant = relevance(rows, clips, text_of)  # (V, T)
 
     scores, rank_statistics, items = {}, {}, []
-    file_clusters, text_clusters = clusters_of(rows, files, texts)
+    clip_clusters, text_clusters = clusters_of(rows, clips, text_of)
     kinds = {"image" if "image" in row else "video" for row in predictions.rows}
     kind = kinds.pop() if len(kinds) == 1 else "clip"
     # Rows and texts that an item of each direction is known by, in another evaluation too
-    by_text = [[predictions.rows[file] for file in indices_of(each)] for each in relevant.T]
-    by_file = [[texts[text] for text in indices_of(each)] for each in relevant]
+    by_text = [[predictions.rows[clip] for clip in indices] for indices in marked(relevant.T)]
+    by_clip = [[texts[text] for text in indices] for indices in marked(relevant)]
     own_row = [[row] for row in predictions.rows]
     own_text = [[text] for text in texts]
-    for direction, found, right, clusters, clips, known_texts in (
+    for direction, found, right, clusters, about, known_texts in (
         (f"text to {kind}", similarity.T, relevant.T, text_clusters, by_text, own_text),
-        (f"{kind} to text", similarity, relevant, file_clusters, own_row, by_file),
+        (f"{kind} to text", similarity, relevant, clip_clusters, own_row, by_clip),
     ):
         ranks = first_relevant_ranks(found, right)
-        hits = {f"{direction} R@{k}": ranks <= k for k in (1, 5, 10)}
-        for k, (metric, values) in zip((1, 5, 10), hits.items(), strict=True):
-            scores[metric] = Score.of(values, clusters, {"chance": chance_recall(right, k)})
-        items.append(Items(clips, known_texts, clusters, hits, predictions=ranks.tolist()))
+        values = {f"{direction} R@{k}": ranks <= k for k in (1, 5, 10)}
+        chances = [chance_recall(right, k) for k in (1, 5, 10)]
+        values[f"{direction} nDCG@10"] = ndcg(found, right, 10)
+        chances.append(chance_ndcg(right, 10))
+        for (metric, each), chance in zip(values.items(), chances, strict=True):
+            scores[metric] = Score.of(each, clusters, {"chance": chance})
+        items.append(Items(about, known_texts, clusters, values, predictions=ranks.tolist()))
         rank_statistics[f"{direction} median rank"] = ranks.double().quantile(0.5).item()
         rank_statistics[f"{direction} mean rank"] = round(ranks.double().mean().item(), 2)
 
     protocol = {
-        f"{kind}_pool": len(files),
+        f"{kind}_pool": len(clips),
         "text_pool": len(texts),
         f"texts_per_{kind}": round(float(relevant.sum(dim=1).float().mean()), 4),
         f"{kind}s_per_text": round(float(relevant.sum(dim=0).float().mean()), 4),
+        "texts": "all texts of a clip, joined" if benchmark.paragraphs else "one by one",
+        "equal_texts": "merged" if benchmark.merge_texts else "each right for its own clip only",
+        "ties": "wrong candidates first",
     }
     return task.result(
         predictions,
@@ -111,25 +157,27 @@ def evaluate(task: Task) -> TaskResult:
         cluster="clip, or clips of one group_id",
         ranks=rank_statistics,
         items=items,
-        examples=text_examples(similarity.T, relevant.T, texts, files),
+        examples=text_examples(similarity.T, relevant.T, texts, clips),
     )
 
 
-def indices_of(marks: torch.Tensor) -> list[int]:
-    return marks.nonzero().flatten().tolist()
+def marked(marks: torch.Tensor) -> list[list[int]]:
+    """Return the indices of the true columns of each row."""
+    columns = marks.nonzero()[:, 1]  # ordered by row
+    return [part.tolist() for part in columns.split(marks.sum(dim=1).tolist())]
 
 
 def text_examples(
-    similarity: torch.Tensor, relevant: torch.Tensor, texts: list[str], files: list[str]
+    similarity: torch.Tensor, relevant: torch.Tensor, texts: list[str], clips: list[Media]
 ) -> list[Example]:
-    """Return eight texts with their five best files; both matrices are `(T, V)`."""
+    """Return eight texts with their five best clips; both matrices are `(T, V)`."""
     ranks = first_relevant_ranks(similarity, relevant)
     return [
         Example(
             media=None,
             query=texts[text],
-            truth=[files[index] for index in indices_of(relevant[text])],
-            ranked=best(similarity[text], files, 5),
+            truth=[clips[index] for index in marked(relevant[text : text + 1])[0]],
+            ranked=best(similarity[text], clips, 5),
             rank=int(ranks[text]),
         )
         for text in evenly_spaced(list(range(len(texts))), 8)

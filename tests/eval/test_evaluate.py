@@ -229,10 +229,12 @@ def test_retrieval_scores_several_texts_per_file(data, processor, kind, videos):
     protocol = result.protocol
     assert (protocol[f"{kind}_pool"], protocol["text_pool"]) == (3, 6)
     assert (protocol[f"texts_per_{kind}"], protocol[f"{kind}s_per_text"]) == (2.0, 1.0)
-    assert {metric.split(" R@")[0] for metric in result.scores} == {
-        f"text to {kind}",
-        f"{kind} to text",
-    }
+    names = ("R@1", "R@5", "R@10", "nDCG@10")
+    assert list(result.scores) == [
+        f"{direction} {name}"
+        for direction in (f"text to {kind}", f"{kind} to text")
+        for name in names
+    ]
     text_to_clip = result.scores[f"text to {kind} R@1"]
     assert (text_to_clip.value, text_to_clip.n, text_to_clip.clusters) == (1.0, 6, 3)
     assert text_to_clip.baselines["chance"] == pytest.approx(1 / 3)
@@ -253,8 +255,13 @@ def test_retrieval_relevance_joins_texts_and_groups():
         {"video": "c", "target": "open", "group_id": "2"},
         {"video": "d", "target": "wide"},
     ]
-    relevant = retrieval.relevance(rows, list("abcd"), ["open", "shut", "wide"])
+    texts, text_of = retrieval.texts_of(rows, merge=True)
+    assert texts == ["open", "shut", "wide"]
+    relevant = retrieval.relevance(rows, list("abcd"), text_of)
     assert relevant.int().tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]]
+    _, text_of = retrieval.texts_of(rows, merge=False)
+    relevant = retrieval.relevance(rows, list("abcd"), text_of)
+    assert relevant.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 def test_retrieval_clusters_hold_the_texts_of_a_file_and_the_files_of_a_group():
@@ -266,8 +273,8 @@ def test_retrieval_clusters_hold_the_texts_of_a_file_and_the_files_of_a_group():
         {"video": "d", "target": "wide"},
         {"video": "d", "target": "far"},
     ]
-    texts = ["open", "shut", "big", "wide", "far"]
-    files, of_texts = retrieval.clusters_of(rows, list("abcd"), texts)
+    _, text_of = retrieval.texts_of(rows, merge=True)  # open, shut, big, wide, far
+    files, of_texts = retrieval.clusters_of(rows, list("abcd"), text_of)
     assert files.tolist() == [0, 0, 1, 2]
     assert of_texts.tolist() == [0, 0, 1, 2, 2]
 
