@@ -22,11 +22,11 @@ CONTRACTIONS = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
     won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
     you've
-""".split()
+"""
 # With one apostrophe left out: "dont" is "don't", "couldnt've" is "couldn't've".
 RESTORED = {
     text[: mark.start()] + text[mark.end() :]: text
-    for text in CONTRACTIONS
+    for text in CONTRACTIONS.split()
     for mark in re.finditer("'", text)
 }
 

@@ -67,11 +67,12 @@ def _value(name: str, key: Field, value: Any) -> Any:
 
     Raises: `ValueError` for a wrong type; `FileNotFoundError` for a missing file.
     """
-    wanted = str if key.type is Path else key.type
+    is_path = key.type in (Path, Path | None)
+    wanted = str if is_path else key.type
     if not isinstance(value, wanted):
         words = wanted.__name__ if isinstance(wanted, type) else wanted  # int, or int | None
         raise ValueError(f"{name}: {key.name} is {value!r}, must be {words}")
-    if key.type is not Path:
+    if not is_path:
         return value
     if not Path(value).is_file():
         raise FileNotFoundError(

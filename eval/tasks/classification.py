@@ -1,5 +1,7 @@
 """Classification: the label nearest to the prediction (paper section 4).
 
+Of several nearest labels the model chooses a wrong one.
+
 Shapes: R rows, C candidate labels, D embedding size.
 """
 
@@ -8,26 +10,31 @@ from dataclasses import dataclass
 
 import torch
 
+from eval.candidates import (
+    CandidatesBenchmark,
+    candidate_facts,
+    chosen,
+    embed_candidates,
+    named,
+    templates_of,
+)
 from eval.intervals import numbered
 from eval.items import Items
 from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
 from eval.results import Score, TaskResult, answer_examples
-from eval.task import Benchmark, Kind, Task, texts_sha256
+from eval.task import Kind, Task
 from processing.rows import media_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationBenchmark(Benchmark):
+class ClassificationBenchmark(CandidatesBenchmark):
     """A classification benchmark.
 
-    Attributes:
-        candidates (`list[str]`, *optional*): the labels to choose from; the distinct targets of
-            the rows by default.
+    Its labels are the given candidates, or else the distinct targets of the rows. Its template is
+    the model's own for actions, as in the pipelines, unless the entry has templates.
     """
 
     prompt = "action"
-
-    candidates: list | None = None
 
 
 def evaluate(task: Task) -> TaskResult:
@@ -40,11 +47,12 @@ def evaluate(task: Task) -> TaskResult:
     """
     # All rows, so that a limit does not make the choice easier.
     distinct = {row["target"] for row in task.all_rows()}
-    labels = task.benchmark.candidates or sorted(distinct)
+    labels = task.benchmark.given_candidates() or sorted(distinct)
     if strange := sorted(distinct - set(labels)):
-        raise ValueError(f"{task.benchmark.name}: not among the candidates: {', '.join(strange)}")
+        raise ValueError(f"{task.benchmark.name}: not among the candidates: {named(strange)}")
+    templates = templates_of(task, task.model.config.target_prompts["action"])
     predictions = task.predict(task.rows())
-    similarity = predictions.embeds @ task.embed_texts(labels).T  # (R, C)
+    similarity = predictions.embeds @ embed_candidates(task, labels, templates).T  # (R, C)
     targets = [row["target"] for row in predictions.rows]
     index_of = {label: index for index, label in enumerate(labels)}
     truth = torch.tensor([index_of[target] for target in targets])  # (R,)
@@ -61,13 +69,12 @@ def evaluate(task: Task) -> TaskResult:
             "majority": most_common / len(targets),
         }
         scores[f"top-{k}"] = Score.of(hits[f"top-{k}"], clusters, baselines)
+    protocol = candidate_facts(labels, templates) | {"ties": "wrong", "rows": len(targets)}
+    if unused := [label for label in labels if label not in distinct]:
+        protocol["candidates_without_rows"] = f"{len(unused)}: {named(unused)}"
     return task.result(
         predictions,
-        {
-            "candidates": len(labels),
-            "candidates_sha256": texts_sha256(labels),
-            "rows": len(targets),
-        },
+        protocol,
         scores,
         examples=answer_examples(predictions, similarity, labels, ranks),
         items=[
@@ -76,7 +83,7 @@ def evaluate(task: Task) -> TaskResult:
                 texts=[[target] for target in targets],
                 clusters=clusters,
                 scores=hits,
-                predictions=[labels[index] for index in similarity.argmax(dim=1).tolist()],
+                predictions=chosen(similarity, relevant, ranks, labels),
             )
         ],
     )

@@ -1,7 +1,8 @@
 """Visual question answering: the candidate answer nearest to the prediction (paper section 4).
 
-The paper does not give its candidate sets. Here they are the distinct answers of the training
-rows, whatever the question: a question of colour can be answered with "yes", and is then wrong.
+The paper does not give its candidate sets. Here they are those of the entry, or the distinct
+answers of the training rows, whatever the question: a question of colour can be answered with
+"yes", and is then wrong. Of several nearest answers the model chooses a wrong one.
 
 Shapes: R rows, C candidate answers, D embedding size.
 """
@@ -13,27 +14,87 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eval.answers import ANSWERS
+from eval.candidates import (
+    CandidatesBenchmark,
+    candidate_facts,
+    check_texts,
+    chosen,
+    embed_candidates,
+    templates_of,
+)
 from eval.intervals import difference_interval, numbered
 from eval.items import Items
-from eval.metrics import chance_recall, first_relevant_ranks, relevant_index
+from eval.metrics import chance_recall, first_relevant_ranks, precision_recall_f1, relevant_index
+from eval.parts import f1_score, mean_of_parts, rows_of_parts
 from eval.results import Score, TaskResult, answer_examples, portable
-from eval.task import Benchmark, Kind, Task, sha256, texts_sha256, usable_rows
-from processing.rows import media_of
+from eval.task import Kind, Task, sha256, usable_rows
+from processing.rows import Media, media_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQABenchmark(Benchmark):
+class VQABenchmark(CandidatesBenchmark):
     """A VQA benchmark. It takes no `query`, since its rows ask their own questions.
 
+    A row may have `question_type`, for a score of each type, and `pair`: rows of equal `pair` are
+    one item of the score `pairs`, which is right if every row of it is.
+
     Attributes:
-        train_rows (`Path`): JSONL file with the candidate answers; the baselines learn from it.
+        train_rows (`Path`, *optional*): JSONL file. Its distinct answers are the candidates if the
+            entry gives none, and the baseline "question only" learns from it.
+        answers (`str`, *optional*, defaults to `"exact"`): normal form in which answers are
+            compared, a name in [`ANSWERS`].
+        positive (`str`, *optional*): the answer whose F1 is measured, such as "yes".
+        mean_of_types (`bool`, *optional*): measure the mean of the scores of all question types
+            too, in which each type counts the same.
     """
 
-    train_rows: Path
+    train_rows: Path | None = None
+    answers: str = "exact"
+    positive: str | None = None
+    mean_of_types: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.query is not None:
             raise ValueError(f"{self.name}: a vqa benchmark takes no query: its rows ask")
+        if self.train_rows is None and self.candidates is None and self.candidates_file is None:
+            raise ValueError(
+                f"{self.name}: a vqa benchmark needs train_rows, candidates or candidates_file"
+            )
+        if self.answers not in ANSWERS:
+            raise ValueError(
+                f"{self.name}: answers is {self.answers!r}, must be one of {', '.join(ANSWERS)}"
+            )
+
+    def normalized(self, rows: list[dict]) -> list[dict]:
+        """Return rows with the normal forms of their answers.
+
+        Raises: `ValueError` for an answer without one, with the number of its line.
+        """
+        normalize, found = ANSWERS[self.answers], []
+        for row in rows:
+            try:
+                found.append(row | {"target": normalize(row["target"])})
+            except ValueError as error:
+                raise ValueError(f"{self.name}: row {row['line']}: {error}") from error
+        return found
+
+    def answer_texts(self, train_rows: list[dict]) -> list[str]:
+        """Return the candidate answers: those given in their order, or the sorted answers of
+        training rows.
+
+        Raises: `ValueError` for given answers with the same normal form, or without one.
+        """
+        given = self.given_candidates()
+        if given is None:
+            return sorted({row["target"] for row in train_rows})
+        try:
+            answers = [ANSWERS[self.answers](text) for text in given]
+        except ValueError as error:
+            raise ValueError(f"{self.name}: candidates: {error}") from error
+        check_texts(f"{self.name}: candidates, as {self.answers},", answers)
+        return answers
 
 
 class QuestionOnly:
@@ -63,42 +124,69 @@ class QuestionOnly:
         return self.overall.most_common(1)[0][0]
 
 
-def score(
-    rows: list[dict],
-    ranks: torch.Tensor,
-    relevant: torch.Tensor,
-    blind: QuestionOnly,
-) -> Score:
-    """Return the accuracy over R rows; the questions about one clip form a cluster.
-
-    Args:
-        ranks (`torch.LongTensor` of shape `(R,)`): rank of the true answer.
-        relevant (`torch.BoolTensor` of shape `(R, C)`)
-    """
-    majority = blind.majority()
-    baselines = {
-        "chance": chance_recall(relevant, 1),
-        "majority": sum(row["target"] == majority for row in rows) / len(rows),
-        "question only": sum(row["target"] == blind.answer(row) for row in rows) / len(rows),
-    }
-    return Score.of(ranks == 1, numbered(map(media_of, rows)), baselines)
-
-
 def type_of(row: dict) -> str:
     return row.get("question_type", "untyped")
 
 
-def score_by_type(
-    rows: list[dict], ranks: torch.Tensor, relevant: torch.Tensor, blind: QuestionOnly
-) -> dict[str, Score]:
-    """Return `score` for each `question_type`, in the order of their names."""
-    types = defaultdict(list)
-    for index, row in enumerate(rows):
-        types[type_of(row)].append(index)
+def cluster_of(row: dict) -> Media:
+    """Return the row's pair, or its clip: questions about one clip are not independent."""
+    return row["pair"] if "pair" in row else media_of(row)
+
+
+def baseline_answers(rows: list[dict], train_rows: list[dict]) -> dict[str, list[str]]:
+    """Return the answers of each baseline to the rows.
+
+    Without training rows, "majority" is the most common answer of these very rows, and there is no
+    "question only".
+    """
+    if not train_rows:
+        [(common, _)] = Counter(row["target"] for row in rows).most_common(1)
+        return {"majority": [common] * len(rows)}
+    blind = QuestionOnly(train_rows)
     return {
-        name: score([rows[index] for index in indices], ranks[indices], relevant[indices], blind)
-        for name, indices in sorted(types.items())
+        "majority": [blind.majority()] * len(rows),
+        "question only": [blind.answer(row) for row in rows],
     }
+
+
+def score(
+    part: np.ndarray,
+    hits: np.ndarray,
+    relevant: torch.Tensor,
+    known: dict[str, np.ndarray],
+    clusters: np.ndarray,
+) -> Score:
+    """Return the accuracy over some of R rows.
+
+    Args:
+        part (`np.ndarray`): indices of the rows.
+        hits (`np.ndarray` of shape `(R,)`): whether the model is right.
+        relevant (`torch.BoolTensor` of shape `(R, C)`)
+        known: whether each baseline is right, `(R,)`.
+        clusters (`np.ndarray` of shape `(R,)`)
+    """
+    baselines = {"chance": chance_recall(relevant[torch.from_numpy(part)], 1)}
+    baselines |= {name: float(right[part].mean()) for name, right in known.items()}
+    return Score.of(hits[part], numbered(clusters[part].tolist()), baselines)
+
+
+def pair_score(
+    rows: list[dict], hits: np.ndarray, relevant: torch.Tensor, known: dict[str, np.ndarray]
+) -> Score:
+    """Return the share of pairs of which every row is right.
+
+    A pair that lacks a row, for example because its file is missing, is left out.
+    """
+    members = defaultdict(list)
+    for index, row in enumerate(rows):
+        if "pair" in row:
+            members[row["pair"]].append(index)
+    size = max(map(len, members.values()))
+    pairs = np.array([indices for indices in members.values() if len(indices) == size])  # (P, size)
+    chance = (relevant.any(dim=1) / relevant.shape[1]).double().numpy()
+    baselines = {"chance": float(chance[pairs].prod(axis=1).mean())}
+    baselines |= {name: float(right[pairs].all(axis=1).mean()) for name, right in known.items()}
+    return Score.of(hits[pairs].all(axis=1), np.arange(len(pairs)), baselines)
 
 
 def against_blind(
@@ -112,7 +200,7 @@ def against_blind(
     """
     known = np.array([row["target"] == blind.answer(row) for row in rows], dtype=np.float64)
     better = (ranks == 1).double().numpy() - known  # (R,)
-    clusters, types = numbered(map(media_of, rows)), [type_of(row) for row in rows]
+    clusters, types = numbered(map(cluster_of, rows)), [type_of(row) for row in rows]
     parts = {"accuracy": np.full(len(rows), True)}
     parts |= {name: np.array([each == name for each in types]) for name in sorted(set(types))}
     found = {}
@@ -130,47 +218,117 @@ def evaluate(task: Task) -> TaskResult:
     """Rank all candidate answers for each question by cosine similarity.
 
     A true answer that is not among the candidates counts as wrong; the protocol counts them.
+
+    Raises: `ValueError` for an answer without the normal form of the benchmark.
     """
-    train_file = task.benchmark.train_rows
-    train_rows, bad_train = usable_rows(train_file)
-    answers = sorted({row["target"] for row in train_rows})
-    predictions = task.predict(task.rows())
+    benchmark = task.benchmark
+    train_rows, bad_train = [], []
+    if benchmark.train_rows is not None:
+        train_rows, bad_train = usable_rows(benchmark.train_rows)
+        train_rows = benchmark.normalized(train_rows)
+    answers = benchmark.answer_texts(train_rows)
+    templates = templates_of(task, "{}")
+    predictions = task.predict(benchmark.normalized(task.rows()))
     rows = predictions.rows
-    similarity = predictions.embeds @ task.embed_texts(answers).T  # (R, C)
+    similarity = predictions.embeds @ embed_candidates(task, answers, templates).T  # (R, C)
     index_of = {answer: index for index, answer in enumerate(answers)}
     truth = torch.tensor([index_of.get(row["target"], -1) for row in rows])  # (R,)
     relevant = relevant_index(truth, len(answers))  # (R, C)
     ranks = first_relevant_ranks(similarity, relevant)  # (R,)
+    found = chosen(similarity, relevant, ranks, answers)
 
-    blind = QuestionOnly(train_rows)
-    shared = {media_of(row) for row in rows} & {media_of(row) for row in train_rows}
-    protocol = {
-        "candidates": len(answers),
-        "candidates_sha256": texts_sha256(answers),
+    hits, clusters = (ranks == 1).numpy(), numbered(map(cluster_of, rows))
+    targets, types = [row["target"] for row in rows], [type_of(row) for row in rows]
+    given = baseline_answers(rows, train_rows)
+    known = {name: np.array(texts) == np.array(targets) for name, texts in given.items()}
+    scores = {"accuracy": score(np.arange(len(rows)), hits, relevant, known, clusters)}
+    by_type = {
+        name: score(part, hits, relevant, known, clusters)
+        for name, part in rows_of_parts(types).items()
+    }
+    if benchmark.mean_of_types:
+        scores["mean accuracy of types"] = mean_of_parts(by_type, 1.0 * hits, types, clusters)
+    if any("pair" in row for row in rows):
+        scores["pairs"] = pair_score(rows, hits, relevant, known)
+    numbers = {}
+    if benchmark.positive is not None:
+        scores |= f1_scores(benchmark, answers, found, targets, types, clusters, given)
+        numbers = detection_numbers(benchmark.positive, found, targets, types)
+
+    protocol = candidate_facts(answers, templates) | {
+        "answers": benchmark.answers,
+        "ties": "wrong",
         "rows": len(rows),
         "answers_not_among_candidates": int((truth == -1).sum()),
-        "train_rows_file": portable(train_file),
-        "train_rows_sha256": sha256(train_file),
-        "train_rows_unusable": len(bad_train),
-        "media_shared_with_training": len(shared),
     }
+    if benchmark.train_rows is not None:
+        shared = {media_of(row) for row in rows} & {media_of(row) for row in train_rows}
+        protocol |= {
+            "train_rows_file": portable(benchmark.train_rows),
+            "train_rows_sha256": sha256(benchmark.train_rows),
+            "train_rows_unusable": len(bad_train),
+            "media_shared_with_training": len(shared),
+        }
     items = Items(
         clips=[[row] for row in rows],
         texts=[[row["query"], row["target"]] for row in rows],
-        clusters=numbered(map(media_of, rows)),
-        scores={"accuracy": ranks == 1},
-        predictions=[answers[index] for index in similarity.argmax(dim=1).tolist()],
-        types=[type_of(row) for row in rows],
+        clusters=clusters,
+        scores={"accuracy": hits},
+        predictions=found,
+        types=types,
     )
     return task.result(
         predictions,
         protocol,
-        {"accuracy": score(rows, ranks, relevant, blind)},
-        comparisons=against_blind(rows, ranks, blind),
-        by_type=score_by_type(rows, ranks, relevant, blind),
+        scores,
+        cluster="pair of questions" if "pair" in rows[0] else "clip",
+        comparisons=against_blind(rows, ranks, QuestionOnly(train_rows)) if train_rows else {},
+        by_type=by_type,
+        numbers=numbers,
         examples=answer_examples(predictions, similarity, answers, ranks),
         items=[items],
     )
+
+
+def f1_scores(
+    benchmark: VQABenchmark,
+    answers: list[str],
+    found: list[str],
+    targets: list[str],
+    types: list[str],
+    clusters: np.ndarray,
+    given: dict[str, list[str]],
+) -> dict[str, Score]:
+    """Return F1 of the positive answer over all rows, and the mean of the types' F1 if measured."""
+    positive = benchmark.positive
+
+    def is_positive(texts: list[str]) -> np.ndarray:
+        return np.array([text == positive for text in texts])
+
+    baselines = {"chance": 1 / len(answers)}
+    baselines |= {name: is_positive(texts) for name, texts in given.items()}
+
+    def f1(parts: list[str]) -> Score:
+        return f1_score(is_positive(found), is_positive(targets), parts, clusters, baselines)
+
+    scores = {"F1": f1(["all"] * len(found))}
+    if benchmark.mean_of_types:
+        scores["mean F1 of types"] = f1(types)
+    return scores
+
+
+def detection_numbers(
+    positive: str, found: list[str], targets: list[str], types: list[str]
+) -> dict[str, float]:
+    """Return precision, recall, F1 and the share of positive answers of each type, as POPE does."""
+    numbers = {}
+    for name, rows in rows_of_parts(types).items():
+        chosen_rows = [found[row] == positive for row in rows]
+        values = precision_recall_f1(chosen_rows, [targets[row] == positive for row in rows])
+        facts = ("precision", "recall", "F1", f"share of {positive}")
+        for fact, value in zip(facts, (*values, sum(chosen_rows) / len(rows)), strict=True):
+            numbers[f"{name} {fact}"] = round(value, 4)
+    return numbers
 
 
 KIND = Kind(
