@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from .rows import media_name
+from .rows import LIST_KINDS, RowFields, media_name
 
 # Columns of an image or a video that `datasets` has not decoded; one of them may be null.
 _STORED = {"bytes", "path"}
@@ -50,6 +50,10 @@ class ColumnError(ValueError):
 
 class ExampleError(ValueError):
     """Example that is broken, though its columns fit the mapping."""
+
+
+class MissingKey(ExampleError):
+    """JSON object that lacks a key of the mapping."""
 
 
 class Record(dict):
@@ -157,7 +161,7 @@ def _column(columns: Mapping, path: str, where: str) -> tuple[str, str]:
     hint = _near(first, columns) or _near(path, columns)
     # All examples of a table have its columns, so one that lacks a column is an error of the
     # mapping. A JSON object has its own keys.
-    kind = ExampleError if isinstance(columns, Record) else ColumnError
+    kind = MissingKey if isinstance(columns, Record) else ColumnError
     raise kind(
         f"{where or 'an example'} has no column {first!r}, but "
         f"{', '.join(map(repr, columns)) or 'none'}.{hint}"
@@ -359,6 +363,47 @@ def _seconds(value: Any, where: str) -> float:
         raise ExampleError(f"{where} is {value!r}, not a time") from error
 
 
+def _number(value: Any, where: str) -> int | float:
+    """Return a number; CSV files give it as a text."""
+    if (number := _whole(value)) is not None:
+        return number
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ExampleError(f"{where} is {value!r}, not a number") from error
+
+
+def _flag(value: Any, where: str) -> bool:
+    """Return true or false from a boolean, 0 or 1, or a text such as "True" or "yes"."""
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    text = str(_whole(value)) if _whole(value) is not None else str(value).strip().casefold()
+    if text not in known:
+        raise ExampleError(f"{where} is {value!r}, neither true nor false")
+    return known[text]
+
+
+def _listed(parts: list[_Values], index: Index) -> list:
+    """Return all values that belong to an element: those at its index, inside it or around it."""
+    found = []
+    for values in parts:
+        for at, value in values.at.items():
+            depth = min(len(at), len(index))
+            if at[:depth] == index[:depth]:
+                is_list = isinstance(value, _LISTS)
+                found += list(value) if is_list else [value]
+    return found
+
+
+def class_words(text: str) -> str:
+    """Return the name of a class as words: `PlantTree` and `plant_tree` are "plant tree".
+
+    A word with several capitals, such as CD, keeps them.
+    """
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
+    words = words.replace("_", " ").split()
+    return " ".join(word if sum(map(str.isupper, word)) > 1 else word.casefold() for word in words)
+
+
 def _is_unknown(value: Any) -> bool:
     """Return whether a time is missing: null, or a text such as "NA" in its place."""
     return value is None or isinstance(value, str) and value.strip().casefold() in _NO_TIME
@@ -411,12 +456,21 @@ def _check_type(key: str, value: Any) -> None:
     elif key == "where":
         kind = "a mapping of paths to values, such as {split: train}"
         right = isinstance(value, Mapping) and all(isinstance(path, str) for path in value)
-    elif key == "numbers":
+    elif key in ("numbers", "words"):
         kind, right = "true or false", isinstance(value, bool)
     else:
         kind, right = "a text", isinstance(value, str)
-    if not right and (value is not None or key in ("query", "where", "numbers")):
+    if not right and (value is not None or key in ("query", "where", "numbers", "words")):
         raise ColumnError(f"{key} is {value!r}; give {kind}")
+
+
+def _check_role(key: str, kind: str, value: Any) -> None:
+    """Check the type of a role's part of a mapping; see `_check_type`."""
+    is_list = kind in LIST_KINDS and isinstance(value, list | tuple)
+    values = value if is_list else [value]
+    if not values or not all(isinstance(text, str) for text in values):
+        wanted = "a text or a list of texts" if kind in LIST_KINDS else "a text"
+        raise ColumnError(f"{key} is {value!r}; give {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,11 +488,17 @@ class Columns:
         moment, seconds: instead of these, a path to a moment, and the length of a clip around it.
         negatives: path to a list of wrong texts.
         where: values by path; only examples with these values make rows. A list gives alternatives.
-        absent: targets that mean a missing one, such as "N/A"; with a null in this list, nulls and
-            empty lists do too. By default they are faults.
+        absent: targets that mean a missing one, such as "N/A"; with a null in this list, nulls,
+            empty lists and JSON objects without the key do too. By default they are faults.
         remove: texts that are cut out of queries and targets.
         numbers: accept a whole number as a target. By default it is an error, because it is usually
             a class index, and the name of the class is wanted.
+        words: targets are names of classes such as `MakeTea` or `make_tea`, which become words.
+        id: path to the example's own id, for messages and to find repeated examples.
+        roles: paths by the name of a further field of a row; `row_fields` has their kinds. Of a
+            kind that is a list, all elements of the path make one list, and a list of paths is
+            accepted.
+        row_fields: the fields of these rows; by default an image or a video, and a target.
     """
 
     name: str
@@ -455,16 +515,26 @@ class Columns:
     absent: tuple[str | None, ...] = ()
     remove: tuple[str, ...] = ()
     numbers: bool = False
+    words: bool = False
+    id: str | None = None
+    roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    row_fields: RowFields = field(default_factory=RowFields)
 
     @classmethod
-    def from_mapping(cls, name: str, mapping: Mapping[str, Any]) -> "Columns":
-        """Build the mapping from a recipe's or a public set's keys, and check it.
+    def from_mapping(
+        cls, name: str, mapping: Mapping[str, Any], row_fields: RowFields | None = None
+    ) -> "Columns":
+        """Build the mapping from a recipe's, a public set's or a benchmark's keys, and check it.
 
+        Args:
+            row_fields: the fields of the rows; a field with a role is a key of the mapping.
         Raises:
             ColumnError: it is not a mapping, or a key is unknown, missing, of a wrong type or not
                 a path.
         """
-        known = {item.name for item in fields(cls)} - {"name"}
+        row_fields = row_fields or RowFields()
+        kinds = row_fields.roles
+        known = {item.name for item in fields(cls)} - {"name", "roles", "row_fields"} | {*kinds}
         try:
             if not isinstance(mapping, Mapping):
                 raise ColumnError(
@@ -473,28 +543,43 @@ class Columns:
             for key, value in mapping.items():
                 if key not in known:
                     raise ColumnError(f"unknown key {key!r}.{_near(str(key), known)}")
-                _check_type(key, value)
+                if key in kinds:
+                    _check_role(key, kinds[key], value)
+                else:
+                    _check_type(key, value)
+            roles = {
+                key: (value,) if isinstance(value, str) else tuple(value)
+                for key, value in mapping.items()
+                if key in kinds
+            }
+            own = {key: value for key, value in mapping.items() if key not in kinds}
             listed = {
                 key: (value,) if isinstance(value, str) else tuple(value)
                 for key in ("target", "absent", "remove")
                 if (value := mapping.get(key)) is not None
             }
-            return cls(name=name, **{"target": (), **mapping, **listed})
+            parts = {"target": (), "roles": roles, "row_fields": row_fields, **own, **listed}
+            return cls(name=name, **parts)
         except ColumnError as error:
             raise ColumnError(f"{name}: {error}") from error
 
     def __post_init__(self):
-        if (self.image is None) == (self.video is None):
+        if not self.row_fields.media and (self.image or self.video):
+            raise ColumnError("these rows are texts: leave out image and video.")
+        if self.row_fields.media and (self.image is None) == (self.video is None):
             raise ColumnError("give either image or video.")
-        if not self.target:
-            raise ColumnError("target is missing.")
+        given = [*self.roles, *(["target"] if self.target else [])]
+        for key in self.row_fields.required:
+            if key not in given:
+                raise ColumnError(f"{key} is missing.")
         if (self.moment is None) != (self.seconds is None):
             raise ColumnError("give both moment and seconds, or neither.")
         if self.moment is not None and (self.start is not None or self.end is not None):
             raise ColumnError("give either start and end, or moment and seconds.")
         # Paths are not checked before an example is seen: a name may hold any character.
-        paths = [self.image or self.video, self.start, self.end, self.moment, self.negatives]
-        for text in (self.query, *filter(None, paths), *self.target, *self.where):
+        paths = [self.image, self.video, self.start, self.end, self.moment, self.negatives, self.id]
+        roles = [text for texts in self.roles.values() for text in texts]
+        for text in (self.query, *filter(None, paths), *self.target, *self.where, *roles):
             _pieces(text)
 
     def read(self, example: Mapping[str, Any]) -> tuple[list[dict], list[str]]:
@@ -516,43 +601,72 @@ class Columns:
             if not self._wanted(outer):
                 return [], []
             parts = self._parts(example) | where
-            for target in self.target:
+            for target in self.target or [None]:
                 self._read_target(example, target, parts, rows, faults)
         except (ColumnError, ExampleError) as error:
             raise type(error)(f"{self.name}: {error}") from error
         return rows, [f"{self.name}: {fault}" for fault in faults]
 
     def _parts(self, example: Mapping[str, Any]) -> dict[str, _Values]:
-        """Return the values of every part but the targets and `where`."""
+        """Return the values of every part but the targets, the lists and `where`."""
         texts = {
             "start": self.start,
             "end": self.end,
             "moment": self.moment,
             "negatives": self.negatives,
+            "id": self.id,
+        }
+        texts |= {
+            f"role {name}": path
+            for name, (path, *_) in self.roles.items()
+            if not self._is_list(name)
         }
         parts = {name: _values(example, text) for name, text in texts.items() if text is not None}
-        media = _values(example, self.image or self.video)
-        clips = {index: _media(value, media.text) for index, value in media.at.items()}
-        named = {index: (clip, media_name(clip)) for index, clip in clips.items()}
-        return parts | {
-            "media": _Values(media.text, media.depth, named),
-            "query": _text_values(example, self.query),
-        }
+        parts["query"] = _text_values(example, self.query)
+        if self.row_fields.media:
+            media = _values(example, self.image or self.video)
+            clips = {index: _media(value, media.text) for index, value in media.at.items()}
+            named = {index: (clip, media_name(clip)) for index, clip in clips.items()}
+            parts["media"] = _Values(media.text, media.depth, named)
+        return parts
+
+    def _is_list(self, role: str) -> bool:
+        return self.row_fields.roles[role] in LIST_KINDS
 
     def _read_target(
         self,
         example: Mapping[str, Any],
-        target: str,
+        target: str | None,
         parts: dict[str, _Values],
         rows: list[dict],
         faults: list[str],
     ) -> None:
-        """Add the rows that one path of targets makes, and its faults."""
-        elements = list(_side_by_side(parts | {"target": _values(example, target)}))
+        """Add the rows that one path of targets makes, and its faults.
+
+        Args:
+            target: `None` for rows without a target.
+        """
+        lists = {
+            name: [_values(example, path) for path in paths]
+            for name, paths in self.roles.items()
+            if self._is_list(name)
+        }
+        if target is not None:
+            try:
+                parts = parts | {"target": _values(example, target)}
+            except MissingKey:
+                if None in self.absent:
+                    return
+                raise
+        elements = list(_side_by_side(parts))
         if not elements and None not in self.absent:
-            faults.append(f"{target} has no element")
-        for _, found in elements:
+            faults.append(f"{target or 'the list'} has no element")
+        for index, found in elements:
             if not self._wanted(found):
+                continue
+            found |= {f"role {name}": _listed(values, index) for name, values in lists.items()}
+            if target is None:
+                rows.append(self._row(found, None))
                 continue
             value = found["target"]
             # As in a JSONL file, a list holds several right texts.
@@ -579,27 +693,53 @@ class Columns:
     def _target(self, value: Any, where: str) -> str | None:
         if value is None or isinstance(value, _LISTS) and not len(value):
             return None
-        return self._clean(_text(value, where, self.numbers))
+        text = self._clean(_text(value, where, self.numbers))
+        return class_words(text) if self.words else text
 
     def _clean(self, text: str) -> str:
         for part in self.remove:
             text = text.replace(part, "")
         return text.strip()
 
-    def _row(self, found: dict[str, Any], target: str) -> dict:
-        media, name = found["media"]
+    def _row(self, found: dict[str, Any], target: str | None) -> dict:
+        media, name = found.get("media", (None, ""))
         if found["query"] is None:
             raise ExampleError(f"the query {self.query} is null")
         query = self._clean(found["query"])
         span = self._span(found)
         group = [self.name, name, *map(str, span.values()), query]
-        row = {"image" if self.video is None else "video": media, "query": query, "target": target}
+        row = {"query": query} | ({} if target is None else {"target": target})
+        if self.row_fields.media:
+            row = {"image" if self.video is None else "video": media} | row
         if found.get("negatives") is not None:
             row["negatives"] = [
                 _text(text, self.negatives, self.numbers)
                 for text in _list(found["negatives"], self.negatives)
             ]
+        if found.get("id") is not None:
+            row["id"] = _text(found["id"], self.id, True)
+        for role, paths in self.roles.items():
+            if (value := self._role(role, found[f"role {role}"], ", ".join(paths))) is not None:
+                row[role] = value
+        if not self.row_fields.media:
+            return row
         return row | span | {"group_id": " | ".join(group)}
+
+    def _role(self, role: str, value: Any, where: str) -> Any:
+        """Return the value of a further field, as its kind states; `None` if it is null."""
+        kind = self.row_fields.roles[role]
+        if kind not in LIST_KINDS:
+            return None if value is None else self._of_kind(kind, value, where)
+        if None in value:
+            raise ExampleError(f"{where} has a null")
+        return [self._of_kind(LIST_KINDS[kind], each, where) for each in value]
+
+    def _of_kind(self, kind: str, value: Any, where: str) -> Any:
+        if kind == "text":
+            return self._clean(_text(value, where, True))
+        if kind == "number":
+            return _number(value, where)
+        return _flag(value, where) if kind == "flag" else _media(value, where)
 
     def _span(self, found: dict[str, Any]) -> dict[str, float]:
         """Return `start` and `end`, if they are known."""
@@ -613,4 +753,4 @@ class Columns:
         }
 
 
-__all__ = ["ColumnError", "Columns", "ExampleError", "read_json"]
+__all__ = ["ColumnError", "Columns", "ExampleError", "class_words", "read_json"]

@@ -4,6 +4,7 @@ Media stay as they are stored. Class indices become the names of their classes.
 """
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class ExampleReader:
         media_folder: str | None = None,
     ):
         self.columns, self.folder = columns, media_folder
-        self.coded = {name: kind for name, kind in dataset.features.items() if is_coded(kind)}
+        self.decoded = decoder(dataset)
         self.hint = ""
         if dataset.info.builder_name in FOLDERS:
             self.hint = "; texts such as NA or None in a metadata.csv are nulls: use metadata.jsonl"
@@ -129,17 +130,10 @@ class ExampleReader:
             ColumnError: a column of the mapping is missing.
         """
         try:
-            plain = {name: decoded(kind, example[name]) for name, kind in self.coded.items()}
-            rows, faults = self.columns.read({**example, **plain})
+            plain = self.decoded(example)
         except ExampleError as error:
             return [], [BadRow(*where, str(error))]
-        samples, bad = [], [BadRow(*where, fault + self.hint) for fault in faults]
-        for row in rows:
-            try:
-                samples += samples_of(self.in_folder(row), where)
-            except RowError as error:
-                bad.append(BadRow(*where, str(error)))
-        return samples, bad
+        return rows_of(self.columns, plain, where, self.in_folder, hint=self.hint)
 
     def in_folder(self, row: dict) -> dict:
         """Return the row with its media path joined to the `media_folder`."""
@@ -147,6 +141,50 @@ class ExampleReader:
         if self.folder is None or not isinstance(row[media], str) or is_address(row[media]):
             return row
         return {**row, media: os.path.join(self.folder, row[media])}
+
+
+def rows_of(
+    columns: Columns,
+    example: Mapping[str, Any],
+    where: tuple[str, int],
+    placed: Callable[[dict], dict],
+    *,
+    folder: Path | None = None,
+    hint: str = "",
+) -> tuple[list[dict], list[BadRow]]:
+    """Return the rows and the bad rows of an example.
+
+    Args:
+        where: name of the source and number of the example, for messages.
+        placed: function from a row to the row with the place of its media.
+        folder: folder of the media files, which must exist; `None` if they are not checked.
+        hint: end of a message about the example's faults.
+    Raises:
+        ColumnError: a column of the mapping is missing.
+    """
+    try:
+        rows, faults = columns.read(example)
+    except ExampleError as error:
+        return [], [BadRow(*where, str(error))]
+    samples, bad = [], [BadRow(*where, fault + hint) for fault in faults]
+    for row in rows:
+        try:
+            samples += samples_of(placed(row), where, folder, columns.row_fields)
+        except RowError as error:
+            bad.append(BadRow(*where, str(error)))
+    return samples, bad
+
+
+def decoder(
+    dataset: "datasets.Dataset | datasets.IterableDataset",
+) -> Callable[[dict], dict]:
+    """Return the function that replaces the codes in an example by class names and JSON values."""
+    coded = {name: kind for name, kind in dataset.features.items() if is_coded(kind)}
+
+    def plain(example: dict) -> dict:
+        return {**example, **{name: decoded(kind, example[name]) for name, kind in coded.items()}}
+
+    return plain
 
 
 def parts_of(feature: Any) -> list:
@@ -215,4 +253,11 @@ def class_name(label: "datasets.ClassLabel", index: int) -> str | None:
     return label.int2str(index)
 
 
-__all__ = ["DatasetArguments", "DatasetError", "ExampleReader", "load_dataset"]
+__all__ = [
+    "DatasetArguments",
+    "DatasetError",
+    "ExampleReader",
+    "decoder",
+    "load_dataset",
+    "rows_of",
+]

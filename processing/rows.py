@@ -29,7 +29,8 @@ import os
 import re
 import sys
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -52,9 +53,64 @@ _FIELDS = (
 )
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a finite number; an int too large for a float is not."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_media(value: object) -> bool:
+    return isinstance(value, str | bytes) and bool(value)
+
+
+# Kinds of a row's further fields: words for messages, and whether one value is of the kind.
+ROLE_KINDS = {
+    "text": ("a text", _is_text),
+    "texts": ("a list of texts", _is_text),
+    "number": ("a number", _is_number),
+    "numbers": ("a list of numbers", _is_number),
+    "flag": ("true or false", _is_flag),
+    "media": ("a file", _is_media),
+    "media list": ("a list of files", _is_media),
+}
+LIST_KINDS = {
+    "texts": "text",
+    "numbers": "number",
+    "media list": "media",
+}  # to the kind of an element
+
 # By the first bytes of a file: its name may say nothing.
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class RowFields:
+    """The fields that rows of one kind have, next to `query`.
+
+    Attributes:
+        media: a row is about an image or a video. Without it, it is about texts only.
+        required: fields that each row must have.
+        roles: kinds of further fields by their name: "text", "texts" (a list), "number", "numbers",
+            "flag" (true or false), "media" (a file, as in `video`) or "media list". Fields of no
+            known kind are passed on unchanged.
+    """
+
+    media: bool = True
+    required: tuple[str, ...] = ("target",)
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if unknown := set(self.roles.values()) - ROLE_KINDS.keys():
+            raise ValueError(f"roles: {unknown} is not among {', '.join(ROLE_KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -69,8 +125,13 @@ class BadRow:
         return f"{self.path}:{self.line}: {self.reason}"
 
 
-def read_rows(path: str | os.PathLike) -> tuple[list[dict], list[BadRow]]:
+def read_rows(
+    path: str | os.PathLike, row_fields: RowFields | None = None
+) -> tuple[list[dict], list[BadRow]]:
     """Read a JSONL file; set unusable lines aside.
+
+    Args:
+        row_fields: the fields of these rows; by default an image or a video, and a target.
 
     Returns: the good rows and the bad ones. A good row has `line` (its line number in the file,
         from 1; it replaces a column of that name), `video` or `image` (absolute path of an
@@ -88,7 +149,7 @@ def read_rows(path: str | os.PathLike) -> tuple[list[dict], list[BadRow]]:
                 if not line.strip(BYTE_ORDER_MARK + b" \t\r\n"):  # blank, or only the mark
                     continue
                 try:
-                    rows += parse_line(line, path.parent, where=(str(path), number))
+                    rows += parse_line(line, path.parent, (str(path), number), row_fields)
                 except RowError as error:
                     bad.append(BadRow(str(path), number, str(error)))
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
@@ -314,7 +375,9 @@ class RowError(ValueError):
     """Reason why a line or an example is not a valid sample."""
 
 
-def parse_line(line: bytes, folder: Path, where: tuple[str, int]) -> list[dict]:
+def parse_line(
+    line: bytes, folder: Path, where: tuple[str, int], row_fields: RowFields | None = None
+) -> list[dict]:
     """Return the samples of one line of a JSONL file in `folder`.
 
     Args:
@@ -333,46 +396,100 @@ def parse_line(line: bytes, folder: Path, where: tuple[str, int]) -> list[dict]:
         raise RowError(f"not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise RowError(f"not a JSON object but a {type(row).__name__}")
-    return samples_of(row, where, folder)
+    return samples_of(row, where, folder, row_fields)
 
 
-def samples_of(row: dict, where: tuple[str, int], folder: Path | None = None) -> list[dict]:
+def samples_of(
+    row: dict,
+    where: tuple[str, int],
+    folder: Path | None = None,
+    row_fields: RowFields | None = None,
+) -> list[dict]:
     """Check a row with one or several targets; return one sample for each target.
 
     Args:
         where: the row's file or data set, and its number there, the samples' `line`.
         folder: the folder of the row's media files, which must exist; `None` if media are bytes.
+        row_fields: the fields of the row; by default an image or a video, and a target.
     Raises: `RowError`.
     """
-    row = {name: value for name, value in row.items() if name not in _FIELDS or value is not None}
-    if ("video" in row) == ("image" in row):
+    expected = row_fields or RowFields()
+    known = {*_FIELDS, *expected.roles}
+    row = {name: value for name, value in row.items() if name not in known or value is not None}
+    if expected.media and ("video" in row) == ("image" in row):
         both = "both video and image are" if "video" in row else "neither video nor image is"
         raise RowError(f"{both} given: give exactly one")
+    for name in expected.required:
+        if name not in row and name != "target":  # a missing target is checked below
+            raise RowError(f"{name} is missing")
     row.setdefault("query", "")
-    paths = () if folder is None else ("video", "image")
+    paths = () if folder is None or not expected.media else ("video", "image")
     for name in (*paths, "query", "previous"):
         if name in row:
             _check_text(name, row[name])
     _check_text("group_id", str(row.get("group_id")))
     _check_times(row)
-    targets = row["target"] if isinstance(row.get("target"), list) else [row.get("target")]
-    if not targets:
-        raise RowError("target is empty")
-    rows = [{**row, "target": target} for target in targets]
-    for each in rows:
-        _check_target(each)
-        _check_negatives(each)
-    if folder is not None:
+    row |= _checked_roles(row, expected, folder)
+    if "target" in row or "target" in expected.required:
+        targets = row["target"] if isinstance(row.get("target"), list) else [row.get("target")]
+        if not targets:
+            raise RowError("target is empty")
+        rows = [{**row, "target": target} for target in targets]
+        for each in rows:
+            _check_target(each)
+            _check_negatives(each)
+    else:
+        rows = [row]
+    if folder is not None and expected.media:
         media = "video" if "video" in row else "image"
-        path = row[media]
-        if not is_address(path):
-            path = os.path.abspath(folder / path)
-        if not (is_file(path) or (media == "video" and os.path.isdir(path))):
-            raise RowError(f"{media} file is missing: {path}")
+        path = existing(row[media], folder, media)
         rows = [{**each, media: path} for each in rows]
     if len(rows) > 1:
         rows = [{"group_id": "{}:{}".format(*where), **each} for each in rows]
     return [{**each, "line": where[1]} for each in rows]
+
+
+def existing(path: str, folder: Path, name: str) -> str:
+    """Return the absolute path of a file, or of a folder of frames; an address unchanged.
+
+    Args:
+        name: the field that names it, for messages.
+    Raises: `RowError` if it is missing.
+    """
+    if not is_address(path):
+        path = os.path.abspath(folder / path)
+    if not (is_file(path) or (name != "image" and os.path.isdir(path))):
+        raise RowError(f"{name} file is missing: {path}")
+    return path
+
+
+def _checked_roles(row: dict, expected: RowFields, folder: Path | None) -> dict:
+    """Return the fields of a row that have a role, with absolute paths.
+
+    Raises: `RowError` for a value of another kind, and for a missing file.
+    """
+    checked = {}
+    for name, kind in expected.roles.items():
+        if name not in row:
+            continue
+        value = row[name]
+        words, is_right = ROLE_KINDS[kind]
+        values = value if kind in LIST_KINDS else [value]
+        if not isinstance(values, list) or not all(map(is_right, values)):
+            raise RowError(f"{name} is not {words} but {value!r:.80}")
+        if kind in LIST_KINDS and not values:
+            raise RowError(f"{name} is empty")
+        if kind in ("text", "texts"):
+            for text in values:
+                _check_text(name, text)
+        if kind in ("media", "media list") and folder is not None:
+            paths = [
+                media if isinstance(media, bytes) else existing(media, folder, name)
+                for media in values
+            ]
+            value = paths if kind in LIST_KINDS else paths[0]
+        checked[name] = value
+    return checked
 
 
 def is_file(path: str) -> bool:
@@ -402,14 +519,8 @@ def _check_times(row: dict) -> None:
     """Refuse `start` and `end` that are not seconds of a video, in this order."""
     given = [name for name in ("start", "end") if name in row]
     for name in given:
-        value = row[name]
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            # False for NaN, infinity, and an int too large for a float.
-            or not abs(value) <= sys.float_info.max
-        ):
-            raise RowError(f"{name} is not a number of seconds but {value!r:.40}")
+        if not _is_number(row[name]):
+            raise RowError(f"{name} is not a number of seconds but {row[name]!r:.40}")
     if given and "image" in row:
         raise RowError(f"{given[0]} is given, but an image has no times")
     if row.get("start", 0) < 0 or row.get("start", 0) >= row.get("end", math.inf):
@@ -435,6 +546,7 @@ __all__ = [
     "BadRow",
     "Media",
     "RowError",
+    "RowFields",
     "bad_rows_report",
     "clip_key",
     "content_key",
