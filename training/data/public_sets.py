@@ -8,7 +8,6 @@ To add a set, write an entry in `public_sets.yaml`.
 """
 
 import argparse
-import csv
 import difflib
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from processing.annotations import read_annotations
 from processing.columns import ColumnError, Columns, ExampleError
 from processing.rows import BadRow, bad_rows_report
 
@@ -88,31 +88,13 @@ def read_examples(path: Path, public: PublicSet) -> Iterator[Any]:
     Raises:
         ColumnError: the file is not JSON or CSV, or lacks the `records` of the entry.
     """
-    if public.tabular:
-        with open(path, newline="", encoding="utf-8-sig") as lines:
-            table = csv.DictReader(lines)
-            try:
-                yield from table
-            except csv.Error as error:
-                raise ColumnError(
-                    f"{public.name}: {path}: after line {table.line_num}: {error}. Look for a "
-                    "quote that is not closed."
-                ) from error
-        return
+    form = "csv" if public.tabular else "json"
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ColumnError(f"{public.name}: {path} is not a JSON file: {error}") from error
-    for key in filter(None, public.records.split(".")):
-        if not isinstance(records, dict) or key not in records:
-            found = ", ".join(records) if isinstance(records, dict) else type(records).__name__
-            raise ColumnError(f"{public.name}: {path} has no {public.records!r}, but {found}.")
-        records = records[key]
-    if isinstance(records, dict):
-        records = [{"key": key, "value": value} for key, value in records.items()]
-    if not isinstance(records, list):
-        raise ColumnError(f"{public.name}: {path} holds neither a list nor an object of examples.")
-    yield from records
+        # All objects of a published file have the same keys, so a missing one is an error of the
+        # mapping, as in a table: `json.loads` and not the parser of objects with keys of their own.
+        yield from read_annotations(path, form, records=public.records or "", parse=json.loads)
+    except ColumnError as error:
+        raise ColumnError(f"{public.name}: {error}") from error
 
 
 def placed(row: dict, media: Path, folder: Path) -> dict:

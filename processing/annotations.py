@@ -1,0 +1,93 @@
+"""Annotation files in their published forms: JSON, JSON Lines, CSV and TSV, as examples."""
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .columns import ColumnError, read_json
+
+FORMS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv"}  # by the file's suffix
+
+
+def read_annotations(
+    path: Path,
+    form: str,
+    *,
+    records: str = "",
+    header: Sequence[str] | None = None,
+    parse: Callable[[str], Any] = read_json,
+) -> Iterator[Any]:
+    """Yield the examples of an annotation file.
+
+    Args:
+        form: one of the values of `FORMS`.
+        records: path of the examples in a JSON file, such as `data.val`; "" for the top level. If
+            they are an object, its members become examples `{key, value}`.
+        header: the columns of a CSV or TSV file whose first line has no names.
+        parse: function that reads the text of a JSON file.
+
+    Raises:
+        ColumnError: the file is not of this form, or lacks the `records`.
+    """
+    if form in ("csv", "tsv"):
+        yield from _table(path, "\t" if form == "tsv" else ",", header)
+    elif form == "jsonl":
+        yield from _lines(path)
+    else:
+        try:
+            content = parse(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise ColumnError(f"{path} is not a JSON file: {error}") from error
+        yield from _records(path, content, records)
+
+
+def _table(path: Path, delimiter: str, header: Sequence[str] | None) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table; every cell is a text."""
+    with open(path, newline="", encoding="utf-8-sig") as lines:
+        table = csv.DictReader(lines, fieldnames=header, delimiter=delimiter)
+        try:
+            for row in table:
+                # csv puts what exceeds the columns under None, and None into cells that lack.
+                if None in row or None in row.values():
+                    cells = [cell for cell in row.values() if isinstance(cell, str)]
+                    count = len(cells) + len(row.get(None, []))
+                    raise ColumnError(
+                        f"{path}: line {table.line_num} has {count} cells, but there are "
+                        f"{len(table.fieldnames)} columns: {', '.join(table.fieldnames)}"
+                    )
+                yield row
+        except csv.Error as error:
+            raise ColumnError(
+                f"{path}: after line {table.line_num}: {error}. Look for a quote that is not "
+                "closed."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ColumnError(f"{path}: {error}. Save it as UTF-8.") from error
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield read_json(line)
+            except ValueError as error:
+                raise ColumnError(f"{path}: line {number} is not JSON: {error}") from error
+
+
+def _records(path: Path, content: Any, records: str) -> Iterator[Any]:
+    for key in filter(None, records.split(".")):
+        if not isinstance(content, dict) or key not in content:
+            found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+            raise ColumnError(f"{path} has no {records!r}, but {found}.")
+        content = content[key]
+    if isinstance(content, dict):
+        content = [{"key": key, "value": value} for key, value in content.items()]
+    if not isinstance(content, list):
+        raise ColumnError(f"{path} holds neither a list nor an object of examples.")
+    yield from content
+
+
+__all__ = ["FORMS", "read_annotations"]
