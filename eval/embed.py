@@ -1,28 +1,36 @@
 """Embed rows and texts in the shared space, in the same way for every task.
 
+A clip is decoded and encoded once for all queries about it. With an [`EmbeddingStore`], embeddings
+that it has are not computed, and the processes of its team share the rest.
+
 Shapes: R rows, B batch, T frames, h and w pixels, N visual tokens, Dx visual width, D embedding
-size.
+size, n embeddings of a job.
 """
 
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from eval.embedding_store import EmbeddingStore, PartWriter, key_of
 from modeling_vljepa import VLJEPAModel
-from modeling_vljepa.pipelines.embedding import target_embeds
+from modeling_vljepa.pipelines.embedding import (
+    TEXTS_PER_TOKENIZATION,
+    read_tokens,
+    target_embeds,
+)
 from processing import MediaError, VLJEPAProcessor
 from processing.feature_store import FeatureStore
-from processing.rows import Media, media_of
+from processing.rows import Media, clip_key, content_key, media_of
 
 ABLATIONS = ("none", "grey", "shuffled_queries")
 # Two frames of a clip, each repeated: which of the two each half of the frames shows.
 STATES = {"both": (0, 1), "final": (1, 1)}
 GREY = 127
+BATCHES_OF_TEXTS = 16  # that a part of the store holds
 
 
 @dataclass(frozen=True)
@@ -74,72 +82,250 @@ def read_media(
     return processor(videos=[media], num_frames=num_frames)["pixel_values_videos"]
 
 
-def distinct_media(rows: list[dict], kind: str) -> dict[Media, dict]:
-    """Return each clip of a kind once, with a row about it."""
-    return {media_of(row): row for row in rows if kind in row}
+# -- jobs ----------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def embed_media(
-    model: VLJEPAModel,
-    processor: VLJEPAProcessor,
-    rows: list[dict],
-    *,
-    broken: dict[Media, str],
-    num_frames: int | None = None,
-    batch_size: int = 64,
-    grey: bool = False,
-    states: str | None = None,
-) -> Iterator[tuple[list[Media], torch.Tensor]]:
-    """Encode each distinct clip once with the X-Encoder, batch by batch.
+@dataclass
+class Embedded:
+    """The result of a job.
 
-    This is a generator: the visual tokens of a whole benchmark would not fit into memory.
-
-    Args:
-        broken (`dict[Media, str]`): filled here with each clip that could not be read, and why.
-        grey (`bool`, *optional*): replace every frame by a uniform grey one. The files are still
-            read, so that the same rows are scored.
-        states (*optional*): see [`predict_rows`].
-
-    Yields: clips, and their visual tokens `(B, N, Dx)`.
+    Attributes:
+        embeds (`dict[int, torch.FloatTensor]`): unit vectors `(D,)`, by number.
+        broken (`dict[int, str]`): reasons of clips that could not be read, by the numbers of their
+            queries.
+        error (`str`, *optional*): the error that ended a job in another process.
     """
-    model.eval()
-    clips = {kind: distinct_media(rows, kind) for kind in ("image", "video")}
-    blank = grey_frame(processor) if grey else None
-    with tqdm(total=sum(map(len, clips.values())), desc="media", unit="file") as progress:
+
+    embeds: dict[int, torch.Tensor] = field(default_factory=dict)
+    broken: dict[int, str] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One embedding to compute.
+
+    Attributes:
+        number (`int`): its number among all that are wanted.
+        text (`str`): the query or the text.
+        key (`bytes`): its key in the store; empty if it is not stored.
+    """
+
+    number: int
+    text: str
+    key: bytes
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip and the queries about it; `row` holds its kind, its file and its seconds."""
+
+    row: dict
+    queries: list[Wanted]
+
+
+@dataclass(frozen=True)
+class ClipJob:
+    """Clips to embed: a share of those of one benchmark.
+
+    Attributes:
+        items (`list[Clip]`)
+        num_frames (`int`, *optional*), batch_size (`int`), grey (`bool`), features, states: see
+            [`predict_rows`].
+        writer ([`PartWriter`], *optional*): what stores the embeddings, batch by batch.
+    """
+
+    items: list[Clip]
+    num_frames: int | None
+    batch_size: int
+    grey: bool
+    features: FeatureStore | None
+    states: str | None
+    writer: PartWriter | None
+
+    @torch.inference_mode()
+    def run(self, model: VLJEPAModel, processor: VLJEPAProcessor, progress: tqdm) -> Embedded:
+        """Predict the embedding of every query about every clip.
+
+        Raises: `ValueError` that names a clip whose embedding is NaN or infinite.
+        """
+        model.eval()
+        result = Embedded()
+        for clips, visual_embeds in self._encoded(model, processor, result, progress):
+            # A clip can have many queries, so they are batched anew: (clip of the batch, query)
+            asked = [(index, each) for index, clip in enumerate(clips) for each in clip.queries]
+            found = {}
+            for batch in batches(asked, self.batch_size):
+                indices, wanted = zip(*batch, strict=True)
+                text = processor(text=[each.text for each in wanted]).to(model.device)
+                visual = visual_embeds[list(indices)]
+                predicted = model.predict(visual_embeds=visual, **text).float().cpu()  # (B, D)
+                check_finite([clip_key(clips[index].row) for index in indices], predicted)
+                found |= dict(zip(wanted, predicted, strict=True))
+            result.embeds |= _stored(found, self.writer)
+        return result
+
+    def _encoded(
+        self,
+        model: VLJEPAModel,
+        processor: VLJEPAProcessor,
+        result: Embedded,
+        progress: tqdm,
+    ) -> Iterator[tuple[list[Clip], torch.Tensor]]:
+        """Yield batches of clips with their visual tokens `(B, N, Dx)`; note the broken clips.
+
+        This is a generator: the visual tokens of a whole benchmark would not fit into memory.
+        """
+        blank = grey_frame(processor) if self.grey else None
         # Images and videos in separate batches, since they differ in their number of frames
-        for kind, found in clips.items():
-            for batch in batches(list(found), batch_size):
-                pixels = {}
-                for media in batch:
+        for kind in ("image", "video"):
+            of_kind = [clip for clip in self.items if kind in clip.row]
+            for batch in batches(of_kind, self.batch_size):
+                if self.features is not None:
+                    tokens = torch.stack([self.features[clip.row] for clip in batch])
+                    advance(progress, len(batch))
+                    yield batch, tokens.to(model.device, model.dtype)
+                    continue
+                readable, pixels = [], []
+                for clip in batch:
                     try:
-                        pixels[media] = read_media(processor, kind, media, num_frames, states)
+                        media = media_of(clip.row)
+                        pixels.append(
+                            read_media(processor, kind, media, self.num_frames, self.states)
+                        )
+                        readable.append(clip)
                     except MediaError as error:
-                        broken[media] = str(error)
-                    progress.update()
-                if pixels:
-                    videos = torch.cat(list(pixels.values()))  # (B, T, 3, h, w)
+                        result.broken |= {each.number: str(error) for each in clip.queries}
+                    advance(progress, 1)
+                if readable:
+                    videos = torch.cat(pixels)  # (B, T, 3, h, w)
                     if blank is not None:
                         videos = blank.expand_as(videos)
-                    yield list(pixels), model.encode_video(videos.to(model.device, model.dtype))
+                    yield readable, model.encode_video(videos.to(model.device, model.dtype))
 
 
-def stored_media(
-    model: VLJEPAModel, features: FeatureStore, rows: list[dict], *, batch_size: int = 64
-) -> Iterator[tuple[list[Media], torch.Tensor]]:
-    """Yield what `embed_media` yields, from a feature store: no clip is decoded or encoded.
+@dataclass(frozen=True)
+class TextJob:
+    """Texts to embed with the Y-Encoder: a share of those of one benchmark."""
 
-    Raises: `FeatureError` for clips that are not in the store or have changed since.
+    items: list[Wanted]
+    batch_size: int
+    writer: PartWriter | None
+
+    def run(self, model: VLJEPAModel, processor: VLJEPAProcessor, progress: tqdm) -> Embedded:
+        """Embed every text.
+
+        Raises: `ValueError` that names a text whose embedding is NaN or infinite.
+        """
+        model.eval()
+        result = Embedded()
+        for batch in batches(self.items, BATCHES_OF_TEXTS * self.batch_size):
+            embeds = target_embeds(
+                model,
+                processor,
+                [each.text for each in batch],
+                batch_size=self.batch_size,
+                on_texts=lambda count: advance(progress, count),
+            )
+            check_finite([f"the text {each.text!r:.80}" for each in batch], embeds)
+            result.embeds |= _stored(dict(zip(batch, embeds, strict=True)), self.writer)
+        return result
+
+
+def check_finite(names: list[str], embeds: torch.Tensor) -> None:
+    """Raise `ValueError` for an embedding with NaN or infinity: it would be ranked anywhere.
+
+    Args:
+        names: name of the clip or text of each embedding, for the message.
+        embeds (`torch.FloatTensor` of shape `(B, D)`)
     """
-    model.eval()
-    features.check(rows)
-    clips = {kind: distinct_media(rows, kind) for kind in ("image", "video")}
-    with tqdm(total=sum(map(len, clips.values())), desc="features", unit="file") as progress:
-        for found in clips.values():
-            for batch in batches(list(found), batch_size):
-                tokens = torch.stack([features[found[media]] for media in batch])  # (B, N, Dx)
-                yield batch, tokens.to(model.device, model.dtype)
-                progress.update(len(batch))
+    finite = embeds.isfinite().all(dim=1)
+    if not finite.all():
+        raise ValueError(
+            f"{names[finite.int().argmin()]}: its embedding holds NaN or infinity. The weights "
+            "hold NaN, or they overflow in this dtype: load the model in float32, or replace the "
+            "checkpoint."
+        )
+
+
+def _stored(
+    found: dict[Wanted, torch.Tensor], writer: PartWriter | None
+) -> dict[int, torch.Tensor]:
+    """Store embeddings `(D,)`, and return them by number."""
+    if writer is not None:
+        writer.write({each.key: embed for each, embed in found.items()})
+    # Copies: a view would keep its whole batch, and send it from another process.
+    return {each.number: embed.clone() for each, embed in found.items()}
+
+
+def advance(progress: tqdm, count: int) -> None:
+    """Move the bar by what all processes have done when this one has done `count`."""
+    progress.update(min(count * progress.processes, progress.total - progress.n))
+
+
+class Progress(tqdm):
+    """A bar of all processes' work, in process 0; the time left is that of all of it.
+
+    Args:
+        processes: number of processes, which have equal shares.
+    """
+
+    def __init__(self, *args: object, processes: int = 1, **options: object):
+        self.processes = processes
+        super().__init__(*args, **options)
+
+
+def run_job(
+    job: ClipJob | TextJob,
+    model: VLJEPAModel,
+    processor: VLJEPAProcessor,
+    store: EmbeddingStore | None,
+    *,
+    found: int,
+    desc: str,
+    unit: str,
+) -> Embedded:
+    """Run a job, divided among the processes of the store's team.
+
+    Args:
+        found: number of clips or texts that the store has already, for the bar.
+
+    Raises: `ValueError` for an error of any process.
+    """
+    if not job.items:
+        return Embedded()
+    team = None if store is None else store.team
+    size = 1 if team is None else team.size
+    bar = {"total": found + len(job.items), "initial": found, "desc": desc, "unit": unit}
+    with Progress(processes=size, **bar) as progress:
+        if team is None:
+            return job.run(model, processor, progress)
+        # Every process takes each size-th clip: neighbours, such as parts of one long video, take
+        # equally long.
+        own = team.share([_share(job, rank, size) for rank in range(size)])
+        results = team.collect(own.run(model, processor, progress))
+    whole = Embedded()
+    for result in results:
+        if result.error is not None:
+            raise ValueError(result.error)
+        whole.embeds |= result.embeds
+        whole.broken |= result.broken
+    return whole
+
+
+def _share(job: ClipJob | TextJob, rank: int, size: int) -> ClipJob | TextJob:
+    return replace(job, items=job.items[rank::size])
+
+
+def work(model: VLJEPAModel, processor: VLJEPAProcessor, job: ClipJob | TextJob) -> Embedded:
+    """Run a share in another process than the first, which reports its errors."""
+    try:
+        return job.run(model, processor, Progress(total=len(job.items), disable=True))
+    except ValueError as error:
+        return Embedded(error=str(error))
+
+
+# -- rows ----------------------------------------------------------------------------------
 
 
 def check_options(
@@ -160,7 +346,51 @@ def check_options(
         features.check_frames(num_frames or processor.video_processor.num_frames)
 
 
-@torch.inference_mode()
+def query_tokens(processor: VLJEPAProcessor, queries: list[str]) -> dict[str, bytes]:
+    """Return the tokens of each query, which decide its embedding, as bytes."""
+    found = {}
+    for batch in batches(list(dict.fromkeys(queries)), TEXTS_PER_TOKENIZATION):
+        read = processor(text=list(batch))
+        mask = read["attention_mask"].bool()
+        tokens = read["input_ids"][mask].split(mask.sum(dim=1).tolist())
+        found |= {query: each.numpy().tobytes() for query, each in zip(batch, tokens, strict=True)}
+    return found
+
+
+def clip_keys(
+    processor: VLJEPAProcessor,
+    asked: dict[tuple[str, Media, str], dict],
+    *,
+    num_frames: int,
+    grey: bool,
+    features: FeatureStore | None,
+    states: str | None,
+) -> list[bytes]:
+    """Return the key of each query about a clip; empty if the clip cannot be read.
+
+    Args:
+        asked: a row about the clip, by kind, clip and query.
+    """
+    tokens = query_tokens(processor, [query for *_, query in asked])
+    rows = {(kind, media): row for (kind, media, _), row in asked.items()}
+    # Every file is read once for it, and its content is remembered for the names of items.
+    contents = {
+        clip: content_key(row) for clip, row in tqdm(rows.items(), "clip contents", delay=5)
+    }
+    # Stored features are rounded, so they give other embeddings than the clip itself.
+    source = "grey" if grey else "clip"
+    if features is not None:
+        source = f"features {features.facts['dtype']} {features.facts['precision']}"
+    if states is not None:
+        source += f" {states} states"
+    keys = []
+    for kind, media, query in asked:
+        frames = 1 if kind == "image" else num_frames
+        known = contents[kind, media]
+        keys.append(key_of(source, known, frames, tokens[query]) if known else b"")
+    return keys
+
+
 def predict_rows(
     model: VLJEPAModel,
     processor: VLJEPAProcessor,
@@ -171,78 +401,130 @@ def predict_rows(
     ablation: str = "none",
     features: FeatureStore | None = None,
     states: str | None = None,
+    store: EmbeddingStore | None = None,
 ) -> Predictions:
     """Predict Ŝ_Y of every row: the embedding of the answer to its query on its clip.
 
     Args:
         ablation (`str`, *optional*, defaults to `"none"`): `"grey"` replaces every frame by a grey
             one, `"shuffled_queries"` asks each row the query of another row. Both make a model
-            worse that uses the clip and the query.
+            worse that uses the clip and the query. The files are still read, so that the same rows
+            are scored.
         features (`FeatureStore`, *optional*): visual tokens to read in place of the clips; opened
             for this model.
         states (*optional*): in place of a video, encode two of its frames: the first and the last
             one, each repeated for half of the frames (`"both"`), or only the last one (`"final"`).
-            A feature store has no such clips, so they are read from the files.
+            A store of features has no such clips, so they are read from the files.
+        store (`EmbeddingStore`, *optional*): embeddings to read and to add to; opened for this
+            model.
 
-    Raises: `ValueError` for an unknown ablation, no rows, or when no clip can be read;
-        `FeatureError` for rows whose clip is not in the store or has changed since.
+    Raises: `ValueError` for an unknown ablation, no rows, when no clip can be read, or for an
+        embedding that is not finite; `FeatureError` for rows whose clip is not in the store of
+        features or has changed since.
     """
     check_options(processor, rows, num_frames, ablation, features)
+    if states is not None:
+        features = None
     queries = [row["query"] for row in rows]
     if ablation == "shuffled_queries":
         random.Random(0).shuffle(queries)
-    rows_of_clip = defaultdict(list)
-    for index, row in enumerate(rows):
-        rows_of_clip[media_of(row)].append(index)
+    grey = ablation == "grey"
 
-    broken: dict[Media, str] = {}
-    if features is not None and states is None:
-        media = stored_media(model, features, rows, batch_size=batch_size)
-    else:
-        media = embed_media(
-            model,
-            processor,
-            rows,
-            broken=broken,
-            num_frames=num_frames,
-            batch_size=batch_size,
-            grey=ablation == "grey",
-            states=states,
-        )
+    # 1. Each query about each clip once, with a number
+    # The kind belongs to a name: one GIF can be a video in one row and an image in another.
+    names = [
+        ("image" if "image" in row else "video", media_of(row), query)
+        for row, query in zip(rows, queries, strict=True)
+    ]
+    asked = dict(zip(names, rows, strict=True))
+    keys = [b""] * len(asked)
     embeds: dict[int, torch.Tensor] = {}
-    for clips, visual_embeds in media:
-        # A clip can have many rows, so they are batched anew: (clip of the batch, row)
-        asked = [(clip, row) for clip, name in enumerate(clips) for row in rows_of_clip[name]]
-        for batch in batches(asked, batch_size):
-            clip_indices, row_indices = zip(*batch, strict=True)
-            text = processor(text=[queries[index] for index in row_indices]).to(model.device)
-            visual = visual_embeds[list(clip_indices)]
-            predicted = model.predict(visual_embeds=visual, **text)  # (B, D)
-            embeds.update(zip(row_indices, predicted.float().cpu(), strict=True))
+    if store is not None:
+        frames = num_frames or processor.video_processor.num_frames
+        options = {"num_frames": frames, "grey": grey, "features": features, "states": states}
+        keys = clip_keys(processor, asked, **options)
+        embeds = {n: store.embeds[key] for n, key in enumerate(keys) if key in store.embeds}
+
+    # 2. The missing ones, clip by clip
+    clips: dict[tuple[str, Media], Clip] = {}
+    for number, ((kind, media, query), row) in enumerate(asked.items()):
+        if number not in embeds:
+            clip = clips.setdefault((kind, media), Clip(_without_texts(row), []))
+            clip.queries.append(Wanted(number, query, keys[number]))
+    if features is not None:
+        features.check([clip.row for clip in clips.values()])
+    job = ClipJob(
+        list(clips.values()),
+        num_frames=num_frames,
+        batch_size=batch_size,
+        grey=grey,
+        features=features,
+        states=states,
+        writer=None if store is None else store.writer,
+    )
+    found = len({(kind, media) for kind, media, _ in asked}) - len(clips)
+    result = run_job(job, model, processor, store, found=found, desc="media", unit="file")
+    if store is not None:
+        store.add({keys[number]: embed for number, embed in result.embeds.items()})
+    embeds |= result.embeds
+
+    # 3. The rows whose clip was read, in their order
+    broken = {
+        media: result.broken[number]
+        for number, (_, media, _) in enumerate(asked)
+        if number in result.broken
+    }
     if not embeds:
         raise ValueError(f"no file could be read. The first reason: {next(iter(broken.values()))}")
-    readable = sorted(embeds)  # images come first above; here the order of the rows again
+    numbers = {name: number for number, name in enumerate(asked)}
+    readable = [index for index, name in enumerate(names) if numbers[name] in embeds]
     return Predictions(
         rows=[rows[index] for index in readable],
         queries=[queries[index] for index in readable],
-        embeds=torch.stack([embeds[index] for index in readable]),
+        embeds=torch.stack([embeds[numbers[names[index]]] for index in readable]),
         broken=broken,
     )
 
 
-@torch.inference_mode()
+def _without_texts(row: dict) -> dict:
+    """Return what names the clip of a row: other columns need not be sent to other processes."""
+    return {name: row[name] for name in ("image", "video", "start", "end") if name in row}
+
+
 def embed_texts(
-    model: VLJEPAModel, processor: VLJEPAProcessor, texts: list[str], *, batch_size: int = 64
+    model: VLJEPAModel,
+    processor: VLJEPAProcessor,
+    texts: list[str],
+    *,
+    batch_size: int = 64,
+    store: EmbeddingStore | None = None,
 ) -> torch.Tensor:
     """Embed texts as S_Y: unit vectors `(len(texts), D)`, on the CPU.
 
-    Texts that this model has embedded before are taken from the cache of the pipelines.
+    Texts that this model has embedded before are taken from the store, or from the cache of the
+    pipelines.
+
+    Raises: `ValueError` for an embedding that is not finite.
     """
-    model.eval()
-    with tqdm(total=len(texts), desc="texts", unit="text") as progress:
-        return target_embeds(
-            model, processor, texts, batch_size=batch_size, on_texts=progress.update
-        )
+    distinct = list(dict.fromkeys(texts))
+    keys = [b""] * len(distinct)
+    embeds: dict[int, torch.Tensor] = {}
+    if store is not None:
+        keys = [key_of("text", tokens) for tokens, _ in read_tokens(processor, distinct)]
+        embeds = {n: store.embeds[key] for n, key in enumerate(keys) if key in store.embeds}
+    missing = [
+        Wanted(number, text, keys[number])
+        for number, text in enumerate(distinct)
+        if number not in embeds
+    ]
+    job = TextJob(missing, batch_size, writer=None if store is None else store.writer)
+    found = len(distinct) - len(missing)
+    result = run_job(job, model, processor, store, found=found, desc="texts", unit="text")
+    if store is not None:
+        store.add({keys[number]: embed for number, embed in result.embeds.items()})
+    embeds |= result.embeds
+    numbers = {text: number for number, text in enumerate(distinct)}
+    return torch.stack([embeds[numbers[text]] for text in texts])
 
 
-__all__ = ["ABLATIONS", "Predictions", "batches", "embed_media", "embed_texts", "predict_rows"]
+__all__ = ["ABLATIONS", "Predictions", "batches", "embed_texts", "predict_rows", "work"]

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from eval.embed import Predictions, embed_texts, predict_rows
+from eval.embedding_store import EmbeddingStore
 from eval.results import Score, TaskResult, interval_facts, portable
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from processing import VLJEPAProcessor
@@ -108,6 +109,7 @@ class Task:
         limit (`int`, *optional*): measure on the first `limit` rows only.
         features (`FeatureStore` or `StreamStore`, *optional*): visual tokens to read in place of
             clips or streams; opened for this model by the kind's `features`.
+        store (`EmbeddingStore`, *optional*): embeddings to read and to add to.
     """
 
     model: VLJEPAModel | VLJEPAForConditionalGeneration
@@ -118,6 +120,7 @@ class Task:
     ablation: str = "none"
     limit: int | None = None
     features: FeatureStore | StreamStore | None = None
+    store: EmbeddingStore | None = None
 
     @property
     def vljepa(self) -> VLJEPAModel:
@@ -181,11 +184,13 @@ class Task:
             ablation=self.ablation,
             features=self.features,
             states=states,
+            store=self.store,
         )
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Embed texts with the Y-Encoder: unit vectors `(len(texts), D)`."""
-        return embed_texts(self.vljepa, self.processor, texts, batch_size=self.batch_size)
+        options = {"batch_size": self.batch_size, "store": self.store}
+        return embed_texts(self.vljepa, self.processor, texts, **options)
 
     def result(
         self,
