@@ -17,7 +17,7 @@ from eval.task import Task
 from eval.tasks import classification
 from eval.tasks.classification import ClassificationBenchmark
 from processing import VLJEPAProcessor
-from tests.hand_model import HandModel, write_colour
+from tests.colour_model import HandModel, write_colour
 from tests.tiny import tiny_processor, write_rows
 
 
