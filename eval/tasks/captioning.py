@@ -9,6 +9,8 @@ Each score is shown with those of three other captions of the same clips:
 - unconditional: decoded from the mean embedding of the training captions. A lower bound: the usual
   caption, without looking at the clip.
 
+The last two need training captions, which a benchmark can lack.
+
 Shapes: R clips, U distinct training captions, D embedding size.
 """
 
@@ -36,14 +38,21 @@ class CaptioningBenchmark(Benchmark):
     """A captioning benchmark.
 
     Attributes:
-        train_rows (`Path`): JSONL file with the training captions, for the comparisons.
+        train_rows (`Path`, *optional*): JSONL file with the training captions, for the comparisons.
         num_beams (`int`, *optional*, defaults to 1): beams of the decoder's search.
     """
 
     prompt = "caption"
 
-    train_rows: Path
+    train_rows: Path | None = None
     num_beams: int = 1
+
+    def train_captions(self) -> list[str]:
+        """Return the distinct training captions, sorted; [] if the benchmark has none."""
+        if self.train_rows is None:
+            return []
+        rows, _ = usable_rows(self.train_rows)
+        return sorted({row["target"] for row in rows})
 
 
 def write(
@@ -119,10 +128,8 @@ def evaluate(task: Task) -> TaskResult:
     predictions = task.predict(one_row_per_clip(rows))
     clips = [media_of(row) for row in predictions.rows]
     references = references_of(clips, rows)  # R lists
-    train_rows, _ = usable_rows(task.benchmark.train_rows)
-    train_texts = sorted({row["target"] for row in train_rows})
+    train_texts = task.benchmark.train_captions()
     true_embeds = task.embed_texts([texts[0] for texts in references])  # (R, D)
-    train_embeds = task.embed_texts(train_texts)  # (U, D)
 
     # 1. The captions, and those they are compared with
     previous = [row.get("previous", "") for row in predictions.rows]
@@ -133,14 +140,14 @@ def evaluate(task: Task) -> TaskResult:
         batch_size=task.batch_size,
         num_beams=task.benchmark.num_beams,
     )
-    nearest = (predictions.embeds @ train_embeds.T).argmax(dim=1)  # (R,)
-    mean = train_embeds.mean(dim=0, keepdim=True)  # (1, D)
     written = decode(predictions.embeds, predictions.queries, previous)
-    others = {
-        "true text": decode(true_embeds, predictions.queries, previous),
-        "nearest caption": [train_texts[index] for index in nearest.tolist()],
-        "unconditional": decode(mean, predictions.queries[:1], [""]) * len(clips),
-    }
+    others = {"true text": decode(true_embeds, predictions.queries, previous)}
+    if train_texts:
+        train_embeds = task.embed_texts(train_texts)  # (U, D)
+        nearest = (predictions.embeds @ train_embeds.T).argmax(dim=1)  # (R,)
+        mean = train_embeds.mean(dim=0, keepdim=True)  # (1, D)
+        others["nearest caption"] = [train_texts[index] for index in nearest.tolist()]
+        others["unconditional"] = decode(mean, predictions.queries[:1], [""]) * len(clips)
 
     # 2. Their scores
     scored = score_captions(written, references)
@@ -196,13 +203,20 @@ def protocol_of(
 ) -> dict[str, str | int | float]:
     """Return the facts about the captions that a reader of the scores must know."""
     known, config = set(train_texts), task.writer.config
-    return {
+    facts = {
         "clips": len(references),
         "references_per_clip": round(sum(map(len, references)) / len(references), 4),
-        "clips_with_a_training_caption": sum(not known.isdisjoint(texts) for texts in references),
-        "train_rows_file": portable(task.benchmark.train_rows),
-        "train_rows_sha256": sha256(task.benchmark.train_rows),
         "training_captions": len(train_texts),
+    }
+    if train_texts:
+        facts |= {
+            "clips_with_a_training_caption": sum(
+                not known.isdisjoint(texts) for texts in references
+            ),
+            "train_rows_file": portable(task.benchmark.train_rows),
+            "train_rows_sha256": sha256(task.benchmark.train_rows),
+        }
+    return facts | {
         "mean_cosine_to_the_true_text": round(mean_cosine, 4),
         "beams": task.benchmark.num_beams,
         "decoder_reads_query": str(config.decoder_reads_query).lower(),

@@ -131,6 +131,17 @@ def test_captioning_takes_several_references_and_rejects_several_queries(writer,
         captioning.evaluate(Task(writer, processor, benchmark(data, query=None)))
 
 
+def test_captioning_without_training_captions_compares_with_the_true_text_only(
+    writer, processor, data
+):
+    result = captioning.evaluate(Task(writer, processor, benchmark(data, train_rows=None)))
+    assert list(result.scores["CIDEr"].baselines) == ["true text"]
+    assert list(result.comparisons) == ["written against true text"]
+    assert result.protocol["training_captions"] == 0
+    assert "train_rows_file" not in result.protocol
+    assert result.scores["exact match"].value == 3 / 4
+
+
 def test_captioning_decodes_with_the_beams_of_the_benchmark(writer, processor, data, monkeypatch):
     asked, decode = [], captioning.decode_texts
     monkeypatch.setattr(
