@@ -20,6 +20,8 @@ from .modeling_vljepa import (
 )
 from .modeling_vljepa import VLJEPAModel as VLJEPAModel
 from .modeling_vljepa import VLJEPAOutput as VLJEPAOutput
+from .perception_encoder import PerceptionEncoderVisionConfig as PerceptionEncoderVisionConfig
+from .perception_encoder import PerceptionEncoderVisionModel as PerceptionEncoderVisionModel
 from .pipelines.decoding import decode_texts as decode_texts
 from .pipelines.segmentation import OnlineSegmenter as OnlineSegmenter
 from .pipelines.segmentation import Segment as Segment
@@ -32,8 +34,9 @@ from .vjepa21 import VJEPA21Model as VJEPA21Model
 
 # Registered here, because this file is not shipped to the Hub; shipped files only define classes.
 AutoConfig.register("vljepa", VLJEPAConfig)
-# `exist_ok`, because a later transformers may have a V-JEPA 2.1 of the same name.
-AutoConfig.register(VJEPA21Config.model_type, VJEPA21Config, exist_ok=True)
+# `exist_ok`, because a later transformers may have models of the same names.
+for each in (VJEPA21Config, PerceptionEncoderVisionConfig):
+    AutoConfig.register(each.model_type, each, exist_ok=True)
 AutoModel.register(VLJEPAConfig, VLJEPAModel)
 AutoModelForZeroShotImageClassification.register(VLJEPAConfig, VLJEPAForZeroShotImageClassification)
 AutoModelForImageTextToText.register(VLJEPAConfig, VLJEPAForConditionalGeneration)

@@ -9,8 +9,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .hub_files import AUTO_MAP, CUSTOM_PIPELINES, write_hub_files
+from .perception_encoder import PerceptionEncoderVisionConfig
 from .prompts import complete_prompts, complete_target_prompts
 from .vjepa21 import VJEPA21Config
+
+# Configurations that transformers does not know, by model type.
+OWN_CONFIGS = {each.model_type: each for each in (VJEPA21Config, PerceptionEncoderVisionConfig)}
 
 
 class VLJEPAConfig(PreTrainedConfig):
@@ -22,7 +26,9 @@ class VLJEPAConfig(PreTrainedConfig):
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             The X-Encoder. Default: V-JEPA 2 ViT-L at 256 pixels. A `model_type` of `"vjepa2_1"` is
-            V-JEPA 2.1, which has a configuration of its own ([`VJEPA21Config`]).
+            V-JEPA 2.1, `"perception_encoder_vision"` the image tower of Perception Encoder; both
+            have configurations of their own ([`VJEPA21Config`],
+            [`PerceptionEncoderVisionConfig`]).
         predictor_config (`dict` or `PreTrainedConfig`, *optional*):
             The Predictor. Default: eight layers of the shape of Llama-3.2-1B. Its attention is
             always bidirectional, even if the dictionary sets `is_causal`: the Predictor reads and
@@ -161,11 +167,11 @@ class VLJEPAConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        # transformers knows no V-JEPA 2.1. It is not registered by name here, because code that was
-        # loaded from the Hub and the installed package would then replace each other's class.
+        # transformers does not know these. They are not registered by name here, because code that
+        # was loaded from the Hub and the installed package would then replace each other's class.
         vision = self.vision_config
-        if isinstance(vision, dict) and vision.get("model_type") == VJEPA21Config.model_type:
-            self.vision_config = VJEPA21Config(**vision)
+        if isinstance(vision, dict) and vision.get("model_type") in OWN_CONFIGS:
+            self.vision_config = OWN_CONFIGS[vision["model_type"]](**vision)
         super().__post_init__(**kwargs)
         # The one supported switch: it reaches the mask builder and every attention kernel. With
         # `is_causal` set on the attention modules alone, padded or eager batches stay causal.

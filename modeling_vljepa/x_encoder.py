@@ -10,14 +10,16 @@ from torch.nn.functional import avg_pool2d
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .attention import from_config
+from .perception_encoder import PerceptionEncoderVisionConfig
 from .vjepa21 import VJEPA21Config
 
 V_JEPA_2, V_JEPA_2_1 = "vjepa2", VJEPA21Config.model_type
+PERCEPTION = PerceptionEncoderVisionConfig.model_type
 VIDEO = (V_JEPA_2, V_JEPA_2_1)  # encoders of tubelets; every other one reads single frames
 
 # Encoders whose positions are rotary with the grid of the input, or trained to be interpolated from
 # a table: they accept any grid of whole patches. Every other one is correct at its own size only.
-ANY_SIZE = (V_JEPA_2_1, "dinov2", "dinov2_with_registers", "dinov3_vit")
+ANY_SIZE = (V_JEPA_2_1, PERCEPTION, "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 # Settings of V-JEPA 2.1 in configurations of a V-JEPA 2, as huggingface/transformers#45497 and the
 # ports on the Hub name them. transformers' V-JEPA 2 would ignore them and compute wrong features.
@@ -99,6 +101,10 @@ class XEncoder(nn.Module):
     An image tower does not encode time, and nothing is added here: the tokens of its frames are
     concatenated, and the Predictor's rotary positions, which run over all visual tokens, order
     them. Every token of its last layer is a visual token, class and register tokens included.
+    Perception Encoder's class token is left out, so that a frame has h x w tokens, 24 x 24 at 336
+    pixels: the paper does not state it, and the model that it compares with in section 4.5 was
+    trained by the recipe of PerceptionLM, which leaves it out. Its patches come from the last layer
+    and `ln_post`, before the attention pooling.
 
     With a `pooling` above 1, each window of `pooling` x `pooling` patches of a frame, or of a
     tubelet, becomes one visual token: their mean.
@@ -119,6 +125,8 @@ class XEncoder(nn.Module):
         self.backbone = build_backbone(config)
         is_newer = config.model_type == V_JEPA_2_1
         self.has_image_stem = is_newer and config.img_temporal_dim_size is not None
+        # Class tokens that are no visual tokens.
+        self.left_out = int(config.model_type == PERCEPTION and config.use_cls_token)
         self.output_size = config.output_size if is_newer else config.hidden_size  # Dx
         # The rest of V-JEPA 2 is its predictor, of which nothing is left.
         self.options = {"skip_predictor": True} if config.model_type == V_JEPA_2 else {}
@@ -149,7 +157,8 @@ class XEncoder(nn.Module):
                 tokens = tokens.unflatten(1, (-1, height * width)).flatten(0, 1)  # (F, P, Dx)
             else:
                 frames = pixel_values_videos.flatten(0, 1)  # (B * T, C, H, W)
-                tokens = self.backbone(pixel_values=frames).last_hidden_state  # (F, P, Dx)
+                tokens = self.backbone(pixel_values=frames).last_hidden_state
+                tokens = tokens[:, self.left_out :]  # (F, P, Dx)
             if self.pooling > 1:
                 tokens = pool_patches(tokens, height, width, self.pooling)  # (F, P', Dx)
             return tokens.reshape(batch_size, -1, tokens.shape[-1])  # (B, N, Dx)
@@ -198,12 +207,13 @@ def unknown_settings(config: PreTrainedConfig) -> list[str]:
     """Return the settings of a configuration that its encoder would ignore, those of V-JEPA 2.1
     first.
 
-    transformers accepts any name. A setting that is off (false, 0 or null) changes nothing. Image
-    towers have old settings of no effect, so only those of V-JEPA 2.1 are looked for there.
+    transformers accepts any name. A setting that is off (false, 0 or null) changes nothing. Other
+    image towers than Perception Encoder have old settings of no effect, so only those of V-JEPA 2.1
+    are looked for there.
     """
     settings = {name for name, value in config.to_dict().items() if value}
     newer = sorted(V_JEPA_2_1_SETTINGS & settings - type(config).__dataclass_fields__.keys())
-    if config.model_type not in VIDEO:
+    if config.model_type not in (*VIDEO, PERCEPTION):
         return newer
     known = type(config).__dataclass_fields__.keys() | WITHOUT_EFFECT | {"model_type"}
     other = sorted(name for name in settings - known if not name.startswith(("_", "pred_")))
@@ -243,4 +253,4 @@ def check_config(config: PreTrainedConfig, pooling: int = 1) -> None:
             )
 
 
-__all__ = ["VIDEO", "V_JEPA_2", "V_JEPA_2_1", "XEncoder"]
+__all__ = ["PERCEPTION", "VIDEO", "V_JEPA_2", "V_JEPA_2_1", "XEncoder"]

@@ -84,6 +84,31 @@ VJEPA21 = {
     "hierarchical_layers": [0, 1],
 }
 
+# Perception Encoder: its image tower, and its text tower as transformers' CLIP.
+PERCEPTION = {
+    "model_type": "perception_encoder_vision",
+    "image_size": 32,
+    "patch_size": 16,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "output_dim": 24,
+}
+PERCEPTION_TEXT = {
+    "model_type": "clip_text_model",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "hidden_act": "gelu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
 # A Y-Decoder whose tokens are those of `tiny_tokenizer()`.
 DECODER = {
     **SUB_CONFIGS["predictor_config"],

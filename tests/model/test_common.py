@@ -10,9 +10,16 @@ from unittest import mock
 import pytest
 import torch
 
-from modeling_vljepa import VJEPA21Config, VJEPA21Model, VLJEPAConfig, VLJEPAModel
+from modeling_vljepa import (
+    PerceptionEncoderVisionConfig,
+    PerceptionEncoderVisionModel,
+    VJEPA21Config,
+    VJEPA21Model,
+    VLJEPAConfig,
+    VLJEPAModel,
+)
 from tests.fetch_common import upstream
-from tests.tiny import tiny_batch, tiny_config
+from tests.tiny import PERCEPTION, tiny_batch, tiny_config
 
 pytestmark = pytest.mark.slow  # half a minute
 MODELING = upstream("test_modeling_common")
@@ -114,6 +121,43 @@ class VJEPA21ModelTest(ModelTesterMixin, unittest.TestCase):
     def setUp(self):
         self.model_tester = VJEPA21Tester()
         self.config_tester = ConfigTester(self, config_class=VJEPA21Config, has_text_modality=False)
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    def test_model_get_set_embeddings(self):
+        self.skipTest("the stem is a convolution, not a table of tokens")
+
+    def test_inputs_embeds(self):
+        self.skipTest("it reads pixels only")
+
+
+class PerceptionEncoderTester:
+    """As `Tester`, for the image tower alone."""
+
+    is_training = False  # it has no loss; test_perception_encoder.py compares gradients
+    batch_size = 3
+    seq_length = 4 + 1  # patches and the class token
+    hidden_size = 48
+    num_hidden_layers = 2
+    num_attention_heads = 4
+
+    def get_config(self):
+        return PerceptionEncoderVisionConfig(**PERCEPTION)
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.get_config(), {"pixel_values": tiny_batch()["pixel_values_videos"][:, 0]}
+
+
+class PerceptionEncoderVisionModelTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (PerceptionEncoderVisionModel,)
+    test_resize_embeddings = False  # it has no table of tokens
+
+    def setUp(self):
+        self.model_tester = PerceptionEncoderTester()
+        self.config_tester = ConfigTester(
+            self, config_class=PerceptionEncoderVisionConfig, has_text_modality=False
+        )
 
     def test_config(self):
         self.config_tester.run_common_tests()

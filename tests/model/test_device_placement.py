@@ -37,6 +37,8 @@ from modeling_vljepa.pipelines.stream_session import Memory, StreamSession
 from tests.tiny import (
     BERT,
     DECODER,
+    PERCEPTION,
+    PERCEPTION_TEXT,
     SUB_CONFIGS,
     TOWER,
     VJEPA21,
@@ -139,6 +141,11 @@ KINDS = {
     "the paper's": {},
     "image tower": IMAGE_TOWER,
     "V-JEPA 2.1": {"vision_config": VJEPA21 | {"hierarchical_layers": None}},
+    "Perception Encoder": {
+        "vision_config": PERCEPTION,
+        "text_config": PERCEPTION_TEXT,
+        "text_pooling": "lasttoken",
+    },
     "bert": {"text_config": BERT, "text_pooling": "cls"},
     "last token, pooled patches": {"text_pooling": "lasttoken", "visual_token_pooling": 2},
 }

@@ -116,7 +116,14 @@ def test_x_encoder_rejects_wrong_layouts_and_sizes(model, pixels, message):
         model.encode_video(pixels)
 
 
-TOWERS = ("dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model", "vit")
+TOWERS = (
+    "dinov2",
+    "dinov3_vit",
+    "clip_vision_model",
+    "siglip_vision_model",
+    "vit",
+    "perception_encoder_vision",
+)
 
 
 def tower(model_type: str, **changes: object) -> VLJEPAModel:
@@ -154,7 +161,7 @@ def test_image_tower_with_a_position_table_rejects_other_sizes(model_type):
             model.encode_video(pixels)
 
 
-@pytest.mark.parametrize("model_type", ["dinov2", "dinov3_vit"])
+@pytest.mark.parametrize("model_type", ["dinov2", "dinov3_vit", "perception_encoder_vision"])
 def test_image_tower_with_other_positions_accepts_any_whole_patches(model_type):
     model = tower(model_type)
     wide = torch.randn(1, 2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
