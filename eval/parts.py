@@ -22,6 +22,19 @@ def rows_of_parts(parts: list[str]) -> dict[str, np.ndarray]:
     return {name: np.flatnonzero(names == name) for name in sorted(set(parts))}
 
 
+def equal_parts(values: np.ndarray, parts: list[str]) -> np.ndarray:
+    """Return values `(R,)` whose mean is the mean of the parts' means: see the top of this file.
+
+    Args:
+        values (`np.ndarray` of shape `(R,)`): a row's score.
+        parts (`list[str]` of length R): the part of each row.
+    """
+    _, part, counts = np.unique(parts, return_inverse=True, return_counts=True)  # (R,), (K,)
+    means = np.bincount(part, weights=values) / counts
+    weights = len(values) / (len(means) * counts[part])
+    return means.mean() + weights * (values - means[part])
+
+
 def mean_of_parts(
     by_part: dict[str, Score], values: np.ndarray, parts: list[str], clusters: np.ndarray
 ) -> Score:
@@ -34,16 +47,11 @@ def mean_of_parts(
         clusters (`np.ndarray` of shape `(R,)`): number of each row's cluster.
     """
     scores = list(by_part.values())
-    mean = sum(score.value for score in scores) / len(scores)
-    linear = np.full(len(values), mean)
-    for name, rows in rows_of_parts(parts).items():
-        weight = len(values) / (len(scores) * len(rows))
-        linear[rows] += weight * (values[rows] - by_part[name].value)
     baselines = {
         name: sum(score.baselines[name] for score in scores) / len(scores)
         for name in scores[0].baselines
     }
-    return _within_one(Score.of(linear, clusters, baselines))
+    return within_one(Score.of(equal_parts(values, parts), clusters, baselines))
 
 
 def f1_score(
@@ -75,7 +83,7 @@ def f1_score(
         name: sum(_baseline_f1(given, wanted, rows) for rows in groups) / len(groups)
         for name, given in baselines.items()
     }
-    return _within_one(Score.of(linear, clusters, means))
+    return within_one(Score.of(linear, clusters, means))
 
 
 def _baseline_f1(given: np.ndarray | float, wanted: np.ndarray, rows: np.ndarray) -> float:
@@ -85,8 +93,9 @@ def _baseline_f1(given: np.ndarray | float, wanted: np.ndarray, rows: np.ndarray
     return precision_recall_f1(given[rows], wanted[rows])[2]
 
 
-def _within_one(score: Score) -> Score:
+def within_one(score: Score) -> Score:
+    """Return a score with its interval cut to 0 and 1."""
     return replace(score, low=max(0.0, score.low), high=min(1.0, score.high))
 
 
-__all__ = ["f1_score", "mean_of_parts", "rows_of_parts"]
+__all__ = ["equal_parts", "f1_score", "mean_of_parts", "rows_of_parts", "within_one"]
