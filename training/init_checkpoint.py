@@ -6,8 +6,8 @@
         --text google/embeddinggemma-300m
 
 These are the parts of the paper's model (arXiv 2512.10942, section 3.1). Each may be a Hub id or a
-folder, and `--vision` a published `.pt` file of V-JEPA 2.1. The projections between the parts and
-the temperature are new.
+folder, `--vision` also a published `.pt` file of V-JEPA 2.1 or the Perception Encoder, and `--text`
+one of the Perception Encoder. The projections between the parts and the temperature are new.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--vision", required=True, help="X-Encoder: V-JEPA 2 or 2.1, or an image transformer")
+    add("--vision", required=True, help="X-Encoder: V-JEPA 2 or 2.1, or an image tower")
     add("--predictor", required=True, help="language model, or its GGUF file")
     add("--layers", default="8", help="8: the last eight; 0-8: the first eight")
     add("--text", required=True, help="Y-Encoder: a sentence-transformers or transformers model")
@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--no-target-projection", action="store_true", help="use the Y-Encoder's own space")
     add("--without-dense", action="store_true", help="leave out the Y-Encoder's Dense layers")
     add("--pooling", help="pooling of the Y-Encoder: mean, cls or lasttoken; default: its own")
+    add("--text-tokenizer", help="tokenizer of a Perception Encoder's text tower; default: CLIP's")
     add("--target-prompt", metavar="NAME", help="prompt of the Y-Encoder that precedes targets")
     add("--pad-token", help="padding token of a query tokenizer that has none")
     add("--num-frames", type=int, default=8, help="frames sampled from each video")
@@ -140,7 +141,13 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     vision = read_vision("--vision", args.vision, hierarchical=args.hierarchical)
     predictor = read_predictor(args.predictor, args.layers, args.pad_token)
-    text = read_text("--text", args.text, with_dense=not args.without_dense, pooling=args.pooling)
+    text = read_text(
+        "--text",
+        args.text,
+        with_dense=not args.without_dense,
+        pooling=args.pooling,
+        tokenizer=args.text_tokenizer,
+    )
 
     # 3. The processor
     vision.video_processor.num_frames = args.num_frames

@@ -176,6 +176,14 @@ def test_read_vision_names_what_a_port_has_that_is_not_implemented(settings, mes
         read_vision("--vision", str(folder))
 
 
+def test_read_vision_names_a_tensor_that_a_port_has_twice(tmp_path):
+    name = "encoder.embeddings.img_mod_embed"
+    weights = transformers_names(WEIGHTS)
+    weights[f"module.{name}"] = weights[name].clone()
+    with pytest.raises(RecipeError, match=f"--vision: .* has two tensors of one name, {name}"):
+        read_vision("--vision", str(port(tmp_path / "port", weights)))
+
+
 def changed(weights: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
     weights = dict(weights)
     name = next(name for name in weights if "mlp.fc1.weight" in name)
@@ -230,7 +238,7 @@ def test_read_vision_names_a_file_that_is_no_vjepa21(tmp_path, monkeypatch):
     refused({"target_encoder": {}}, "lacks a patch_embed.proj.weight")
     refused({"target_encoder": {"a": 3}}, "has no ema_encoder or target_encoder")
     twice = {"module.img_mod_embed": torch.zeros(1), "img_mod_embed": torch.zeros(1)}
-    refused({"target_encoder": WEIGHTS | twice}, "has two tensors of one name in target_encoder")
+    refused({"target_encoder": WEIGHTS | twice}, "has two tensors of one name, img_mod_embed")
     wide = WEIGHTS | {"patch_embed.proj.weight": torch.zeros(80, 3, 2, 16, 16)}
     refused({"target_encoder": wide}, "has 80 features, but .* 768, 1024, 1408, 1664")
     (tmp_path / "broken.pt").write_bytes(b"no archive")

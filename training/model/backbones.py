@@ -1,9 +1,9 @@
 """Pretrained parts for a new VL-JEPA, from Hub ids or folders.
 
-Weights are read from safetensors, or from GGUF for a language model. Nothing is unpickled, except a
-published `.pt` file of V-JEPA 2.1, by torch's restricted unpickler, which runs no code. Each
-reader returns a part's configuration, its weights under the names that our module uses, and its
-video processor or tokenizer, pooling and prompts.
+Weights are read from safetensors, or from GGUF for a language model. Nothing is unpickled, except
+published `.pt` files of V-JEPA 2.1 and the Perception Encoder, by torch's restricted unpickler,
+which runs no code. Each reader returns a part's configuration, its weights under the names that our
+module uses, and its video processor or tokenizer, pooling and prompts.
 """
 
 import re
@@ -21,28 +21,33 @@ from transformers import (
 )
 from transformers.image_processing_utils import get_size_dict
 
-from modeling_vljepa.x_encoder import V_JEPA_2, VIDEO, check_config
+from modeling_vljepa.x_encoder import PERCEPTION, V_JEPA_2, V_JEPA_2_1, VIDEO, check_config
 from modeling_vljepa.y_encoder import POOLINGS
 from processing import VLJEPAVideoProcessor
 from processing.video_processing_vljepa import shortest_edge
 from training.arguments import RecipeError
+from training.model import perception_files, vjepa21_files
 from training.model.checkpoint_files import (
+    FILES,
     Weights,
     load,
     load_weights,
     public_name,
+    read_file,
     read_json,
     read_tensors,
     split_gguf,
     tensor_files,
 )
-from training.model.vjepa21_files import FILES, read_vjepa21
 
 # Decoder-only language models whose masks follow `is_causal = False`; each is tested.
 PREDICTORS = ("llama", "mistral", "qwen2", "qwen3")
 LLAMA_3_PAD = "<|finetune_right_pad_id|>"  # reserved by Llama 3 and in no text
 # Parts of the names of weights that V-JEPA 2.1 has and V-JEPA 2 has not.
 V_JEPA_2_1_WEIGHTS = ("norms_block.", "_mod_embed", "patch_embeddings_img.", "patch_embed_img.")
+# The Perception Encoder's files have no tokenizer; core/vision_encoder/tokenizer.py is CLIP's.
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+CLIP_TEXT, CLIP_IDS = "a photo of a cat", [49406, 320, 1125, 539, 320, 2368, 49407]
 ACTIVATIONS = {"Identity": "linear", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu"}
 
 
@@ -96,19 +101,24 @@ class DecoderBackbone:
 def read_vision(key: str, source: str, *, hierarchical: bool = False) -> VisionBackbone:
     """Read an X-Encoder and its preprocessing; from CLIP or SigLIP, the image tower.
 
+    A single file is a V-JEPA 2.1 or a Perception Encoder, by the names of its tensors.
+
     Args:
         hierarchical: give the four levels of V-JEPA 2.1 as visual tokens, not only the last.
 
     Raises:
         RecipeError: it cannot be read, is no X-Encoder, or has only one level.
     """
-    newer = read_vjepa21(key, source)
-    if newer is not None:
-        config, weights = newer
-        config.hierarchical_output = hierarchical
+    if source.endswith(FILES):
+        published = read_vision_file(key, source)
+    else:
+        published = vjepa21_files.read_vjepa21(key, source)
+    if published is not None:
+        config, weights = published
+        check_levels(source, config, hierarchical)
         weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
         if source.endswith(FILES):
-            processor = VLJEPAVideoProcessor(crop_size=config.crop_size)
+            processor = pretraining_processor(config)
         else:
             processor = read_video_processor(key, source, config)
         return VisionBackbone(public_name(source), config, weights, processor)
@@ -119,16 +129,42 @@ def read_vision(key: str, source: str, *, hierarchical: bool = False) -> VisionB
         check_config(config)
     except ValueError as error:
         raise RecipeError(f"{key}: {source}: {error}") from error
-    if hierarchical:
-        raise RecipeError(
-            f"--hierarchical: {source} is a {config.model_type!r}; only V-JEPA 2.1 has levels."
-        )
+    check_levels(source, config, hierarchical)
     if config.model_type == V_JEPA_2:
         check_stock_weights(key, source)
     weights = load_weights(key, source, config, AutoModel)
     config.name_or_path = ""
     name = public_name(source)
     return VisionBackbone(name, config, weights, read_video_processor(key, source, config))
+
+
+def read_vision_file(key: str, source: str) -> tuple[PreTrainedConfig, Weights]:
+    """Return the configuration and the weights of a published file, of either kind by its names."""
+    content = read_file(key, source)
+    if perception_files.is_perception(content):
+        return perception_files.read_vision_tower(key, source, content)
+    return vjepa21_files.from_published(key, source, content)
+
+
+def check_levels(source: str, config: PreTrainedConfig, hierarchical: bool) -> None:
+    """Set the output of a V-JEPA 2.1; raise `RecipeError` for levels that an encoder lacks."""
+    if config.model_type == V_JEPA_2_1:
+        config.hierarchical_output = hierarchical
+    elif hierarchical:
+        raise RecipeError(
+            f"--hierarchical: {source} is a {config.model_type!r}; only V-JEPA 2.1 has levels."
+        )
+
+
+def pretraining_processor(config: PreTrainedConfig) -> VLJEPAVideoProcessor | None:
+    """Return the preprocessing of an encoder whose kind determines it; `None` for other kinds."""
+    if config.model_type == PERCEPTION:  # core/vision_encoder/transforms.py: squashed, not cropped
+        side = {"height": config.image_size, "width": config.image_size}
+        half = [0.5, 0.5, 0.5]
+        return VLJEPAVideoProcessor(size=side, crop_size=side, image_mean=half, image_std=half)
+    if config.model_type in VIDEO:
+        return VLJEPAVideoProcessor(crop_size=config.crop_size)
+    return None
 
 
 def check_stock_weights(key: str, source: str) -> None:
@@ -155,8 +191,8 @@ def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJ
     )
     is_video = config.model_type in VIDEO
     if settings is None:
-        if is_video:
-            return VLJEPAVideoProcessor(crop_size=config.crop_size)
+        if processor := pretraining_processor(config):
+            return processor
         raise RecipeError(
             f"{key}: {source} has no preprocessor_config.json, so its normalisation of pixels is "
             "unknown. Save its image processor into the folder."
@@ -296,7 +332,12 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, wished: str | None) -> 
 
 
 def read_text(
-    key: str, source: str, *, with_dense: bool = True, pooling: str | None = None
+    key: str,
+    source: str,
+    *,
+    with_dense: bool = True,
+    pooling: str | None = None,
+    tokenizer: str | None = None,
 ) -> TextBackbone:
     """Read a text encoder.
 
@@ -308,7 +349,20 @@ def read_text(
         source: folder or Hub id.
         with_dense: keep the Dense layers or projection.
         pooling: replaces the source's own pooling, which defaults to the mean.
+        tokenizer: folder or Hub id of the tokenizer of a source that has none, a published file of
+            a Perception Encoder. Default: `CLIP_TOKENIZER`.
+
+    Raises:
+        RecipeError: it cannot be read, or has a tokenizer of its own.
     """
+    if source.endswith(FILES):
+        part = read_text_file(key, source, tokenizer or CLIP_TOKENIZER, with_dense)
+        part.pooling = pooling or part.pooling
+        return part
+    if tokenizer is not None:
+        raise RecipeError(
+            f"--text-tokenizer: {source} has a tokenizer of its own; remove the option."
+        )
     modules = read_json(source, "modules.json")
     own = load(AutoConfig, key, source)
     config = own.text_config if "text_config" in own.sub_configs else own
@@ -332,6 +386,46 @@ def read_text(
     config.pad_token_id = pad
     config.name_or_path = ""
     return part
+
+
+def read_text_file(key: str, source: str, tokenizer: str, with_dense: bool) -> TextBackbone:
+    """Read the text tower of a Perception Encoder, with its projection as a Dense layer.
+
+    Raises:
+        RecipeError: it cannot be read, or the tokenizer is not CLIP's.
+    """
+    content = read_file(key, source)
+    if not perception_files.is_perception(content):
+        raise RecipeError(
+            f"{key}: {source} is not a Perception Encoder, the only model whose text tower is read "
+            "from a single file; give a folder or Hub id."
+        )
+    config, weights, projection = perception_files.read_text_tower(key, source, content)
+    part = TextBackbone(public_name(source), config, {}, load(AutoTokenizer, key, tokenizer))
+    check_clip_tokenizer(tokenizer, part.tokenizer, config)
+    part.tokenizer.model_max_length = config.max_position_embeddings
+    part.pooling = "lasttoken"  # published: the token of the highest id, which ends a text
+    part.weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+    if with_dense:
+        part.weights["dense.0.linear.weight"] = projection
+        out = config.projection_dim
+        part.dense = [{"out_features": out, "bias": False, "activation": "linear"}]
+    return part
+
+
+def check_clip_tokenizer(
+    source: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> None:
+    """Raise `RecipeError` unless a tokenizer gives the ids of the published one.
+
+    One sentence reveals another vocabulary, another order and missing special tokens.
+    """
+    ids = tokenizer(CLIP_TEXT)["input_ids"]
+    if len(tokenizer) != config.vocab_size or ids != CLIP_IDS:
+        raise RecipeError(
+            f"--text-tokenizer: {source} is not CLIP's, which the Perception Encoder reads: it "
+            f"encodes {CLIP_TEXT!r} as {ids}, not as {CLIP_IDS}. Give {CLIP_TOKENIZER}."
+        )
 
 
 def read_text_weights(key: str, source: str, config: PreTrainedConfig) -> Weights:

@@ -5,12 +5,14 @@ Every error names the setting, `key`, that named the checkpoint.
 
 import json
 import os
+import pickle
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -25,6 +27,8 @@ from training.arguments import RecipeError
 MODELS = (PreTrainedModel, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
 
 Weights = dict[str, torch.Tensor]
+
+FILES = (".pt", ".safetensors")  # a single file with published names, without a configuration
 
 
 def load(auto: type, key: str, path: str, *, new: tuple[str, ...] = (), **options: Any) -> Any:
@@ -43,6 +47,9 @@ def load(auto: type, key: str, path: str, *, new: tuple[str, ...] = (), **option
         loaded = auto.from_pretrained(path, **options)
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{key}: cannot load {path} as a folder or Hub id: {error}") from error
+    except ImportError as error:  # a class that needs another package, such as timm
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(f"{key}: cannot load {path}: {reason}") from error
     except (ValueError, KeyError) as error:
         raise RecipeError(f"{key}: cannot load {path}: {error}") from error
     if not is_model:
@@ -98,14 +105,19 @@ def read_tensors(
         folder: folder inside the source that contains the weights.
 
     Raises:
-        RecipeError: a weight file is missing or broken.
+        RecipeError: a weight file is missing or broken, or two tensors have one name then.
     """
     files = tensor_files(key, source, folder)
     try:
         wanted = defaultdict(dict)
+        renamed = set()
         for name, file in files.items():
-            if (new := rename(name)) is not None:
-                wanted[file][new] = name
+            if (new := rename(name)) is None:
+                continue
+            if new in renamed:
+                raise RecipeError(f"{key}: {source} has two tensors of one name, {new}.")
+            renamed.add(new)
+            wanted[file][new] = name
         tensors = {}
         for file, names in wanted.items():
             path = find_file(source, os.path.join(folder, file))
@@ -145,6 +157,99 @@ def shard_names(key: str, source: str, folder: str) -> dict[str, str]:
         )
     with safe_open(path, "pt") as shard:
         return dict.fromkeys(shard.keys(), SAFE_WEIGHTS_NAME)
+
+
+def read_file(key: str, source: str) -> Any:
+    """Return the content of a single `.pt` or safetensors file.
+
+    torch's restricted unpickler reads a `.pt` file; it runs no code.
+
+    Args:
+        source: path of the file, or its name after a folder or Hub id.
+
+    Raises:
+        RecipeError: the file is missing or broken.
+    """
+    folder, file = os.path.split(source)
+    try:
+        path = source if os.path.isfile(source) else find_file(folder, file) if folder else None
+    except OSError as error:
+        raise RecipeError(f"{key}: cannot load {source}: {error}") from error
+    if path is None:
+        raise RecipeError(f"{key}: {source} does not exist; give a .pt file, a folder or a Hub id.")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        # Mapped, because a file may also hold parts that are not read, such as the optimizer's.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(f"{key}: {source} is not a file of tensors: {reason}") from error
+
+
+def is_weights(content: Any) -> bool:
+    """Return True for a dictionary of named tensors."""
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in content.items()
+    )
+
+
+def plain_name(name: str, prefixes: tuple[str, ...]) -> str:
+    """Return the name of a tensor without the prefixes of wrappers."""
+    while name.startswith(prefixes):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def strip_prefixes(key: str, source: str, weights: Weights, prefixes: tuple[str, ...]) -> Weights:
+    """Return the tensors under their names without the prefixes of wrappers.
+
+    Raises:
+        RecipeError: two tensors have one name then.
+    """
+    plain = {}
+    for full, tensor in weights.items():
+        name = plain_name(full, prefixes)
+        if name in plain:
+            raise RecipeError(f"{key}: {source} has two tensors of one name, {name}.")
+        plain[name] = tensor
+    return plain
+
+
+def check_shapes(
+    key: str,
+    source: str,
+    model: str,
+    found: Weights,
+    wanted: Mapping[str, tuple[int, ...]],
+    optional: Collection[str] = (),
+) -> None:
+    """Raise `RecipeError` for a missing, extra or misshapen tensor, with its name.
+
+    Args:
+        model: name of the model in the error.
+        optional: names that may be missing.
+    """
+    for name in sorted(wanted.keys() - found.keys() - set(optional)):
+        raise RecipeError(f"{key}: {source} lacks {name}; give a complete {model}.")
+    for name in sorted(found.keys() - wanted.keys()):
+        raise RecipeError(
+            f"{key}: {source} has {name}, which this {model} does not have; give another file."
+        )
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name]:
+            raise RecipeError(
+                f"{key}: {source} has {name} of shape {tuple(tensor.shape)}, but this size of "
+                f"{model} has {tuple(wanted[name])}; give another file."
+            )
 
 
 def load_weights(key: str, source: str, config: PreTrainedConfig, cls: type, **options) -> Weights:

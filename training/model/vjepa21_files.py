@@ -14,21 +14,27 @@ Both name their tensors in one of two ways:
 | `norms_block.k.*`                | `encoder.norms_block.k.*`; the last `encoder.layernorm.*`  |
 """
 
-import os
-import pickle
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from modeling_vljepa.vjepa21 import VJEPA21Config, VJEPA21Model
 from modeling_vljepa.x_encoder import V_JEPA_2_1, V_JEPA_2_1_SETTINGS, unknown_settings
 from training.arguments import RecipeError
-from training.model.checkpoint_files import Weights, find_file, read_json, read_tensors
+from training.model.checkpoint_files import (
+    Weights,
+    check_shapes,
+    is_weights,
+    plain_name,
+    read_json,
+    read_tensors,
+    strip_prefixes,
+)
+
+MODEL = "V-JEPA 2.1"
 
 
 @dataclass
@@ -50,7 +56,6 @@ SIZES = {
     1664: Size("ViT-G", 48, 26, 8192, "vjepa2_1_vitG_384.pt"),
 }
 ENCODERS = ("ema_encoder", "target_encoder")  # keys of a `.pt` file: distilled, and trained alone
-FILES = (".pt", ".safetensors")  # a single file with published names, without a configuration
 PREFIXES = ("module.", "backbone.", "model.", "vjepa21.", "vjepa2.")
 # Parts of ports that are no part of the encoder.
 OTHER_PARTS = ("predictor.", "pooler.", "classifier.")
@@ -73,13 +78,6 @@ NOT_THE_ENCODERS = {
 
 
 # -- names and shapes ----------------------------------------------------------------------
-
-
-def plain_name(name: str) -> str:
-    """Return the name of a tensor without the prefixes of wrappers."""
-    while name.startswith(PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
 
 
 def our_names(name: str) -> list[str]:
@@ -126,92 +124,29 @@ def published_shapes(config: VJEPA21Config) -> dict[str, torch.Size]:
     return shapes
 
 
-def check_shapes(
-    key: str,
-    source: str,
-    found: dict[str, torch.Size],
-    wanted: dict[str, torch.Size],
-    optional: set[str],
-) -> None:
-    """Raise `RecipeError` for a missing, extra or misshapen tensor, with its name."""
-    for name in sorted(wanted.keys() - found.keys() - optional):
-        raise RecipeError(f"{key}: {source} lacks {name}; give a complete V-JEPA 2.1.")
-    for name in sorted(found.keys() - wanted.keys()):
-        raise RecipeError(
-            f"{key}: {source} has {name}, which this V-JEPA 2.1 does not have; give another file."
-        )
-    for name, shape in found.items():
-        if shape != wanted[name]:
-            raise RecipeError(
-                f"{key}: {source} has {name} of shape {tuple(shape)}, but this size of V-JEPA 2.1 "
-                f"has {tuple(wanted[name])}; give another file."
-            )
-
-
 # -- published files -----------------------------------------------------------------------
 
 
-def read_published(key: str, source: str) -> tuple[VJEPA21Config, Weights]:
-    """Read a published `.pt` file, with torch's restricted unpickler, or the same as safetensors.
-
-    Raises:
-        RecipeError: it is missing or broken, and as `from_published` raises it.
-    """
-    folder, file = os.path.split(source)
-    try:
-        path = source if os.path.isfile(source) else find_file(folder, file) if folder else None
-    except OSError as error:
-        raise RecipeError(f"{key}: cannot load {source}: {error}") from error
-    if path is None:
-        raise RecipeError(f"{key}: {source} does not exist; give a .pt file, a folder or a Hub id.")
-    try:
-        if path.endswith(".safetensors"):
-            return from_published(key, source, {ENCODERS[0]: load_file(path)})
-        # Mapped, because a file also holds the predictor and the optimizer's state.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(f"{key}: {source} is not a file of tensors: {reason}") from error
-    return from_published(key, source, content)
-
-
 def from_published(key: str, source: str, content: Any) -> tuple[VJEPA21Config, Weights]:
-    """Return the configuration and the weights, under our names, in the content of a `.pt` file.
+    """Return the configuration and the weights, under our names, of the content of a file.
 
     Raises:
         RecipeError: it is no V-JEPA 2.1 of a published size.
     """
-    weights = encoder_of(key, source, content)
+    weights = strip_prefixes(key, source, encoder_of(key, source, content), PREFIXES)
     config = published_config(key, source, weights)
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    check_shapes(key, source, shapes, published_shapes(config), set())
+    check_shapes(key, source, MODEL, weights, published_shapes(config))
     return config, to_ours(weights)
 
 
-def is_weights(content: Any) -> bool:
-    """Return True for a dictionary of named tensors."""
-    return isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor)
-        for name, tensor in content.items()
-    )
-
-
 def encoder_of(key: str, source: str, content: Any) -> Weights:
-    """Return the encoder's tensors of a `.pt` file under their names without prefixes."""
+    """Return the encoder's tensors in the content of a `.pt` file, or all of a safetensors file."""
+    if is_weights(content) and content:
+        return content
     names = list(content) if isinstance(content, dict) else []
     for name in ENCODERS:
         if name in names and is_weights(content[name]):
-            weights = {plain_name(k): v for k, v in content[name].items()}
-            if len(weights) < len(content[name]):
-                raise RecipeError(f"{key}: {source} has two tensors of one name in {name}.")
-            return weights
+            return content[name]
     raise RecipeError(
         f"{key}: {source} has no {' or '.join(ENCODERS)}, the encoders of V-JEPA 2.1's files; it "
         f"has {', '.join(map(str, names[:5])) or 'no names'}."
@@ -309,7 +244,7 @@ def read_port(key: str, source: str, settings: dict) -> tuple[VJEPA21Config, Wei
     last = len(config.levels) - 1
 
     def rename(name: str) -> str | None:
-        name = plain_name(name)
+        name = plain_name(name, PREFIXES)
         if name.startswith(OTHER_PARTS):
             return None
         # Some ports have published names in a module `encoder`.
@@ -329,18 +264,15 @@ def read_port(key: str, source: str, settings: dict) -> tuple[VJEPA21Config, Wei
     # The first levels are not read by default, so a port may lack them.
     first = tuple(f"norms_block.{level}." for level in range(last))
     optional = {name for name in wanted if name.removeprefix("encoder.").startswith(first)}
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    check_shapes(key, source, shapes, wanted, optional)
+    check_shapes(key, source, MODEL, weights, wanted, optional)
     return config, to_ours(weights) if is_published else weights
 
 
 def read_vjepa21(key: str, source: str) -> tuple[VJEPA21Config, Weights] | None:
-    """Read a V-JEPA 2.1 from a `.pt` file, or a folder or Hub id; `None` for anything else.
+    """Read a port of V-JEPA 2.1 from a folder or Hub id; return `None` for anything else.
 
     Weights are named as in `VJEPA21Model`.
     """
-    if source.endswith(FILES):
-        return read_published(key, source)
     try:
         settings = read_json(source, "config.json")
     except (OSError, ValueError):  # `load` names the fault
