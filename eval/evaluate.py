@@ -1,28 +1,43 @@
 """Measure a model: `python -m eval.evaluate --model DIR --tasks babyai_vqa easy_vqa`.
 
 The command prints a table for each kind of benchmark, and writes `results.json`, `report.html`, and
-`items.jsonl` with scores and predictions of every item, which `eval.compare` reads.
+`items.jsonl` with scores and predictions of every item, which `eval.compare` reads. Its items are
+named by hashes; with `--predictions`, `predictions.jsonl` has their clips and texts, too.
+
+Embeddings are stored in `embeddings/` while they are computed: after a kill, the same command
+continues, and a second run embeds nothing. Several processes share the work:
+
+    accelerate launch --num_processes 2 -m eval.evaluate --model DIR --tasks all
 """
 
 import argparse
 import json
+import platform
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import torch
+import yaml
 
-from eval.benchmarks import load_benchmarks, measurable
-from eval.embed import ABLATIONS
-from eval.items import FILE, write_items
+from eval.benchmarks import DATA, load_benchmarks, measurable
+from eval.embed import ABLATIONS, work
+from eval.embedding_store import EmbeddingStore, facts_of, weights_digest
+from eval.items import FILE, PREDICTIONS, write_items, write_predictions
 from eval.models import load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
 from eval.task import Task
 from eval.tasks import TASKS
+from eval.team import Team
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from processing.feature_store import FeatureError, FeatureStore
 from processing.output import check_output_folder, writing
 from processing.stream_store import StreamStore
+
+# Packages whose versions can change a score
+PACKAGES = ("av", "datasets", "numpy", "pillow", "tokenizers", "torch", "transformers")
 
 
 def at_least_one(text: str) -> int:
@@ -35,9 +50,16 @@ def at_least_one(text: str) -> int:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a model")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--tasks", required=True, nargs="+", help="benchmark names, or: all")
     parser.add_argument(
-        "--benchmarks", type=Path, default=Path(__file__).with_name("benchmarks.yaml")
+        "--benchmarks",
+        type=Path,
+        default=Path(__file__).with_name("benchmarks.yaml"),
+        help="file, or folder of files, of entries; eval/paper has those of the paper",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="folder of published data; default: data"
     )
     parser.add_argument(
         "--ablation", choices=ABLATIONS, default="none", help="hide the pixels, or swap the queries"
@@ -52,6 +74,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="a store of training.cache_features that contains every file or stream",
     )
+    parser.add_argument(
+        "--predictions",
+        action="store_true",
+        help=f"also write {PREDICTIONS}: clip, texts, prediction and scores of every item",
+    )
+    parser.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="DIR",
+        help="where embeddings are stored and found again; default: OUTPUT/embeddings",
+    )
     args = parser.parse_args(argv)
     if args.features is not None and args.ablation == "grey":
         parser.error("--ablation grey hides pixels, and --features has none: leave one out")
@@ -63,7 +96,29 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                 "with --output"
             )
         args.output = Path(args.model) / f"eval{suffix}"
+    if args.embeddings is None:
+        args.embeddings = args.output / "embeddings"
     return args
+
+
+def model_facts(
+    args: argparse.Namespace, model: VLJEPAModel | VLJEPAForConditionalGeneration, weights: str
+) -> dict[str, Any]:
+    """Return the model's revision on the Hub, a hash of its weights, and the seeds of its training.
+
+    The revision is None for a folder, and the seeds are None without `recipes.yaml`. A stage whose
+    recipe states no seed has None, too.
+    """
+    recipes, seeds = Path(args.model) / "recipes.yaml", None
+    if recipes.is_file():
+        stages = [each["training"] for each in yaml.safe_load(recipes.read_text(encoding="utf-8"))]
+        seeds = {Path(stage["output_dir"]).name: stage.get("seed") for stage in stages}
+    is_folder = Path(args.model).is_dir()
+    return {
+        "revision": None if is_folder else model.config._commit_hash,
+        "weights": weights,
+        "training_seeds": seeds,
+    }
 
 
 def write_results(
@@ -71,35 +126,45 @@ def write_results(
     model_name: str,
     results: list[TaskResult],
     features: FeatureStore | StreamStore | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> None:
     """Write the scores and everything that they depend on.
 
-    Times and absolute paths are left out, so that equal runs write equal files.
+    Times, absolute paths and the number of processes are left out, so that equal runs write equal
+    files.
+
+    Args:
+        facts: see [`model_facts`].
     """
-    packages = ("av", "numpy", "pillow", "torch", "transformers")
     stored = {} if features is None else {"features": features.precision()}
+    versions = {"python": platform.python_version()}
     content = {
         "model": model_name,
+        **(facts or {}),
         **stored,
-        "versions": {package: version(package) for package in packages},
+        "versions": versions | {package: version(package) for package in PACKAGES},
         "benchmarks": {result.name: result.as_json() for result in results},
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
-
-    # 1. the benchmarks and the folder: checked before the model is loaded
+def measure(args: argparse.Namespace, team: Team) -> None:
+    """Measure all benchmarks and write the results, in process 0."""
+    # 1. the benchmarks and the folders: checked before the model is loaded
     check_output_folder("--output", args.output)
-    benchmarks = load_benchmarks(args.benchmarks, args.tasks)
+    check_output_folder("--embeddings", args.embeddings)
+    benchmarks = load_benchmarks(args.benchmarks, args.tasks, args.data)
 
     # 2. the model, with its decoder if it has one, and its processor
-    model, processor = load_model(args.model)
+    model, processor = load_model(args.model, args.revision)
     benchmarks = measurable(benchmarks, args.tasks, model.config.decoder_config is not None)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(team.device)
     model_name = Path(args.model).resolve().name
+    weights = weights_digest(model.base_model)
+    known = facts_of(model.base_model, processor, weights)
+    store = EmbeddingStore.open(args.embeddings, known, team)
+    facts = model_facts(args, model, weights)
 
     # 3. one benchmark after the other; results are written after each, so none is lost
     results, features = [], None
@@ -120,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
             ablation=args.ablation,
             limit=args.limit,
             features=features,
+            store=store,
         )
         result = TASKS[benchmark.task].evaluate(task)
         if result.skipped:
@@ -127,8 +193,15 @@ def main(argv: list[str] | None = None) -> None:
         results.append(result)
         with writing(args.output):
             args.output.mkdir(parents=True, exist_ok=True)
-            write_items(args.output / FILE, result.name, result.items, append=len(results) > 1)
-            write_results(args.output / "results.json", model_name, results, features)
+            first = len(results) == 1
+            write_items(args.output / FILE, result.name, result.items, append=not first)
+            if args.predictions:
+                path = args.output / PREDICTIONS
+                write_predictions(path, result.name, result.items, append=not first)
+            else:  # that of an earlier run would not belong to these results
+                (args.output / PREDICTIONS).unlink(missing_ok=True)
+            write_results(args.output / "results.json", model_name, results, features, facts)
+    team.end()
 
     # 4. tables and report
     print(text_tables(results))
@@ -136,6 +209,23 @@ def main(argv: list[str] | None = None) -> None:
     with writing(args.output, "results.json is complete."):
         write_report(args.output / "report.html", model_name, results, trainer_state)
     print(f"\n{args.output / 'results.json'}\n{args.output / 'report.html'}")
+
+
+def embed_shares(args: argparse.Namespace, team: Team) -> None:
+    """Embed what process 0 asks for, in every other process."""
+    model, processor = load_model(args.model, args.revision)
+    model.to(team.device)
+    team.serve(partial(work, model.base_model, processor))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    team = Team.join()
+    if team.rank == 0:
+        measure(args, team)
+    else:
+        embed_shares(args, team)
+    team.leave()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The rows, clips and texts that scores are means over, with the scores of each.
 
-An evaluation writes them to `items.jsonl`; `eval.compare` pairs those of two evaluations.
+An evaluation writes them to `items.jsonl`; `eval.compare` pairs those of two evaluations. There an
+item is named by a hash, so the file is equal on every machine and contains no text of the data.
+`predictions.jsonl` has the same items in the same order, with their clips and texts to read.
 """
 
 import hashlib
@@ -14,9 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from processing.rows import clip_key, content_key
+from processing.rows import clip_key, content_key, media_file, media_name
 
-FILE = "items.jsonl"
+FILE, PREDICTIONS = "items.jsonl", "predictions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,23 @@ class Items:
                 item["prediction"] = self.predictions[index]
             yield item | {"scores": {metric: found[index] for metric, found in scores.items()}}
 
+    def readable(self) -> Iterator[dict]:
+        """Yield each item as `as_json` does, with its clips and texts."""
+        for item, clips, texts in zip(self.as_json(), self.clips, self.texts, strict=True):
+            head = {"item": item.pop("item"), "clips": [_clip(row) for row in clips]}
+            yield head | {"texts": texts} | item
+
+
+def _clip(row: dict) -> dict:
+    """Return the file of a row's clip, relative to the working directory if it is inside, and its
+    line and seconds."""
+    kind = "video" if "video" in row else "image"
+    name = media_name(media_file(row))
+    if Path(name).is_absolute() and Path(name).is_relative_to(Path.cwd()):
+        name = str(Path(name).relative_to(Path.cwd()))
+    known = {part: row[part] for part in ("line", "start", "end") if part in row}
+    return {kind: name} | known
+
 
 def _short(value: float) -> int | float:
     """Return a whole number without its decimals: most scores are 0 or 1."""
@@ -83,6 +102,15 @@ def write_items(path: Path, benchmark: str, items: list[Items], *, append: bool)
     with open(path, "a" if append else "w", encoding="utf-8") as file:
         for part in items:
             for item in part.as_json():
+                line = json.dumps({"benchmark": benchmark, **item}, ensure_ascii=False)
+                file.write(line + "\n")
+
+
+def write_predictions(path: Path, benchmark: str, items: list[Items], *, append: bool) -> None:
+    """Write the items of a benchmark with their clips and texts, one JSON object per line."""
+    with open(path, "a" if append else "w", encoding="utf-8") as file:
+        for part in items:
+            for item in part.readable():
                 line = json.dumps({"benchmark": benchmark, **item}, ensure_ascii=False)
                 file.write(line + "\n")
 
@@ -126,4 +154,12 @@ def read_items(path: Path) -> dict[tuple[str, str], Column]:
     return columns
 
 
-__all__ = ["FILE", "Column", "Items", "read_items", "write_items"]
+__all__ = [
+    "FILE",
+    "PREDICTIONS",
+    "Column",
+    "Items",
+    "read_items",
+    "write_items",
+    "write_predictions",
+]

@@ -6,17 +6,22 @@ from modeling_vljepa import VLJEPAConfig, VLJEPAForConditionalGeneration, VLJEPA
 from processing import VLJEPAProcessor
 
 
-def load_model(path: str) -> tuple[VLJEPAModel | VLJEPAForConditionalGeneration, VLJEPAProcessor]:
+def load_model(
+    path: str, revision: str | None = None
+) -> tuple[VLJEPAModel | VLJEPAForConditionalGeneration, VLJEPAProcessor]:
     """Load a model, with its decoder if it has one, and its processor.
+
+    Args:
+        revision: branch, tag or commit of a model on the Hub.
 
     Raises: `ValueError` for a folder or Hub id without a complete model.
     """
     try:
-        config = VLJEPAConfig.from_pretrained(path)
+        config = VLJEPAConfig.from_pretrained(path, revision=revision)
         has_decoder = config.decoder_config is not None
         kind = VLJEPAForConditionalGeneration if has_decoder else VLJEPAModel
-        model, info = kind.from_pretrained(path, output_loading_info=True)
-        processor = VLJEPAProcessor.from_pretrained(path)
+        model, info = kind.from_pretrained(path, revision=revision, output_loading_info=True)
+        processor = VLJEPAProcessor.from_pretrained(path, revision=revision)
     except Exception as error:  # damaged JSON, shapes and weights each raise another type
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(

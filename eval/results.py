@@ -99,9 +99,8 @@ class TaskResult:
         skipped (`list[str]`): each line and file that was left out, and why.
         examples (`list[Example]`): for the report.
         items (`list[Items]`): the rows that the scores are means over, with the scores of each.
-        paper (`dict`, *optional*): the entry's `paper:` block, if the paper has this benchmark: its
-            `name` there, `pool`, `metric`, the `scores` of models, and what is `open`.
-        pool (`int`, *optional*): number of measured clips or rows, those that `paper.pool` counts.
+        paper (`dict`, *optional*): the entry's block `paper`, as the fields of `eval.task.Paper`.
+        pool (`int`, *optional*): number of measured items, those that `paper.pool` counts.
         pool_expected (`int`, *optional*): number that the paper's name needs; None if the paper
             does not state it.
     """
@@ -131,11 +130,11 @@ class TaskResult:
         """
         if self.paper is None:
             return []
-        found = []
+        found, unit = [], self.paper["unit"]
         if self.pool_expected is None:
-            found.append(f"{self.pool:,} clips, the paper does not state how many")
+            found.append(f"{self.pool:,} {unit}, the paper does not state how many")
         elif self.pool != self.pool_expected:
-            found.append(f"{self.pool:,} of {self.pool_expected:,} clips")
+            found.append(f"{self.pool:,} of {self.pool_expected:,} {unit}")
         if (ablation := self.protocol.get("ablation", "none")) != "none":
             found.append(f"ablation {ablation}")
         return found
