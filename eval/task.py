@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,22 +21,44 @@ import torch
 from eval.embed import Predictions, embed_texts, predict_rows
 from eval.embedding_store import EmbeddingStore
 from eval.results import Score, TaskResult, interval_facts, portable
+from eval.sources import Source
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.feature_store import FeatureStore
-from processing.rows import BadRow, media_of, read_rows
+from processing.rows import BadRow, RowFields, media_of, read_rows
 from processing.stream_store import StreamStore
 
 
-def usable_rows(path: Path) -> tuple[list[dict], list[BadRow]]:
-    """Read rows as [`read_rows`] does.
+def usable_rows(
+    origin: Path | Source, row_fields: RowFields | None = None
+) -> tuple[list[dict], list[BadRow]]:
+    """Read the rows of a source, or of a JSONL file as [`read_rows`] does.
 
-    Raises: `ValueError` for a file without a single good row.
+    Args:
+        row_fields: the fields of a file's rows; a source knows its own.
+
+    Raises: `ValueError` if there is not a single good row.
     """
-    rows, bad = read_rows(path)
+    if isinstance(origin, Source):
+        return origin.read()
+    rows, bad = read_rows(origin, row_fields)
     if not rows:
-        raise ValueError(f"{path}: no usable row. The first reason: {bad[0]}")
+        raise ValueError(f"{origin}: no usable row. The first reason: {bad[0]}")
     return rows, bad
+
+
+def origin_facts(origin: Path | Source, rows: list[dict], prefix: str = "") -> dict[str, str]:
+    """Return the facts about the origin of rows, for the protocol.
+
+    Args:
+        rows: the good rows of a source, of which the hash is taken; a file is hashed itself.
+        prefix: beginning of the names of the facts, such as "train_".
+    """
+    if isinstance(origin, Source):
+        facts = {**origin.facts(), "rows_sha256": origin.digest(rows)}
+    else:
+        facts = {"rows_file": portable(origin), "rows_sha256": sha256(origin)}
+    return {f"{prefix}{name}": value for name, value in facts.items()}
 
 
 def one_row_per_clip(rows: list[dict]) -> list[dict]:
@@ -54,6 +76,61 @@ def texts_sha256(texts: list[str]) -> str:
     return hashlib.sha256(json.dumps(sorted(texts)).encode()).hexdigest()[:12]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """A benchmark in the paper's tables, or in those of another work: the block `paper`.
+
+    Attributes:
+        name (`str`): its name there. A result has this name only if `pool` items were measured.
+        table (`str`, *optional*): where its numbers are.
+        pool (`int`, *optional*): number of items; `None` if it is not stated.
+        unit (`str`, *optional*): word for the items, such as "questions".
+        metric (`str`): which score the numbers are.
+        scores (`dict[str, float]`): percentages by the name of the model.
+        parts (`dict[str, dict[str, float]]`): percentages of parts, such as those of question
+            types, by the names of the part and of the model.
+        open (`str`): what the paper leaves open.
+        choice (`str`): what was chosen here.
+        terms (`str`): where the data are, and under which terms.
+    """
+
+    name: str
+    metric: str
+    table: str | None = None
+    pool: int | None = None
+    unit: str | None = None
+    scores: dict = field(default_factory=dict)
+    parts: dict = field(default_factory=dict)
+    open: str = ""
+    choice: str = ""
+    terms: str = ""
+
+    @classmethod
+    def from_mapping(cls, name: str, mapping: Any) -> "Paper":
+        """Build the block of an entry.
+
+        Raises: `ValueError` for a key that is unknown, missing or of a wrong type.
+        """
+        known = {item.name: item for item in fields(cls)}
+        if not isinstance(mapping, dict):
+            raise ValueError(f"{name}: paper is {mapping!r}; give keys and values")
+        if unknown := mapping.keys() - known.keys():
+            raise ValueError(f"{name}: paper has no {', '.join(map(str, unknown))}, but {[*known]}")
+        if missing := {"name", "metric"} - mapping.keys():
+            raise ValueError(f"{name}: paper needs {', '.join(sorted(missing))}")
+        for key, value in mapping.items():
+            if not isinstance(value, known[key].type) or isinstance(value, bool):
+                raise ValueError(f"{name}: paper: {key} is {value!r}, must be {known[key].type}")
+        paper = cls(**mapping)
+        for part, scores in {"": paper.scores, **paper.parts}.items():
+            for model, score in scores.items() if isinstance(scores, dict) else [(part, scores)]:
+                if isinstance(score, bool) or not isinstance(score, int | float):
+                    raise ValueError(f"{name}: paper: {part} {model} is {score!r}, not a number")
+        if paper.pool is None and not paper.open:
+            raise ValueError(f"{name}: paper: pool is missing, and `open` gives no reason")
+        return paper
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One entry of a benchmark file: the keys that all kinds share.
@@ -61,31 +138,54 @@ class Benchmark:
     A kind with keys of its own adds them in a subclass.
 
     Attributes:
-        prompt (`str`, *optional*): name in `config.prompts` of the query of rows that ask none, if
-            the benchmark has no `query`; `None` for a kind whose rows ask. No key of an entry.
+        media (`bool`): the rows are about images or videos, not about texts only. No key.
+        required (`tuple[str, ...]`): fields that each row must have. No key.
+        roles (`dict[str, str]`): the kinds of further fields of a row, as [`RowFields`] lists
+            them; `source.columns` maps them by these names. No key.
+        counts (`str`): the items of the pool, "rows" or distinct "clips". No key.
         name (`str`): the entry's name.
         task (`str`): the name of its kind.
-        rows (`Path`): JSONL file, as [`read_rows`] reads it.
+        rows (`Path`, *optional*): JSONL file, as [`read_rows`] reads it.
         description (`str`): a sentence about the data and the purpose.
         query (`str`, *optional*): replaces the queries of the rows.
         num_frames (`int`, *optional*): frames per video; the processor's by default.
+        source (`Source`, *optional*): published data, in place of `rows`.
+        paper (`Paper`, *optional*): this benchmark in the paper's tables.
+        prompt (`str`, *optional*): name in `config.prompts` of the query of rows that ask none, if
+            the benchmark has no `query`; `None` for a kind whose rows ask.
     """
 
-    prompt: ClassVar[str | None] = None
+    media: ClassVar[bool] = True
+    required: ClassVar[tuple[str, ...]] = ("target",)
+    roles: ClassVar[dict[str, str]] = {}
+    counts: ClassVar[Literal["rows", "clips"]] = "rows"
 
     name: str
     task: str
-    rows: Path
+    rows: Path | None
     description: str
     query: str | None = None
     num_frames: int | None = None
+    source: Source | None = field(default=None, kw_only=True)
+    paper: Paper | None = field(default=None, kw_only=True)
+    prompt: str | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def row_fields(cls) -> RowFields:
+        """Return the fields of the rows of this kind."""
+        return RowFields(media=cls.media, required=cls.required, roles=cls.roles)
+
+    @property
+    def origin(self) -> Path | Source:
+        """The file or the source of the rows."""
+        return self.rows if self.source is None else self.source
 
     def load(self) -> tuple[list[dict], list[BadRow]]:
         """Read the good rows, with this benchmark's query if it has one, and the bad rows.
 
         Raises: `ValueError` when no row is good.
         """
-        rows, bad = usable_rows(self.rows)
+        rows, bad = usable_rows(self.origin, self.row_fields())
         if self.query is not None:
             rows = [row | {"query": self.query} for row in rows]
         return rows, bad
@@ -159,11 +259,13 @@ class Task:
         return own if len(set(queries)) == 1 else f"the rows and {own}"
 
     @cached_property
-    def _loaded(self) -> tuple[list[dict], list[BadRow]]:
+    def _loaded(self) -> tuple[list[dict], list[BadRow], dict[str, str]]:
         rows, bad = self.benchmark.load()
+        # Before the model's query is filled in: rows of two models are the same rows.
+        facts = origin_facts(self.benchmark.origin, rows)
         if self.query is not None:
             rows = [row if row["query"] else row | {"query": self.query} for row in rows]
-        return rows, bad
+        return rows, bad, facts
 
     def all_rows(self) -> list[dict]:
         """Return every good row of the benchmark."""
@@ -208,6 +310,8 @@ class Task:
             cluster: the rows that form a cluster of the intervals.
             others: further fields of [`TaskResult`].
         """
+        if self.benchmark.paper is not None:
+            others = self._pool(predictions) | others
         return TaskResult(
             name=self.benchmark.name,
             task=self.benchmark.task,
@@ -220,17 +324,28 @@ class Task:
             **others,
         )
 
+    def _pool(self, predictions: Predictions) -> dict[str, Any]:
+        """Return the paper's block, and how many items were measured of how many."""
+        benchmark = self.benchmark
+        measured = len(predictions.rows)
+        if benchmark.counts == "clips":
+            measured = len({media_of(row) for row in predictions.rows})
+        paper = asdict(benchmark.paper)
+        paper["unit"] = benchmark.paper.unit or benchmark.counts
+        return {"paper": paper, "pool": measured, "pool_expected": benchmark.paper.pool}
+
     def _shared_protocol(self, predictions: Predictions) -> dict[str, str | int | float]:
         rows, queries = predictions.rows, predictions.queries
+        limit = {"limit": "none" if self.limit is None else self.limit}
+        if not self.benchmark.media:
+            return self._loaded[2] | limit
         moved = sum(row["query"] != query for row, query in zip(rows, queries, strict=True))
         video_processor = self.processor.video_processor
         num_frames = self.benchmark.num_frames or video_processor.num_frames
         frames = sorted({1 if "image" in row else num_frames for row in rows})
         crop = video_processor.crop_size
         distinct = len(set(queries))
-        return {
-            "rows_file": portable(self.benchmark.rows),
-            "rows_sha256": sha256(self.benchmark.rows),
+        return self._loaded[2] | {
             "media": len({media_of(row) for row in rows}),
             "frames": ", ".join(map(str, frames)),
             "pixels": f"{crop['height']}x{crop['width']}",
@@ -238,19 +353,22 @@ class Task:
             "prompt_from": self.query_source(queries),
             "ablation": self.ablation,
             "queries_changed_by_ablation": moved,
-            "limit": "none" if self.limit is None else self.limit,
+            **limit,
         }
 
     def _skipped_rows(self, predictions: Predictions) -> list[str]:
         """Return line number and reason of every row left out, with paths relative to its file."""
-        rows, bad = self._loaded
-        broken, path = predictions.broken, self.benchmark.rows
-        reasons = {row.line: row.reason for row in bad}
-        reasons |= {row["line"]: broken[media_of(row)] for row in rows if media_of(row) in broken}
-        folder = os.path.abspath(path.parent)
-        return [
-            f"{path.name}:{line}: {_relative(reasons[line], folder)}" for line in sorted(reasons)
-        ]
+        rows, bad, _ = self._loaded
+        broken, origin = predictions.broken, self.benchmark.origin
+        reasons = {(row.line, row.reason): None for row in bad}
+        if broken:
+            found = [(row["line"], broken.get(media_of(row))) for row in rows]
+            reasons |= {each: None for each in found if each[1] is not None}
+        if isinstance(origin, Source):
+            name, folder = origin.label(), os.path.abspath(origin.folder)
+        else:
+            name, folder = origin.name, os.path.abspath(origin.parent)
+        return [f"{name}:{line}: {_relative(reason, folder)}" for line, reason in sorted(reasons)]
 
 
 def _relative(text: str, folder: str) -> str:
@@ -287,4 +405,14 @@ class Kind:
     features: type[FeatureStore] | type[StreamStore] = FeatureStore
 
 
-__all__ = ["Benchmark", "Kind", "Task", "one_row_per_clip", "sha256", "texts_sha256", "usable_rows"]
+__all__ = [
+    "Benchmark",
+    "Kind",
+    "Paper",
+    "Task",
+    "one_row_per_clip",
+    "origin_facts",
+    "sha256",
+    "texts_sha256",
+    "usable_rows",
+]

@@ -281,6 +281,19 @@ def _values(example: Mapping, text: str) -> _Values:
     return _text_values(example, text) if is_text else _path_values(example, text)
 
 
+def value_of(example: Mapping, text: str) -> Any:
+    """Return the one value of a path, or of a text with paths in braces.
+
+    Raises:
+        ColumnError: the path selects elements of a list.
+        ExampleError: the example lacks it.
+    """
+    found = _values(example, text)
+    if found.depth:
+        raise ColumnError(f"{text!r} selects several values, and one is expected")
+    return found.at[()]
+
+
 def _formatted(value: Any, spec: str, path: str) -> str:
     """Return a path's value as it appears in a text."""
     try:
@@ -456,21 +469,78 @@ def _check_type(key: str, value: Any) -> None:
     elif key == "where":
         kind = "a mapping of paths to values, such as {split: train}"
         right = isinstance(value, Mapping) and all(isinstance(path, str) for path in value)
+    elif key == "replace":
+        kind = "a mapping of texts to texts"
+        right = isinstance(value, Mapping) and all(isinstance(text, str) and text for text in value)
+        right = right and all(isinstance(text, str) for text in value.values())
     elif key in ("numbers", "words"):
         kind, right = "true or false", isinstance(value, bool)
     else:
         kind, right = "a text", isinstance(value, str)
-    if not right and (value is not None or key in ("query", "where", "numbers", "words")):
+    if not right and (
+        value is not None or key in ("query", "where", "replace", "numbers", "words")
+    ):
         raise ColumnError(f"{key} is {value!r}; give {kind}")
 
 
-def _check_role(key: str, kind: str, value: Any) -> None:
-    """Check the type of a role's part of a mapping; see `_check_type`."""
-    is_list = kind in LIST_KINDS and isinstance(value, list | tuple)
-    values = value if is_list else [value]
-    if not values or not all(isinstance(text, str) for text in values):
-        wanted = "a text or a list of texts" if kind in LIST_KINDS else "a text"
-        raise ColumnError(f"{key} is {value!r}; give {wanted}")
+@dataclass(frozen=True)
+class Role:
+    """Part of a mapping that fills a further field of a row.
+
+    Attributes:
+        paths: paths to the values; several make one list.
+        text: instead of a path, a constant, or a text with paths in braces.
+        values: the field's value for each value at the path, such as `{true: simple}`.
+    """
+
+    paths: tuple[str, ...] = ()
+    text: str | None = None
+    values: Mapping[Any, Any] | None = None
+
+    @classmethod
+    def of(cls, key: str, kind: str, given: Any) -> "Role":
+        """Build and check a role from a path, a list of paths, `{text: …}` or `{column: …,
+        values: …}`.
+
+        Raises:
+            ColumnError: it is none of these.
+        """
+        if isinstance(given, Mapping) and given.keys() == {"text"}:
+            text = given["text"]
+            if isinstance(text, str) and kind == "text":
+                return cls(text=text)
+        elif isinstance(given, Mapping) and given.keys() == {"column", "values"}:
+            column, values = given["column"], given["values"]
+            if kind not in LIST_KINDS and isinstance(column, str) and isinstance(values, Mapping):
+                return cls(paths=(column,), values=values)
+        else:
+            paths = given if kind in LIST_KINDS and isinstance(given, list | tuple) else [given]
+            if paths and all(isinstance(path, str) for path in paths):
+                return cls(paths=tuple(paths))
+        wanted = "a list of paths" if kind in LIST_KINDS else "{text: ...} for a text"
+        raise ColumnError(
+            f"{key} is {given!r}; give a path, {{column: ..., values: ...}} or {wanted}"
+        )
+
+    def read(self, example: Mapping) -> "_Values":
+        """Return the values of a role that is no list."""
+        if self.text is not None:
+            return _text_values(example, self.text)
+        found = _values(example, self.paths[0])
+        if self.values is None:
+            return found
+        at = {index: self.mapped(value) for index, value in found.at.items()}
+        return _Values(found.text, found.depth, at)
+
+    def mapped(self, value: Any) -> Any:
+        for key, mapped in self.values.items():
+            if _equal(value, key):
+                return mapped
+        known = ", ".join(map(repr, self.values))
+        raise ExampleError(f"{self.paths[0]} is {value!r}, and `values` has only {known}")
+
+    def __str__(self) -> str:
+        return self.text if self.text is not None else ", ".join(self.paths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -491,13 +561,13 @@ class Columns:
         absent: targets that mean a missing one, such as "N/A"; with a null in this list, nulls,
             empty lists and JSON objects without the key do too. By default they are faults.
         remove: texts that are cut out of queries and targets.
+        replace: texts that are replaced there by others, after what is removed.
         numbers: accept a whole number as a target. By default it is an error, because it is usually
             a class index, and the name of the class is wanted.
         words: targets are names of classes such as `MakeTea` or `make_tea`, which become words.
         id: path to the example's own id, for messages and to find repeated examples.
-        roles: paths by the name of a further field of a row; `row_fields` has their kinds. Of a
-            kind that is a list, all elements of the path make one list, and a list of paths is
-            accepted.
+        roles: further fields of a row, by name; `row_fields` has their kinds. Of a kind that is a
+            list, all elements of the path make one list.
         row_fields: the fields of these rows; by default an image or a video, and a target.
     """
 
@@ -514,10 +584,11 @@ class Columns:
     where: dict[str, Any] = field(default_factory=dict)
     absent: tuple[str | None, ...] = ()
     remove: tuple[str, ...] = ()
+    replace: dict[str, str] = field(default_factory=dict)
     numbers: bool = False
     words: bool = False
     id: str | None = None
-    roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    roles: dict[str, Role] = field(default_factory=dict)
     row_fields: RowFields = field(default_factory=RowFields)
 
     @classmethod
@@ -540,18 +611,14 @@ class Columns:
                 raise ColumnError(
                     f"{mapping!r} is not a mapping; write one such as {{image: jpg, target: txt}}"
                 )
+            roles = {}
             for key, value in mapping.items():
                 if key not in known:
                     raise ColumnError(f"unknown key {key!r}.{_near(str(key), known)}")
                 if key in kinds:
-                    _check_role(key, kinds[key], value)
+                    roles[key] = Role.of(key, kinds[key], value)
                 else:
                     _check_type(key, value)
-            roles = {
-                key: (value,) if isinstance(value, str) else tuple(value)
-                for key, value in mapping.items()
-                if key in kinds
-            }
             own = {key: value for key, value in mapping.items() if key not in kinds}
             listed = {
                 key: (value,) if isinstance(value, str) else tuple(value)
@@ -578,7 +645,7 @@ class Columns:
             raise ColumnError("give either start and end, or moment and seconds.")
         # Paths are not checked before an example is seen: a name may hold any character.
         paths = [self.image, self.video, self.start, self.end, self.moment, self.negatives, self.id]
-        roles = [text for texts in self.roles.values() for text in texts]
+        roles = [text for each in self.roles.values() for text in (*each.paths, each.text or "")]
         for text in (self.query, *filter(None, paths), *self.target, *self.where, *roles):
             _pieces(text)
 
@@ -616,13 +683,13 @@ class Columns:
             "negatives": self.negatives,
             "id": self.id,
         }
-        texts |= {
-            f"role {name}": path
-            for name, (path, *_) in self.roles.items()
-            if not self._is_list(name)
-        }
         parts = {name: _values(example, text) for name, text in texts.items() if text is not None}
         parts["query"] = _text_values(example, self.query)
+        parts |= {
+            f"role {name}": role.read(example)
+            for name, role in self.roles.items()
+            if not self._is_list(name)
+        }
         if self.row_fields.media:
             media = _values(example, self.image or self.video)
             clips = {index: _media(value, media.text) for index, value in media.at.items()}
@@ -647,8 +714,8 @@ class Columns:
             target: `None` for rows without a target.
         """
         lists = {
-            name: [_values(example, path) for path in paths]
-            for name, paths in self.roles.items()
+            name: [_values(example, path) for path in role.paths]
+            for name, role in self.roles.items()
             if self._is_list(name)
         }
         if target is not None:
@@ -699,6 +766,8 @@ class Columns:
     def _clean(self, text: str) -> str:
         for part in self.remove:
             text = text.replace(part, "")
+        for part, other in self.replace.items():
+            text = text.replace(part, other)
         return text.strip()
 
     def _row(self, found: dict[str, Any], target: str | None) -> dict:
@@ -718,9 +787,9 @@ class Columns:
             ]
         if found.get("id") is not None:
             row["id"] = _text(found["id"], self.id, True)
-        for role, paths in self.roles.items():
-            if (value := self._role(role, found[f"role {role}"], ", ".join(paths))) is not None:
-                row[role] = value
+        for name, role in self.roles.items():
+            if (value := self._role(name, found[f"role {name}"], str(role))) is not None:
+                row[name] = value
         if not self.row_fields.media:
             return row
         return row | span | {"group_id": " | ".join(group)}
@@ -753,4 +822,4 @@ class Columns:
         }
 
 
-__all__ = ["ColumnError", "Columns", "ExampleError", "class_words", "read_json"]
+__all__ = ["ColumnError", "Columns", "ExampleError", "class_words", "read_json", "value_of"]

@@ -17,6 +17,7 @@ Shapes: R clips, U distinct training captions, D embedding size.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ class CaptioningBenchmark(Benchmark):
         num_beams (`int`, *optional*, defaults to 1): beams of the decoder's search.
     """
 
-    prompt = "caption"
+    counts: ClassVar[str] = "clips"
+    prompt: str | None = "caption"
 
     train_rows: Path | None = None
     num_beams: int = 1

@@ -34,7 +34,7 @@ class ClassificationBenchmark(CandidatesBenchmark):
     the model's own for actions, as in the pipelines, unless the entry has templates.
     """
 
-    prompt = "action"
+    prompt: str | None = "action"
 
 
 def evaluate(task: Task) -> TaskResult:

@@ -6,6 +6,7 @@ Shapes: V distinct clips, T texts, D embedding size.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ class RetrievalBenchmark(Benchmark):
             of each row is right for its own clip only, and an equal text of another clip is wrong.
     """
 
-    prompt = "retrieval"
+    counts: ClassVar[str] = "clips"
+    prompt: str | None = "retrieval"
 
     paragraphs: bool = False
     merge_texts: bool = True

@@ -410,7 +410,7 @@ class StreamingBenchmark(Benchmark):
         stride (`int`, *optional*, defaults to 1): frames between the beginnings of two windows.
     """
 
-    prompt = "caption"
+    prompt: str | None = "caption"
 
     validation_rows: Path
     fps: float | int | None = None
