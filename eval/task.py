@@ -190,6 +190,11 @@ class Benchmark:
             rows = [row | {"query": self.query} for row in rows]
         return rows, bad
 
+    def bad_row(self, row: dict, reason: str) -> BadRow:
+        """Return a row that is valid but of no use for this kind."""
+        where = self.origin.label() if isinstance(self.origin, Source) else str(self.origin)
+        return BadRow(where, row["line"], reason)
+
     def check_one_query(self, rows: list[dict]) -> None:
         """Raise `ValueError` if the rows ask different queries: a clip has one embedding here."""
         if len({row["query"] for row in rows}) > 1:
@@ -275,13 +280,19 @@ class Task:
         """Return the rows to measure on: the good ones, at most `limit`."""
         return self.all_rows()[: self.limit]
 
-    def predict(self, rows: list[dict], *, states: str | None = None) -> Predictions:
-        """Predict the answer's embedding for each row; see [`predict_rows`]."""
+    def predict(
+        self, rows: list[dict], *, num_frames: int | None = None, states: str | None = None
+    ) -> Predictions:
+        """Predict the answer's embedding for each row; see [`predict_rows`].
+
+        Args:
+            num_frames (*optional*): frames per video, in place of the benchmark's.
+        """
         return predict_rows(
             self.vljepa,
             self.processor,
             rows,
-            num_frames=self.benchmark.num_frames,
+            num_frames=num_frames or self.benchmark.num_frames,
             batch_size=self.batch_size,
             ablation=self.ablation,
             features=self.features,
@@ -301,6 +312,7 @@ class Task:
         scores: dict[str, Score],
         *,
         cluster: str = "clip",
+        left_out: dict[int, str] | None = None,
         **others: Any,
     ) -> TaskResult:
         """Return the result with the protocol that every kind states, and the rows left out.
@@ -308,10 +320,14 @@ class Task:
         Args:
             protocol: the kind's own facts; the shared ones follow them.
             cluster: the rows that form a cluster of the intervals.
+            left_out (*optional*): reasons of rows that were left out, by line, next to those whose
+                clip is broken.
             others: further fields of [`TaskResult`].
         """
-        if self.benchmark.paper is not None:
-            others = self._pool(predictions) | others
+        rows = predictions.rows
+        is_clips = self.benchmark.counts == "clips"
+        measured = len({media_of(row) for row in rows}) if is_clips else len(rows)
+        others = self.pool_facts(measured) | others
         return TaskResult(
             name=self.benchmark.name,
             task=self.benchmark.task,
@@ -320,16 +336,16 @@ class Task:
             | self._shared_protocol(predictions)
             | interval_facts(scores.values(), cluster),
             scores=scores,
-            skipped=self._skipped_rows(predictions),
+            skipped=self._skipped_rows(predictions, left_out or {}),
             **others,
         )
 
-    def _pool(self, predictions: Predictions) -> dict[str, Any]:
-        """Return the paper's block, and how many items were measured of how many."""
+    def pool_facts(self, measured: int) -> dict[str, Any]:
+        """Return the paper's block, and how many items were measured of how many: fields of
+        [`TaskResult`]; {} if the benchmark is not in the paper."""
         benchmark = self.benchmark
-        measured = len(predictions.rows)
-        if benchmark.counts == "clips":
-            measured = len({media_of(row) for row in predictions.rows})
+        if benchmark.paper is None:
+            return {}
         paper = asdict(benchmark.paper)
         paper["unit"] = benchmark.paper.unit or benchmark.counts
         return {"paper": paper, "pool": measured, "pool_expected": benchmark.paper.pool}
@@ -356,11 +372,11 @@ class Task:
             **limit,
         }
 
-    def _skipped_rows(self, predictions: Predictions) -> list[str]:
+    def _skipped_rows(self, predictions: Predictions, left_out: dict[int, str]) -> list[str]:
         """Return line number and reason of every row left out, with paths relative to its file."""
         rows, bad, _ = self._loaded
         broken, origin = predictions.broken, self.benchmark.origin
-        reasons = {(row.line, row.reason): None for row in bad}
+        reasons = {(row.line, row.reason): None for row in bad} | dict.fromkeys(left_out.items())
         if broken:
             found = [(row["line"], broken.get(media_of(row))) for row in rows]
             reasons |= {each: None for each in found if each[1] is not None}
