@@ -1,5 +1,6 @@
 """A model whose embeddings are given by hand, so that its scores can be computed by hand."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -20,6 +21,13 @@ COLOURS = {
     "white": (255, 255, 255),
 }
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def colour_bytes(colour: str) -> dict:
+    """Return a PNG image of one colour, as `datasets` stores it."""
+    content = io.BytesIO()
+    Image.new("RGB", (40, 40), COLOURS[colour]).save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
 
 
 def write_colour(path: Path, colour: str) -> Path:

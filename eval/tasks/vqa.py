@@ -10,6 +10,7 @@ Shapes: R rows, C candidate answers, D embedding size.
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,8 +28,9 @@ from eval.intervals import difference_interval, numbered
 from eval.items import Items
 from eval.metrics import chance_recall, first_relevant_ranks, precision_recall_f1, relevant_index
 from eval.parts import f1_score, mean_of_parts, rows_of_parts
-from eval.results import Score, TaskResult, answer_examples, portable
-from eval.task import Kind, Task, sha256, usable_rows
+from eval.results import Score, TaskResult, answer_examples
+from eval.sources import Source
+from eval.task import Kind, Task, origin_facts, usable_rows
 from processing.rows import Media, media_of
 
 
@@ -42,6 +44,7 @@ class VQABenchmark(CandidatesBenchmark):
     Attributes:
         train_rows (`Path`, *optional*): JSONL file. Its distinct answers are the candidates if the
             entry gives none, and the baseline "question only" learns from it.
+        train_source (`Source`, *optional*): published data in its place; no clip of them is read.
         answers (`str`, *optional*, defaults to `"exact"`): normal form in which answers are
             compared, a name in [`ANSWERS`].
         positive (`str`, *optional*): the answer whose F1 is measured, such as "yes".
@@ -49,7 +52,10 @@ class VQABenchmark(CandidatesBenchmark):
             too, in which each type counts the same.
     """
 
+    roles: ClassVar[dict[str, str]] = {"question_type": "text", "pair": "text"}
+
     train_rows: Path | None = None
+    train_source: Source | None = None
     answers: str = "exact"
     positive: str | None = None
     mean_of_types: bool = False
@@ -58,14 +64,22 @@ class VQABenchmark(CandidatesBenchmark):
         super().__post_init__()
         if self.query is not None:
             raise ValueError(f"{self.name}: a vqa benchmark takes no query: its rows ask")
-        if self.train_rows is None and self.candidates is None and self.candidates_file is None:
+        if self.train_rows is not None and self.train_source is not None:
+            raise ValueError(f"{self.name}: give either train_rows or train_source")
+        if self.training is None and self.candidates is None and self.candidates_file is None:
             raise ValueError(
-                f"{self.name}: a vqa benchmark needs train_rows, candidates or candidates_file"
+                f"{self.name}: a vqa benchmark needs train_rows, train_source, candidates or "
+                "candidates_file"
             )
         if self.answers not in ANSWERS:
             raise ValueError(
                 f"{self.name}: answers is {self.answers!r}, must be one of {', '.join(ANSWERS)}"
             )
+
+    @property
+    def training(self) -> Path | Source | None:
+        """The file or the source of the training rows."""
+        return self.train_source or self.train_rows
 
     def normalized(self, rows: list[dict]) -> list[dict]:
         """Return rows with the normal forms of their answers.
@@ -222,9 +236,10 @@ def evaluate(task: Task) -> TaskResult:
     Raises: `ValueError` for an answer without the normal form of the benchmark.
     """
     benchmark = task.benchmark
-    train_rows, bad_train = [], []
-    if benchmark.train_rows is not None:
-        train_rows, bad_train = usable_rows(benchmark.train_rows)
+    train_rows, bad_train, protocol = [], [], {}
+    if benchmark.training is not None:
+        train_rows, bad_train = usable_rows(benchmark.training)
+        protocol |= origin_facts(benchmark.training, train_rows, "train_")
         train_rows = benchmark.normalized(train_rows)
     answers = benchmark.answer_texts(train_rows)
     templates = templates_of(task, "{}")
@@ -260,15 +275,13 @@ def evaluate(task: Task) -> TaskResult:
         "ties": "wrong",
         "rows": len(rows),
         "answers_not_among_candidates": int((truth == -1).sum()),
+        **protocol,
     }
+    if benchmark.training is not None:
+        protocol["train_rows_unusable"] = len(bad_train)
     if benchmark.train_rows is not None:
         shared = {media_of(row) for row in rows} & {media_of(row) for row in train_rows}
-        protocol |= {
-            "train_rows_file": portable(benchmark.train_rows),
-            "train_rows_sha256": sha256(benchmark.train_rows),
-            "train_rows_unusable": len(bad_train),
-            "media_shared_with_training": len(shared),
-        }
+        protocol["media_shared_with_training"] = len(shared)
     items = Items(
         clips=[[row] for row in rows],
         texts=[[row["query"], row["target"]] for row in rows],

@@ -43,7 +43,7 @@ def stage_of(recipe: dict[str, Any]) -> str:
 
 def hub_task(benchmark: dict[str, Any]) -> str:
     """Return the Hub's name of a benchmark's task, which depends on the kind of its media."""
-    is_image = benchmark["protocol"]["frames"] == "1"
+    is_image = benchmark["protocol"].get("frames") == "1"
     return TASKS[benchmark["task"]].hub_tasks["image" if is_image else "video"]
 
 
