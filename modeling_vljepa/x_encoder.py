@@ -54,9 +54,14 @@ WITHOUT_EFFECT = {
     "torch_dtype",
     "uniform_power",
     "use_cache",
-    "use_rope",
     "use_sdpa",
     "wide_SiLU",
+}
+# Settings that these encoders always have on. Where one is false, the checkpoint is another model.
+ALWAYS_ON = {
+    V_JEPA_2: {"use_rope"},
+    V_JEPA_2_1: {"use_rope", "use_rope_interleave"},
+    PERCEPTION: {"use_abs_posemb", "use_ln_pre", "use_rope2d"},
 }
 
 
@@ -207,13 +212,18 @@ def unknown_settings(config: PreTrainedConfig) -> list[str]:
     """Return the settings of a configuration that its encoder would ignore, those of V-JEPA 2.1
     first.
 
-    transformers accepts any name. A setting that is off (false, 0 or null) changes nothing. Other
-    image towers than Perception Encoder have old settings of no effect, so only those of V-JEPA 2.1
-    are looked for there.
+    transformers accepts any name. A setting that is off (false, 0 or null) changes nothing, unless
+    the encoder always has it on. Other image towers than Perception Encoder have old settings of no
+    effect, so only those of V-JEPA 2.1 are looked for there.
     """
-    settings = {name for name, value in config.to_dict().items() if value}
+    always = ALWAYS_ON.get(config.model_type, set())
+    settings = {
+        name
+        for name, value in config.to_dict().items()
+        if value is not None and bool(value) != (name in always)
+    }
     newer = sorted(V_JEPA_2_1_SETTINGS & settings - type(config).__dataclass_fields__.keys())
-    if config.model_type not in (*VIDEO, PERCEPTION):
+    if config.model_type not in ALWAYS_ON:
         return newer
     known = type(config).__dataclass_fields__.keys() | WITHOUT_EFFECT | {"model_type"}
     other = sorted(name for name in settings - known if not name.startswith(("_", "pred_")))
@@ -224,16 +234,17 @@ def check_config(config: PreTrainedConfig, pooling: int = 1) -> None:
     """Reject a configuration whose encoder would give wrong visual tokens or none."""
     name = f"vision_config is a {config.model_type!r}"
     unknown = unknown_settings(config)
-    if unknown and unknown[0] in V_JEPA_2_1_SETTINGS:
+    if unknown and unknown[0] in V_JEPA_2_1_SETTINGS and config.model_type != V_JEPA_2_1:
         raise ValueError(
             f"{name} with {unknown[0]!r}: that is V-JEPA 2.1, which transformers' class computes "
             f"wrongly. Give its checkpoint to training.init_checkpoint, which makes a "
             f"{V_JEPA_2_1!r} of it."
         )
     if unknown:
+        value = config.to_dict()[unknown[0]]
         raise ValueError(
-            f"{name} with {unknown[0]!r}, a setting that this encoder does not implement: it would "
-            "compute other features than the checkpoint's own code. Use a checkpoint without it."
+            f"{name} whose {unknown[0]!r} is {value!r}, which this encoder does not implement: it "
+            "would compute other features than the checkpoint's own code. Use another checkpoint."
         )
     missing = {"hidden_size", "patch_size"} - config.to_dict().keys()
     if config.model_type not in VIDEO:

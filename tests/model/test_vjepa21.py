@@ -7,8 +7,9 @@ import torch
 
 from modeling_vljepa import VJEPA21Config, VJEPA21Model, VLJEPAModel
 from modeling_vljepa.attention import SDPA_OR_PLAIN
+from modeling_vljepa.x_encoder import check_config
 from tests.model.vjepa21_reference import DIFFERENCES, encode, random_weights
-from tests.tiny import VJEPA21, tiny_batch, tiny_model
+from tests.tiny import VJEPA21, tiny_batch, tiny_config, tiny_model
 from training.model.vjepa21_files import to_ours
 
 WIDTH, DEPTH, HEADS = 128, 12, 2  # heads of 64, as published: 60 channels are rotated
@@ -273,8 +274,27 @@ def test_x_encoder_rejects_vjepa2_with_a_setting_of_vjepa21(name):
 @pytest.mark.parametrize("model_type", ["vjepa2", "vjepa2_1"])
 @pytest.mark.parametrize("name", ["use_SiLU", "n_registers"])
 def test_x_encoder_rejects_settings_that_it_would_ignore(model_type, name):
-    with pytest.raises(ValueError, match=f"a '{model_type}' with '{name}', a setting that this"):
+    with pytest.raises(ValueError, match=f"a '{model_type}' whose '{name}' is 1, which this"):
         tiny_model(vision_config={"model_type": model_type, name: 1})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("vjepa2", "use_rope"),
+        ("vjepa2_1", "use_rope"),
+        ("vjepa2_1", "use_rope_interleave"),
+        ("perception_encoder_vision", "use_rope2d"),
+        ("perception_encoder_vision", "use_abs_posemb"),
+        ("perception_encoder_vision", "use_ln_pre"),
+    ],
+)
+def test_x_encoder_rejects_only_a_false_value_of_what_it_always_does(model_type, name):
+    config = tiny_config(vision_config={"model_type": model_type, name: True}).vision_config
+    check_config(config)
+    config.update({name: False})
+    with pytest.raises(ValueError, match=f"a '{model_type}' whose '{name}' is False, which this"):
+        check_config(config)
 
 
 def test_x_encoder_accepts_settings_of_no_effect():

@@ -1,6 +1,8 @@
 """The Perception Encoder's published files: read as they are, checked by name and shape."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel
 
-from modeling_vljepa import PerceptionEncoderVisionModel
+from modeling_vljepa import PerceptionEncoderVisionConfig, PerceptionEncoderVisionModel
 from modeling_vljepa.y_encoder import YEncoder
 from tests import sources
 from tests.model.perception_reference import (
@@ -17,6 +19,7 @@ from tests.model.perception_reference import (
     random_text,
     random_vision,
 )
+from tests.tiny import PERCEPTION
 from training.arguments import RecipeError
 from training.init_checkpoint import main
 from training.model import backbones, perception_files
@@ -309,6 +312,47 @@ def test_readers_refuse_a_file_that_is_no_perception_encoder(
     with pytest.raises(RecipeError, match=f"{option}: .*{message}"):
         read(option, str(tmp_path / "file.pt"))
     assert not Path("executed").exists()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a saved `PerceptionEncoderVisionModel`."""
+    folder = tmp_path_factory.mktemp("saved")
+    settings = {k: v for k, v in PERCEPTION.items() if k != "model_type"}
+    PerceptionEncoderVisionModel(PerceptionEncoderVisionConfig(**settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, None),
+        ({"use_rope2d": True, "drop_path": 0.0, "use_cache": False}, None),
+        ({"use_rope2d": False}, "whose 'use_rope2d' is False, which this encoder does not"),
+        ({"drop_path": 0.1}, "whose 'drop_path' is 0.1, which this encoder does not"),
+        ({"layer_pruning": [1]}, r"whose 'layer_pruning' is \[1\], which this encoder does not"),
+        ({"hidden_size": "48"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 5}, "config.json: hidden_size is 48 for 5 heads"),
+        ({"ls_init_value": 0.1}, "lacks layers.0.layer_scale1; give a complete"),
+        ({"use_ln_post": False}, "has post_layernorm.bias, which this Perception Encoder does"),
+        ({"num_hidden_layers": 1}, "has layers.1.layer_norm1.bias, which this"),
+        ({"image_size": 196}, "has embeddings.position_embedding of shape"),
+        ({"model_type": "vjepa2"}, "a 'vjepa2' whose 'attn_pooler_heads' is 8, which this"),
+        ({"model_type": "vjepa2_1"}, "has the setting 'attn_pooler_heads'"),
+    ],
+)
+def test_read_vision_reads_only_settings_of_a_saved_model_that_are_implemented(
+    settings, message, saved, tmp_path
+):
+    folder = shutil.copytree(saved, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    if message is None:
+        processor = read_vision("--vision", str(folder)).video_processor
+        assert processor.image_std == (0.5,) * 3 and processor.size == processor.crop_size
+    else:
+        with pytest.raises(RecipeError, match=f"--vision: .*{message}"):
+            read_vision("--vision", str(folder))
 
 
 def test_read_vision_hierarchical_refuses_a_perception_encoder(tmp_path):

@@ -132,7 +132,11 @@ def read_vision(key: str, source: str, *, hierarchical: bool = False) -> VisionB
     check_levels(source, config, hierarchical)
     if config.model_type == V_JEPA_2:
         check_stock_weights(key, source)
-    weights = load_weights(key, source, config, AutoModel)
+    if config.model_type == PERCEPTION:  # transformers only warns of weights that are left over
+        saved = perception_files.read_saved_vision(key, source, config)
+        weights = {f"backbone.{name}": tensor for name, tensor in saved.items()}
+    else:
+        weights = load_weights(key, source, config, AutoModel)
     config.name_or_path = ""
     name = public_name(source)
     return VisionBackbone(name, config, weights, read_video_processor(key, source, config))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -48,8 +49,10 @@ def load(auto: type, key: str, path: str, *, new: tuple[str, ...] = (), **option
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{key}: cannot load {path} as a folder or Hub id: {error}") from error
     except ImportError as error:  # a class that needs another package, such as timm
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"{key}: cannot load {path}: {reason}") from error
+        reason = str(error).strip().split(". ")[0]  # more sentences advise to install it with pip
+        raise RecipeError(f"{key}: cannot load {path}: {reason}.") from error
+    except StrictDataclassError as error:  # several lines
+        raise RecipeError(f"{key}: cannot load {path}: {' '.join(str(error).split())}") from error
     except (ValueError, KeyError) as error:
         raise RecipeError(f"{key}: cannot load {path}: {error}") from error
     if not is_model:
@@ -256,6 +259,9 @@ def load_weights(key: str, source: str, config: PreTrainedConfig, cls: type, **o
     """Return the weights that a model of class `cls` loads from the checkpoint.
 
     Weights that the checkpoint lacks are left out, because the model has random ones for them.
+
+    Raises:
+        RecipeError: it does not load, or a weight has another shape than the configuration gives.
     """
     model, info = load(
         cls,
@@ -265,9 +271,15 @@ def load_weights(key: str, source: str, config: PreTrainedConfig, cls: type, **o
         dtype="auto",
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # upstream's error names no weight
         **options,
     )
-    absent = info["missing_keys"] | {name for name, *_ in info["mismatched_keys"]}
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise RecipeError(
+            f"{key}: {source} has {name} of shape {tuple(found)}, but its config.json gives "
+            f"{tuple(wanted)}; correct one of them."
+        )
+    absent = info["missing_keys"]
     return {f"backbone.{k}": v for k, v in model.state_dict().items() if k not in absent}
 
 

@@ -30,9 +30,19 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig
 
-from modeling_vljepa.perception_encoder import POOLER_MLP_RATIO, PerceptionEncoderVisionConfig
+from modeling_vljepa.perception_encoder import (
+    POOLER_MLP_RATIO,
+    PerceptionEncoderVisionConfig,
+    PerceptionEncoderVisionModel,
+)
 from training.arguments import RecipeError
-from training.model.checkpoint_files import Weights, check_shapes, is_weights, strip_prefixes
+from training.model.checkpoint_files import (
+    Weights,
+    check_shapes,
+    is_weights,
+    read_tensors,
+    strip_prefixes,
+)
 
 MODEL = "Perception Encoder"
 Shapes = dict[str, tuple[int, ...]]
@@ -431,3 +441,20 @@ def read_text_tower(
         pad_token_id=None,
     )
     return config, to_ours(weights), projection
+
+
+def read_saved_vision(key: str, source: str, config: PerceptionEncoderVisionConfig) -> Weights:
+    """Return the weights of a saved `PerceptionEncoderVisionModel`, of any size.
+
+    Raises:
+        RecipeError: the settings contradict each other, or a tensor is missing, extra or misshapen.
+    """
+    try:
+        with torch.device("meta"):
+            wanted = PerceptionEncoderVisionModel(config).state_dict()
+    except (KeyError, ValueError) as error:
+        raise RecipeError(f"{key}: {source}: config.json: {error}") from error
+    weights = read_tensors(key, source, lambda name: name)
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
+    check_shapes(key, source, MODEL, weights, shapes)
+    return weights

@@ -225,7 +225,8 @@ def port_config(key: str, source: str, settings: dict) -> VJEPA21Config:
     try:
         config = VJEPA21Config(**settings)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise RecipeError(f"{key}: {source}: config.json: {error}") from error
+        reason = " ".join(str(error).split())  # strict errors have several lines
+        raise RecipeError(f"{key}: {source}: config.json: {reason}") from error
     if unknown := unknown_settings(config):
         raise RecipeError(
             f"{key}: {source} has the setting {unknown[0]!r}, which is not implemented; give a "
