@@ -472,7 +472,8 @@ def test_load_benchmarks_reads_the_shipped_files(monkeypatch):
     folder = Path(__file__).parents[2] / "eval"
     names = ("benchmarks.yaml", "streams.yaml")
     benchmarks = [each for name in names for each in load_benchmarks(folder / name, ["all"])]
-    kinds = {"captioning", "classification", "retrieval", "streaming", "vqa"}
+    kinds = {"anticipation", "captioning", "classification", "retrieval", "streaming", "vqa"}
+    kinds |= {"world_prediction"}
     assert {benchmark.task for benchmark in benchmarks} == kinds <= set(TASKS)
 
 

@@ -18,6 +18,7 @@ from minigrid.utils.baby_ai_bot import BabyAIBot
 
 from training.demo_data import babyai, babyai_goals, babyai_splits, easy_vqa
 from training.demo_data.__main__ import main
+from training.demo_data.babyai_world import VERBS, state_rows
 
 EPISODES, EVAL_CLIPS = 40, 12
 TRAINING_SPLITS = ("train", "val", "test")
@@ -296,6 +297,82 @@ def test_babyai_clips_show_the_replay_and_events_have_its_times(demo: Path) -> N
         assert len(set(times)) == len(times)
         goals = [story(event["text"])[0] for event in row["events"]]
         assert tuple(goals) == story(seen.mission)
+
+
+def successes_of(row: dict) -> list[tuple[str, int]]:
+    """Return each reached goal of a row's clip and its step, in their order."""
+    return sorted(replay(seed_of(row)).successes.items(), key=lambda pair: pair[1])
+
+
+def test_babyai_steps_are_the_two_goals_of_a_clip_with_their_times(demo: Path) -> None:
+    rows = read(demo / "babyai" / "test_steps.jsonl")
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["video"] == second["video"]
+        (one, step), (other, last) = successes_of(first)
+        assert (story(first["target"]), story(second["target"])) == (story(one), story(other))
+        times = [row[name] * babyai.FPS for row in (first, second) for name in ("start", "end")]
+        assert times == pytest.approx([0, step + 1, step, last + 1])
+    captions = read(demo / "babyai" / "test_captions.jsonl")
+    assert len(rows) == 2 * sum(len(story(row["target"])) == 2 for row in captions) > 0
+
+
+@pytest.mark.parametrize("split", ["val", "test_actions"])
+def test_babyai_goals_start_when_the_replay_reaches_them(demo: Path, split: str) -> None:
+    rows = read(demo / "babyai" / f"{split}_goals.jsonl")
+    for row in rows:
+        [(goal, step)] = successes_of(row)
+        assert story(row["target"]) == story(goal)
+        assert row["start"] * babyai.FPS == pytest.approx(step)
+        assert row["end"] * babyai.FPS == pytest.approx(step + 1)
+    captions = read(demo / "babyai" / f"{split}_captions.jsonl")
+    assert len(rows) == sum(len(story(row["target"])) == 1 for row in captions) > 0
+
+
+def rooms(count: int, things: str) -> list[dict]:
+    """Return rooms of `babyai_world.room_of`: each has its own object and two others."""
+    return [
+        {
+            "video": f"clips/{index}.mp4",
+            "name": str(index),
+            "verb": VERBS[index % 2],
+            "thing": things[index // 2 % len(things)],
+            "objects": [things[(index // 2 + step) % len(things)] for step in (1, 2)],
+        }
+        for index in range(count)
+    ]
+
+
+def test_state_rows_do_not_give_the_right_candidate_away() -> None:
+    """Every candidate could be the right one: it shows another room, one of two objects of the
+    states' room and one of two goals, in any position."""
+    pool = {room["video"]: room for room in rooms(400, "abcdefgh")}
+    rows = state_rows(list(pool.values()))
+    assert len(rows) == 400
+    places = Counter()
+    for row in rows:
+        room, candidates = pool[row["video"]], [pool[video] for video in row["candidates"]]
+        assert room not in candidates and len({each["name"] for each in candidates}) == 4
+        missions = [(each["verb"], each["thing"]) for each in candidates]
+        things = {thing for _, thing in missions}
+        assert room["thing"] in things <= {room["thing"], *room["objects"]}
+        assert sorted(missions) == sorted((verb, thing) for verb in VERBS for thing in things)
+        assert row["candidate_labels"] == [f"{verb} the {thing}" for verb, thing in missions]
+        assert row["candidate_ids"] == [each["name"] for each in candidates]
+        right = row["candidate_ids"].index(row["target"])
+        assert missions[right] == (room["verb"], room["thing"])
+        places[right] += 1
+    assert len(places) == 4 and min(places.values()) > 70
+    assert state_rows(list(pool.values())) == rows  # whatever was drawn before
+
+
+def test_state_rows_of_few_rooms_take_any_other_missions() -> None:
+    few = [room | {"objects": []} for room in rooms(12, "abc")]
+    rows = state_rows(few)
+    assert len(rows) == 12
+    for row in rows:
+        assert len(set(row["candidate_labels"])) == 4
+        assert row["video"] not in row["candidates"]
+    assert state_rows(few[:6]) == []  # no mission has a clip of another room
 
 
 def check_what(seen: Replay, query: str, target: str) -> None:

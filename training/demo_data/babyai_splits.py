@@ -17,6 +17,7 @@ from tqdm import tqdm
 from training.demo_data.babyai import FPS, SPLITS, Episode, first_seed, play, split_of
 from training.demo_data.babyai_goals import ALL_PAIRS, SEEN_PAIRS, narrate, narrations
 from training.demo_data.babyai_questions import ask, ask_where
+from training.demo_data.babyai_world import goal_rows, room_of, state_rows, step_rows
 from training.demo_data.writing import write_clip, write_jsonl
 
 EVAL_CLIPS = {
@@ -98,6 +99,9 @@ def _record(directory: Path, seed: int) -> dict[str, list[dict]]:
         "vqa": [{**clip, **question} for question in ask(episode, pairs)],
         "where": [{**clip, **question} for question in ask_where(episode)],
         "events": [{**clip, "fps": FPS, "events": list(events(episode))}],
+        "steps": step_rows(clip, episode),
+        "goals": goal_rows(clip, episode),
+        "states": [room_of(clip, episode)],  # `_write_rows` makes the rows, from all clips
     }
 
 
@@ -115,6 +119,13 @@ def _write_rows(directory: Path, split: str, clips: list[dict[str, list[dict]]])
         del rows["events"]
     if split == "test_actions":
         del rows["vqa"]
+        rows["states"] = state_rows(rows["states"])
+    else:
+        del rows["states"]  # the other splits for evaluation have one clip of a mission
+    if split != "test":
+        del rows["steps"]
+    if split not in ("val", "test_actions"):
+        del rows["goals"]
     for name, group in rows.items():
         write_jsonl(directory / f"{split}_{name}.jsonl", group)
 
