@@ -47,6 +47,7 @@ from processing.media import is_address
 from processing.output import complete_file, writing
 from processing.rows import BadRow, RowError, RowFields
 
+MEDIA_ROLES = ("media", "media list")
 NAMED = 20  # things that one message names
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -220,6 +221,11 @@ class Table:
         """Return the facts about the data, for the protocol."""
         found = {"source": self.label()}
         if self.dataset is not None:
+            found["source_dataset"] = self.dataset
+            if self.config is not None:
+                found["source_config"] = self.config
+            if self.is_rows_of_hub:
+                found["source_split"] = self.split
             found["source_revision"] = self.revision or "the newest"
         return found
 
@@ -334,17 +340,20 @@ class Members:
                 self.by_stem.setdefault(_stem(name), []).append((name, address))
 
     def address(self, wanted: str) -> str:
-        """Return the address of a member.
+        """Return the address of a member whose path ends like this, or else whose name does.
+
+        The index of DREAM-1K names `video/1.mp4`, and its archive `DREAM-1K_videos/1.mp4`.
 
         Raises: `RowError` if no archive has it, or several members have this name.
         """
         any_suffix = wanted.endswith(".*")
-        ending = "/" + wanted.removesuffix("*").lstrip("/")
-        found = {
-            address
-            for name, address in self.by_stem.get(_stem(wanted), [])
-            if _ends(f"/{name}", ending, any_suffix)
-        }
+        members = self.by_stem.get(_stem(wanted), [])
+        found: set[str] = set()
+        for path in (wanted, os.path.basename(wanted)):
+            ending = "/" + path.removesuffix("*").lstrip("/")
+            found = found or {
+                address for name, address in members if _ends(f"/{name}", ending, any_suffix)
+            }
         names = ", ".join(path.name for path in self.archives[:3])
         if not found:
             raise RowError(f"{wanted} is missing in {names}")
@@ -612,7 +621,8 @@ class Source(Table):
 
         Of media it has the file's name only: folders and archives may be anywhere.
         """
-        media = {"video", "image", *self.row_fields.roles}
+        roles = self.row_fields.roles
+        media = {"video", "image", *(name for name in roles if roles[name] in MEDIA_ROLES)}
 
         def named(name: str, value: Any) -> Any:
             if name not in media:

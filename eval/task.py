@@ -142,7 +142,7 @@ class Benchmark:
         required (`tuple[str, ...]`): fields that each row must have. No key.
         roles (`dict[str, str]`): the kinds of further fields of a row, as [`RowFields`] lists
             them; `source.columns` maps them by these names. No key.
-        counts (`str`): the items of the pool, "rows" or distinct "clips". No key.
+        counts (`str`): the items of the pool: "rows", distinct "clips", or "streams". No key.
         name (`str`): the entry's name.
         task (`str`): the name of its kind.
         rows (`Path`, *optional*): JSONL file, as [`read_rows`] reads it.
@@ -158,7 +158,7 @@ class Benchmark:
     media: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("target",)
     roles: ClassVar[dict[str, str]] = {}
-    counts: ClassVar[Literal["rows", "clips"]] = "rows"
+    counts: ClassVar[Literal["rows", "clips", "streams"]] = "rows"
 
     name: str
     task: str

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -410,6 +411,7 @@ class StreamingBenchmark(Benchmark):
         stride (`int`, *optional*, defaults to 1): frames between the beginnings of two windows.
     """
 
+    counts: ClassVar[str] = "streams"
     prompt: str | None = "caption"
 
     validation_rows: Path
@@ -457,6 +459,7 @@ def evaluate(task: Task) -> TaskResult:
         skipped=left_out + left_out_validation,
         examples=examples(test, rate),
         items=[items],
+        **task.pool_facts(len(test.streams)),
     )
 
 
