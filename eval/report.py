@@ -1,8 +1,14 @@
-"""Show results: tables for the terminal, and one HTML file without any other file."""
+"""Show results: tables for the terminal, and one HTML file without any other file.
+
+Each result is compared with its baselines, and with the numbers of the paper if the paper has the
+benchmark.
+"""
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,6 +20,7 @@ from processing import Excerpt, read_clip, read_image
 from processing.images import media_kind
 from processing.rows import Media
 
+OWN = "this model"
 COLOURS = {"uniform": "#64748b", "selective": "#2563eb", "online": "#16a34a"}
 
 
@@ -24,23 +31,33 @@ def percent(share: float) -> str:
 def text_tables(results: list[TaskResult]) -> str:
     """Return one table per kind of benchmark: scores, intervals and baselines, then the protocol.
 
-    A CIDEr of 1.2 is shown as 120, as usual.
+    A CIDEr of 1.2 is shown as 120, as usual. Results have the paper's name only where they can be
+    compared with the paper's; its numbers follow the table.
     """
     tables = []
     for task in dict.fromkeys(result.task for result in results):
         family = [result for result in results if result.task == task]
-        names = list(next(iter(family[0].scores.values())).baselines)
+        names = baselines_of(family)
         rows = [["benchmark", "metric", "score", "95 % interval", "n", "clusters", *names]]
         for result in family:
-            rows += [_cells(result.name, metric, score) for metric, score in result.scores.items()]
-            rows += [_cells("", f"  {name}", score) for name, score in result.by_type.items()]
+            for metric, score in result.scores.items():
+                rows.append(_cells(result.title, metric, score, names))
+            for name, score in result.by_type.items():
+                rows.append(_cells("", f"  {name}", score, names))
         compared = [
             f"{result.name}: {name}: {_facts(numbers)}"
             for result in family
             for name, numbers in result.comparisons.items()
         ]
+        published = [
+            f"{result.title}: {chart.title}, published: {chart.published_line()}"
+            for result in family
+            for chart in charts_of(result)
+            if chart.published_line()
+        ]
         protocols = [f"{result.name}: {_facts(_protocol(result))}" for result in family]
-        tables.append("\n".join([f"{task} (in %)", aligned(rows), "", *compared, *protocols]))
+        lines = [f"{task} (in %)", aligned(rows), "", *published, *compared, *protocols]
+        tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
@@ -56,24 +73,90 @@ def write_report(
             "kind": kind_of,
             "shared_kind": shared_kind,
             "protocol": _protocol,
+            "published": _published,
             "facts": _facts,
         },
         model_name=model_name,
         results=results,
-        baselines=list(
-            dict.fromkeys(
-                name
-                for result in results
-                for score in result.scores.values()
-                for name in score.baselines
-            )
-        ),
+        baselines=baselines_of(results),
+        has_paper=any(result.paper for result in results),
+        charts={result.name: charts_of(result) for result in results},
         curve_charts={result.name: curve_chart(result) for result in results},
         type_charts={result.name: type_chart(result.by_type) for result in results},
         layouts={kind.name: kind.examples for kind in TASKS.values()},
         loss_curve=loss_curve(trainer_state) if trainer_state.is_file() else None,
     )
     path.write_text(page, encoding="utf-8")
+
+
+def baselines_of(results: list[TaskResult]) -> list[str]:
+    """Return the names of the baselines of any score: not every score has all of them."""
+    scores = [
+        score for result in results for score in (*result.scores.values(), *result.by_type.values())
+    ]
+    return list(dict.fromkeys(name for score in scores for name in score.baselines))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One number of a bar chart.
+
+    Attributes:
+        name (`str`): a model, or a baseline of the benchmark.
+        value (`float`, *optional*): from 0 to 1, or a CIDEr; None if it was not measured.
+        kind (`str`): `"own"`, `"baseline"` or `"paper"`.
+        low, high (`float`, *optional*): 95 % interval.
+    """
+
+    name: str
+    value: float | None
+    kind: Literal["own", "baseline", "paper"]
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A bar chart of one metric: this model, the benchmark's baselines, and the paper's models.
+
+    Attributes:
+        title (`str`): the metric, or a part of the benchmark.
+        bars (`list[Bar]`)
+    """
+
+    title: str
+    bars: list[Bar]
+
+    @property
+    def top(self) -> float:
+        """The end of the axis: 1, or more for a CIDEr."""
+        ends = [bar.value if bar.high is None else bar.high for bar in self.bars]
+        return max([1.0, *(end for end in ends if end is not None)])
+
+    def published_line(self) -> str:
+        """Return the numbers of the paper in one line; empty if there are none."""
+        of_paper = [bar for bar in self.bars if bar.kind == "paper"]
+        return ", ".join(f"{bar.name} {percent(bar.value)}" for bar in of_paper)
+
+
+def charts_of(result: TaskResult) -> list[Chart]:
+    """Return the bar charts of a result: its main metric, and the parts that the paper states.
+
+    The main metric is the paper's, or the first one.
+    """
+    paper = result.paper or {"metric": next(iter(result.scores)), "scores": {}, "parts": {}}
+    main = [(paper["metric"], result.scores.get(paper["metric"]), paper["scores"])]
+    parts = [(name, result.by_type.get(name), models) for name, models in paper["parts"].items()]
+    return [Chart(title, _bars(score, models)) for title, score, models in [*main, *parts]]
+
+
+def _bars(score: Score | None, published: dict[str, float]) -> list[Bar]:
+    """Return this model's bar, those of its baselines, and the published ones, given in percent."""
+    bars = [Bar(OWN, None, "own")]
+    if score is not None:
+        bars = [Bar(OWN, score.value, "own", score.low, score.high)]
+        bars += [Bar(name, value, "baseline") for name, value in score.baselines.items()]
+    return bars + [Bar(name, value / 100, "paper") for name, value in published.items()]
 
 
 def kind_of(media: Media) -> str:
@@ -105,17 +188,18 @@ def type_chart(by_type: dict[str, Score]) -> str | None:
     axes = figure.subplots()
     rows = np.arange(len(by_type))
     scores = list(by_type.values())
-    *_, baseline = scores[0].baselines
+    *_, baseline = scores[0].baselines or [None]
     values = np.array([score.value for score in scores])
     reach = np.array([[s.value - s.low for s in scores], [s.high - s.value for s in scores]])
-    compared = [100 * score.baselines[baseline] for score in scores]
     error = np.maximum(100 * reach, 0)  # rounding can make a reach of 0 slightly negative
     axes.barh(rows - 0.2, 100 * values, 0.4, xerr=error, color="#2563eb", label="model")
-    axes.barh(rows + 0.2, compared, 0.4, color="#cbd5e1", label=baseline)
+    if baseline is not None:
+        compared = [100 * score.baselines[baseline] for score in scores]
+        axes.barh(rows + 0.2, compared, 0.4, color="#cbd5e1", label=baseline)
     axes.set_yticks(rows, [f"{name} ({score.n})" for name, score in by_type.items()])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy in %, with 95 % interval")
+    axes.set_xlabel("score in %, with 95 % interval")
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return png(figure)
 
@@ -153,7 +237,8 @@ def loss_figure(history: list[dict]) -> Figure | None:
     for key, label, style in (("loss", "loss", "-"), ("chance_loss", "chance", "--")):
         logged = [(entry["step"], entry[key]) for entry in history if key in entry]
         if logged:
-            axes.plot(*zip(*logged, strict=True), style, label=label)
+            marker = "o" if len(logged) == 1 else ""  # a line of one point would not be seen
+            axes.plot(*zip(*logged, strict=True), style, marker=marker, label=label)
     if not axes.lines:
         return None
     axes.set_xlabel("step")
@@ -162,9 +247,11 @@ def loss_figure(history: list[dict]) -> Figure | None:
     return figure
 
 
-def _cells(name: str, metric: str, score: Score) -> list[str]:
+def _cells(name: str, metric: str, score: Score, names: list[str]) -> list[str]:
+    """Return a row of the table; `names` are those of the baselines."""
     interval = f"{percent(score.low)} - {percent(score.high)}"
-    baselines = map(percent, score.baselines.values())
+    known = score.baselines
+    baselines = [percent(known[each]) if each in known else "" for each in names]
     counts = [str(score.n), str(score.clusters)]
     return [name, metric, percent(score.value), interval, *counts, *baselines]
 
@@ -190,8 +277,32 @@ def _protocol(result: TaskResult) -> dict[str, str]:
     }
 
 
+def _published(result: TaskResult) -> dict[str, str]:
+    """Return what is known about a benchmark in the paper, by names with spaces."""
+    paper = result.paper
+    pool = "not stated" if result.pool_expected is None else f"{result.pool_expected:,}"
+    facts = {
+        "published in": paper["table"],
+        f"{paper['unit']} measured": f"{result.pool:,}",
+        f"{paper['unit']} of the paper": pool,
+        "left open there": paper["open"],
+        "chosen here": paper["choice"],
+        "data": paper["terms"],
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
 def _facts(facts: dict[str, str | int | float]) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-__all__ = ["aligned", "loss_figure", "percent", "text_tables", "write_report"]
+__all__ = [
+    "Bar",
+    "Chart",
+    "aligned",
+    "charts_of",
+    "loss_figure",
+    "percent",
+    "text_tables",
+    "write_report",
+]

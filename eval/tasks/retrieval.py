@@ -172,8 +172,14 @@ def marked(marks: torch.Tensor) -> list[list[int]]:
 def text_examples(
     similarity: torch.Tensor, relevant: torch.Tensor, texts: list[str], clips: list[Media]
 ) -> list[Example]:
-    """Return eight texts with their five best clips; both matrices are `(T, V)`."""
+    """Return four texts whose clip is the nearest and four others, each with its five best clips.
+
+    Both matrices are `(T, V)`.
+    """
     ranks = first_relevant_ranks(similarity, relevant)
+    found, missed = (
+        indices.flatten().tolist() for indices in ((ranks == 1).nonzero(), (ranks != 1).nonzero())
+    )
     return [
         Example(
             media=None,
@@ -182,7 +188,7 @@ def text_examples(
             ranked=best(similarity[text], clips, 5),
             rank=int(ranks[text]),
         )
-        for text in evenly_spaced(list(range(len(texts))), 8)
+        for text in evenly_spaced(found, 4) + evenly_spaced(missed, 4)
     ]
 
 
