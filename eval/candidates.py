@@ -4,9 +4,9 @@ A template is a text with `{}`, once, in the position of the label: "a video of 
 templates a label has several texts. Its embedding is their mean on the sphere: the unit vector of
 the sum of their unit vectors (prompt ensembling; Radford et al., 2021).
 
-Each text is encoded once: `target_embeds` caches 20,000 texts of a model by their tokens. That is
-more than any benchmark of the paper has candidates. 80 templates for 1,000 labels exceed it; they
-are then encoded again for a second benchmark with the same labels, not for the same one.
+Each text is encoded once: `target_embeds` caches 20,000 texts of a model by their tokens, more than
+any benchmark of the paper has candidates. 80 templates for 1,000 labels exceed it. Then an
+[`EmbeddingStore`] saves a second benchmark with these labels from encoding them again.
 
 Shapes: R rows, C candidates, D embedding size.
 """
@@ -65,7 +65,7 @@ def named(texts: list[str]) -> str:
 
 
 def check_texts(name: str, texts: list) -> None:
-    """Raise `ValueError` if a list is empty, or an element is no text, empty or repeated.
+    """Raise `ValueError` if a list is empty, or an element is empty, repeated or of another type.
 
     A repeated candidate would tie with itself, which counts as wrong.
     """

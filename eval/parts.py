@@ -1,4 +1,4 @@
-"""Scores over parts of the rows, such as question types, and scores that are no mean over rows.
+"""Scores over parts of the rows, such as question types, and scores other than means over rows.
 
 The mean of the parts' scores weighs each part the same, whatever its number of rows. Its interval
 and that of F1 need a mean over rows, so the score is linearised: each row gets the score plus its
@@ -42,7 +42,7 @@ def mean_of_parts(
 
     Args:
         by_part: the score of each part; also its baselines are averaged.
-        values (`np.ndarray` of shape `(R,)`): what the parts' scores are means of.
+        values (`np.ndarray` of shape `(R,)`): the parts' scores are means of these.
         parts (`list[str]` of length R): the part of each row.
         clusters (`np.ndarray` of shape `(R,)`): number of each row's cluster.
     """

@@ -22,6 +22,7 @@ from eval.candidates import (
     check_texts,
     chosen,
     embed_candidates,
+    named,
     templates_of,
 )
 from eval.intervals import difference_interval, numbered
@@ -81,8 +82,11 @@ class VQABenchmark(CandidatesBenchmark):
         """The file or the source of the training rows."""
         return self.train_source or self.train_rows
 
-    def normalized(self, rows: list[dict]) -> list[dict]:
+    def normalized(self, rows: list[dict], name: str = "row") -> list[dict]:
         """Return rows with the normal forms of their answers.
+
+        Args:
+            name: word for a row in a message.
 
         Raises: `ValueError` for an answer without one, with the number of its line.
         """
@@ -91,7 +95,7 @@ class VQABenchmark(CandidatesBenchmark):
             try:
                 found.append(row | {"target": normalize(row["target"])})
             except ValueError as error:
-                raise ValueError(f"{self.name}: row {row['line']}: {error}") from error
+                raise ValueError(f"{self.name}: {name} {row['line']}: {error}") from error
         return found
 
     def answer_texts(self, train_rows: list[dict]) -> list[str]:
@@ -109,6 +113,14 @@ class VQABenchmark(CandidatesBenchmark):
             raise ValueError(f"{self.name}: candidates: {error}") from error
         check_texts(f"{self.name}: candidates, as {self.answers},", answers)
         return answers
+
+    def check_positive(self, answers: list[str]) -> None:
+        """Raise `ValueError` if the answer whose F1 is measured is not among the candidates."""
+        if self.positive is not None and self.positive not in answers:
+            raise ValueError(
+                f"{self.name}: positive is {self.positive!r}, which is not among the candidates: "
+                f"{named(answers)}"
+            )
 
 
 class QuestionOnly:
@@ -150,8 +162,8 @@ def cluster_of(row: dict) -> Media:
 def baseline_answers(rows: list[dict], train_rows: list[dict]) -> dict[str, list[str]]:
     """Return the answers of each baseline to the rows.
 
-    Without training rows, "majority" is the most common answer of these very rows, and there is no
-    "question only".
+    Without training rows, "majority" is the most common answer of these very rows, and "question
+    only" is missing.
     """
     if not train_rows:
         [(common, _)] = Counter(row["target"] for row in rows).most_common(1)
@@ -184,23 +196,37 @@ def score(
     return Score.of(hits[part], numbered(clusters[part].tolist()), baselines)
 
 
-def pair_score(
-    rows: list[dict], hits: np.ndarray, relevant: torch.Tensor, known: dict[str, np.ndarray]
-) -> Score:
-    """Return the share of pairs of which every row is right.
-
-    A pair that lacks a row, for example because its file is missing, is left out.
-    """
+def complete_pairs(rows: list[dict]) -> list[list[int]]:
+    """Return the indices of the rows of each pair; one row alone, whose other is missing, is left
+    out."""
     members = defaultdict(list)
     for index, row in enumerate(rows):
         if "pair" in row:
             members[row["pair"]].append(index)
-    size = max(map(len, members.values()))
-    pairs = np.array([indices for indices in members.values() if len(indices) == size])  # (P, size)
-    chance = (relevant.any(dim=1) / relevant.shape[1]).double().numpy()
-    baselines = {"chance": float(chance[pairs].prod(axis=1).mean())}
-    baselines |= {name: float(right[pairs].all(axis=1).mean()) for name, right in known.items()}
-    return Score.of(hits[pairs].all(axis=1), np.arange(len(pairs)), baselines)
+    return [indices for indices in members.values() if len(indices) > 1]
+
+
+def pair_items(rows: list[dict], pairs: list[list[int]], hits: np.ndarray) -> Items:
+    """Return the pairs as items: a pair is right if all its rows are."""
+    asked = [[rows[index] for index in pair] for pair in pairs]
+    return Items(
+        clips=asked,
+        texts=[[text for row in pair for text in (row["query"], row["target"])] for pair in asked],
+        clusters=np.arange(len(pairs)),
+        scores={"pairs": np.array([hits[pair].all() for pair in pairs])},
+        predictions=[],
+    )
+
+
+def pair_score(
+    pairs: list[list[int]], items: Items, relevant: torch.Tensor, known: dict[str, np.ndarray]
+) -> Score:
+    """Return the share of pairs of which every row is right."""
+    chance = (relevant.any(dim=1) / relevant.shape[1]).double().numpy()  # (R,)
+    baselines = {"chance": float(np.mean([chance[pair].prod() for pair in pairs]))}
+    for name, right in known.items():
+        baselines[name] = float(np.mean([right[pair].all() for pair in pairs]))
+    return Score.of(items.scores["pairs"], items.clusters, baselines)
 
 
 def against_blind(
@@ -240,8 +266,9 @@ def evaluate(task: Task) -> TaskResult:
     if benchmark.training is not None:
         train_rows, bad_train = usable_rows(benchmark.training)
         protocol |= origin_facts(benchmark.training, train_rows, "train_")
-        train_rows = benchmark.normalized(train_rows)
+        train_rows = benchmark.normalized(train_rows, "training row")
     answers = benchmark.answer_texts(train_rows)
+    benchmark.check_positive(answers)
     templates = templates_of(task, "{}")
     predictions = task.predict(benchmark.normalized(task.rows()))
     rows = predictions.rows
@@ -263,8 +290,19 @@ def evaluate(task: Task) -> TaskResult:
     }
     if benchmark.mean_of_types:
         scores["mean accuracy of types"] = mean_of_parts(by_type, 1.0 * hits, types, clusters)
-    if any("pair" in row for row in rows):
-        scores["pairs"] = pair_score(rows, hits, relevant, known)
+    items = [
+        Items(
+            clips=[[row] for row in rows],
+            texts=[[row["query"], row["target"]] for row in rows],
+            clusters=clusters,
+            scores={"accuracy": hits},
+            predictions=found,
+            types=types,
+        )
+    ]
+    if pairs := complete_pairs(rows):
+        items.append(pair_items(rows, pairs, hits))
+        scores["pairs"] = pair_score(pairs, items[-1], relevant, known)
     numbers = {}
     if benchmark.positive is not None:
         scores |= f1_scores(benchmark, answers, found, targets, types, clusters, given)
@@ -282,14 +320,6 @@ def evaluate(task: Task) -> TaskResult:
     if benchmark.train_rows is not None:
         shared = {media_of(row) for row in rows} & {media_of(row) for row in train_rows}
         protocol["media_shared_with_training"] = len(shared)
-    items = Items(
-        clips=[[row] for row in rows],
-        texts=[[row["query"], row["target"]] for row in rows],
-        clusters=clusters,
-        scores={"accuracy": hits},
-        predictions=found,
-        types=types,
-    )
     return task.result(
         predictions,
         protocol,
@@ -299,7 +329,7 @@ def evaluate(task: Task) -> TaskResult:
         by_type=by_type,
         numbers=numbers,
         examples=answer_examples(predictions, similarity, answers, ranks),
-        items=[items],
+        items=items,
     )
 
 

@@ -356,6 +356,29 @@ def test_vqa_entry_of_the_paper_rejects_an_empty_pool(tmp_path, processor, chang
         measure("clevr", tmp_path, processor, answers)
 
 
+def test_vqa_leaves_a_pair_out_of_which_one_image_is_missing(tmp_path, processor):
+    colours = {"red": "a", "blue": "a", "green": "b", "black": "b"}
+    rows = [
+        {
+            "image": write_colour(tmp_path / f"{colour}.png", colour).name,
+            "query": "is it ?",
+            "target": "yes",
+            "pair": pair,
+        }
+        for colour, pair in colours.items()
+    ]
+    (tmp_path / "black.png").unlink()
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    benchmark = vqa.VQABenchmark("v", "vqa", path, "", candidates=["yes", "no"])
+    answers = {(colour, "is it ?"): "yes" for colour in colours}
+    model = HandModel(processor, {"yes": [1.0, 0], "no": [0, 1.0]}, answers)
+    result = vqa.evaluate(Task(model, processor, benchmark))
+    assert (result.scores["accuracy"].n, result.scores["pairs"].n) == (3, 1)
+    assert [len(items.clips) for items in result.items] == [3, 1]
+    (tmp_path / "blue.png").unlink()
+    assert "pairs" not in vqa.evaluate(Task(model, processor, benchmark)).scores
+
+
 def test_vqa_names_a_clip_whose_prediction_is_not_a_number(tmp_path, processor):
     answers = popev2(tmp_path) | {("blue", "is there a dog ?"): [float("nan"), 0.0]}
     with pytest.raises(ValueError, match="NaN"):
@@ -372,6 +395,7 @@ def test_vqa_names_a_clip_whose_prediction_is_not_a_number(tmp_path, processor):
         ),
         ({"candidates": ["1", "few"], "answers": "number"}, "v: candidates: 'few' is not a whole"),
         ({"candidates": ["1"], "answers": "best"}, "v: answers is 'best', must be one of exact"),
+        ({"candidates": ["1"], "positive": "yes"}, "v: positive is 'yes', .* candidates: 1"),
     ],
 )
 def test_vqa_benchmark_names_wrong_answers(tmp_path, processor, keys, message):
