@@ -18,7 +18,7 @@ from eval.intervals import numbered
 from eval.items import Items
 from eval.metrics import words
 from eval.parts import mean_of_parts, rows_of_parts
-from eval.results import Score, TaskResult
+from eval.results import Example, Score, TaskResult, evenly_spaced
 from eval.task import Benchmark, Kind, Task, texts_sha256
 
 CHANCE = 1 / 3  # each of the three cosines is the largest of a random model with this probability
@@ -110,6 +110,7 @@ def evaluate(task: Task) -> TaskResult:
         scores,
         cluster="cluster of the rows, or row",
         by_type=by_part,
+        examples=text_examples(rows, hits, positives, torch.stack(others).amax(dim=0)),
         items=[
             Items(
                 clips=[[] for _ in rows],
@@ -123,13 +124,36 @@ def evaluate(task: Task) -> TaskResult:
     )
 
 
+def text_examples(
+    rows: list[dict], hits: np.ndarray, positives: torch.Tensor, negatives: torch.Tensor
+) -> list[Example]:
+    """Return six right rows and six wrong ones; cosines are `(R,)`."""
+    examples = []
+    right, wrong = (np.flatnonzero(hits == hit).tolist() for hit in (True, False))
+    for row in evenly_spaced(right, 6) + evenly_spaced(wrong, 6):
+        known = [
+            (rows[row]["negative"], float(negatives[row])),
+            (rows[row]["positive"], float(positives[row])),
+        ]
+        examples.append(
+            Example(
+                media=None,
+                query=rows[row]["target"],
+                truth=[rows[row]["positive"]],
+                ranked=known[::-1] if hits[row] else known,
+                rank=1 if hits[row] else 2,
+            )
+        )
+    return examples
+
+
 KIND = Kind(
     name="hard_negatives",
     benchmark=HardNegativesBenchmark,
     evaluate=evaluate,
     needs_decoder=False,
     hub_tasks=dict.fromkeys(("image", "video"), "sentence-similarity"),
-    examples="answers",
+    examples="texts",
 )
 
 __all__ = ["KIND", "HardNegativesBenchmark", "evaluate", "triplet_cosines"]

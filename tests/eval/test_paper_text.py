@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eval.benchmarks import load_benchmarks
+from eval.report import write_report
 from eval.results import TaskResult
 from eval.task import Task
 from eval.tasks import hard_negatives
@@ -172,6 +173,14 @@ def test_visla_takes_the_close_reference_of_a_spatial_row_as_the_negative(tmp_pa
     )
     assert result.title.startswith("VISLA (7 of 1,623")
     assert result.items[0].predictions[:3] == ["positives"] * 2 + ["target and negative"]
+    # The report shows right rows first, each text with its cosine: 10 degrees, and 30 of 40 and 30.
+    first, last = result.examples[0], result.examples[-1]
+    assert [text for text, _ in first.ranked] == ["there sits a bus0 10", "a bus0 stands 40"]
+    assert [cosine for _, cosine in first.ranked] == pytest.approx([0.984808, 0.866025])
+    assert (first.rank, last.rank, first.truth) == (1, 2, ["there sits a bus0 10"])
+    write_report(tmp_path / "report.html", "model", [result], tmp_path / "none.json")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Texts of one meaning and hard negatives" in page and "a bus0 stands 40" in page
 
 
 @pytest.mark.parametrize("make", [sugarcrepe_pp, visla])
