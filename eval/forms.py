@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval.egoexo4d import video_of
-from processing.annotations import read_annotations
-from processing.columns import ColumnError, ExampleError, read_json
+from processing.annotations import read_annotations, unique_json
+from processing.columns import ColumnError, ExampleError
 
 FORMS = ("json", "jsonl", "csv", "tsv", "keyed lines", "groups", "crosstask", "egoexo4d keysteps")
 
@@ -62,7 +62,10 @@ def groups(path: Path) -> Iterator[dict]:
 
     WorldPrediction-WM.json: `{dataset: {uid: {states, candidates, ground_truth}}}`.
     """
-    content = read_json(path.read_text(encoding="utf-8-sig"))
+    try:
+        content = unique_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ColumnError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(content, dict) or not all(
         isinstance(each, dict) for each in content.values()
     ):

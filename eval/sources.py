@@ -32,8 +32,10 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from processing.output import complete_file, writing
 from processing.rows import BadRow, RowError, RowFields
 
 MEDIA_ROLES = ("media", "media list")
+FIRST = 1000  # examples in which an error looks for the reason
 NAMED = 20  # things that one message names
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -413,8 +416,12 @@ def unpacked(archive: Path, cache: Path) -> Path:
         except (tarfile.TarError, EOFError) as error:
             shutil.rmtree(incomplete)
             raise SourceError(f"{archive} is no zip or tar file, or damaged: {error}") from error
-        if not folder.is_dir():  # another process may have been faster
+        try:
             incomplete.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(incomplete)  # another process was faster
     return folder
 
 
@@ -565,10 +572,29 @@ class Source(Table):
         if bad:
             reason = f"{len(bad)} of {examples} are unusable. The first reason: {bad[0]}"
         elif examples:
-            reason = f"`where` or `absent` leaves out all {examples} examples"
+            reason = f"`where` or `absent` leaves out all {examples} examples{self._left_out()}"
         else:
             reason = "there is no example"
         return SourceError(f"{self.name}: no row can be measured: {self.label()}: {reason}")
+
+    def _left_out(self) -> str:
+        """Return the values that `where` finds, or the reason why a target is absent."""
+        columns, values = self.columns[0], {}
+        for example in islice(self.examples(), FIRST):
+            if isinstance(example, ExampleError):
+                continue
+            for name, join in self.joins.items():
+                with suppress(ExampleError):
+                    example = {**example, name: join.match(example)}
+            try:
+                replace(columns, where={}, absent=()).read(example)
+            except (ColumnError, ExampleError) as error:
+                return f". The first reason: {error}"
+            for path in columns.where:
+                with suppress(ColumnError, ExampleError):
+                    values.setdefault(path, {})[repr(value_of(example, path))] = None
+        found = [f"{path} is {', '.join([*values[path]][:NAMED])}" for path in values]
+        return f". In the first examples, {'; '.join(found)}" if found else ""
 
     def _placed(self, row: dict) -> dict:
         """Return the row with the paths or addresses of its media.
@@ -594,10 +620,13 @@ class Source(Table):
         return self._with_suffix(self.media_root / media, name) if media.endswith(".*") else media
 
     def _with_suffix(self, path: Path, name: str) -> str:
-        """Return the path of the file whose suffix is not given.
+        """Return the path of the file whose suffix is not given, unless the name has it after all.
 
         Raises: `RowError` if no file has this name, or several have it.
         """
+        whole = path.with_name(path.name.removesuffix(".*"))
+        if whole.suffix and whole.is_file():
+            return str(whole)
         if path.parent not in self.listings:
             # Listed once: a pattern for every row would list the whole folder for each.
             listing = self.listings[path.parent] = {}
@@ -649,6 +678,8 @@ def _checked_keys(name: str, kind: type[Table], mapping: Any, more: set[str]) ->
             raise SourceError(f"{name} has no key {key!r}, but {', '.join([*known, *more])}")
         if key in known and not isinstance(value, known[key]):
             raise SourceError(f"{name}: {key} is {value!r}, must be {known[key]}")
+        if isinstance(value, list) and not all(isinstance(each, str | dict) for each in value):
+            raise SourceError(f"{name}: {key} is {value!r}, whose elements must be texts")
     if kind is Join and (missing := {"by", "id"} - mapping.keys()):
         raise SourceError(f"{name} needs {', '.join(sorted(missing))}")
     return dict(mapping)

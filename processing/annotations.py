@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .columns import ColumnError, read_json
+from .columns import ColumnError, Record, read_json
 
 FORMS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv"}  # by the file's suffix
 
@@ -16,7 +16,7 @@ def read_annotations(
     *,
     records: str = "",
     header: Sequence[str] | None = None,
-    parse: Callable[[str], Any] = read_json,
+    parse: Callable[[str], Any] | None = None,
 ) -> Iterator[Any]:
     """Yield the examples of an annotation file.
 
@@ -25,7 +25,8 @@ def read_annotations(
         records: path of the examples in a JSON file, such as `data.val`; "" for the top level. If
             they are an object, its members become examples `{key, value}`.
         header: the columns of a CSV or TSV file whose first line has no names.
-        parse: function that reads the text of a JSON file.
+        parse: function that reads the text of a JSON file; by default one that refuses objects
+            with a key twice, of which `json` would leave out the first.
 
     Raises:
         ColumnError: the file is not of this form, or lacks the `records`.
@@ -36,10 +37,28 @@ def read_annotations(
         yield from _lines(path)
     else:
         try:
-            content = parse(path.read_text(encoding="utf-8-sig"))
+            content = (parse or unique_json)(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ColumnError(f"{path} is not a JSON file: {error}") from error
         yield from _records(path, content, records)
+
+
+def unique_json(text: str) -> Any:
+    """Return the value of a JSON text, with objects as [`Record`].
+
+    Raises:
+        ValueError: it is not JSON, is nested too deep, or an object has a key twice.
+    """
+
+    def record(pairs: list[tuple[str, Any]]) -> Record:
+        found = Record(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice!r} occurs twice in one object")
+        return found
+
+    return read_json(text, record)
 
 
 def _table(path: Path, delimiter: str, header: Sequence[str] | None) -> Iterator[dict[str, str]]:
@@ -90,4 +109,4 @@ def _records(path: Path, content: Any, records: str) -> Iterator[Any]:
     yield from content
 
 
-__all__ = ["FORMS", "read_annotations"]
+__all__ = ["FORMS", "read_annotations", "unique_json"]

@@ -20,7 +20,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
@@ -60,14 +60,16 @@ class Record(dict):
     """JSON object, whose keys may differ from one example to the next."""
 
 
-def read_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text, with objects as [`Record`].
+def read_json(text: str | bytes, record: Callable[[list[tuple[str, Any]]], Any] = Record) -> Any:
+    """Return the value of a JSON text.
 
+    Args:
+        record: function from the keys and values of an object to its value.
     Raises:
         ValueError: it is not JSON, or nested too deep.
     """
     try:
-        return json.loads(text, object_pairs_hook=Record)
+        return json.loads(text, object_pairs_hook=record)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 

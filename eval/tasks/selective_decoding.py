@@ -418,6 +418,13 @@ class StreamingBenchmark(Benchmark):
     fps: float | int | None = None
     stride: int = 1
 
+    def __post_init__(self) -> None:
+        if self.source is not None:
+            raise ValueError(
+                f"{self.name}: {self.task} takes no source: write its streams as JSONL, and name "
+                "the file as rows (docs/streaming.md)"
+            )
+
     def load(self) -> tuple[list[AnnotatedStream], list[BadRow]]:
         """Read the streams, and the lines that are not streams."""
         return read_streams(self.rows)

@@ -490,7 +490,11 @@ AGAIN = {"annotations": "captions.csv", "by": "key", "id": "{key:.3}"}
             {"columns": {**ROW, "video": "{video_id}.avi"}},
             "no row can be measured: captions.csv: 3 of 3 are unusable. The first reason: .*v1.avi",
         ),
-        ({"columns": {**ROW, "where": {"key": "x"}}}, "`where` or `absent` leaves out all 3 "),
+        (
+            {"columns": {**ROW, "where": {"key": "x"}}},
+            "`where` or `absent` leaves out all 3 examples. In the first .*, key is 'ret0', 'ret1'",
+        ),
+        ({"annotations": ["captions.csv", 5]}, "whose elements must be texts"),
         ({"columns": {**ROW, "fps": "x"}}, "unknown key 'fps'"),
         ({"colums": {}}, "source has no key 'colums', but"),
         ({"annotations": 5}, "annotations is 5, must be"),
@@ -516,6 +520,21 @@ def test_source_without_an_example_or_a_file_is_an_error(captions):
     (captions / "captions.csv").unlink()
     with pytest.raises(FileNotFoundError, match="captions.csv does not exist"):
         source(captions, **CAPTIONS).check_files()
+
+
+def test_source_names_a_wrong_column_of_targets_that_may_be_absent(tmp_path):
+    write_json(tmp_path / "a.json", [{"v": "1.mp4", "human_caption": "a cat"}])
+    columns = {"video": "v", "target": "human_captions", "absent": [None]}
+    with pytest.raises(SourceError, match="no column 'human_captions', but 'v', 'human_caption'"):
+        source(tmp_path, annotations="a.json", columns=columns).read()
+
+
+def test_source_refuses_an_object_with_an_id_twice(tmp_path):
+    (tmp_path / "COIN.json").write_text('{"database": {"x": {"t": "a"}, "x": {"t": "b"}}}')
+    columns = {"video": "{key}.mp4", "target": "value.t"}
+    made = source(tmp_path, annotations="COIN.json", records="database", columns=columns)
+    with pytest.raises(ColumnError, match="COIN.json is not .*: the key 'x' occurs twice"):
+        made.read()
 
 
 def test_source_refuses_class_indices_of_a_table(tmp_path):
@@ -581,6 +600,12 @@ def test_benchmarks_of_a_folder_are_read_together(captions, capsys):
 def test_benchmark_entry_names_a_wrong_key(captions, old, new, error):
     with pytest.raises(ValueError, match=error.replace("|", r"\|")):
         load_benchmarks(entries(captions, ENTRY.replace(old, new)), ["all"], captions)
+
+
+def test_benchmark_of_streams_takes_no_source(captions):
+    text = ENTRY.replace("task: retrieval", "task: streaming\n  validation_rows: captions.csv")
+    with pytest.raises(ValueError, match="msr_vtt: streaming takes no source"):
+        load_benchmarks(entries(captions, text), ["all"], captions)
 
 
 def test_paper_allows_an_unknown_pool_with_a_reason():
