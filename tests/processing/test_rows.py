@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from processing.rows import BadRow, bad_rows_report, open_rows, read_rows
+from processing.rows import BadRow, RowFields, bad_rows_report, open_rows, read_rows
 from processing.texts import check_text
 from tests.tiny import tiny_processor
 
@@ -264,3 +264,58 @@ def test_read_rows_takes_members_of_archives(folder):
     )
     assert rows == [{"line": 1, "image": member, "query": "", "target": "a"}]
     assert [str(each) for each in bad] == [f"{folder}/rows.jsonl:2: image file is missing: {gone}"]
+
+
+ROLES = {
+    "kind": "text",
+    "names": "texts",
+    "seconds": "number",
+    "starts": "numbers",
+    "is_simple": "flag",
+    "other": "media",
+    "clips": "media list",
+}
+
+
+def test_read_rows_checks_further_fields_by_their_roles(folder):
+    row = {"image": "b.png", "target": "x"}
+    good = {
+        **{"kind": "a", "names": ["b"], "seconds": 2, "starts": [0.5], "is_simple": False},
+        **{"other": "clips", "clips": ["clips/a.mp4", "b.png"]},
+    }
+    wrong = {
+        **{"kind": " ", "names": "b", "seconds": True, "starts": [], "is_simple": 1},
+        **{"other": "gone.png", "clips": ["clips/a.mp4", 3]},
+    }
+    lines = [row | good, *(row | {name: value} for name, value in wrong.items())]
+    path = write(folder, *lines, row | {"kind": None, "unknown": 3})
+    rows, bad = read_rows(path, RowFields(roles=ROLES))
+    clips = [str(folder / "clips" / "a.mp4"), str(folder / "b.png")]
+    assert {name: rows[0][name] for name in good} == {
+        **good,
+        "other": str(folder / "clips"),
+        "clips": clips,
+    }
+    assert "kind" not in rows[1] and rows[1]["unknown"] == 3  # null is a missing field
+    assert [each.reason for each in bad] == [
+        "kind is not a text but ' '",
+        "names is not a list of texts but 'b'",
+        "seconds is not a number but True",
+        "starts is empty",
+        "is_simple is not true or false but 1",
+        f"other file is missing: {folder}/gone.png",
+        "clips is not a list of files but ['clips/a.mp4', 3]",
+    ]
+
+
+def test_read_rows_of_texts_need_no_clip_and_name_a_missing_field(folder):
+    fields = RowFields(media=False, required=("positive",), roles={"positive": "text"})
+    path = write(folder, {"positive": "a cat", "filename": "1.jpg"}, {"target": "a dog"})
+    rows, bad = read_rows(path, fields)
+    assert rows == [{"line": 1, "query": "", "positive": "a cat", "filename": "1.jpg"}]
+    assert [each.reason for each in bad] == ["positive is missing"]
+
+
+def test_row_fields_refuse_an_unknown_kind():
+    with pytest.raises(ValueError, match="'word'.* is not among text, texts, number"):
+        RowFields(roles={"part": "word"})
