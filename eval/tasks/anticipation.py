@@ -8,7 +8,7 @@ Two forms, by the entry's `seconds_before`:
 - Without it, as on COIN, the clip is the segment of a step, and the answer is the text of the next
   step of the video, in the order of their starts. The last step of a video is only an answer.
 
-The candidates are the actions of the training rows, or without training rows all actions of the
+The candidates are those of the entry, or the actions of the training rows, or all actions of the
 rows, those included that are never the answer. A tie is decided against the model. The paper states
 neither the query nor the wording of the candidates.
 

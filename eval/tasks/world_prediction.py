@@ -28,6 +28,7 @@ from eval.embed import Predictions
 from eval.intervals import difference_interval, numbered
 from eval.items import Items
 from eval.metrics import first_relevant_ranks
+from eval.parts import rows_of_parts
 from eval.results import Example, Score, TaskResult, best, evenly_spaced
 from eval.task import Benchmark, Kind, Task
 from processing.rows import BadRow, media_file, media_of
@@ -39,8 +40,8 @@ class WorldPredictionBenchmark(Benchmark):
 
     A row has `video`, whose frames at its `start` and its `end` are the states, `candidates` (the
     files of the candidate clips), `candidate_ids`, and `target`, the id of the right candidate. It
-    may have `candidate_starts` and `candidate_ends` in seconds, and `candidate_labels` for the
-    report.
+    may have `candidate_starts` and `candidate_ends` in seconds, `candidate_labels` for the report,
+    and `part`, such as the set that it is from, for a score of each part.
 
     Attributes:
         state_frames (`int`, *optional*): frames of the states' clip, half of them for each state;
@@ -53,6 +54,7 @@ class WorldPredictionBenchmark(Benchmark):
         "candidate_starts": "numbers",
         "candidate_ends": "numbers",
         "candidate_labels": "texts",
+        "part": "text",
     }
     required: ClassVar[tuple[str, ...]] = ("target", "candidates", "candidate_ids")
 
@@ -84,7 +86,7 @@ def fault_of(row: dict) -> str | None:
     if "video" not in row:
         return "an image has one state: give a video"
     files, ids = row["candidates"], row["candidate_ids"]
-    for name in WorldPredictionBenchmark.roles:
+    for name in (name for name in WorldPredictionBenchmark.roles if name != "part"):
         if name in row and len(row[name]) != len(files):
             return f"candidates and {name} have {len(files)} and {len(row[name])} elements"
     if len(files) < 2:
@@ -141,19 +143,27 @@ def evaluate(task: Task) -> TaskResult:
     }
     hits = {name: first_relevant_ranks(each, relevant) == 1 for name, each in blind.items()}
     clusters = numbered(map(media_file, rows))
-    baselines = {"chance": sum(1 / len(each) for each in candidates) / len(rows)}
-    baselines |= {name: each.double().mean().item() for name, each in hits.items()}
+    chances = np.array([1 / len(each) for each in candidates])  # (R,)
+
+    def score(part: np.ndarray | slice) -> Score:
+        """Return the accuracy over some of the rows."""
+        baselines = {"chance": float(chances[part].mean())}
+        baselines |= {name: each[part].double().mean().item() for name, each in hits.items()}
+        return Score.of((ranks == 1)[part], clusters[part], baselines)
+
+    parts = rows_of_parts([row.get("part", "") for row in rows])
     picked = chosen(similarity, relevant, ranks, list(range(relevant.shape[1])))
     return task.result(
         states,
         facts(rows, frames or task.processor.video_processor.num_frames),
-        {"accuracy": Score.of(ranks == 1, clusters, baselines)},
+        {"accuracy": score(slice(None))},
         cluster="video of the states",
         left_out=left_out,
         comparisons={
             f"accuracy against {name}": difference(ranks == 1, each, clusters)
             for name, each in hits.items()
         },
+        by_type={name: score(part) for name, part in parts.items()} if len(parts) > 1 else {},
         examples=examples(rows, similarity, ranks),
         items=[
             Items(
@@ -161,6 +171,7 @@ def evaluate(task: Task) -> TaskResult:
                 texts=[[row["target"]] for row in rows],
                 clusters=clusters,
                 scores={"accuracy": ranks == 1},
+                types=[row.get("part", "") for row in rows] if len(parts) > 1 else None,
                 predictions=[
                     row["candidate_ids"][index] for row, index in zip(rows, picked, strict=True)
                 ],

@@ -94,6 +94,7 @@ def _state_row(room: dict, clips: dict[Mission, list[dict]], choose: Choice) -> 
         "candidates": [each["video"] for each in candidates],
         "candidate_ids": [each["name"] for each in candidates],
         "candidate_labels": [f"{verb} the {thing}" for verb, thing in missions],
+        "part": room["verb"],
     }
 
 
