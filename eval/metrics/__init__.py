@@ -118,6 +118,20 @@ def precision_recall_f1(
     return precision, recall, 2 * hits / max(positives + true, 1)
 
 
+def hard_negative_hits(
+    positives: torch.Tensor, first_negative: torch.Tensor, second_negative: torch.Tensor
+) -> torch.Tensor:
+    """Return which rows have both positives nearer to each other than to the negative: bool `(R,)`.
+
+    A tie and NaN are wrong.
+
+    Args:
+        positives, first_negative, second_negative (`torch.FloatTensor` of shape `(R,)`): the
+            similarity of both positives, and that of each of them with the negative.
+    """
+    return (positives > first_negative) & (positives > second_negative)
+
+
 def wilson(hits: float, total: int, z: float = 1.959964) -> tuple[float, float]:
     """Return the interval `(low, high)` of a proportion (Wilson, 1927), 95 % by default.
 
@@ -216,6 +230,7 @@ __all__ = [
     "cider",
     "exact_match",
     "first_relevant_ranks",
+    "hard_negative_hits",
     "ndcg",
     "precision_recall_f1",
     "relevant_index",

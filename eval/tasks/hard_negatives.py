@@ -16,7 +16,7 @@ import torch
 from eval.embed import Predictions
 from eval.intervals import numbered
 from eval.items import Items
-from eval.metrics import words
+from eval.metrics import hard_negative_hits, words
 from eval.parts import mean_of_parts, rows_of_parts
 from eval.results import Example, Score, TaskResult, evenly_spaced
 from eval.task import Benchmark, Kind, Task, texts_sha256
@@ -82,7 +82,7 @@ def evaluate(task: Task) -> TaskResult:
     index_of = {text: index for index, text in enumerate(distinct)}
     first, second, negative = embeds[[index_of[text] for text in texts]].chunk(3)  # (R, D) each
     positives, *others = triplet_cosines(first, second, negative)
-    hits = ((positives > others[0]) & (positives > others[1])).numpy()  # (R,)
+    hits = hard_negative_hits(positives, *others).numpy()  # (R,)
 
     parts = [row.get("part", "all") for row in rows]
     clusters = numbered(row.get("cluster", index) for index, row in enumerate(rows))

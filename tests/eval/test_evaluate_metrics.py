@@ -7,6 +7,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
+import torch
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, top_k_accuracy_score
 
@@ -102,6 +103,35 @@ def test_evaluate_metric_of_accuracy_counts_a_missing_candidate_as_wrong(load):
     assert found == {"top_12_accuracy": 1 / 2}
 
 
+def test_evaluate_metric_class_mean_recall_equals_a_loop(load):
+    truth = [row * row % 5 for row in range(20)]  # 4, 8 and 8 rows of three classes
+    found = load("class_mean_recall").compute(predictions=SIMILARITY, references=truth, k=[3, 5])
+    for k in (3, 5):
+        shares = []
+        for each in sorted(set(truth)):
+            rows = [row for row, label in enumerate(truth) if label == each]
+            hits = [each in np.argsort(-SIMILARITY[row])[:k] for row in rows]
+            shares.append(sum(hits) / len(hits))
+        assert found[f"class_mean_recall_at_{k}"] == pytest.approx(sum(shares) / 3)
+        assert len(set(shares)) > 1  # the mean over rows is another number
+
+
+def test_evaluate_metric_hard_negatives_by_hand(load):
+    triplets = {
+        (0.9, 0.5, 0.5): True,
+        (0.9, 0.95, 0.5): False,
+        (0.9, 0.5, 0.95): False,
+        (0.9, 0.9, 0.5): False,  # a tie
+        (0.9, 0.5, float("nan")): False,
+    }
+    parts = ["swap", "swap", "replace", "replace", "replace"]
+    found = load("hard_negatives").compute(predictions=[*triplets], references=parts)
+    expected = {"accuracy": 1 / 5, "mean_accuracy_of_parts": (1 / 2 + 0) / 2}
+    assert found == pytest.approx(expected)
+    hits = metrics.hard_negative_hits(*torch.tensor([*triplets]).T)
+    assert hits.tolist() == [*triplets.values()]
+
+
 def test_evaluate_metric_of_f1_equals_that_of_scikit_learn(load):
     found = load("precision_recall_f1").compute(predictions=FOUND, references=POSITIVE)
     precision, recall, f1, _ = precision_recall_fscore_support(POSITIVE, FOUND, average="binary")
@@ -152,6 +182,8 @@ def test_evaluate_metric_collects_batches(load):
         ("recall_at_k", [[0.1, 0.2], [0.3]], [[0], [0]], {}, "rows have 1 to 2 similarities"),
         ("ndcg", [[0.1, 0.2]], [[2]], {}, "row 0 has candidate 2; indices are 0 to 1"),
         ("top_k_accuracy", [[0.1, 0.2]], [-2], {}, "row 0 has candidate -2"),
+        ("class_mean_recall", [[0.1, 0.2]], [-1], {}, "row 0 has candidate -1"),
+        ("hard_negatives", [[0.1, 0.2]], ["all"], {}, "don't match the expected format"),
         ("recall_at_k", [[0.1, 0.2]], [[0]], {"k": 0}, "k is 0"),
         ("token_f1", ["a", "b"], [["a"], []], {}, "row 1 has none"),
         ("exact_match", ["a"], [["a"], ["b"]], {}, "Mismatch in the number"),
