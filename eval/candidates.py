@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from eval.task import Benchmark, Task, texts_sha256
+from eval.sources import Source
+from eval.task import Benchmark, Task, texts_sha256, usable_rows
 
 NAMED = 20  # names in a message
 
@@ -32,17 +33,23 @@ class CandidatesBenchmark(Benchmark):
         candidates (`list[str]`, *optional*): the texts to choose from.
         candidates_file (`Path`, *optional*): a file with them in place of the list; see
             [`read_candidates`].
+        candidates_source (`Source`, *optional*): published annotations in place of the list; their
+            distinct targets are the texts. Unlike those of the rows, they do not depend on which
+            videos are there: fewer candidates are easier.
         templates (`list[str]`, *optional*): the texts that are embedded for a candidate, with `{}`
             once. A name of `config.target_prompts`, such as `image`, means the model's own.
     """
 
     candidates: list | None = None
     candidates_file: Path | None = None
+    candidates_source: Source | None = None
     templates: list | None = None
 
     def __post_init__(self) -> None:
-        if self.candidates is not None and self.candidates_file is not None:
-            raise ValueError(f"{self.name}: candidates and candidates_file exclude each other")
+        keys = ("candidates", "candidates_file", "candidates_source")
+        given = [key for key in keys if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{self.name}: {' and '.join(given)} exclude each other")
         if self.candidates is not None:
             check_texts(f"{self.name}: candidates", self.candidates)
         if self.templates is not None:
@@ -55,6 +62,9 @@ class CandidatesBenchmark(Benchmark):
         """
         if self.candidates_file is not None:
             return read_candidates(self.candidates_file)
+        if self.candidates_source is not None:
+            rows, _ = usable_rows(self.candidates_source)
+            return sorted({row["target"] for row in rows})
         return self.candidates
 
 

@@ -67,7 +67,8 @@ class VQABenchmark(CandidatesBenchmark):
             raise ValueError(f"{self.name}: a vqa benchmark takes no query: its rows ask")
         if self.train_rows is not None and self.train_source is not None:
             raise ValueError(f"{self.name}: give either train_rows or train_source")
-        if self.training is None and self.candidates is None and self.candidates_file is None:
+        has_candidates = self.candidates or self.candidates_file or self.candidates_source
+        if self.training is None and not has_candidates:
             raise ValueError(
                 f"{self.name}: a vqa benchmark needs train_rows, train_source, candidates or "
                 "candidates_file"

@@ -11,9 +11,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
 
 from tests.paper_files import write_csv, write_json
-from tests.shade_model import measure, media_bytes, write_media
+from tests.shade_model import PAPER, measure, media_bytes, write_media
 
 EYE = torch.eye(3).tolist()
 
@@ -81,9 +82,13 @@ def write_kinetics_mteb(data: Path) -> None:
 
 
 def write_kinetics(data: Path) -> None:
-    """Write two videos, and the annotation of a third that is gone."""
+    """Write two videos, and the annotation of a third that is gone; no other has its class."""
     header = ("label", "youtube_id", "time_start", "time_end", "split")
-    videos = (("abseiling", "0wR5jVB-WPk", 417), ("zumba", "2UlwCf-yZ7E", 7), ("zumba", "gone", 1))
+    videos = (
+        ("abseiling", "0wR5jVB-WPk", 417),
+        ("zumba", "2UlwCf-yZ7E", 7),
+        ("yodelling", "gone", 1),
+    )
     rows = [(label, name, start, start + 10, "val") for label, name, start in videos]
     write_csv(data / "kinetics_400/val.csv", header, *rows)
     for index, (_, name, start) in enumerate(videos[:2]):
@@ -239,8 +244,8 @@ def write_egoexo4d(data: Path) -> None:
 
 
 def write_imagenet(data: Path) -> None:
-    """Write three images of two of three classes."""
-    names = "n01440764 tench, Tinca tinca\nn02012849 crane\nn03126707 crane\n"
+    """Write an image of each class but the last."""
+    names = "n01440764 tench, Tinca tinca\nn02012849 crane\nn03126707 crane\nn07745940 berry\n"
     path = data / "imagenet/LOC_synset_mapping.txt"
     path.parent.mkdir(parents=True)
     path.write_text(names)
@@ -273,9 +278,10 @@ SETS = {
     ),
     "kinetics_400": Set(
         write_kinetics,
-        {"abseiling": [3, 2, 1], "zumba": [2, 1, 3]},
+        {"abseiling": [3, 2, 1], "zumba": [2, 1, 3], "yodelling": [2, 3, 1]},
         1 / 2,
         (2, None),
+        "1: yodelling",
         left_out=["gone_000001_000011.mp4"],
     ),
     "kinetics_400_mteb": Set(
@@ -294,12 +300,14 @@ SETS = {
         1.0,
         (2, 2797),
     ),
-    # "stir" is clip 0. "pour water", clip 1, ties with "jack up"; that, clip 2, ties with both.
+    # "stir" is clip 0. "pour water", clip 1, ties with "jack up". "jack up" is clip 2, which is
+    # nearest to "get tools", the step of a video that is missing.
     "crosstask_step": Set(
         write_crosstask,
-        {"stir": [3, 1, 2], "pour water": [1, 3, 2], "jack up": [1, 3, 2]},
+        {"stir": [3, 1, 2], "pour water": [1, 3, 2], "jack up": [1, 3, 2], "get tools": [1, 2, 3]},
         1 / 3,
         (3, None),
+        "1: get tools",
         left_out=["gone"],
     ),
     "crosstask_task": Set(
@@ -327,12 +335,13 @@ SETS = {
         (3, None),
         left_out=["takes/gone", "uid-unknown"],
     ),
-    # Both classes named "crane" are one label.
+    # Both classes named "crane" are one label. The second one's image is nearest to "berry".
     "imagenet": Set(
         write_imagenet,
-        {"tench, Tinca tinca": [2, 1, 1], "crane": [1, 2, 1]},
+        {"tench, Tinca tinca": [2, 1, 1], "crane": [1, 2, 1], "berry": [1, 1, 2]},
         2 / 3,
         (3, 50000),
+        "1: berry",
         asked="Describe this video in one sentence.",
     ),
 }
@@ -351,3 +360,7 @@ def test_paper_classification_gives_the_scores_computed_by_hand(name, tmp_path):
     assert result.title != result.paper["name"], "a tiny pool has the paper's bare name"
     for line, part in zip(result.skipped, tiny.left_out, strict=True):
         assert part in line
+
+
+def test_paper_classification_has_a_tiny_set_of_every_entry():
+    assert set(SETS) == set(yaml.safe_load((PAPER / "classification.yaml").read_text()))
