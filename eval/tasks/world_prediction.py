@@ -124,7 +124,8 @@ def evaluate(task: Task) -> TaskResult:
     left_out = {row["line"]: fault for row in task.rows() if (fault := broken_in(row, found))}
     rows = [row for row in task.rows() if row["line"] not in left_out]
     if not rows:
-        raise ValueError(f"{task.benchmark.name}: no row has readable candidates")
+        reason = next(iter(left_out.values()))
+        raise ValueError(f"{task.benchmark.name}: no row has readable candidates. First: {reason}")
     frames = task.benchmark.state_frames or task.benchmark.num_frames
     states = task.predict(rows, states="both", num_frames=frames)
     final = task.predict(rows, states="final", num_frames=frames)

@@ -205,7 +205,7 @@ def test_paper_ek100_anticipation_gives_the_recall_computed_by_hand(tmp_path):
     }
     result, model = measure_ends("ek100_anticipation", tmp_path, ends, texts)
 
-    # "take board chopping" has two rows, one of which always sees the first clip, the other one row.
+    # "take board chopping" has two rows, one of which always sees the first clip.
     recall = {1: (1 / 2 + 1) / 2, 2: (0 + 1) / 2, 4: (1 / 2 + 1) / 2, 10: (0 + 1) / 2}
     top1 = {1: 1 / 3, 2: 1 / 3, 4: 2 / 3, 10: 1 / 3}
     for seconds, value in recall.items():
