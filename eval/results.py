@@ -149,11 +149,11 @@ class TaskResult:
         return f"{self.paper['name']} ({reasons})" if reasons else self.paper["name"]
 
     def as_json(self) -> dict:
-        """Return the title and all fields except the examples, whose paths are valid on one machine
-        only, and the items, which have a file of their own."""
+        """Return the title, the reservations and all fields except the examples, whose paths are
+        valid on one machine only, and the items, which have a file of their own."""
         left_out = {"examples": [], "items": []}  # `asdict` would copy them
         fields = asdict(replace(self, **left_out))
-        return {"title": self.title} | {
+        return {"title": self.title, "reservations": self.reservations} | {
             name: value for name, value in fields.items() if name not in left_out
         }
 

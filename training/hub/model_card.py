@@ -6,6 +6,7 @@ training time from the run, and the answers of the example from the published mo
 
 import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,29 @@ def hub_task(benchmark: dict[str, Any]) -> str:
     return TASKS[benchmark["task"]].hub_tasks["image" if is_image else "video"]
 
 
+def commit_of(benchmark: dict[str, Any]) -> str | None:
+    """Return the commit of a benchmark's data on the Hub, or None if it is not stated."""
+    revision = benchmark["protocol"].get("source_revision", "")
+    return revision if re.fullmatch("[0-9a-f]{40}", revision) else None
+
+
+def main_metric(benchmark: dict[str, Any]) -> str:
+    """Return the metric that the paper states, or the first one."""
+    stated = (benchmark["paper"] or {}).get("metric")
+    return stated if stated in benchmark["scores"] else next(iter(benchmark["scores"]))
+
+
 def eval_results(results: dict[str, Any]) -> list[EvalResult]:
     """Return each score with its protocol, for the card's `model-index`."""
     return [
         EvalResult(
             task_type=hub_task(benchmark),
             task_name=benchmark["task"].replace("_", " "),
-            dataset_type=name,
-            dataset_name=name,
+            dataset_type=benchmark["protocol"].get("source_dataset", name),
+            dataset_name=benchmark["title"],
+            dataset_config=benchmark["protocol"].get("source_config"),
+            dataset_split=benchmark["protocol"].get("source_split"),
+            dataset_revision=commit_of(benchmark),
             dataset_args=benchmark["protocol"],
             metric_type=metric,
             metric_name=metric,
@@ -70,21 +86,30 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def write_eval_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write `.eval_results/*.yaml`, the Hub's newer format: one file for each benchmark."""
-    target = folder / ".eval_results"
-    target.mkdir()
+def write_eval_results(folder: Path, repo: str, results: dict[str, Any]) -> None:
+    """Write `.eval_results/*.yaml`, the Hub's newer format: the main score of each benchmark.
+
+    An entry needs the Hub id of the data and the id of a task in their `eval.yaml`, and the Hub
+    shows it if the data are registered as a benchmark (huggingface.co/docs/hub/eval-results). So
+    scores on data that are not on the Hub are in `model-index` only. The ids of tasks cannot be
+    known without the Hub: the configuration's name is used, as the Hub's own examples do.
+    """
     for name, benchmark in results["benchmarks"].items():
-        entries = [
-            EvalResultEntry(
-                dataset_id=name,
-                task_id=metric,
-                value=score["value"],
-                notes=protocol_line(benchmark),
-            )
-            for metric, score in benchmark["scores"].items()
-        ]
-        (target / f"{name}.yaml").write_text(yaml.safe_dump(to_yaml(entries)), encoding="utf-8")
+        protocol, metric = benchmark["protocol"], main_metric(benchmark)
+        if "source_dataset" not in protocol:
+            continue
+        entry = EvalResultEntry(
+            dataset_id=protocol["source_dataset"],
+            task_id=protocol.get("source_config", "default"),
+            dataset_revision=commit_of(benchmark),
+            value=benchmark["scores"][metric]["value"],
+            source_url=f"https://huggingface.co/{repo}/blob/main/results.json",
+            source_name="results.json",
+            notes=f"{benchmark['title']}; {metric}; {protocol_line(benchmark)}",
+        )
+        path = folder / ".eval_results" / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(to_yaml([entry])), encoding="utf-8")
 
 
 def card_data(
@@ -142,8 +167,7 @@ def write_card(
             save_figure(figure, folder / "loss.png")
     if examples is not None:
         save_figure(picture(examples.shown), folder / PICTURE)
-    if results["benchmarks"]:
-        write_eval_results(folder, results)
+    write_eval_results(folder, repo, results)
     data = training_data(recipes)
     hub_ids = sorted({each.hub_id for each in data if each.hub_id is not None})
     card = ModelCard.from_template(
@@ -171,6 +195,12 @@ def write_card(
         picture=PICTURE,
         percent=percent,
         protocol_line=protocol_line,
+        main_metric=main_metric,
+        on_hub=[
+            each["title"]
+            for each in results["benchmarks"].values()
+            if "source_dataset" in each["protocol"]
+        ],
     )
     card.save(folder / "README.md")
     return card
