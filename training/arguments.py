@@ -20,6 +20,7 @@ import torch
 import yaml
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments, get_scheduler
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available
 
 from modeling_vljepa.attention import cpu_has_bf16
@@ -102,7 +103,8 @@ class ProcessorArguments:
     """The section `processor`: conversion of media to tensors.
 
     Attributes:
-        image_size: side of the square crop in pixels; `vision_config.crop_size` of a new model.
+        image_size: side of the square crop in pixels, or of the square that a checkpoint squashes
+            frames to; `vision_config.crop_size` of a new model.
         shortest_edge: length of the shortest edge in pixels after the resize, before the centre
             crop. Default: V-JEPA 2's ratio, 256/224 of the crop.
         num_frames: frames sampled from a video, its first and last included.
@@ -264,6 +266,7 @@ LEAST = {
     **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers"), 0),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), 0),
     **dict.fromkeys(("text_learning_rate_scale", "vision_learning_rate_scale"), 0),
+    **dict.fromkeys(("new_learning_rate_scale", "new_parts_alone"), 0),
     **dict.fromkeys(("sigreg_weight", "variance_weight", "covariance_weight"), 0),
 }
 
@@ -540,6 +543,14 @@ class VLJEPATrainingArguments(TrainingArguments):
         text_learning_rate_scale: factor on a Y-Encoder's backbone (paper section 3.2: 0.05 for
             a pretrained one; a random one needs 1).
         vision_learning_rate_scale: factor on an X-Encoder that is trained.
+        new_learning_rate_scale: factor on the projection of the visual tokens and on both heads,
+            which are new to a model of pretrained parts.
+        layer_decay: factor between the learning rates of a backbone's layer and of the next one;
+            below 1, early layers change less.
+        new_parts_alone: number of first steps, or share of all steps below 1, in which only the
+            parts of `new_learning_rate_scale` change.
+        clip_by_part: apply `max_grad_norm` to the gradient of each part by itself, not to that of
+            the whole model.
         resume_from_checkpoint: a checkpoint's folder; or true for the last checkpoint in
             `output_dir`, or the beginning if it has no checkpoint.
         device_tflops: peak of a device in 10^12 operations per second at this precision, from its
@@ -564,6 +575,10 @@ class VLJEPATrainingArguments(TrainingArguments):
     precision: str = "auto"
     text_learning_rate_scale: float = 0.05
     vision_learning_rate_scale: float = 1.0
+    new_learning_rate_scale: float = 1.0
+    layer_decay: float = 1.0
+    new_parts_alone: float = 0.0
+    clip_by_part: bool = False
     resume_from_checkpoint: str | bool | None = None
     device_tflops: float | None = None
     world_size_expected: int | None = None
@@ -623,6 +638,7 @@ class VLJEPATrainingArguments(TrainingArguments):
                 "training.metric_for_best_model: the loss still falls while retrieval gets worse; "
                 "name a score of the section 'evaluation'."
             )
+        check_parts(self)
         self.bf16 = use_bf16(self.precision, torch.device("cpu") if self.use_cpu else None)
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # a launcher's choice; the recipe decides
             os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"
@@ -638,6 +654,24 @@ class VLJEPATrainingArguments(TrainingArguments):
                 "gradient_accumulation_steps; give a multiple."
             )
         self.per_device_train_batch_size = per_device
+
+
+def check_parts(arguments: VLJEPATrainingArguments) -> None:
+    """Raise `RecipeError` for settings of the parts' learning rates that cannot be followed."""
+    decay, alone = arguments.layer_decay, arguments.new_parts_alone
+    if not 0 < decay <= 1:
+        raise RecipeError(f"training.layer_decay: it is {decay}; give more than 0, at most 1.")
+    if alone >= 1 and (alone >= arguments.max_steps or alone % 1):
+        raise RecipeError(
+            f"training.new_parts_alone: it is {alone:g}; give a whole number of steps below "
+            f"max_steps ({arguments.max_steps}), or a share of them below 1."
+        )
+    schedule = SchedulerType(arguments.lr_scheduler_type)
+    if alone and schedule in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        raise RecipeError(
+            f"training.new_parts_alone: lr_scheduler_type {schedule.value} has no steps to wait "
+            "for; remove one of them."
+        )
 
 
 MOST_WORKERS = 4  # by default; each holds batches of its own in memory

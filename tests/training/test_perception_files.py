@@ -19,12 +19,13 @@ from tests.model.perception_reference import (
     random_text,
     random_vision,
 )
-from tests.tiny import PERCEPTION
-from training.arguments import RecipeError
+from tests.tiny import PERCEPTION, tiny_processor
+from training.arguments import ModelArguments, ProcessorArguments, RecipeError
 from training.init_checkpoint import main
 from training.model import backbones, perception_files
 from training.model.backbones import TextBackbone, VisionBackbone, read_text, read_vision
 from training.model.perception_files import Size, TextSize, read_text_tower, read_vision_tower
+from training.model.recipe_model import load_processor
 
 Weights = dict[str, torch.Tensor]
 
@@ -353,6 +354,19 @@ def test_read_vision_reads_only_settings_of_a_saved_model_that_are_implemented(
     else:
         with pytest.raises(RecipeError, match=f"--vision: .*{message}"):
             read_vision("--vision", str(folder))
+
+
+def test_load_processor_squashes_to_the_image_size_of_a_recipe(saved, tmp_path):
+    processor = tiny_processor()
+    processor.video_processor = read_vision("--vision", str(saved)).video_processor
+    processor.save_pretrained(tmp_path)
+    model = ModelArguments(checkpoint=str(tmp_path))
+    video = load_processor(model, ProcessorArguments(image_size=48)).video_processor
+    wide = torch.zeros(2, 3, 30, 90, dtype=torch.uint8)
+    wide[..., :45] = 255
+    pixels = video(wide, return_tensors="pt")["pixel_values_videos"]
+    assert pixels.shape == (1, 8, 3, 48, 48)
+    assert (pixels[..., :20] == 1).all() and (pixels[..., -20:] == -1).all()  # nothing is cropped
 
 
 def test_read_vision_hierarchical_refuses_a_perception_encoder(tmp_path):

@@ -249,6 +249,8 @@ def load_processor(arguments: ModelArguments, processing: ProcessorArguments) ->
     video.num_frames = processing.num_frames
     if processing.image_size is not None:
         video.crop_size = {"height": processing.image_size, "width": processing.image_size}
+        if not video.size.shortest_edge:  # squashed frames, of which nothing is cut off
+            video.size = video.crop_size
     if processing.shortest_edge is not None:
         video.size = {"shortest_edge": processing.shortest_edge}
     return processor
