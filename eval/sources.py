@@ -44,7 +44,7 @@ from huggingface_hub import snapshot_download
 from eval.forms import FORMS, read_form
 from processing.annotations import FORMS as SUFFIXES
 from processing.columns import ColumnError, Columns, ExampleError, read_json, value_of
-from processing.examples import DatasetArguments, DatasetError, decoder, load_dataset, rows_of
+from processing.examples import DatasetArguments, DatasetError, decoder, load_with_commit, rows_of
 from processing.media import is_address
 from processing.output import complete_file, writing
 from processing.rows import BadRow, RowError, RowFields
@@ -130,7 +130,7 @@ class Table:
         if self.local is not None:
             return self.local
         try:
-            return Path(
+            root = Path(
                 snapshot_download(
                     self.dataset,
                     repo_type="dataset",
@@ -138,8 +138,15 @@ class Table:
                     allow_patterns=patterns,
                 )
             )
+            self.commits.add(root.name)  # the client names the folder by its commit
+            return root
         except Exception as error:  # the client raises many kinds
             raise SourceError(f"{self.name}: {self.dataset}: {error}") from error
+
+    @cached_property
+    def commits(self) -> set[str]:
+        """Commits of the repository on the Hub from which files were read."""
+        return set()
 
     def check_files(self) -> None:
         """Raise `FileNotFoundError` if files are missing in the user's folder; read nothing."""
@@ -200,9 +207,11 @@ class Table:
         if self.local is not None:
             arguments |= {"dataset": str(self.local), "revision": None}
         try:
-            dataset = load_dataset(DatasetArguments(**arguments))
+            dataset, commit = load_with_commit(DatasetArguments(**arguments))
         except DatasetError as error:
             raise SourceError(f"{self.name}: {self.dataset}: {error}") from error
+        if commit is not None:
+            self.commits.add(commit)
         plain = decoder(dataset)
         if not self.streaming:
             dataset = dataset.to_iterable_dataset()
@@ -229,7 +238,9 @@ class Table:
                 found["source_config"] = self.config
             if self.is_rows_of_hub:
                 found["source_split"] = self.split
-            found["source_revision"] = self.revision or "the newest"
+            # The entry's revision would be a claim about a copy that nobody has checked.
+            given = "a local copy" if self.local is not None else self.revision or "the newest"
+            found["source_revision"] = ", ".join(sorted(self.commits)) or given
         return found
 
 

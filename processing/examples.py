@@ -4,6 +4,7 @@ Media stay as they are stored. Class indices become the names of their classes.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,21 @@ def load_dataset(
     Raises:
         DatasetError: the dataset, its split or a file is missing or broken.
     """
+    return load_with_commit(arguments)[0]
+
+
+def load_with_commit(
+    arguments: DatasetArguments,
+) -> "tuple[datasets.Dataset | datasets.IterableDataset, str | None]":
+    """Return the dataset of `load_dataset`, and its commit; `None` if it is not on the Hub."""
     try:
         builder = dataset_builder(arguments)
+        commit = builder.hash if re.fullmatch("[0-9a-f]{40}", builder.hash or "") else None
         if arguments.streaming:
-            return with_features(builder.as_streaming_dataset(split=arguments.split)).decode(False)
+            dataset = with_features(builder.as_streaming_dataset(split=arguments.split))
+            return dataset.decode(False), commit
         builder.download_and_prepare()
-        return builder.as_dataset(split=arguments.split)
+        return builder.as_dataset(split=arguments.split), commit
     # Builders, fsspec and the Hub raise errors of any type. `datasets` wraps a builder's own error,
     # which names the broken file, as the cause.
     except Exception as error:
@@ -259,5 +269,6 @@ __all__ = [
     "ExampleReader",
     "decoder",
     "load_dataset",
+    "load_with_commit",
     "rows_of",
 ]

@@ -321,7 +321,7 @@ def test_source_of_hub_rows_writes_media_once(tmp_path, streaming):
     assert rows[0]["video"] == rows[2]["video"] != rows[1]["video"]
     assert sum(path.is_file() for path in (tmp_path / ".media").rglob("*")) == 2
     assert made.facts()["source"] == "mteb/set test"
-    assert made.facts()["source_revision"] == "13bb"
+    assert made.facts()["source_revision"] == "a local copy"
 
 
 def test_source_of_two_configs_joins_questions_and_images(tmp_path):
@@ -441,17 +441,20 @@ def test_source_of_webdataset_leaves_out_samples_without_the_caption(tmp_path):
     assert short(rows, "id") == [("one", "a cat", "00/a")] and not bad
 
 
+COMMIT = 8 * "12ab3"
+
+
 def test_source_downloads_the_files_it_names(tmp_path, monkeypatch):
     asked = []
 
     def download(name: str, **options: object) -> str:
         [pattern] = options["allow_patterns"]
         asked.append((name, options["repo_type"], options["revision"], pattern))
-        return str(tmp_path / "downloads")
+        return str(tmp_path / COMMIT)
 
     monkeypatch.setattr(eval.sources, "snapshot_download", download)
-    write_zip(tmp_path / "downloads/video/video.zip", {"a.mp4": b"one"})
-    write_json(tmp_path / "downloads/metadata.json", [{"v": "a.mp4", "t": "x"}])
+    write_zip(tmp_path / COMMIT / "video/video.zip", {"a.mp4": b"one"})
+    write_json(tmp_path / COMMIT / "metadata.json", [{"v": "a.mp4", "t": "x"}])
     made = source(
         tmp_path / "data",
         dataset="omni/DREAM",
@@ -463,10 +466,11 @@ def test_source_downloads_the_files_it_names(tmp_path, monkeypatch):
     made.check_files()
     assert not asked  # nothing is downloaded before the model is loaded
     assert short(made.read()[0]) == [("one", "x")]
-    expected = {
-        ("omni/DREAM", "dataset", "main", each) for each in ("metadata.json", "video/*.zip")
-    }
-    assert set(asked) == expected
+    facts = made.facts()
+    assert (facts["source_dataset"], facts["source_revision"]) == ("omni/DREAM", COMMIT)
+    [metadata, archive] = sorted(set(asked))
+    assert metadata == ("omni/DREAM", "dataset", "main", "metadata.json")
+    assert archive == ("omni/DREAM", "dataset", "main", "video/*.zip")
 
 
 # -- errors ----------------------------------------------------------------------------------
