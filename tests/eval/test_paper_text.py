@@ -20,7 +20,7 @@ from tests.tiny import tiny_processor, write_rows
 FILE = Path(__file__).parents[2] / "eval/paper/text.yaml"
 PARTS = ("replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 # Angle of each text, in degrees: a cosine is that of the difference of two angles.
-RIGHT, NEAR_FIRST, NEAR_SECOND, TIE = (0, 10, 40), (0, 30, -10), (0, 30, 40), (0, 30, 30)
+RIGHT, NEAR_FIRST, NEAR_SECOND, TIE = (0, 10, 40), (0, 30, -10), (0, 30, 40), (0, 10, -10)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,9 @@ def measure(data: Path, processor: VLJEPAProcessor, name: str, file: Path = FILE
         ((0, 30, -10), False),  # so is the first
         ((0, 60, 30), False),  # so are both
         ((0, 0, 0), False),  # a tie is wrong: three equal texts
-        ((0, 30, 30), False),  # a tie: the negative equals the second positive
+        ((0, 30, 30), False),  # the negative equals the second positive
+        ((0, 10, -10), False),  # a tie of the first positive: 10 and 10 degrees
+        ((10, 0, -10), False),  # a tie of the second
         ((0, 0, 30), True),
         ((0, 170, -95), False),  # 170 between the positives, 95 and 95 to the negative
     ],
