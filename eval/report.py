@@ -142,11 +142,16 @@ class Chart:
 def charts_of(result: TaskResult) -> list[Chart]:
     """Return the bar charts of a result: its main metric, and the parts that the paper states.
 
+    A part is a type of rows, or another metric.
+
     The main metric is the paper's, or the first one.
     """
     paper = result.paper or {"metric": next(iter(result.scores)), "scores": {}, "parts": {}}
     main = [(paper["metric"], result.scores.get(paper["metric"]), paper["scores"])]
-    parts = [(name, result.by_type.get(name), models) for name, models in paper["parts"].items()]
+    parts = [
+        (name, result.by_type.get(name) or result.scores.get(name), models)
+        for name, models in paper["parts"].items()
+    ]
     return [Chart(title, _bars(score, models)) for title, score, models in [*main, *parts]]
 
 

@@ -408,7 +408,8 @@ class Kind:
             `"video"`, for the model card.
         examples (`str`): how the report shows the examples. `"answers"`: a clip with its ranked
             answers. `"clips"`: a text with its ranked clips. `"captions"`: a clip with captions
-            and their CIDEr. `"texts"`: a text with a positive and a negative one.
+            and their CIDEr. `"texts"`: a text with a positive and a negative one. `"states"`: the
+            first and the last frame of a clip with its ranked clips.
         features (`type`): what reads the visual tokens of its media from a feature store.
     """
 
@@ -417,7 +418,7 @@ class Kind:
     evaluate: Callable[[Task], TaskResult]
     needs_decoder: bool
     hub_tasks: dict[str, str]
-    examples: Literal["answers", "clips", "captions", "texts"]
+    examples: Literal["answers", "clips", "captions", "texts", "states"]
     features: type[FeatureStore] | type[StreamStore] = FeatureStore
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.report import write_report
 from eval.task import Task
 from eval.tasks import world_prediction
 from eval.tasks.world_prediction import WorldPredictionBenchmark
@@ -94,8 +95,10 @@ def test_world_prediction_takes_candidates_of_any_number_and_parts_of_videos(tmp
     assert accuracy.baselines["final state only"] == 1 / 2
     assert result.protocol["candidates_per_row"] == "2, 3"
     assert result.items[0].predictions == ["b", "second"]
-    ranked = [[str(clip) for clip, _ in each.ranked] for each in result.examples]
-    assert sorted(map(len, ranked)) == [2, 3]
+    write_report(tmp_path / "report.html", "model", [result], tmp_path / "none")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('alt="initial and final state"') == 2
+    assert page.count('alt="candidate at rank 3"') == 1 and page.count('class="hit"') == 2
     lines = list(result.items[0].as_json())
     assert len({line["item"] for line in lines}) == 2 and json.dumps(lines)
 
