@@ -37,6 +37,9 @@ NOT_TYPED = {
     r"^tensorboard ": "serves until it is stopped",
     r"captions_train2017": "needs the annotations of COCO",
     r"sys\.argv\[1\]": "is examples/ask.py, which a command runs",
+    r"--benchmarks eval/paper": "needs the data of the paper's benchmarks",
+    r"rooms\.yaml": "needs three clips; tests/eval/test_evaluation_docs.py runs the entry",
+    r"\[mteb\]|eval\.mteb_": "needs mteb; tests/eval/test_mteb.py runs it",
 }
 # Commands that take more than a minute after `make demo`; a test does not type them.
 LONG = {
