@@ -35,8 +35,10 @@ from .vjepa21 import VJEPA21Model as VJEPA21Model
 # Registered here, because this file is not shipped to the Hub; shipped files only define classes.
 AutoConfig.register("vljepa", VLJEPAConfig)
 # `exist_ok`, because a later transformers may have models of the same names.
-for each in (VJEPA21Config, PerceptionEncoderVisionConfig):
-    AutoConfig.register(each.model_type, each, exist_ok=True)
+AutoConfig.register(VJEPA21Config.model_type, VJEPA21Config, exist_ok=True)
+AutoConfig.register(
+    PerceptionEncoderVisionConfig.model_type, PerceptionEncoderVisionConfig, exist_ok=True
+)
 AutoModel.register(VLJEPAConfig, VLJEPAModel)
 AutoModelForZeroShotImageClassification.register(VLJEPAConfig, VLJEPAForZeroShotImageClassification)
 AutoModelForImageTextToText.register(VLJEPAConfig, VLJEPAForConditionalGeneration)

@@ -80,7 +80,8 @@ class Dense(nn.Module):
 
 class YEncoder(nn.Module):
     """A text encoder, its pooling and its Dense layers: EmbeddingGemma in the paper (section 3.1),
-    or a BERT, Qwen3-Embedding, a CLIP text tower, the encoder of a T5 or of SONAR's kind.
+    or a BERT, Qwen3-Embedding, a text tower of CLIP or Perception Encoder, the encoder of a T5 or
+    of SONAR's kind.
 
     A frozen Y-Encoder records no graph and stays in evaluation mode; the model around it sets
     `requires_grad` of the parameters. The embedding head after it still trains.

@@ -225,7 +225,7 @@ def turns_of(
 def interpolate(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Interpolate `(side, side, D)` to `(height, width, D)`: bilinear between the centres of cells.
 
-    Centres outside of the outer cells' have the outer cells' values.
+    Points outside of the outer centres have the value of the nearest one.
     """
     side = len(table)
 

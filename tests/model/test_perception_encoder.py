@@ -341,10 +341,11 @@ def test_vljepa_with_both_towers_of_perception_encoder_trains_every_parameter():
         assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("name", ["use_rope2d", "n_registers"])
-def test_x_encoder_perception_encoder_rejects_settings_that_it_would_ignore(name):
-    with pytest.raises(ValueError, match=f"a 'perception_encoder_vision' with '{name}', a setting"):
-        tiny_model(vision_config=PERCEPTION | {name: 1})
+@pytest.mark.parametrize(("name", "value"), [("use_rope2d", False), ("n_registers", 1)])
+def test_x_encoder_perception_encoder_rejects_settings_that_it_would_ignore(name, value):
+    message = f"a 'perception_encoder_vision' whose '{name}' is {value}, which this encoder"
+    with pytest.raises(ValueError, match=message):
+        tiny_model(vision_config=PERCEPTION | {name: value})
 
 
 def texts(*lengths: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:
