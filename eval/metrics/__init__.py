@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+AT_ONCE = 2**24  # similarities that are ranked in one step
 LONGEST = 4  # CIDEr compares n-grams of one to four words
 HIGHEST_CIDER = 10.0
 LENGTH_STD = 6.0  # of CIDEr-D's Gaussian penalty for a difference of lengths
@@ -41,6 +42,13 @@ def relevant_ranks(similarity: torch.Tensor, relevant: torch.Tensor, count: int)
     Ties are those of [`first_relevant_ranks`]. A row with fewer relevant candidates gets C + 1 for
     the missing ones.
     """
+    rows = max(1, AT_ONCE // max(1, similarity.shape[1]))  # a copy of all would double the memory
+    parts = zip(similarity.split(rows), relevant.split(rows), strict=True)
+    return torch.cat([_relevant_ranks(*part, count) for part in parts])
+
+
+def _relevant_ranks(similarity: torch.Tensor, relevant: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `relevant_ranks` of some rows."""
     candidates = similarity.shape[1]
     # NaN counts as the lowest score; topk would put it first.
     scores = similarity.masked_fill(~relevant | similarity.isnan(), -torch.inf)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
+from eval import metrics
 from eval.metrics import (
     chance_ndcg,
     chance_recall,
@@ -90,8 +91,10 @@ def test_relevant_ranks_and_ndcg_by_hand():
     assert ndcg(similarity, relevant, 3).tolist() == pytest.approx([1 / 2 / best, 1.0, 0.0, 0.0])
 
 
-def test_ndcg_and_recall_equal_those_of_sentence_transformers():
+@pytest.mark.parametrize("at_once", [metrics.AT_ONCE, 100], ids=["all rows", "three rows"])
+def test_ndcg_and_recall_equal_those_of_sentence_transformers(monkeypatch, at_once):
     """Without ties, which its evaluator orders by the candidates' names."""
+    monkeypatch.setattr(metrics, "AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     similarity = torch.rand(40, 30, generator=generator)
     relevant = torch.rand(40, 30, generator=generator) < 0.2
