@@ -32,6 +32,8 @@ def read_form(form: str, paths: list[Path], records: str, header: list[str] | No
             yield from egoexo4d_keysteps(paths)
         case _:
             for path in paths:
+                if path.is_dir():
+                    raise ColumnError(f"{path} is a folder, not a file of the form {form}")
                 for example in _read(form, path, records, header):
                     if not isinstance(example, dict):
                         raise ColumnError(f"{path}: an example is {example!r:.80}, not an object")

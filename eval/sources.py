@@ -35,7 +35,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from huggingface_hub import snapshot_download
 
 from eval.forms import FORMS, read_form
 from processing.annotations import FORMS as SUFFIXES
-from processing.columns import ColumnError, Columns, ExampleError, read_json, value_of
+from processing.columns import ColumnError, Columns, ExampleError, Record, read_json, value_of
 from processing.examples import DatasetArguments, DatasetError, decoder, load_with_commit, rows_of
 from processing.media import is_address
 from processing.output import complete_file, writing
@@ -93,6 +93,9 @@ class Table:
                 f"{self.name}: give one of dataset, annotations, files and shards, found "
                 f"{', '.join(given) or 'none'}"
             )
+        for key in ("annotations", "shards"):
+            if vars(self)[key] == []:
+                raise SourceError(f"{self.name}: {key} is an empty list")
         if self.form is not None and self.form not in FORMS:
             raise SourceError(f"{self.name}: form is {self.form!r}, must be one of: {FORMS}")
 
@@ -268,7 +271,10 @@ class Join(Table):
         for example in self.examples():
             if isinstance(example, ExampleError):
                 continue
-            key = as_id(value_of(example, self.id))
+            try:
+                key = as_id(value_of(example, self.id))
+            except (ColumnError, ExampleError) as error:
+                raise ColumnError(f"{self.name}: {error}") from error
             repeated[key] += key in found
             found[key] = example
         check_repeated(self.name, repeated)
@@ -280,7 +286,10 @@ class Join(Table):
         Raises:
             ExampleError: there is none with this id.
         """
-        key = as_id(value_of(example, self.by))
+        try:
+            key = as_id(value_of(example, self.by))
+        except (ColumnError, ExampleError) as error:
+            raise type(error)(f"{self.name}: {error}") from error
         if key not in self.by_id:
             raise ExampleError(f"{self.label()} has no example whose {self.id} is {key!r}")
         return self.by_id[key]
@@ -307,29 +316,43 @@ def check_repeated(name: str, repeated: Mapping[str, int]) -> None:
 # -- archives --------------------------------------------------------------------------------
 
 
-def samples_of_shard(path: Path) -> Iterator[dict]:
+def samples_of_shard(path: Path) -> Iterator[Record | ExampleError]:
     """Yield the samples of a WebDataset archive: `__key__`, and by its suffix the address of each
-    file, the value of a JSON file, and the text of a txt file."""
-    sample: dict[str, Any] = {}
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if not member.isfile():
-                continue
-            folder, name = os.path.split(member.name)
-            stem, _, suffix = name.partition(".")
-            key = os.path.join(folder, stem)
-            if sample and sample["__key__"] != key:
+    file, the value of a JSON file, and the text of a txt file.
+
+    Raises:
+        SourceError: it is no tar file, or damaged.
+    """
+    try:
+        with tarfile.open(path) as archive:
+            files = (member for member in archive if member.isfile())
+            for key, members in groupby(files, _key):
+                sample = Record(__key__=key)
+                try:
+                    for member in members:
+                        suffix = os.path.basename(member.name).partition(".")[2]
+                        sample[suffix] = _member_value(archive, member, suffix, path)
+                except ValueError as error:
+                    yield ExampleError(f"{member.name} in {path.name}: {error}")
+                    continue
                 yield sample
-                sample = {}
-            sample["__key__"] = key
-            sample[suffix] = _member_value(archive, member, suffix, path)
-    if sample:
-        yield sample
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise SourceError(f"{path} is no tar file, or damaged: {error}") from error
+
+
+def _key(member: tarfile.TarInfo) -> str:
+    """Return the path of a member without its suffixes, which the files of a sample share."""
+    folder, name = os.path.split(member.name)
+    return os.path.join(folder, name.partition(".")[0])
 
 
 def _member_value(
     archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, path: Path
 ) -> Any:
+    """Return the address of a member; of a small file its value.
+
+    Raises: `ValueError` for a file that is neither JSON nor UTF-8.
+    """
     if suffix not in ("json", "txt", "cls"):
         return f"tar://{member.name}::{path.resolve()}"
     content = archive.extractfile(member).read()
@@ -392,10 +415,12 @@ def _members(archive: Path, cache: Path) -> Iterator[tuple[str, str]]:
     Raises: `SourceError` for a file that is neither zip nor tar.
     """
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as members:
-            for member in members.infolist():
-                if not member.is_dir():
-                    yield member.filename, f"zip://{member.filename}::{archive}"
+        try:
+            with zipfile.ZipFile(archive) as members:
+                names = [member.filename for member in members.infolist() if not member.is_dir()]
+        except zipfile.BadZipFile as error:
+            raise SourceError(f"{archive} is a damaged zip file: {error}") from error
+        yield from ((name, f"zip://{name}::{archive}") for name in names)
         return
     try:
         with tarfile.open(archive, "r:") as members:
@@ -542,8 +567,7 @@ class Source(Table):
             try:
                 if isinstance(example, ExampleError):
                     raise example
-                for name, join in self.joins.items():
-                    example = {**example, name: join.match(example)}
+                example = self._joined(example)
             except ExampleError as error:
                 bad.append(BadRow(*where, str(error)))
                 continue
@@ -579,6 +603,17 @@ class Source(Table):
                     "`numbers: true` in the mapping."
                 )
 
+    def _joined(self, example: Mapping) -> Mapping:
+        """Return an example with those of the joins.
+
+        Raises:
+            ExampleError: there is none with its id.
+        """
+        for name, join in self.joins.items():
+            # Of the same type: a column that a JSON object lacks is no error of the mapping.
+            example = type(example)({**example, name: join.match(example)})
+        return example
+
     def _no_row(self, examples: int, bad: list[BadRow]) -> SourceError:
         if bad:
             reason = f"{len(bad)} of {examples} are unusable. The first reason: {bad[0]}"
@@ -594,10 +629,8 @@ class Source(Table):
         for example in islice(self.examples(), FIRST):
             if isinstance(example, ExampleError):
                 continue
-            for name, join in self.joins.items():
-                with suppress(ExampleError):
-                    example = {**example, name: join.match(example)}
             try:
+                example = self._joined(example)
                 replace(columns, where={}, absent=()).read(example)
             except (ColumnError, ExampleError) as error:
                 return f". The first reason: {error}"

@@ -824,4 +824,12 @@ class Columns:
         }
 
 
-__all__ = ["ColumnError", "Columns", "ExampleError", "class_words", "read_json", "value_of"]
+__all__ = [
+    "ColumnError",
+    "Columns",
+    "ExampleError",
+    "Record",
+    "class_words",
+    "read_json",
+    "value_of",
+]

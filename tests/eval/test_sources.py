@@ -432,13 +432,17 @@ def test_source_of_webdataset_leaves_out_samples_without_the_caption(tmp_path):
         "00/b.json": b'{"model_caption": "a dog"}',
         "00/c.mp4": b"three",
         "00/c.json": b'{"human_caption": null}',
+        "00/d.mp4": b"four",
+        "00/e.mp4": b"five",
+        "00/e.json": b"{",
     }
     write_tar(tmp_path / "facebook/PE-Video/test/0.tar", samples)
     columns = {"video": "mp4", "target": "json.human_caption", "id": "__key__", "absent": [None]}
-    rows, bad = source(
+    rows, [bad] = source(
         tmp_path, dataset="facebook/PE-Video", shards="test/*.tar", columns=columns
     ).read()
-    assert short(rows, "id") == [("one", "a cat", "00/a")] and not bad
+    assert short(rows, "id") == [("one", "a cat", "00/a")]
+    assert "00/e.json in 0.tar: Expecting property name" in bad.reason
 
 
 COMMIT = 8 * "12ab3"
@@ -506,6 +510,17 @@ AGAIN = {"annotations": "captions.csv", "by": "key", "id": "{key:.3}"}
         ({"files": "*.mp4"}, "give one of dataset, .*, found annotations, files"),
         ({"annotations": None}, "give one of dataset, .*, found none"),
         ({"join": {"more": {"annotations": "captions.csv", "by": "key"}}}, "join more needs id"),
+        ({"join": {"more": AGAIN | {"id": "key_"}}}, "join more: an example has no column 'key_'"),
+        ({"join": {"more": AGAIN | {"by": "key_"}}}, "join more: an example has no column 'key_'"),
+        ({"annotations": []}, "annotations is an empty list"),
+        (
+            {"annotations": "videos", "form": "csv"},
+            "videos is a folder, not a file",
+        ),
+        (
+            {"annotations": None, "shards": "captions.csv"},
+            "captions.csv is no tar file, or damaged",
+        ),
         ({"join": {"more": AGAIN}}, "join more: ids that occur more than once: ret. The pool"),
     ],
 )
