@@ -7,20 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoProcessor
 
 from modeling_vljepa import VJEPA21Config, VJEPA21Model
 from processing import VLJEPAVideoProcessor
 from tests import sources
 from tests.model.vjepa21_reference import encode, random_weights
-from tests.tiny import run_elsewhere, tiny_config, tiny_recipe, tiny_rows
+from tests.tiny import tiny_config
 from training.arguments import RecipeError
 from training.init_checkpoint import main
 from training.model import vjepa21_files
 from training.model.backbones import VisionBackbone, read_vision
 from training.model.recipe_model import check_config
 from training.model.vjepa21_files import Size, from_published
-from training.train import main as train
 
 WIDTH, HEADS, MLP = 64, 4, 128
 WEIGHTS = random_weights(WIDTH, 12, MLP)
@@ -349,39 +347,3 @@ def test_check_config_knows_the_settings_of_the_checkpoints_encoder():
     for checkpoint in (None, tiny_config()):
         with pytest.raises(RecipeError, match="vision_config.img_temporal_dim_size: no such"):
             check_config(change, checkpoint)
-
-
-# -- from the file to a model that loads elsewhere ----------------------------------------
-
-
-@pytest.mark.slow
-def test_published_file_becomes_a_model_that_trains_and_loads_without_this_package(tmp_path):
-    vision = published(tmp_path / "tiny.pt", WEIGHTS)
-    predictor = sources.language_model(tmp_path / "predictor")
-    text = sources.sentence_transformer(tmp_path / "text")
-    parts = ["--vision", str(vision), "--predictor", str(predictor), "--text", str(text)]
-    built, saved = tmp_path / "built", tmp_path / "saved"
-    main([*parts, "--layers", "2", "--output", str(built)])
-    recipe = tiny_recipe(tiny_rows(tmp_path), max_steps=2)
-    trainer = train([str(recipe), f"model.checkpoint={built}", "model.config={}"])
-    assert trainer.state.global_step == 2
-    trainer.model.eval().save_pretrained(saved)
-    AutoProcessor.from_pretrained(built).save_pretrained(saved)
-    with torch.no_grad():
-        embeds = trainer.model.encode_video(PIXELS)
-        torch.testing.assert_close(embeds, encode(WEIGHTS, PIXELS, HEADS), rtol=0, atol=1e-5)
-        same = AutoModel.from_pretrained(saved).eval()
-        torch.save((PIXELS, same.predict(PIXELS), same.predict(PIXELS[:, :1])), tmp_path / "x.pt")
-    script = f"""
-import torch
-from transformers import AutoModel, AutoProcessor
-model = AutoModel.from_pretrained({str(saved)!r}, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained({str(saved)!r}, trust_remote_code=True)
-pixels, video, image = torch.load({str(tmp_path / "x.pt")!r})
-with torch.no_grad():
-    assert (model.predict(pixels) - video).abs().max() < 1e-5
-    assert (model.predict(pixels[:, :1]) - image).abs().max() < 1e-5
-assert type(model.x_encoder.backbone).__module__.startswith("transformers_modules")
-print("equal", processor.video_processor.crop_size["height"])
-"""
-    assert run_elsewhere(script, tmp_path) == "equal 384"
