@@ -41,6 +41,10 @@ class VLJEPAConfig(PreTrainedConfig):
             Edge of the windows of patches whose mean is one visual token, in each frame or tubelet:
             with 2, the Predictor reads a quarter of the tokens. Class and register tokens of an
             image tower are not averaged. The paper pools none. It adds no weights.
+        standardize_visual_tokens (`bool`, *optional*, defaults to `False`):
+            Shift and scale each dimension of the visual tokens before their projection, by two
+            fixed vectors that are saved with the weights. `init_checkpoint --calibrate` measures
+            them. The paper mentions none.
         embedding_dim (`int`, *optional*, defaults to 1536):
             Width of the shared embedding space (section 3.1).
         text_pooling (`str`, *optional*, defaults to `"mean"`):
@@ -146,6 +150,7 @@ class VLJEPAConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
     visual_token_pooling: int = 1
+    standardize_visual_tokens: bool = False
     embedding_dim: int = 1536
     text_pooling: str = "mean"
     text_dense: list[dict] = field(default_factory=list)

@@ -30,7 +30,7 @@ from .configuration_vljepa import VLJEPAConfig
 from .embedding_head import EmbeddingHead, masked_mean
 from .input_checks import check_labels, check_shape, check_tokens
 from .losses import info_nce
-from .predictor import Predictor
+from .predictor import Predictor, VisualStandardization
 from .x_encoder import XEncoder
 from .y_decoder import YDecoder
 from .y_encoder import YEncoder
@@ -196,6 +196,9 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LogitScale | LogitBias):
             init.constant_(module.weight, module.init_value)
+        if isinstance(module, VisualStandardization):
+            init.zeros_(module.mean)
+            init.ones_(module.scale)
 
 
 class VLJEPAModel(VLJEPAPreTrainedModel):
@@ -210,7 +213,9 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             config.vision_config, frozen=config.freeze_vision, pooling=config.visual_token_pooling
         )
         self.predictor = Predictor(
-            config.predictor_config, visual_hidden_size=self.x_encoder.output_size
+            config.predictor_config,
+            visual_hidden_size=self.x_encoder.output_size,
+            standardize=config.standardize_visual_tokens,
         )
         self.predictor_head = EmbeddingHead(
             config.predictor_config.hidden_size, config.embedding_dim
@@ -249,6 +254,15 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         self.config = copy.copy(self.config)  # a model around this one may share the original
         self.config.decoder_config = None
         super().save_pretrained(save_directory, **kwargs)
+
+    def fold_standardization(self) -> None:
+        """Replace the standardisation of the visual tokens by an equal change of their projection.
+
+        The model then computes the same with one operation less, and has no such vectors.
+        """
+        if self.config.standardize_visual_tokens:
+            self.predictor.fold_standardization()
+            self.config.standardize_visual_tokens = False
 
     def get_input_embeddings(self) -> nn.Module:
         return self.predictor.backbone.get_input_embeddings()

@@ -69,14 +69,36 @@ def mask_for(
     return create_bidirectional_mask(config, states[:, :1], mask, allow_is_bidirectional_skip=False)
 
 
+class VisualStandardization(nn.Module):
+    """Fixed shift and scale of each dimension of the visual tokens, before their projection.
+
+    Most of the energy of a frozen encoder's tokens can be common to all inputs, and a few
+    dimensions can have most of the rest. `init_checkpoint --calibrate` measures both vectors. They
+    are buffers, so they do not train.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(hidden_size))
+        self.register_buffer("scale", torch.ones(hidden_size))
+
+    def forward(self, visual_embeds: torch.Tensor) -> torch.Tensor:
+        return (visual_embeds - self.mean) * self.scale  # (V, N, Dx)
+
+
 class Predictor(nn.Module):
     """Llama layers in which every position attends to every real one (paper section 3.1).
 
     The visual tokens come first and the query after them, at rotary positions 0 ... N + L - 1.
     """
 
-    def __init__(self, config: PreTrainedConfig, visual_hidden_size: int):
+    def __init__(
+        self, config: PreTrainedConfig, visual_hidden_size: int, *, standardize: bool = False
+    ):
         super().__init__()
+        self.visual_standardization = nn.Identity()
+        if standardize:
+            self.visual_standardization = VisualStandardization(visual_hidden_size)
         self.visual_projection = nn.Linear(visual_hidden_size, config.hidden_size)
         self.backbone = from_config(AutoModel, config)
 
@@ -95,7 +117,8 @@ class Predictor(nn.Module):
         `attention_mask`, every query token is real and no mask is built, which is faster for a
         batch of equal lengths. Queries are padded on the right.
         """
-        visual = self.visual_projection(visual_embeds)  # (V, N, Dp)
+        visual = self.visual_standardization(visual_embeds)  # (V, N, Dx)
+        visual = self.visual_projection(visual)  # (V, N, Dp)
         visual = one_for_each(visual, input_ids, visual_index)  # (B, N, Dp)
         query = self.backbone.get_input_embeddings()(input_ids).to(visual.dtype)  # (B, L, Dp)
         joined = torch.cat([visual, query], dim=1)  # (B, N + L, Dp)
@@ -108,5 +131,14 @@ class Predictor(nn.Module):
         )
         return states, mask
 
+    @torch.no_grad()
+    def fold_standardization(self) -> None:
+        """Replace the standardisation by an equal change of the projection's weights and bias."""
+        standard, projection = self.visual_standardization, self.visual_projection
+        weight = projection.weight.double() * standard.scale.double()
+        projection.bias.copy_(projection.bias.double() - weight @ standard.mean.double())
+        projection.weight.copy_(weight)
+        self.visual_standardization = nn.Identity()
 
-__all__ = ["Predictor"]
+
+__all__ = ["Predictor", "VisualStandardization"]

@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
     check_output_folder("--output", args.output)
     model = load(AutoModel, "--model", args.model).eval()
+    model.fold_standardization()
     processor = load(AutoProcessor, "--model", args.model)
     frames = processor.video_processor.num_frames
     side = processor.video_processor.crop_size["height"]

@@ -8,6 +8,9 @@
 These are the parts of the paper's model (arXiv 2512.10942, section 3.1). Each may be a Hub id or a
 folder, `--vision` also a published `.pt` file of V-JEPA 2.1 or the Perception Encoder, and `--text`
 one of the Perception Encoder. The projections between the parts and the temperature are new.
+
+`--calibrate ROWS` measures the visual tokens of a few hundred clips and fits the new projection to
+the language model's token table (`training/model/calibration.py`).
 """
 
 import argparse
@@ -30,11 +33,18 @@ from training.model.backbones import (
     read_text,
     read_vision,
 )
+from training.model.calibration import calibrate_on
 from training.model.checkpoint_files import Weights
 from training.model.parameters import paper_table
 
 # Weights that no backbone has; `VLJEPAPreTrainedModel` initialises them.
-NEW = ("predictor.visual_projection.", "predictor_head.", "y_head.", "logit_scale.")
+NEW = (
+    "predictor.visual_standardization.",
+    "predictor.visual_projection.",
+    "predictor_head.",
+    "y_head.",
+    "logit_scale.",
+)
 
 
 def join_weights(
@@ -52,6 +62,7 @@ def join(
     *,
     embedding_dim: int | None = None,
     project_target: bool = True,
+    standardize: bool = False,
     seed: int = 0,
 ) -> VLJEPAModel:
     """Build one model from three pretrained parts.
@@ -63,6 +74,7 @@ def join(
         embedding_dim: width of the shared space; default: that of `VLJEPAConfig`, or the
             Y-Encoder's own without `project_target`.
         project_target: add a projection from the Y-Encoder to the shared space.
+        standardize: add a standardisation of the visual tokens, to be calibrated.
         seed: seed of the new projections.
 
     Raises:
@@ -80,6 +92,7 @@ def join(
         text_pooling=text.pooling,
         text_dense=text.dense,
         project_target=project_target,
+        standardize_visual_tokens=standardize,
         **settings,
     )
     # A model without memory lists the weights it needs: `from_pretrained` below would initialise a
@@ -128,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--target-prompt", metavar="NAME", help="prompt of the Y-Encoder that precedes targets")
     add("--pad-token", help="padding token of a query tokenizer that has none")
     add("--num-frames", type=int, default=8, help="frames sampled from each video")
+    add("--calibrate", metavar="ROWS", help="JSONL file of clips and texts to calibrate on")
+    add("--calibrate-clips", type=int, default=256, help="number of its clips that are read")
     add("--seed", type=int, default=0, help="seed of the new projections")
     add("--max-shard-size", default="5GB", help="largest file of the saved weights")
     args = parser.parse_args(argv)
@@ -169,8 +184,11 @@ def main(argv: list[str] | None = None) -> None:
         text,
         embedding_dim=args.embedding_dim,
         project_target=not args.no_target_projection,
+        standardize=args.calibrate is not None,
         seed=args.seed,
     )
+    if args.calibrate is not None:
+        print(calibrate_on(model, processor, args.calibrate, args.calibrate_clips, args.seed))
     print(paper_table(model))
 
     # 5. Save everything that a user loads

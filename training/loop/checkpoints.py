@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
@@ -22,6 +21,7 @@ from processing.output import writing
 from training.arguments import RecipeError
 from training.data.mixture import Positions
 from training.loop.fingerprint import FINGERPRINT, Fingerprint, write_fingerprint
+from training.loop.rates import set_rates
 
 # Names that `get_last_checkpoint` does not match.
 INCOMPLETE = "incomplete-checkpoint"
@@ -195,13 +195,7 @@ class AtomicCheckpoints(Trainer):
         for group, given in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(given)
         schedule.base_lrs = rates
-        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        schedule._last_lr = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
-            if isinstance(group["lr"], torch.Tensor):  # of optimizers that must not replace it
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        set_rates(schedule)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint.

@@ -48,7 +48,8 @@ RATES |= {"training.lr_scheduler_kwargs", "training.warmup_steps"}
 APPLIED = RATES | words(
     """
     training.max_steps training.weight_decay training.adam_beta1 training.adam_beta2
-    training.adam_epsilon training.max_grad_norm training.precision training.use_cpu training.tf32
+    training.adam_epsilon training.max_grad_norm training.clip_by_part training.precision
+    training.use_cpu training.tf32
     training.full_determinism training.gradient_cache_rows training.activation_checkpointing
     training.activation_checkpointing_kwargs training.gradient_checkpointing
     training.gradient_checkpointing_kwargs training.torch_compile training.torch_compile_backend

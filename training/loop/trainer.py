@@ -32,6 +32,7 @@ from training.loop.checkpoints import (
 from training.loop.distributed import all_mean
 from training.loop.grad_cache import cached_step
 from training.loop.objective import Embeds, Ids, Objective
+from training.loop.rates import learning_rates, part_of, steps_alone, train_new_parts_first
 from training.loop.speed import SpeedMeter, training_flops
 
 LANES = 8  # by default: divisible by 1, 2, 4 and 8 processes
@@ -162,13 +163,22 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         """Create the optimizer; a group is the parameters of one learning rate and weight decay."""
         model = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(model))
+        rates = learning_rates((name for name, _ in model.named_parameters()), self.args)
         groups = defaultdict(list)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups[self.learning_rate_of(name), name in decayed].append(parameter)
+                is_new = self.args.new_parts_alone > 0 and part_of(name) == "new"
+                groups[rates[name], name in decayed, is_new].append(parameter)
+        # The first group's rate is the one in the log.
+        in_order = sorted(groups.items(), key=lambda item: item[0][0] != self.args.learning_rate)
         parameters = [
-            {"params": group, "lr": rate, "weight_decay": self.args.weight_decay * is_decayed}
-            for (rate, is_decayed), group in groups.items()
+            {
+                "params": group,
+                "lr": rate,
+                "weight_decay": self.args.weight_decay * is_decayed,
+                "new": is_new,
+            }
+            for (rate, is_decayed, is_new), group in in_order
         ]
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
         # Upstream takes the groups from this attribute. It then also handles special optimizers:
@@ -176,16 +186,24 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         self.optimizer_cls_and_kwargs = (optimizer_class, dict(params=parameters, **arguments))
         return super().create_optimizer(model)
 
-    def learning_rate_of(self, name: str) -> float:
-        """Return the peak learning rate of a parameter.
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Create the schedule; with `new_parts_alone`, the other parts begin later."""
+        first = self.lr_scheduler is None
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        alone = steps_alone(self.args, num_training_steps)
+        if first and alone:
+            train_new_parts_first(schedule, alone, self.args.get_warmup_steps(num_training_steps))
+        return schedule
 
-        The Y-Encoder's head (`y_head.`) is new, not pretrained, so it trains at the full rate.
-        """
-        if "y_encoder." in name:  # `in`: adapters put a prefix before it
-            return self.args.learning_rate * self.args.text_learning_rate_scale
-        if "x_encoder." in name:
-            return self.args.learning_rate * self.args.vision_learning_rate_scale
-        return self.args.learning_rate
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        """Clip the gradient and return its norm; with `clip_by_part`, clip each part's."""
+        if not self.args.clip_by_part:
+            return super()._clip_grad_norm(model)
+        parts = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            parts[part_of(name)].append(parameter)
+        clip, most = self.accelerator.clip_grad_norm_, self.args.max_grad_norm
+        return torch.stack([clip(part, most) for part in parts.values()]).norm()
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Return the names of matrices: norms, biases and the temperature do not decay."""
