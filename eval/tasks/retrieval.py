@@ -28,7 +28,8 @@ class RetrievalBenchmark(Benchmark):
             of its rows, to one text.
         merge_texts (`bool`, *optional*, defaults to `True`): equal texts are one text, right for
             the clips of all its rows. The published protocols do not merge: with `False`, the text
-            of each row is right for its own clip only, and an equal text of another clip is wrong.
+            of each row is right for its own clip, or those of its `group_id`, and an equal text of
+            another clip is wrong.
     """
 
     counts: ClassVar[str] = "clips"

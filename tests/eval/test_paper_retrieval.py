@@ -408,11 +408,16 @@ def test_paper_retrieval_names_what_is_wrong(tmp_path, change, clips, message):
         measure("retrieval", "msr_vtt", tmp_path, clips, SETS["msr_vtt"].texts)
 
 
-def test_paper_retrieval_counts_a_caption_without_a_video(tmp_path):
+@pytest.mark.parametrize("broken", [False, True], ids=["no video", "broken video"])
+def test_paper_retrieval_counts_a_caption_without_a_video(tmp_path, broken):
     """The caption is left out of the pool of texts too."""
     write_msr_vtt(tmp_path)
-    text = (tmp_path / CSV).read_text().replace("video9771", "")
-    (tmp_path / CSV).write_text(text)
+    if broken:
+        (tmp_path / "msr_vtt/videos/video9771.mp4").write_bytes(b"no video")
+    else:
+        text = (tmp_path / CSV).read_text().replace("video9771", "")
+        (tmp_path / CSV).write_text(text)
     result, _ = measure("retrieval", "msr_vtt", tmp_path, EYE, SETS["msr_vtt"].texts)
     assert (result.pool, result.protocol["text_pool"]) == (2, 2)
     assert [f"{CSV}:2: " in line for line in result.skipped] == [True, False]
+    assert not any(str(tmp_path) in line for line in result.skipped)
