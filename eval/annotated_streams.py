@@ -10,19 +10,22 @@ Shapes: S windows of a stream, A its annotations, D embedding size.
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from eval.embed import Embedded, Wanted, advance, query_tokens, run_job, store_found
+from eval.embedding_store import PartWriter, key_of
 from eval.task import Task
+from modeling_vljepa import VLJEPAModel
 from modeling_vljepa.pipelines.segmentation import as_unit
 from modeling_vljepa.pipelines.stream_session import EmbeddedWindow, StreamEncoder
-from processing import MediaError
-from processing.rows import BadRow
-from processing.stream_store import StoredStream
+from processing import MediaError, VLJEPAProcessor
+from processing.rows import BadRow, content_key
+from processing.stream_store import StoredStream, StreamStore
 
 LATE = 1.0  # seconds: `end_time` is the last frame's beginning, so annotations may be a bit later
 
@@ -104,16 +107,116 @@ class EmbeddedStream:
     end_time: float
 
 
-def embed_windows(task: Task, video: str) -> tuple[list[EmbeddedWindow], int]:
-    """Return the embedded windows of a video, and the number of its broken frames."""
-    encoder, benchmark = StreamEncoder(task.vljepa, task.processor, task.query), task.benchmark
-    if task.features is not None:
-        stored = task.features.stream(video, stride=benchmark.stride, fps=benchmark.fps)
-        return list(embed_stored(encoder, stored, task.batch_size)), stored.broken
-    with task.processor.watch(
-        video, window=benchmark.num_frames, stride=benchmark.stride, fps=benchmark.fps
-    ) as windows:
-        return list(encoder.stream(windows, task.batch_size)), windows.report.broken
+@dataclass(frozen=True)
+class StreamJob:
+    """Streams to embed: a share of those of one benchmark.
+
+    Attributes:
+        items (`list[Wanted]`): videos.
+        query (`str`), window (`int`), stride (`int`), fps (`float`, *optional*): those of the
+            benchmark.
+        batch_size (`int`): windows per forward pass.
+        features (`StreamStore`, *optional*): visual tokens to read in place of the videos.
+        writer ([`PartWriter`], *optional*): what stores the embeddings, stream by stream.
+    """
+
+    items: list[Wanted]
+    query: str
+    window: int
+    stride: int
+    fps: float | None
+    batch_size: int
+    features: StreamStore | None
+    writer: PartWriter | None
+
+    def run(self, model: VLJEPAModel, processor: VLJEPAProcessor, progress: tqdm) -> Embedded:
+        """Embed every window of every stream, to a table for each stream; see `_table`."""
+        model.eval()
+        result = Embedded()
+        for stream in self.items:
+            encoder = StreamEncoder(model, processor, self.query)
+            try:
+                table = self._table(encoder, processor, stream.text)
+            except MediaError as error:
+                result.broken[stream.number] = str(error)
+            else:
+                result.embeds |= store_found({stream: table}, self.writer)
+            advance(progress, 1)
+        return result
+
+    def _table(
+        self, encoder: StreamEncoder, processor: VLJEPAProcessor, video: str
+    ) -> torch.Tensor:
+        """Return the windows of a video `(S, 3 + D)`, float64.
+
+        A row holds the seconds of the first and the last frame, the number of the stream's broken
+        frames, and the embedding.
+        """
+        if self.features is not None:
+            stored = self.features.stream(video, stride=self.stride, fps=self.fps)
+            rows = [row_of(each) for each in embed_stored(encoder, stored, self.batch_size)]
+            return with_broken(rows, stored.broken)
+        with processor.watch(
+            video, window=self.window, stride=self.stride, fps=self.fps
+        ) as windows:
+            # Row by row: the visual tokens of a whole stream would not fit into memory.
+            rows = [row_of(each) for each in encoder.stream(windows, self.batch_size)]
+            return with_broken(rows, windows.report.broken)
+
+
+def row_of(window: EmbeddedWindow) -> torch.Tensor:
+    """Return the seconds of a window's first and last frame, and its embedding: `(2 + D,)`."""
+    times = torch.tensor([window.start_time, window.end_time], dtype=torch.float64)
+    return torch.cat([times, window.embedding.double()])
+
+
+def with_broken(rows: list[torch.Tensor], broken: int) -> torch.Tensor:
+    """Return rows `(2 + D,)` as a table `(S, 3 + D)` with the number of broken frames."""
+    if not rows:
+        return torch.empty(0, 3, dtype=torch.float64)
+    table = torch.stack(rows)
+    counts = torch.full((len(table), 1), broken, dtype=torch.float64)
+    return torch.cat([table[:, :2], counts, table[:, 2:]], dim=1)
+
+
+def stream_tables(task: Task, streams: list[AnnotatedStream]) -> Embedded:
+    """Return the table of each stream, by its place in the list, or why it could not be read.
+
+    Streams that the task's store has are not embedded; the processes of its team share the rest.
+    """
+    benchmark, store = task.benchmark, task.store
+    job = StreamJob(
+        items=[],
+        query=task.query,
+        window=benchmark.num_frames,
+        stride=benchmark.stride,
+        fps=benchmark.fps,
+        batch_size=task.batch_size,
+        features=task.features,
+        writer=None if store is None else store.writer,
+    )
+    wanted = [Wanted(number, each.video, b"") for number, each in enumerate(streams)]
+    found: dict[int, torch.Tensor] = {}
+    if store is not None:
+        wanted = [replace(each, key=stream_key(job, task.processor, each.text)) for each in wanted]
+        found = {each.number: store.embeds[each.key] for each in wanted if each.key in store.embeds}
+    job = replace(job, items=[each for each in wanted if each.number not in found])
+    bar = {"found": len(found), "desc": "streams", "unit": "stream"}
+    result = run_job(job, task.vljepa, task.processor, store, **bar)
+    if store is not None:
+        store.add({wanted[number].key: table for number, table in result.embeds.items()})
+    return replace(result, embeds=found | result.embeds)
+
+
+def stream_key(job: StreamJob, processor: VLJEPAProcessor, video: str) -> bytes:
+    """Return the key of a stream's table; empty if the video cannot be read."""
+    if not (content := content_key({"video": video})):
+        return b""
+    source = "stream"
+    if job.features is not None:  # stored features are rounded
+        source += f" {json.dumps(job.features.precision())}"
+    tokens = query_tokens(processor, [job.query])[job.query]
+    return key_of(source, content, job.window, job.stride, repr(job.fps), tokens)
 
 
 def embed_stored(
@@ -136,21 +239,20 @@ def embed_streams(
         annotations after the end of a video.
     Raises: `ValueError` if no stream can be read, `FeatureError` for one that is not stored.
     """
-    task.vljepa.eval()
     left_out: list[str] = []
     found = []
-    for stream in tqdm(streams, "streams"):
-        try:
-            embedded, broken = embed_windows(task, stream.video)
-        except MediaError as error:
-            left_out.append(f"line {stream.line}: {error}")
+    result = stream_tables(task, streams)
+    for number, stream in enumerate(streams):
+        if number in result.broken:
+            left_out.append(f"line {stream.line}: {result.broken[number]}")
             continue
-        if broken:
+        table = result.embeds[number].numpy()  # (S, 3 + D)
+        if broken := int(table[0, 2]) if len(table) else 0:
             left_out.append(f"line {stream.line}: {broken} broken frames of {stream.video}")
-        if not embedded:
+        if not len(table):
             left_out.append(f"line {stream.line}: {stream.video} has no frames")
             continue
-        end_time = embedded[-1].end_time
+        end_time = float(table[-1, 1])
         if not end_time:
             left_out.append(
                 f"line {stream.line}: {stream.video} has one frame, so it lasts no time"
@@ -162,8 +264,8 @@ def embed_streams(
                 f"line {stream.line}: {stream.video} ends at {end_time:g} s, before {len(late)} of "
                 "its annotations, which are paired with its last text"
             )
-        embeds = as_unit(torch.stack([window.embedding for window in embedded]))
-        times = np.array([window.time for window in embedded])
+        embeds = as_unit(torch.from_numpy(table[:, 3:]).float())
+        times = (table[:, 0] + table[:, 1]) / 2
         found.append(EmbeddedStream(stream, embeds, times, end_time))
     if not found:
         raise ValueError(f"no stream could be read. The first reason: {left_out[0]}")

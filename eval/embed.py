@@ -10,6 +10,7 @@ size, n embeddings of a job.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -116,6 +117,15 @@ class Wanted:
     key: bytes
 
 
+class Job(Protocol):
+    """Clips, texts or streams to embed; a frozen dataclass, so that it can be divided and sent."""
+
+    items: list
+
+    def run(self, model: VLJEPAModel, processor: VLJEPAProcessor, progress: tqdm) -> Embedded:
+        """Embed every item, and store what was embedded after each batch."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """A clip and the queries about it; `row` holds its kind, its file and its seconds."""
@@ -162,7 +172,7 @@ class ClipJob:
                 predicted = model.predict(visual_embeds=visual, **text).float().cpu()  # (B, D)
                 check_finite([clip_key(clips[index].row) for index in indices], predicted)
                 found |= dict(zip(wanted, predicted, strict=True))
-            result.embeds |= _stored(found, self.writer)
+            result.embeds |= store_found(found, self.writer)
         return result
 
     def _encoded(
@@ -228,7 +238,7 @@ class TextJob:
                 on_texts=lambda count: advance(progress, count),
             )
             check_finite([f"the text {each.text!r:.80}" for each in batch], embeds)
-            result.embeds |= _stored(dict(zip(batch, embeds, strict=True)), self.writer)
+            result.embeds |= store_found(dict(zip(batch, embeds, strict=True)), self.writer)
         return result
 
 
@@ -248,7 +258,7 @@ def check_finite(names: list[str], embeds: torch.Tensor) -> None:
         )
 
 
-def _stored(
+def store_found(
     found: dict[Wanted, torch.Tensor], writer: PartWriter | None
 ) -> dict[int, torch.Tensor]:
     """Store embeddings `(D,)`, and return them by number."""
@@ -276,7 +286,7 @@ class Progress(tqdm):
 
 
 def run_job(
-    job: ClipJob | TextJob,
+    job: Job,
     model: VLJEPAModel,
     processor: VLJEPAProcessor,
     store: EmbeddingStore | None,
@@ -313,11 +323,11 @@ def run_job(
     return whole
 
 
-def _share(job: ClipJob | TextJob, rank: int, size: int) -> ClipJob | TextJob:
+def _share(job: Job, rank: int, size: int) -> Job:
     return replace(job, items=job.items[rank::size])
 
 
-def work(model: VLJEPAModel, processor: VLJEPAProcessor, job: ClipJob | TextJob) -> Embedded:
+def work(model: VLJEPAModel, processor: VLJEPAProcessor, job: Job) -> Embedded:
     """Run a share in another process than the first, which reports its errors."""
     try:
         return job.run(model, processor, Progress(total=len(job.items), disable=True))
@@ -527,4 +537,18 @@ def embed_texts(
     return torch.stack([embeds[numbers[text]] for text in texts])
 
 
-__all__ = ["ABLATIONS", "Predictions", "batches", "embed_texts", "predict_rows", "work"]
+__all__ = [
+    "ABLATIONS",
+    "Embedded",
+    "Job",
+    "Predictions",
+    "Wanted",
+    "advance",
+    "batches",
+    "embed_texts",
+    "predict_rows",
+    "query_tokens",
+    "run_job",
+    "store_found",
+    "work",
+]

@@ -12,6 +12,7 @@ import pytest
 from eval.annotated_streams import AnnotatedStream, EmbeddedStream, embed_streams, read_streams
 from eval.benchmarks import load_benchmarks
 from eval.compare import main as compare_evaluations
+from eval.embedding_store import EmbeddingStore, facts_of
 from eval.evaluate import main
 from eval.intervals import mean_interval
 from eval.metrics import wilson
@@ -448,6 +449,31 @@ def test_embed_streams_does_not_depend_on_the_batch_size(data: Path) -> None:
         np.testing.assert_allclose(first.embeds, again.embeds, atol=1e-6)
         assert first.times.tolist() == again.times.tolist()
         assert first.end_time == again.end_time
+
+
+def test_embed_streams_with_a_store_embeds_nothing_twice(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run has the times, too, and names a broken video again."""
+    (data / "torn.mp4").write_bytes(b"no video")
+    torn = json.loads((data / "val.jsonl").read_text()) | {"video": "torn.mp4"}
+    with open(data / "streams.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(torn) + "\n")
+    [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
+    model, processor = tiny_writer(), tiny_processor()
+    streams, _ = benchmark.load()
+    expected, reasons = embed_streams(Task(model, processor, benchmark), streams)
+    facts = facts_of(model.vljepa, processor, "the weights")
+    for encode in (VLJEPAModel.encode_video, None):  # a call of None would raise a TypeError
+        monkeypatch.setattr(VLJEPAModel, "encode_video", encode)
+        store = EmbeddingStore.open(data / "embeddings", facts)
+        task = Task(model, processor, benchmark, store=store)
+        found, left_out = embed_streams(task, streams)
+        assert left_out == reasons and "torn.mp4: " in left_out[0]
+        for each, wanted in zip(found, expected, strict=True):
+            np.testing.assert_allclose(each.embeds, wanted.embeds, atol=1e-6)
+            assert each.times.tolist() == wanted.times.tolist()
+            assert each.end_time == wanted.end_time
 
 
 @pytest.fixture
