@@ -28,6 +28,7 @@ from eval.items import FILE, PREDICTIONS, write_items, write_predictions
 from eval.models import load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
+from eval.sources import MissingDataError
 from eval.task import Task
 from eval.tasks import TASKS
 from eval.team import Team
@@ -187,7 +188,13 @@ def measure(args: argparse.Namespace, team: Team) -> None:
             features=features,
             store=store,
         )
-        result = TASKS[benchmark.task].evaluate(task)
+        try:
+            result = TASKS[benchmark.task].evaluate(task)
+        except MissingDataError as error:
+            if args.tasks != ["all"]:
+                raise
+            print(f"left out, for its data are missing: {error}")
+            continue
         if result.skipped:
             print(f"{len(result.skipped)} rows left out:", *result.skipped[:20], sep="\n  ")
         results.append(result)
@@ -202,6 +209,8 @@ def measure(args: argparse.Namespace, team: Team) -> None:
                 (args.output / PREDICTIONS).unlink(missing_ok=True)
             write_results(args.output / "results.json", model_name, results, features, facts)
     team.end()
+    if not results:
+        raise MissingDataError(f"{args.benchmarks}: the data of no benchmark could be read")
 
     # 4. tables and report
     print(text_tables(results))

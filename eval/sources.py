@@ -59,6 +59,10 @@ class SourceError(ValueError):
     """Data that are missing, or no benchmark can be made of; the message names the entry."""
 
 
+class MissingDataError(SourceError):
+    """Data set of the Hub that cannot be read there."""
+
+
 # -- tables: examples as they are published --------------------------------------------------
 
 
@@ -144,7 +148,7 @@ class Table:
             self.commits.add(root.name)  # the client names the folder by its commit
             return root
         except Exception as error:  # the client raises many kinds
-            raise SourceError(f"{self.name}: {self.dataset}: {error}") from error
+            raise MissingDataError(f"{self.name}: {self.dataset}: {error}") from error
 
     @cached_property
     def commits(self) -> set[str]:
@@ -212,7 +216,8 @@ class Table:
         try:
             dataset, commit = load_with_commit(DatasetArguments(**arguments))
         except DatasetError as error:
-            raise SourceError(f"{self.name}: {self.dataset}: {error}") from error
+            kind = MissingDataError if self.local is None else SourceError
+            raise kind(f"{self.name}: {self.dataset}: {error}") from error
         if commit is not None:
             self.commits.add(commit)
         plain = decoder(dataset)
@@ -745,4 +750,4 @@ def stored(content: bytes, cache: Path) -> str:
     return str(path.absolute())
 
 
-__all__ = ["Source", "SourceError", "Table"]
+__all__ = ["MissingDataError", "Source", "SourceError", "Table"]

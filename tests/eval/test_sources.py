@@ -8,15 +8,19 @@ from pathlib import Path
 import datasets
 import pytest
 
+import eval.evaluate
 import eval.sources
 from eval.benchmarks import load_benchmarks
-from eval.sources import Source, SourceError
+from eval.evaluate import main
+from eval.sources import MissingDataError, Source, SourceError
 from eval.task import Paper
 from eval.tasks import TASKS
 from processing.columns import ColumnError
 from processing.media import open_file
 from processing.rows import RowFields
 from tests.paper_files import write_csv, write_json, write_tar, write_zip
+from tests.shade_model import write_media
+from tests.tiny import tiny_model, tiny_processor
 
 
 def source(folder: Path, row_fields: RowFields | None = None, **keys: object) -> Source:
@@ -477,6 +481,18 @@ def test_source_downloads_the_files_it_names(tmp_path, monkeypatch):
     assert archive == ("omni/DREAM", "dataset", "main", "video/*.zip")
 
 
+def test_source_of_the_hub_that_cannot_be_read_is_missing_data(tmp_path, monkeypatch):
+    """So that an evaluation of all benchmarks can go on without it."""
+
+    def download(name: str, **options: object) -> str:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(eval.sources, "snapshot_download", download)
+    columns = {"video": "v", "target": "t"}
+    with pytest.raises(MissingDataError, match="tiny: me/set: offline"):
+        source(tmp_path, dataset="me/set", annotations="a.json", columns=columns).read()
+
+
 # -- errors ----------------------------------------------------------------------------------
 
 
@@ -601,6 +617,34 @@ def test_benchmarks_of_a_folder_are_read_together(captions, capsys):
     entries(captions, name="c.yaml")
     with pytest.raises(ValueError, match="c.yaml: msr_vtt is in another file, too"):
         load_benchmarks(folder, ["all"], captions)
+
+
+def test_evaluate_measures_what_can_be_read_of_all_benchmarks(captions, monkeypatch, capsys):
+    """The pool of three clips has two, and another set is on the Hub only."""
+
+    def download(name: str, **options: object) -> str:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(eval.sources, "snapshot_download", download)
+    monkeypatch.setattr(eval.evaluate, "write_report", lambda *results: None)  # draws for a second
+    for number, name in enumerate(("v1.mp4", "v2.webm")):
+        write_media(captions / "videos" / name, number)
+    tiny_model().save_pretrained(captions / "model")
+    tiny_processor(num_frames=2).save_pretrained(captions / "model")
+    other = ENTRY.replace("msr_vtt:", "other:").replace("source:", "source:\n    dataset: me/set")
+    folder = entries(captions, ENTRY + other)
+    options = ["--benchmarks", str(folder), "--data", str(captions)]
+    main(["--model", str(captions / "model"), "--tasks", "all", *options])
+    printed = capsys.readouterr().out
+    assert "left out, for its data are missing: other: me/set: offline" in printed
+    assert f"captions.csv:3: video file is missing: {captions}" not in printed  # no machine's path
+    assert "captions.csv:3: video file is missing: videos/v3.*" in printed
+    results = json.loads((captions / "model/eval/results.json").read_text())["benchmarks"]
+    assert [each["title"] for each in results.values()] == ["MSR-VTT (2 of 3 clips)"]
+    assert (results["msr_vtt"]["pool"], results["msr_vtt"]["pool_expected"]) == (2, 3)
+    assert results["msr_vtt"]["protocol"]["source"] == "captions.csv"
+    with pytest.raises(MissingDataError, match="other: me/set: offline"):
+        main(["--model", str(captions / "model"), "--tasks", "other", *options])
 
 
 @pytest.mark.parametrize(
