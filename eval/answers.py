@@ -8,6 +8,7 @@ NUMBERS = (
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
     *("nineteen", "twenty"),
 )
+YES_NO = dict.fromkeys(("yes", "true", "1"), "yes") | dict.fromkeys(("no", "false", "0"), "no")
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # The evaluation of VQA restores the apostrophes of these. "its" and "were" are missing: they are
@@ -39,12 +40,14 @@ def exact(answer: str) -> str:
 def yes_no(answer: str) -> str:
     """Return "yes" or "no"; case, white space and a full stop at the end do not count.
 
+    True and false, and 1 and 0, are read too: copies of a data set differ in how they store labels.
+
     Raises: `ValueError` for another answer.
     """
     plain = answer.strip().rstrip(".").casefold()
-    if plain not in ("yes", "no"):
+    if plain not in YES_NO:
         raise ValueError(f"{answer!r} is not yes or no")
-    return plain
+    return YES_NO[plain]
 
 
 def number(answer: str) -> str:

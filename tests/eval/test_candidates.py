@@ -35,6 +35,8 @@ def processor() -> VLJEPAProcessor:
         ("exact", "A Dog.", "A Dog."),
         ("yes_no", "Yes", "yes"),
         ("yes_no", " no. ", "no"),
+        ("yes_no", "True", "yes"),
+        ("yes_no", "0", "no"),
         ("yes_no", "maybe", None),
         ("number", "03", "3"),
         ("number", "3.0", "3"),

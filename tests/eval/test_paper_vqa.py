@@ -139,7 +139,7 @@ def pope(data: Path) -> Answers:
     return dict(zip(zip(colours, questions, strict=True), answers, strict=True))
 
 
-def popev2(data: Path) -> Answers:
+def popev2(data: Path, labels: tuple = ("yes", "no")) -> Answers:
     columns = {
         "example_id": [0, 1],
         "image_id": [139, 285],
@@ -147,8 +147,8 @@ def popev2(data: Path) -> Answers:
         "counterfactual_image": [colour_bytes("blue"), colour_bytes("black")],
         "target_object": ["dog", "cat"],
         "question": ["is there a dog ?", "is there a cat ?"],
-        "normal_label": ["yes", "yes"],
-        "counterfactual_label": ["no", "no"],
+        "normal_label": [labels[0]] * 2,
+        "counterfactual_label": [labels[1]] * 2,
     }
     images = dict.fromkeys(("normal_image", "counterfactual_image"), IMAGE)
     write_parquet(data / "Monosail/POPEv2", "default", "test", columns, **images)
@@ -282,6 +282,11 @@ def test_vqa_baselines_learn_from_the_training_split_or_the_rows(tmp_path, proce
     # Half of a random model's pairs are half right: a quarter has both.
     assert result.scores["pairs"].baselines == pytest.approx({"chance": 0.25, "majority": 0})
     assert result.comparisons == {}
+
+
+def test_popev2_reads_labels_that_are_numbers(tmp_path, processor):
+    result = measure("popev2", tmp_path, processor, popev2(tmp_path, labels=(1, 0)))
+    assert (result.scores["accuracy"].value, result.skipped) == (3 / 4, [])
 
 
 def test_pope_scores_equal_those_of_scikit_learn(tmp_path, processor):
