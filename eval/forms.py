@@ -88,7 +88,7 @@ def crosstask(paths: list[Path]) -> Iterator[dict]:
     A video without its file of steps gives an [`ExampleError`] in place of an example.
 
     Raises:
-        ColumnError: a step's number is none of its task's.
+        ColumnError: a step's number exceeds the steps of its task.
     """
     if len(paths) != 3:
         raise ColumnError("crosstask needs tasks_primary.txt, videos_val.csv and annotations")

@@ -18,7 +18,8 @@ A source's examples come from one of these keys:
 With `dataset`, the files of the other keys are in the repository of the Hub with this id, at
 `revision`, or in a folder of this name in the user's folder. Without it, they are in the user's
 folder. Media are bytes in the rows, members of `archives` (zip or tar), or files in `media_folder`;
-a name that ends in `.*` has any suffix. `columns` maps the examples to rows
+a name that ends in `.*` has any suffix. Bytes are
+written once to `.media` in the user's folder. `columns` maps the examples to rows
 (processing/columns.py); a list of mappings makes rows of each. `join` adds to an example the one of
 another table with the same id.
 """
@@ -27,23 +28,21 @@ import glob
 import hashlib
 import json
 import os
-import shutil
-import tarfile
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from eval.archives import ArchiveError, Members, samples_of_shard
 from eval.forms import FORMS, read_form
 from processing.annotations import FORMS as SUFFIXES
-from processing.columns import ColumnError, Columns, ExampleError, Record, read_json, value_of
+from processing.columns import ColumnError, Columns, ExampleError, value_of
 from processing.examples import DatasetArguments, DatasetError, decoder, load_with_commit, rows_of
 from processing.media import is_address
 from processing.output import complete_file, writing
@@ -52,7 +51,6 @@ from processing.rows import BadRow, RowError, RowFields
 MEDIA_ROLES = ("media", "media list")
 FIRST = 1000  # examples in which an error looks for the reason
 NAMED = 20  # things that one message names
-TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 class SourceError(ValueError):
@@ -124,7 +122,7 @@ class Table:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         root, found = self.root_of(patterns), []
         for pattern in patterns:
-            # A name may hold brackets, which are no pattern.
+            # A name may hold brackets, which glob would read as a pattern.
             path = root / pattern
             matching = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
             if not matching:
@@ -175,7 +173,7 @@ class Table:
             yield from self._files()
         elif self.shards is not None:
             for path in self.paths(self.shards):
-                yield from samples_of_shard(path)
+                yield from self._samples(path)
         else:
             yield from self._rows_of_hub()
 
@@ -194,6 +192,12 @@ class Table:
                 f"{', '.join(FORMS)}"
             )
         return form
+
+    def _samples(self, path: Path) -> Iterator[Mapping | ExampleError]:
+        try:
+            yield from samples_of_shard(path)
+        except ArchiveError as error:
+            raise SourceError(f"{self.name}: {error}") from error
 
     def _files(self) -> Iterator[dict | ExampleError]:
         root = self.root_of([self.files])
@@ -269,7 +273,7 @@ class Join(Table):
         """The examples by their id.
 
         Raises:
-            ColumnError: there is no such column.
+            ColumnError: the column `id` is missing.
             SourceError: two examples have the same id.
         """
         found, repeated = {}, Counter()
@@ -289,7 +293,7 @@ class Join(Table):
         """Return the example that belongs to one of the source.
 
         Raises:
-            ExampleError: there is none with this id.
+            ExampleError: no example has this id.
         """
         try:
             key = as_id(value_of(example, self.by))
@@ -316,154 +320,6 @@ def check_repeated(name: str, repeated: Mapping[str, int]) -> None:
             f"{name}: ids that occur more than once: {', '.join(again[:NAMED])}{more}. The pool "
             "would hold an item twice: correct the file, or map another `id`."
         )
-
-
-# -- archives --------------------------------------------------------------------------------
-
-
-def samples_of_shard(path: Path) -> Iterator[Record | ExampleError]:
-    """Yield the samples of a WebDataset archive: `__key__`, and by its suffix the address of each
-    file, the value of a JSON file, and the text of a txt file.
-
-    Raises:
-        SourceError: it is no tar file, or damaged.
-    """
-    try:
-        with tarfile.open(path) as archive:
-            files = (member for member in archive if member.isfile())
-            for key, members in groupby(files, _key):
-                sample = Record(__key__=key)
-                try:
-                    for member in members:
-                        suffix = os.path.basename(member.name).partition(".")[2]
-                        sample[suffix] = _member_value(archive, member, suffix, path)
-                except ValueError as error:
-                    yield ExampleError(f"{member.name} in {path.name}: {error}")
-                    continue
-                yield sample
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise SourceError(f"{path} is no tar file, or damaged: {error}") from error
-
-
-def _key(member: tarfile.TarInfo) -> str:
-    """Return the path of a member without its suffixes, which the files of a sample share."""
-    folder, name = os.path.split(member.name)
-    return os.path.join(folder, name.partition(".")[0])
-
-
-def _member_value(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, path: Path
-) -> Any:
-    """Return the address of a member; of a small file its value.
-
-    Raises: `ValueError` for a file that is neither JSON nor UTF-8.
-    """
-    if suffix not in ("json", "txt", "cls"):
-        return f"tar://{member.name}::{path.resolve()}"
-    content = archive.extractfile(member).read()
-    return read_json(content) if suffix == "json" else content.decode("utf-8").strip()
-
-
-class Members:
-    """Media in archives, found by their names, or by the end of their paths.
-
-    A zip file and a tar file are read in place. A compressed tar file would be decompressed from
-    its beginning for every member, so it is unpacked once.
-
-    Args:
-        cache: folder for unpacked archives.
-    """
-
-    def __init__(self, archives: list[Path], cache: Path):
-        self.archives = archives
-        self.by_stem: dict[str, list[tuple[str, str]]] = {}  # to pairs of a path and an address
-        for archive in archives:
-            for name, address in _members(archive.resolve(), cache):
-                self.by_stem.setdefault(_stem(name), []).append((name, address))
-
-    def address(self, wanted: str) -> str:
-        """Return the address of a member whose path ends like this, or else whose name does.
-
-        The index of DREAM-1K names `video/1.mp4`, and its archive `DREAM-1K_videos/1.mp4`.
-
-        Raises: `RowError` if no archive has it, or several members have this name.
-        """
-        any_suffix = wanted.endswith(".*")
-        members = self.by_stem.get(_stem(wanted), [])
-        found: set[str] = set()
-        for path in (wanted, os.path.basename(wanted)):
-            ending = "/" + path.removesuffix("*").lstrip("/")
-            found = found or {
-                address for name, address in members if _ends(f"/{name}", ending, any_suffix)
-            }
-        names = ", ".join(path.name for path in self.archives[:3])
-        if not found:
-            raise RowError(f"{wanted} is missing in {names}")
-        if len(found) > 1:
-            raise RowError(f"{wanted} names {len(found)} members of {names}")
-        return found.pop()
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(os.path.basename(name))[0]
-
-
-def _ends(name: str, ending: str, any_suffix: bool) -> bool:
-    if any_suffix:
-        name = os.path.splitext(name)[0] + "."
-    return name.endswith(ending)
-
-
-def _members(archive: Path, cache: Path) -> Iterator[tuple[str, str]]:
-    """Yield name and address of each file in an archive.
-
-    Raises: `SourceError` for a file that is neither zip nor tar.
-    """
-    if zipfile.is_zipfile(archive):
-        try:
-            with zipfile.ZipFile(archive) as members:
-                names = [member.filename for member in members.infolist() if not member.is_dir()]
-        except zipfile.BadZipFile as error:
-            raise SourceError(f"{archive} is a damaged zip file: {error}") from error
-        yield from ((name, f"zip://{name}::{archive}") for name in names)
-        return
-    try:
-        with tarfile.open(archive, "r:") as members:
-            for member in members:
-                if member.isfile():
-                    yield member.name, f"tar://{member.name}::{archive}"
-            return
-    except tarfile.ReadError:
-        pass
-    folder = unpacked(archive, cache)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            yield path.relative_to(folder).as_posix(), str(path)
-
-
-def unpacked(archive: Path, cache: Path) -> Path:
-    """Return the folder with the files of a compressed tar file; unpack it on the first call."""
-    stamp = archive.stat()
-    folder = cache / f"{archive.name}-{stamp.st_size}-{stamp.st_mtime_ns}"
-    if folder.is_dir():
-        return folder
-    incomplete = cache / f"incomplete-{os.getpid()}-{archive.name}"
-    with writing(cache):
-        shutil.rmtree(incomplete, ignore_errors=True)
-        incomplete.mkdir(parents=True)
-        try:
-            with tarfile.open(archive) as members:
-                members.extractall(incomplete, filter="data")
-        except (tarfile.TarError, EOFError) as error:
-            shutil.rmtree(incomplete)
-            raise SourceError(f"{archive} is no zip or tar file, or damaged: {error}") from error
-        try:
-            incomplete.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(incomplete)  # another process was faster
-    return folder
 
 
 # -- sources: rows of a benchmark --------------------------------------------------------------
@@ -543,7 +399,12 @@ class Source(Table):
 
     @cached_property
     def members(self) -> Members | None:
-        return None if self.archives is None else Members(self.paths(self.archives), self.cache)
+        if self.archives is None:
+            return None
+        try:
+            return Members(self.paths(self.archives), self.cache)
+        except ArchiveError as error:
+            raise SourceError(f"{self.name}: {error}") from error
 
     @cached_property
     def media_root(self) -> Path:
@@ -612,10 +473,10 @@ class Source(Table):
         """Return an example with those of the joins.
 
         Raises:
-            ExampleError: there is none with its id.
+            ExampleError: a join has no example with this id.
         """
         for name, join in self.joins.items():
-            # Of the same type: a column that a JSON object lacks is no error of the mapping.
+            # The type is kept: a JSON object may lack a column that other examples have.
             example = type(example)({**example, name: join.match(example)})
         return example
 

@@ -89,9 +89,9 @@ class Paper:
         scores (`dict[str, float]`): percentages by the name of the model.
         parts (`dict[str, dict[str, float]]`): percentages of parts, such as those of question
             types, by the names of the part and of the model.
-        open (`str`): what the paper leaves open.
-        choice (`str`): what was chosen here.
-        terms (`str`): where the data are, and under which terms.
+        open (`str`): facts that the paper does not state.
+        choice (`str`): the choices made here.
+        terms (`str`): how to get the data, and their terms.
     """
 
     name: str

@@ -505,7 +505,7 @@ class Role:
         values: …}`.
 
         Raises:
-            ColumnError: it is none of these.
+            ColumnError: it has another form.
         """
         if isinstance(given, Mapping) and given.keys() == {"text"}:
             text = given["text"]
@@ -525,7 +525,7 @@ class Role:
         )
 
     def read(self, example: Mapping) -> "_Values":
-        """Return the values of a role that is no list."""
+        """Return the values of a role whose kind is not a list."""
         if self.text is not None:
             return _text_values(example, self.text)
         found = _values(example, self.paths[0])
@@ -563,12 +563,12 @@ class Columns:
         absent: targets that mean a missing one, such as "N/A"; with a null in this list, nulls,
             empty lists and JSON objects without the key do too. By default they are faults.
         remove: texts that are cut out of queries and targets.
-        replace: texts that are replaced there by others, after what is removed.
+        replace: texts that are replaced there by others; `remove` comes first.
         numbers: accept a whole number as a target. By default it is an error, because it is usually
             a class index, and the name of the class is wanted.
         words: targets are names of classes such as `MakeTea` or `make_tea`, which become words.
         id: path to the example's own id, for messages and to find repeated examples.
-        roles: further fields of a row, by name; `row_fields` has their kinds. Of a kind that is a
+        roles: further fields of a row, by name; `row_fields` has their kinds. If the kind is a
             list, all elements of the path make one list.
         row_fields: the fields of these rows; by default an image or a video, and a target.
     """

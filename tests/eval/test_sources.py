@@ -1,5 +1,5 @@
 """Rows of published data: the three kinds of sources, joins, archives, forms, and errors that name
-what is wrong. Media are a few bytes each, since reading rows opens none."""
+the cause. Media are a few bytes each, since reading rows opens none."""
 
 import json
 import os
@@ -677,7 +677,7 @@ def test_paper_allows_an_unknown_pool_with_a_reason():
 
 @pytest.mark.parametrize("kind", TASKS.values(), ids=lambda kind: kind.name)
 def test_kind_has_the_prompt_that_its_class_names(kind):
-    """A class attribute without a type is no default of the dataclass."""
+    """A class attribute without a type would not change the default of the dataclass."""
     [prompt] = [
         each for each in kind.benchmark.__dataclass_fields__.values() if each.name == "prompt"
     ]
