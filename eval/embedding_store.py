@@ -16,6 +16,8 @@ Shapes: n embeddings of a part, D embedding size.
 
 import hashlib
 import json
+import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -34,6 +36,8 @@ from processing.output import OutputError, complete_file, writing
 
 FACTS = "facts.json"
 FORMAT = 1  # of the keys and parts
+OURS = re.compile(r"[0-9a-f]{32}|\..*")  # a folder of some facts, or a hidden file of the system
+OLD = 3600  # seconds; a part is written in much less
 KEY_BYTES = 16
 # Packages whose versions can change an embedding
 PACKAGES = ("av", "numpy", "pillow", "tokenizers", "torch", "transformers")
@@ -193,8 +197,10 @@ class EmbeddingStore:
             report_others(folder, facts)
         with writing(folder, NOTHING_LOST):
             own.mkdir(parents=True, exist_ok=True)
-            for path in own.glob("incomplete-*"):  # left by a killed run
-                path.unlink()
+            for path in own.glob("incomplete-*"):
+                # Left by a killed run; a newer one may be written by another run at this moment.
+                if path.stat().st_mtime < time.time() - OLD:
+                    path.unlink(missing_ok=True)
             if not (own / FACTS).is_file():
                 with complete_file(own / FACTS) as path:
                     path.write_text(json.dumps(facts, indent=2))
@@ -205,7 +211,8 @@ class EmbeddingStore:
     def read_parts(self) -> None:
         """Read every part; name and remove those that cannot be used."""
         bad = {}
-        for path in sorted(self.writer.folder.glob("*.safetensors")):
+        # Not `incomplete-…`, which another run may be writing
+        for path in sorted(self.writer.folder.glob("[0-9a-f]*.safetensors")):
             try:
                 self.embeds.update(self.writer.read(path))
             except BadPart as error:
@@ -213,7 +220,7 @@ class EmbeddingStore:
         for path, reason in bad.items():
             print(f"{path}: {reason}; its embeddings are made again")
             with writing(path):
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def add(self, embeds: dict[bytes, torch.Tensor]) -> None:
         """Add embeddings that a process has written."""
@@ -224,18 +231,11 @@ def check_folder(folder: Path) -> None:
     """Raise `OutputError` if a folder holds anything but embeddings."""
     if not folder.is_dir():
         return
-    others = [path.name for path in folder.iterdir() if not is_ours(path)]
+    others = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)]
     if others:
         raise OutputError(
             f"--embeddings: {folder} has other files ({min(others)}). Give an empty or new folder."
         )
-
-
-def is_ours(path: Path) -> bool:
-    """Return whether a path is the folder of some facts; an empty one was left by a killed run."""
-    return path.is_dir() and (
-        (path / FACTS).is_file() or all(each.match("incomplete-*") for each in path.iterdir())
-    )
 
 
 def report_others(folder: Path, facts: dict) -> None:
