@@ -28,7 +28,7 @@ from eval.items import FILE, PREDICTIONS, write_items, write_predictions
 from eval.models import load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
-from eval.sources import MissingDataError
+from eval.tables import MissingDataError
 from eval.task import Task
 from eval.tasks import TASKS
 from eval.team import Team

@@ -9,10 +9,11 @@ import datasets
 import pytest
 
 import eval.evaluate
-import eval.sources
+import eval.tables
 from eval.benchmarks import load_benchmarks
 from eval.evaluate import main
-from eval.sources import MissingDataError, Source, SourceError
+from eval.sources import Source
+from eval.tables import MissingDataError, SourceError
 from eval.task import Paper
 from eval.tasks import TASKS
 from processing.columns import ColumnError
@@ -460,7 +461,7 @@ def test_source_downloads_the_files_it_names(tmp_path, monkeypatch):
         asked.append((name, options["repo_type"], options["revision"], pattern))
         return str(tmp_path / COMMIT)
 
-    monkeypatch.setattr(eval.sources, "snapshot_download", download)
+    monkeypatch.setattr(eval.tables, "snapshot_download", download)
     write_zip(tmp_path / COMMIT / "video/video.zip", {"a.mp4": b"one"})
     write_json(tmp_path / COMMIT / "metadata.json", [{"v": "a.mp4", "t": "x"}])
     made = source(
@@ -487,7 +488,7 @@ def test_source_of_the_hub_that_cannot_be_read_is_missing_data(tmp_path, monkeyp
     def download(name: str, **options: object) -> str:
         raise ConnectionError("offline")
 
-    monkeypatch.setattr(eval.sources, "snapshot_download", download)
+    monkeypatch.setattr(eval.tables, "snapshot_download", download)
     columns = {"video": "v", "target": "t"}
     with pytest.raises(MissingDataError, match="tiny: me/set: offline"):
         source(tmp_path, dataset="me/set", annotations="a.json", columns=columns).read()
@@ -625,7 +626,7 @@ def test_evaluate_measures_what_can_be_read_of_all_benchmarks(captions, monkeypa
     def download(name: str, **options: object) -> str:
         raise ConnectionError("offline")
 
-    monkeypatch.setattr(eval.sources, "snapshot_download", download)
+    monkeypatch.setattr(eval.tables, "snapshot_download", download)
     monkeypatch.setattr(eval.evaluate, "write_report", lambda *results: None)  # draws for a second
     for number, name in enumerate(("v1.mp4", "v2.webm")):
         write_media(captions / "videos" / name, number)
