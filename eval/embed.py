@@ -432,9 +432,9 @@ def predict_rows(
         embedding that is not finite; `FeatureError` for rows whose clip is not in the store of
         features or has changed since.
     """
-    check_options(processor, rows, num_frames, ablation, features)
     if states is not None:
         features = None
+    check_options(processor, rows, num_frames, ablation, features)
     queries = [row["query"] for row in rows]
     if ablation == "shuffled_queries":
         random.Random(0).shuffle(queries)

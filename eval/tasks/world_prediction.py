@@ -1,4 +1,4 @@
-"""World modelling: which candidate clip lies between an initial and a final state (paper 4.5).
+"""World modelling: which candidate clip comes between two states (paper, table 3).
 
 The states of a row are the first and the last frame of a segment of a video. One of the row's
 candidate clips shows the action between them. As in the paper, the two frames are repeated and

@@ -61,10 +61,10 @@ def test_next_steps_pair_the_steps_of_a_video_by_their_starts():
 
 
 def test_anticipation_class_mean_recall_equals_a_loop():
-    """The loop is independent: it goes through rows and classes and knows nothing of weights."""
+    """The loop goes through rows and classes, and knows nothing of weights."""
     random = np.random.default_rng(0)
     rows, candidates = 300, 12
-    truth = random.integers(0, 9, rows) ** 2 // 8  # frequent and rare classes
+    truth = random.choice(7, rows, p=[0.7, *[0.05] * 6])  # one frequent class and rare ones
     similarity = random.normal(size=(rows, candidates))
     similarity[np.arange(rows), truth] += np.where(truth == 0, 3, 0.5)  # the frequent one is easy
     relevant = torch.tensor(truth)[:, None] == torch.arange(candidates)
@@ -87,6 +87,15 @@ def test_anticipation_class_mean_recall_equals_a_loop():
     assert recall.baselines["majority"] == pytest.approx(5 / len(counts), abs=1e-9)
     assert recall.baselines["chance"] == pytest.approx(5 / candidates)
     assert 0 <= recall.low < recall.value < recall.high <= 1 and recall.clusters == 40
+    # The interval against one that draws videos and computes the recall anew
+    hit, found = (ranks <= 5).numpy(), []
+    for _ in range(500):
+        drawn = np.concatenate(
+            [np.arange(video, rows, 40) for video in random.integers(40, size=40)]
+        )
+        means = [hit[drawn][truth[drawn] == each].mean() for each in set(truth[drawn].tolist())]
+        found.append(np.mean(means))
+    assert (recall.low, recall.high) == pytest.approx(np.quantile(found, (0.025, 0.975)), abs=0.02)
     # A comparison of two models pairs these values: its difference is that of the recalls.
     others = np.zeros(rows)
     compared = paired(others[None], values["class-mean R@5"][None], np.arange(rows), ("", ""), None)
