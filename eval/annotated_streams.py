@@ -24,6 +24,7 @@ from modeling_vljepa import VLJEPAModel
 from modeling_vljepa.pipelines.segmentation import as_unit
 from modeling_vljepa.pipelines.stream_session import EmbeddedWindow, StreamEncoder
 from processing import MediaError, VLJEPAProcessor
+from processing.feature_store import FeatureError
 from processing.rows import BadRow, content_key
 from processing.stream_store import StoredStream, StreamStore
 
@@ -50,15 +51,24 @@ class AnnotatedStream:
 def read_streams(path: Path) -> tuple[list[AnnotatedStream], list[BadRow]]:
     """Read the streams of a JSONL file, and the lines that are not streams.
 
+    A second line about a video is not used: its frames would count twice.
+
     Raises: `ValueError` if no line is a stream.
     """
     streams, bad = [], []
+    line_of: dict[str, int] = {}
     with open(path, "rb") as lines:
         for line_number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                streams.append(_stream(path, line_number, json.loads(line)))
+                stream = _stream(path, line_number, json.loads(line))
+                if (first := line_of.setdefault(stream.video, line_number)) != line_number:
+                    raise ValueError(
+                        f"video: line {first} is about {Path(stream.video).name} too: put all its "
+                        "events on one line"
+                    )
+                streams.append(stream)
             except ValueError as error:  # errors of the encoding and of JSON are ValueErrors too
                 bad.append(BadRow(str(path), line_number, str(error)))
     if not streams:
@@ -130,7 +140,11 @@ class StreamJob:
     writer: PartWriter | None
 
     def run(self, model: VLJEPAModel, processor: VLJEPAProcessor, progress: tqdm) -> Embedded:
-        """Embed every window of every stream, to a table for each stream; see `_table`."""
+        """Embed every window of every stream, to a table for each stream; see `_table`.
+
+        Raises: `ValueError` that names a video with an embedding that is NaN or infinite;
+            `FeatureError` for a stream that is not stored.
+        """
         model.eval()
         result = Embedded()
         for stream in self.items:
@@ -139,6 +153,10 @@ class StreamJob:
                 table = self._table(encoder, processor, stream.text)
             except MediaError as error:
                 result.broken[stream.number] = str(error)
+            except FeatureError:
+                raise
+            except ValueError as error:
+                raise ValueError(f"{stream.text}: {error}") from error
             else:
                 result.embeds |= store_found({stream: table}, self.writer)
             advance(progress, 1)

@@ -167,8 +167,9 @@ def egoexo4d_download(folder: Path) -> None:
     write_json(folder / "takes.json", takes)
 
 
-def test_paper_streams_give_the_scores_computed_by_hand(writer, monkeypatch, tmp_path):
-    """Each stream is one clip, so every choice writes its caption: CIDEr is 5 and 0."""
+@pytest.fixture
+def streams(writer, monkeypatch, tmp_path) -> Path:
+    """Write the streams of two validation takes and two training takes."""
     tried = {name: values[:1] for name, values in selective_decoding.ONLINE.items()}
     monkeypatch.setattr(selective_decoding, "ONLINE", tried)
     folder = tmp_path / "egoexo4d"
@@ -176,12 +177,23 @@ def test_paper_streams_give_the_scores_computed_by_hand(writer, monkeypatch, tmp
     for split in ("val", "train"):
         egoexo4d.main([str(folder), "--split", split, "--output", str(folder / f"{split}.jsonl")])
     writer.x_encoder = SimpleNamespace(is_video=True)
-    result = measured("egoexo4d_streams", tmp_path, writer)
+    return tmp_path
+
+
+def test_paper_streams_give_the_scores_computed_by_hand(writer, streams):
+    """Each stream is one clip, so every choice writes its caption: CIDEr is 5 and 0."""
+    result = measured("egoexo4d_streams", streams, writer)
     assert result.paper["metric"] in result.scores
     assert {score.value for score in result.scores.values()} == {10 * (1 / 2) / 2}
     assert (result.pool, result.pool_expected) == (2, 218)
     assert result.title == "EgoExo4D selective decoding (2 of 218 streams)"
     assert result.protocol["prompt"] == "Describe this video in one sentence."
+
+
+def test_paper_streams_name_a_video_whose_embedding_is_nan(writer, streams):
+    writer.clips[1] = float("nan")
+    with pytest.raises(ValueError, match=r"val1/.*214-1\.mp4: .* is not finite"):
+        measured("egoexo4d_streams", streams, writer)
 
 
 def test_paper_captioning_has_a_tiny_set_of_every_entry():

@@ -408,6 +408,13 @@ def test_paper_retrieval_names_what_is_wrong(tmp_path, change, clips, message):
         measure("retrieval", "msr_vtt", tmp_path, clips, SETS["msr_vtt"].texts)
 
 
+def test_paper_retrieval_names_a_text_whose_embedding_is_nan(tmp_path):
+    write_msr_vtt(tmp_path)
+    texts = SETS["msr_vtt"].texts | {"a dog runs": [NAN, 1, 1]}
+    with pytest.raises(ValueError, match="the text 'a dog runs': its embedding holds NaN"):
+        measure("retrieval", "msr_vtt", tmp_path, EYE, texts)
+
+
 @pytest.mark.parametrize("broken", [False, True], ids=["no video", "broken video"])
 def test_paper_retrieval_counts_a_caption_without_a_video(tmp_path, broken):
     """The caption is left out of the pool of texts too."""

@@ -334,13 +334,14 @@ def test_read_streams_names_bad_lines(tmp_path: Path) -> None:
         "time is 1000": {**good, "events": [{"time": 10**400, "text": "a"}]},
         "text at 1": {**good, "events": [{"time": 1, "text": " "}]},
         "must be {": {**good, "events": [{"when": 1}]},
+        "line 1 is about a.mp4 too": good,
     }
     lines = [json.dumps(row) for row in (good, *bad.values())] + ["{", ""]
     path = tmp_path / "streams.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     [found], left_out = read_streams(path)
     assert found.times.tolist() == [1.0, 2.0] and found.texts == ["a", "b"]
-    assert [row.line for row in left_out] == list(range(2, 12))
+    assert [row.line for row in left_out] == list(range(2, 13))
     for reason, row in zip(bad, left_out, strict=False):
         assert reason in row.reason
 
