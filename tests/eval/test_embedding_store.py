@@ -93,12 +93,12 @@ def test_predict_rows_and_embed_texts_with_a_store_embed_nothing_twice(
 ):
     plain = predict_rows(model, processor, rows)
     texts = embed_texts(model, processor, TEXTS)
-    for _ in range(2):  # an empty store, and the complete one read from the disk by another model
+    for _ in range(2):  # an empty store, and the complete one read from the disk
         encoded.clear()
-        store = opened(tmp_path, tiny_model(), processor)
-        found = predict_rows(tiny_model(), processor, rows, store=store)
+        store = opened(tmp_path, model, processor)
+        found = predict_rows(model, processor, rows, store=store)
         torch.testing.assert_close(found.embeds, plain.embeds, atol=1e-6, rtol=0)
-        stored = embed_texts(tiny_model(), processor, [*TEXTS, "red"], store=store)
+        stored = embed_texts(model, processor, [*TEXTS, "red"], store=store)
         torch.testing.assert_close(stored, texts[[0, 1, 2, 3, 1]], atol=1e-6, rtol=0)
     assert encoded == []
     # Several queries about a clip share one pass of the X-Encoder.
@@ -200,9 +200,8 @@ def replace_by_foreign(path: Path) -> None:
         (cut, "damaged ("),
         (flip, "damaged (its content has changed since it was written)"),
         (replace_by_foreign, "of another model, other settings or other versions"),
-        (lambda path: path.write_bytes(b""), "damaged ("),
     ],
-    ids=["cut", "flip", "foreign", "empty"],
+    ids=["cut", "flip", "foreign"],
 )
 def test_embedding_store_names_a_bad_part_and_makes_it_again(
     tmp_path, model, processor, rows, encoded, capsys, damage, reason
