@@ -36,6 +36,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from eval.archives import ArchiveError, Members
 from eval.tables import NAMED, Join, SourceError, Table, check_repeated
 from processing.columns import ColumnError, Columns, ExampleError, value_of
@@ -151,7 +153,8 @@ class Source(Table):
         """
         rows, bad, examples = [], [], 0
         first_line, repeated = {}, Counter()
-        for examples, example in enumerate(self.examples(), start=1):
+        progress = tqdm(self.examples(), f"{self.name}: rows", unit="row", delay=5)
+        for examples, example in enumerate(progress, start=1):
             where = (self.label(), examples)
             try:
                 if isinstance(example, ExampleError):

@@ -88,7 +88,7 @@ class Table:
         for pattern in patterns:
             # A name may hold brackets, which glob would read as a pattern.
             path = root / pattern
-            matching = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
+            matching = [path] if path.exists() else _matching(root, pattern)
             if not matching:
                 raise FileNotFoundError(f"{self.name}: {path} does not exist")
             found += matching
@@ -166,7 +166,7 @@ class Table:
     def _files(self) -> Iterator[dict | ExampleError]:
         root = self.root_of([self.files])
         paths = self.paths(self.files)
-        folders = {*map(Path, glob.glob(str(root / os.path.dirname(self.files))))}
+        folders = {*_matching(root, os.path.dirname(self.files))}
         for folder in sorted(folders - {path.parent for path in paths}):
             yield ExampleError(f"no file of {folder.name}, a folder without one")
         for path in paths:
@@ -266,6 +266,11 @@ class Join(Table):
         if key not in self.by_id:
             raise ExampleError(f"{self.label()} has no example whose {self.id} is {key!r}")
         return self.by_id[key]
+
+
+def _matching(root: Path, pattern: str) -> list[Path]:
+    """Return the paths in a folder that match a pattern, sorted."""
+    return [root / name for name in sorted(glob.glob(pattern, root_dir=root))]
 
 
 def as_id(value: Any) -> str:

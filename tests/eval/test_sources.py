@@ -152,6 +152,7 @@ def test_source_of_several_files_has_their_names(tmp_path):
 
 
 def test_source_of_class_folders_names_a_class_without_a_file(tmp_path):
+    tmp_path = tmp_path / "data [1]"  # not a pattern
     touch(tmp_path, "val/n01/a.JPEG", "val/n01/b.JPEG", "val/n02/c.JPEG")
     (tmp_path / "val/n03").mkdir()
     (tmp_path / "classes.txt").write_text("n01 tench, Tinca tinca\nn02 goldfish\nn03 shark\n")
