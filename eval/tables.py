@@ -89,6 +89,8 @@ class Table:
             # A name may hold brackets, which glob would read as a pattern.
             path = root / pattern
             matching = [path] if path.exists() else _matching(root, pattern)
+            if not matching and self.local is None:
+                raise MissingDataError(f"{self.name}: {self.dataset} has no file {pattern}")
             if not matching:
                 raise FileNotFoundError(f"{self.name}: {path} does not exist")
             found += matching

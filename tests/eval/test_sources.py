@@ -452,6 +452,7 @@ def test_source_of_webdataset_leaves_out_samples_without_the_caption(tmp_path):
 
 
 COMMIT = 8 * "12ab3"
+COLUMNS = {"video": "v", "target": "t"}
 
 
 def test_source_downloads_the_files_it_names(tmp_path, monkeypatch):
@@ -471,14 +472,17 @@ def test_source_downloads_the_files_it_names(tmp_path, monkeypatch):
         revision="main",
         annotations="metadata.json",
         archives="video/*.zip",
-        columns={"video": "v", "target": "t"},
+        columns=COLUMNS,
     )
     made.check_files()
     assert not asked  # nothing is downloaded before the model is loaded
     assert short(made.read()[0]) == [("one", "x")]
     facts = made.facts()
     assert (facts["source_dataset"], facts["source_revision"]) == ("omni/DREAM", COMMIT)
-    [metadata, archive] = sorted(set(asked))
+    gone = source(tmp_path, dataset="omni/DREAM", annotations="a.json", columns=COLUMNS)
+    with pytest.raises(MissingDataError, match="tiny: omni/DREAM has no file a.json"):
+        gone.read()
+    metadata, archive = sorted(set(asked[:-1]))
     assert metadata == ("omni/DREAM", "dataset", "main", "metadata.json")
     assert archive == ("omni/DREAM", "dataset", "main", "video/*.zip")
 
