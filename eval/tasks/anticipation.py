@@ -280,7 +280,7 @@ def scores_of(
 
     def averaged(hits: np.ndarray, per_class: bool) -> np.ndarray:
         """Return values `(R,)` whose mean is the share of rows, or the mean of the classes'."""
-        return equal_parts(hits, actions) if per_class else hits.astype(np.float64)
+        return equal_parts(hits, actions, drawn=True) if per_class else hits.astype(np.float64)
 
     scores, values = {}, {}
     for metric, k, per_class in (("top-1", 1, False), (f"class-mean R@{RECALL}", RECALL, True)):
