@@ -46,7 +46,7 @@ def check_references(references: Sequence[Sequence[str]]) -> None:
 
 def as_cutoffs(k: int | Sequence[int]) -> list[int]:
     """Return the cutoffs as a list. Raises: `ValueError` unless each is a whole number from 1."""
-    cutoffs = [k] if isinstance(k, int) else list(k)
+    cutoffs = list(k) if isinstance(k, Sequence) else [k]
     for cutoff in cutoffs:
         if not isinstance(cutoff, int) or cutoff < 1:
             raise ValueError(f"k is {cutoff!r}; give whole numbers from 1.")

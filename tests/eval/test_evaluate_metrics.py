@@ -185,6 +185,7 @@ def test_evaluate_metric_collects_batches(load):
         ("class_mean_recall", [[0.1, 0.2]], [-1], {}, "row 0 has candidate -1"),
         ("hard_negatives", [[0.1, 0.2]], ["all"], {}, "don't match the expected format"),
         ("recall_at_k", [[0.1, 0.2]], [[0]], {"k": 0}, "k is 0"),
+        ("recall_at_k", [[0.1, 0.2]], [[0]], {"k": 1.5}, "k is 1.5; give whole numbers from 1"),
         ("token_f1", ["a", "b"], [["a"], []], {}, "row 1 has none"),
         ("exact_match", ["a"], [["a"], ["b"]], {}, "Mismatch in the number"),
     ],
