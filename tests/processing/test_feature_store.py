@@ -551,6 +551,18 @@ def test_predict_rows_from_a_feature_store_equals_live_ones(store, dataset, mode
     assert (stored.embeds.roll(1, 0) - live.embeds).abs().max() > 0.05
 
 
+def test_predict_rows_reads_states_from_the_files_not_from_a_feature_store(
+    store, dataset, model, processor
+):
+    videos = [row for row in dataset.rows if "video" in row]
+    states = {"states": "both", "num_frames": 2}  # the store has 4 frames of each video
+    from_files = predict_rows(model, processor, videos, **states).embeds
+    found = predict_rows(model, processor, videos, features=store, **states).embeds
+    torch.testing.assert_close(found, from_files, atol=1e-6, rtol=0)
+    # Positive control: the whole clips.
+    assert (found - predict_rows(model, processor, videos).embeds).abs().max() > 1e-3
+
+
 def test_predict_rows_names_what_a_feature_store_lacks(store, dataset, model, processor, tmp_path):
     with pytest.raises(FeatureError, match="made with 4 frames per video, but 8 are requested"):
         predict_rows(model, processor, dataset.rows, num_frames=8, features=store)
