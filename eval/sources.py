@@ -88,6 +88,8 @@ class Source(Table):
             raise SourceError(f"{name}: source has no columns, which map examples to rows")
         given = keys.pop("columns")
         given = given if isinstance(given, list) else [given]
+        if not given:
+            raise SourceError(f"{name}: columns is an empty list")
         columns = tuple(Columns.from_mapping(name, each, row_fields) for each in given)
         joined = keys.pop("join", {})
         if not isinstance(joined, dict):

@@ -66,6 +66,10 @@ def _table(path: Path, delimiter: str, header: Sequence[str] | None) -> Iterator
     with open(path, newline="", encoding="utf-8-sig") as lines:
         table = csv.DictReader(lines, fieldnames=header, delimiter=delimiter)
         try:
+            names = list(table.fieldnames or [])
+            if len({*names}) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ColumnError(f"{path}: the column {twice!r} occurs twice")
             for row in table:
                 # csv puts what exceeds the columns under None, and None into cells that lack.
                 if None in row or None in row.values():

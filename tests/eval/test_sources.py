@@ -535,6 +535,8 @@ AGAIN = {"annotations": "captions.csv", "by": "key", "id": "{key:.3}"}
         ({"join": {"more": AGAIN | {"id": "key_"}}}, "join more: an example has no column 'key_'"),
         ({"join": {"more": AGAIN | {"by": "key_"}}}, "join more: an example has no column 'key_'"),
         ({"annotations": []}, "annotations is an empty list"),
+        ({"columns": []}, "columns is an empty list"),
+        ({"header": ["key", "key", "sentence"]}, "captions.csv: the column 'key' occurs twice"),
         (
             {"annotations": "videos", "form": "csv"},
             "videos is a folder, not a file",
