@@ -20,21 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.utils.logging import disable_progress_bar
 
 from eval.benchmarks import DATA, load_benchmarks, measurable
 from eval.embed import ABLATIONS, work
 from eval.embedding_store import EmbeddingStore, facts_of, weights_digest
 from eval.items import FILE, PREDICTIONS, write_items, write_predictions
-from eval.models import load_model
+from eval.models import hub_commit, load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
 from eval.tables import MissingDataError
 from eval.task import Task
 from eval.tasks import TASKS
 from eval.team import Team
-from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from processing.feature_store import FeatureError, FeatureStore
-from processing.output import check_output_folder, writing
+from processing.output import check_output_folder, complete_file, writing
 from processing.stream_store import StreamStore
 
 # Packages whose versions can change a score
@@ -102,9 +102,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def model_facts(
-    args: argparse.Namespace, model: VLJEPAModel | VLJEPAForConditionalGeneration, weights: str
-) -> dict[str, Any]:
+def model_facts(args: argparse.Namespace, weights: str) -> dict[str, Any]:
     """Return the model's revision on the Hub, a hash of its weights, and the seeds of its training.
 
     The revision is None for a folder, and the seeds are None without `recipes.yaml`. A stage whose
@@ -114,9 +112,8 @@ def model_facts(
     if recipes.is_file():
         stages = [each["training"] for each in yaml.safe_load(recipes.read_text(encoding="utf-8"))]
         seeds = {Path(stage["output_dir"]).name: stage.get("seed") for stage in stages}
-    is_folder = Path(args.model).is_dir()
     return {
-        "revision": None if is_folder else model.config._commit_hash,
+        "revision": hub_commit(args.model, args.revision),
         "weights": weights,
         "training_seeds": seeds,
     }
@@ -147,7 +144,8 @@ def write_results(
         "benchmarks": {result.name: result.as_json() for result in results},
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    with complete_file(path) as written:  # a kill leaves the results of the benchmarks before
+        written.write_text(text + "\n", encoding="utf-8")
 
 
 def measure(args: argparse.Namespace, team: Team) -> None:
@@ -165,7 +163,7 @@ def measure(args: argparse.Namespace, team: Team) -> None:
     weights = weights_digest(model.base_model)
     known = facts_of(model.base_model, processor, weights)
     store = EmbeddingStore.open(args.embeddings, known, team)
-    facts = model_facts(args, model, weights)
+    facts = model_facts(args, weights)
 
     # 3. one benchmark after the other; results are written after each, so none is lost
     results, features = [], None
@@ -222,6 +220,7 @@ def measure(args: argparse.Namespace, team: Team) -> None:
 
 def embed_shares(args: argparse.Namespace, team: Team) -> None:
     """Embed what process 0 asks for, in every other process."""
+    disable_progress_bar()  # process 0 shows that of the weights, too
     model, processor = load_model(args.model, args.revision)
     model.to(team.device)
     team.serve(partial(work, model.base_model, processor))

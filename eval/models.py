@@ -1,6 +1,10 @@
 """Load a complete model for evaluation, or raise an error that names the missing part."""
 
 import textwrap
+from pathlib import Path
+
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAForConditionalGeneration, VLJEPAModel
 from processing import VLJEPAProcessor
@@ -34,3 +38,13 @@ def load_model(
             "checkpoint with all weights of its configuration."
         )
     return model, processor
+
+
+def hub_commit(path: str, revision: str | None = None) -> str | None:
+    """Return the commit of a model that was loaded from the Hub; None for a folder.
+
+    The name of the cached file holds it: the configuration does not.
+    """
+    if Path(path).is_dir():
+        return None
+    return extract_commit_hash(cached_file(path, CONFIG_NAME, revision=revision), None)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eval import models
 from eval.embed import embed_texts, predict_rows, work
 from eval.embedding_store import EmbeddingStore, facts_of, weights_digest
 from eval.evaluate import main
@@ -343,6 +344,19 @@ def test_evaluate_embeds_each_clip_once_for_all_benchmarks_and_runs(data, monkey
     assert label["clips"] == [{"image": "wide.png", "line": 1}]
     assert label["texts"] == ["a cat"] and label["prediction"] in TEXTS
     assert label["scores"] == items[0]["scores"]
+
+
+def test_results_state_the_commit_of_a_model_of_the_hub(monkeypatch):
+    commit = "0123456789" * 4
+    asked = {}
+
+    def cached(name, file, revision):
+        asked[name] = revision
+        return f"hub/models--me--tiny/snapshots/{commit}/{file}"
+
+    monkeypatch.setattr(models, "cached_file", cached)
+    assert models.hub_commit("me/tiny", "v1") == commit
+    assert asked == {"me/tiny": "v1"}
 
 
 def near(found: object, expected: object) -> bool:
