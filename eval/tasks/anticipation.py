@@ -1,26 +1,25 @@
 """Action anticipation: the text of an action that has not begun (paper section 4.4).
 
-Two forms, by the entry's `seconds_before`:
+An entry has one of two forms:
 
-- With it, as on EPIC-KITCHENS-100, the clip ends that many seconds before its row's action starts,
-  and lasts `context` seconds. The beginning of a video shortens it; if the video begins later than
-  the clip would end, the clip is the first frame.
-- Without it, as on COIN, the clip is the segment of a step, and the answer is the text of the next
-  step of the video, in the order of their starts. The last step of a video is only an answer.
+- With `seconds_before`, as on EPIC-KITCHENS-100, the clip lasts `context` seconds and ends that
+  long before the action of its row starts. The clip is shorter if the video begins later. It is the
+  first frame if it would end before the video begins.
+- Without it, as on COIN, the clip is one step, and the answer is the text of the next step of the
+  video, in the order of their starts.
 
-The candidates are those of the entry, or the actions of the training rows, or all actions of the
-rows, those included that are never the answer. A tie is decided against the model. The paper states
-neither the query nor the wording of the candidates.
+Candidates are those of the entry, or else the actions of the training rows, or else all actions of
+the rows. A tie is decided against the model. The paper states neither the query nor the wording of
+the candidates.
 
-Two metrics: top-1, the share of rows, and the class-mean Recall@5, the mean over the actions that
-are an answer of the share of their rows, so that rare actions count the same as frequent ones.
+There are two metrics. Top-1 is a share of the rows. The class-mean Recall@5 is the mean over the
+actions of the Recall@5 of their rows: rare actions count the same as frequent ones.
 
-Baselines, none of which sees the clip:
+The baselines do not see the clip:
 
-- majority: the most frequent actions of the training rows, or without them of these very rows. No
-  fixed ranking has a higher top-1.
-- majority of the activity: those of the row's `activity`, such as its recipe; as majority if rows
-  have none.
+- majority: the most frequent actions of the training rows. Without training rows, those of the
+  measured rows, and no fixed answer has a higher top-1.
+- majority of the activity: the same for each `activity` of the rows, such as a recipe.
 
 Shapes: R rows, C candidates, D embedding size.
 """
@@ -62,7 +61,7 @@ class AnticipationBenchmark(CandidatesBenchmark):
     """A benchmark of actions before they begin.
 
     A row has `video`, the `start` of an action in seconds, and its text as `target`. It may have
-    `activity`, the name of what the video's actions are steps of.
+    `activity`, a name such as that of the recipe to which the action belongs.
 
     Attributes:
         seconds_before (`list[float]`, *optional*): times from the end of the clip to the start of
@@ -133,8 +132,8 @@ class AnticipationBenchmark(CandidatesBenchmark):
     def load(self) -> tuple[list[dict], list[BadRow]]:
         """Return a row for each clip, and the bad rows.
 
-        An action that is not among the candidates is no answer, as on EPIC-KITCHENS-100: its clip
-        is left out. An unusable step is passed over: the next usable one of the video follows.
+        Rows whose action is not among the candidates are left out, as on EPIC-KITCHENS-100. The
+        next step is the next usable one: unusable rows are skipped.
 
         Raises: `ValueError` when no clip is left.
         """

@@ -6,7 +6,8 @@ joined to one clip, and the candidate is chosen whose predicted embedding is nea
 clip, by cosine similarity. A tie is decided against the model.
 
 The paper states neither the queries nor the numbers of frames. Here states and candidates have the
-same query, by default the model's `action` prompt, and equally many frames.
+same query, by default the model's `action` prompt, and the same number of frames unless the entry
+has `state_frames`.
 
 Two baselines do not see the transition:
 
@@ -45,7 +46,7 @@ class WorldPredictionBenchmark(Benchmark):
 
     Attributes:
         state_frames (`int`, *optional*): frames of the states' clip, half of them for each state;
-            as many as those of a candidate by default.
+            the number of a candidate's frames by default.
     """
 
     roles: ClassVar[dict[str, str]] = {

@@ -145,7 +145,7 @@ def test_anticipation_learns_candidates_and_majority_from_training_rows(tmp_path
     measured = benchmark(tmp_path, STEPS, train_rows=train)
     model = ShadeModel([[1.0, 0], [0, 1.0]], {"pour": [0, 1.0], "stir": [1.0, 0]})
     result = anticipation.evaluate(Task(model, model.processor, measured))
-    # "drink" is no action of training: of the two next steps one is left.
+    # "drink" is not among the training actions, so that one of the two next steps is left.
     assert (result.scores["top-1"].value, result.scores["top-1"].n) == (1, 1)
     assert result.scores["top-1"].baselines == {"chance": 1 / 2, "majority": 1}
     assert result.protocol["rows_of_other_actions"] == 1

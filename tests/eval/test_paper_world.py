@@ -179,7 +179,7 @@ def write_ek100(data: Path) -> None:
         ek100_row(1, "P01_11", 3, 6, 0),
         ek100_row(2, "P02_03", 3, 0, 8),
         ek100_row(3, "P02_03", 5, 2, 2),  # "wash plate" is not in the training split
-        ek100_row(4, "P03_01", 5, 0, 0),  # there is no such video
+        ek100_row(4, "P03_01", 5, 0, 0),  # its video is missing
     ]
     write_csv(folder / "EPIC_100_validation.csv", EK100_HEADER, *actions)
     for video in ("P01/videos/P01_11.MP4", "P02/videos/P02_03.MP4"):

@@ -1,4 +1,4 @@
-"""World prediction: rows that cannot be used, and what the kind shows of those that can."""
+"""World prediction: unusable rows are named, and the others are scored and shown."""
 
 import json
 from dataclasses import replace

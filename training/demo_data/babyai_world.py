@@ -1,13 +1,13 @@
 """Rows for world modelling and anticipation, about clips of held-out splits.
 
-- `states`: an initial and a final state, and four candidate clips of other rooms. Two of the room's
-  objects, each with the goals "go to" and "pick up", are the candidates' missions, and one of them
-  is the clip's own. Every candidate could be the right one, so they do not give it away: the states
-  are needed to know the object, and both of them to know the goal.
-- `steps`: each goal of a clip with two goals, and the seconds in which it was reached. The clip of
-  the first goal does not show which goal is next, only which objects are in the room.
-- `goals`: the moment at which the goal of a clip with one goal is reached. Before it, the clip
-  shows where the agent goes.
+- `states`: an initial and a final state, and four candidate clips of other rooms. The candidates'
+  missions are "go to" and "pick up" for two objects of the room. Any of them could be the clip's
+  own mission, so the candidates alone do not show which one is right. The states show the object;
+  only both together show whether it was picked up.
+- `steps`: the two goals of a clip, each with its start and end. The clip of the first goal does not
+  show the second, only which objects are in the room.
+- `goals`: the moment in which the only goal of a clip is reached. Before it, the clip shows where
+  the agent goes.
 """
 
 import random
@@ -18,10 +18,12 @@ from training.demo_data.babyai import FPS, Episode
 
 VERBS = ("go to", "pick up")
 CANDIDATES = 4
+Mission = tuple[str, str]  # verb and object
+Choice = Callable[[dict, set[Mission], random.Random], list[Mission]]
 
 
 def step_rows(clip: dict, episode: Episode) -> list[dict]:
-    """Return a row for each goal of a clip with two goals, from the goal before to this one."""
+    """Return a row for each goal of a clip with two goals, from the previous goal to this one."""
     if len(episode.goals) == 1:
         return []
     first, last = episode.goal_steps
@@ -42,7 +44,7 @@ def goal_rows(clip: dict, episode: Episode) -> list[dict]:
 
 
 def room_of(clip: dict, episode: Episode) -> dict:
-    """Return what `state_rows` needs to know about a clip with one goal."""
+    """Return the facts about a clip with one goal that `state_rows` needs."""
     goal = episode.goals[0]
     objects = sorted({thing.name for thing in episode.things} - {goal.thing})
     return {
@@ -70,10 +72,6 @@ def state_rows(rooms: list[dict]) -> list[dict]:
         if rows := [row for room in rooms if (row := _state_row(room, clips, choose)) is not None]:
             return rows
     return []
-
-
-Mission = tuple[str, str]  # verb and object
-Choice = Callable[[dict, set[Mission], random.Random], list[Mission]]
 
 
 def _state_row(room: dict, clips: dict[Mission, list[dict]], choose: Choice) -> dict | None:
