@@ -180,7 +180,7 @@ class PerceptionEncoderEmbeddings(nn.Module):
         tokens = patches.flatten(2).transpose(1, 2) + self.positions(height, width)
         if self.has_class_token:
             class_token = self.class_embedding + self.position_embedding[0]
-            tokens = torch.cat([class_token.expand(len(tokens), 1, -1), tokens], dim=1)
+            tokens = torch.cat([class_token.expand(tokens.shape[0], 1, -1), tokens], dim=1)
         return tokens, (height, width)
 
 
@@ -292,7 +292,7 @@ class PerceptionEncoderPooler(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Pool `(B, N, D)` to `(B, output_dim)`."""
-        probe = self.probe.expand(len(hidden_states), -1, -1).to(hidden_states.dtype)
+        probe = self.probe.expand(hidden_states.shape[0], -1, -1).to(hidden_states.dtype)
         pooled, _ = self.attention(probe, hidden_states)
         pooled = pooled.squeeze(1)
         return self.projection(pooled + self.mlp(self.layernorm(pooled)))

@@ -25,7 +25,6 @@ from tests.model.perception_reference import (
     random_vision,
 )
 from tests.tiny import PERCEPTION, PERCEPTION_TEXT, run_elsewhere, tiny_batch, tiny_model
-from training.export import export
 
 WIDTH, DEPTH, HEADS, MLP, SIDE, PATCH = 64, 2, 2, 160, 3, 14
 SETTINGS = {
@@ -384,7 +383,7 @@ def test_y_encoder_perception_encoder_text_rejects_texts_beyond_its_positions(mo
         model.y_encoder(ids, mask)
 
 
-# -- saved, compiled and exported ----------------------------------------------------------
+# -- saved and compiled; tests/training/test_export.py exports it ------------------------------
 
 
 def test_vljepa_with_perception_encoder_is_saved_and_loaded(model, tmp_path):
@@ -409,19 +408,6 @@ def test_perception_encoder_compiles_without_graph_breaks(model):
     for shape in ((2, 2, 3, 42, 42), (1, 1, 3, 28, 56)):
         expected = model.encode_video(images(*shape))
         torch.testing.assert_close(compiled(images(*shape)), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_vljepa_with_perception_encoder_is_exported(model):
-    programs = {name: each.module() for name, each in export(model, 2, 42).items()}
-    video = images(3, 2, 3, 42, 42)
-    query = torch.tensor([[5, 6, 7]]).expand(3, -1)
-    inputs = {"predict": (video, query, torch.ones_like(query))}
-    inputs["encode_target"] = texts(9, 4, 32, total=32)
-    for name, given in inputs.items():
-        expected = getattr(model, name)(*given)
-        torch.testing.assert_close(programs[name](*given), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

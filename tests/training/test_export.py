@@ -7,9 +7,13 @@ import onnxruntime
 import pytest
 import torch
 
+from modeling_vljepa.x_encoder import VIDEO
 from tests.docs import fenced
 from tests.tiny import (
     BERT,
+    PERCEPTION,
+    PERCEPTION_TEXT,
+    VJEPA21,
     noise,
     run_elsewhere,
     tiny_batch,
@@ -36,11 +40,14 @@ def save(folder: Path, **changes: object) -> torch.nn.Module:
 # text that is traced. Each could become a program for such lengths only.
 MODELS = {
     "gemma": {},
-    "gemma_wide": {"text_config": {"sliding_window": 512}},
+    "gemma_wide_perception": {
+        "text_config": {"sliding_window": 512},
+        "vision_config": PERCEPTION,
+    },
     # 3 x 3 patches: windows at the edges are incomplete.
-    "bert_pooled": {
+    "bert_pooled_vjepa21": {
         "text_config": BERT,
-        "vision_config": {"crop_size": 48},
+        "vision_config": VJEPA21 | {"crop_size": 48},
         "visual_token_pooling": 2,
     },
 }
@@ -60,7 +67,8 @@ def as_onnx(path: Path) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_exported_programs_equal_the_model_at_every_length(changes, tmp_path):
     model = tiny_model(**changes)
-    side = model.config.vision_config.crop_size
+    vision = model.config.vision_config
+    side = vision.crop_size if vision.model_type in VIDEO else vision.image_size
     programs = export(model, 4, side)
     runs = {name: [program.module()] for name, program in programs.items()}
     for name, program in programs.items():
@@ -92,6 +100,23 @@ def test_exported_programs_equal_the_model_at_every_length(changes, tmp_path):
     check_lengths(model, programs, 4, side, longest)
     with pytest.raises(RecipeError, match="--model: predict of 1 rows of 0 tokens is .* away from"):
         check_lengths(tiny_model(1, **changes), programs, 4, side, longest)
+
+
+def test_exported_programs_of_images_and_of_a_perception_encoders_texts_equal_the_model():
+    """One frame takes V-JEPA 2.1's stem of images, and the text tower is causal."""
+    model = tiny_model(vision_config=VJEPA21, text_config=PERCEPTION_TEXT, text_pooling="lasttoken")
+    programs = export(model, 1, 32)
+    generator = torch.Generator().manual_seed(0)
+    for rows, length, padding in ((3, 5, 2), (1, 32, 0)):
+        ids = torch.randint(3, 300, (rows, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, length - padding :] = 0
+        pixels = torch.randn(rows, 1, 3, 32, 32, generator=generator)
+        for name, inputs in {"predict": (pixels, ids, mask), "encode_target": (ids, mask)}.items():
+            with torch.no_grad():
+                expected = getattr(model, name)(*inputs)
+                found = programs[name].module()(*inputs)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_export_writes_programs_of_torch(tmp_path):
