@@ -29,6 +29,8 @@ from .pipelines.segmentation import WardSegmenter as WardSegmenter
 from .pipelines.stream_session import StreamEncoder as StreamEncoder
 from .pipelines.stream_session import StreamSession as StreamSession
 from .pipelines.stream_session import stream as stream
+from .token_model import VLJEPATokenConfig as VLJEPATokenConfig
+from .token_model import VLJEPATokenModel as VLJEPATokenModel
 from .vjepa21 import VJEPA21Config as VJEPA21Config
 from .vjepa21 import VJEPA21Model as VJEPA21Model
 
@@ -43,9 +45,14 @@ AutoModel.register(VLJEPAConfig, VLJEPAModel)
 AutoModelForZeroShotImageClassification.register(VLJEPAConfig, VLJEPAForZeroShotImageClassification)
 AutoModelForImageTextToText.register(VLJEPAConfig, VLJEPAForConditionalGeneration)
 AutoProcessor.register(VLJEPAConfig, VLJEPAProcessor)
+AutoConfig.register(VLJEPATokenConfig.model_type, VLJEPATokenConfig)
+AutoModel.register(VLJEPATokenConfig, VLJEPATokenModel)
+AutoProcessor.register(VLJEPATokenConfig, VLJEPAProcessor)
 VLJEPAConfig.register_for_auto_class()
 VLJEPAModel.register_for_auto_class("AutoModel")
 VLJEPAForZeroShotImageClassification.register_for_auto_class(
     "AutoModelForZeroShotImageClassification"
 )
 VLJEPAForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+VLJEPATokenConfig.register_for_auto_class()
+VLJEPATokenModel.register_for_auto_class("AutoModel")

@@ -92,6 +92,8 @@ class Predictor(nn.Module):
     The visual tokens come first and the query after them, at rotary positions 0 ... N + L - 1.
     """
 
+    auto_class = AutoModel
+
     def __init__(
         self, config: PreTrainedConfig, visual_hidden_size: int, *, standardize: bool = False
     ):
@@ -100,7 +102,23 @@ class Predictor(nn.Module):
         if standardize:
             self.visual_standardization = VisualStandardization(visual_hidden_size)
         self.visual_projection = nn.Linear(visual_hidden_size, config.hidden_size)
-        self.backbone = from_config(AutoModel, config)
+        self.backbone = from_config(self.auto_class, config)
+
+    def join(
+        self,
+        visual_embeds: torch.Tensor,
+        input_ids: torch.Tensor,
+        visual_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the backbone's inputs [visual tokens ; query], `(B, N + L, Dp)`.
+
+        The arguments are those of `forward`.
+        """
+        visual = self.visual_standardization(visual_embeds)  # (V, N, Dx)
+        visual = self.visual_projection(visual)  # (V, N, Dp)
+        visual = one_for_each(visual, input_ids, visual_index)  # (B, N, Dp)
+        query = self.backbone.get_input_embeddings()(input_ids).to(visual.dtype)  # (B, L, Dp)
+        return torch.cat([visual, query], dim=1)
 
     def forward(
         self,
@@ -117,11 +135,8 @@ class Predictor(nn.Module):
         `attention_mask`, every query token is real and no mask is built, which is faster for a
         batch of equal lengths. Queries are padded on the right.
         """
-        visual = self.visual_standardization(visual_embeds)  # (V, N, Dx)
-        visual = self.visual_projection(visual)  # (V, N, Dp)
-        visual = one_for_each(visual, input_ids, visual_index)  # (B, N, Dp)
-        query = self.backbone.get_input_embeddings()(input_ids).to(visual.dtype)  # (B, L, Dp)
-        joined = torch.cat([visual, query], dim=1)  # (B, N + L, Dp)
+        joined = self.join(visual_embeds, input_ids, visual_index)  # (B, N + L, Dp)
+        visual = joined[:, : joined.shape[1] - input_ids.shape[1]]  # (B, N, Dp)
         mask = join_masks(visual, attention_mask)  # (B, N + L)
         states = self.backbone(
             inputs_embeds=joined,
