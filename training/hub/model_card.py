@@ -54,6 +54,12 @@ def commit_of(benchmark: dict[str, Any]) -> str | None:
     return revision if re.fullmatch("[0-9a-f]{40}", revision) else None
 
 
+def baselines_of(benchmark: dict[str, Any]) -> list[str]:
+    """Return the names of the baselines of any score: not every score has all of them."""
+    scores = benchmark["scores"].values()
+    return list(dict.fromkeys(name for score in scores for name in score["baselines"]))
+
+
 def main_metric(benchmark: dict[str, Any]) -> str:
     """Return the metric that the paper states, or the first one."""
     stated = (benchmark["paper"] or {}).get("metric")
@@ -195,6 +201,7 @@ def write_card(
         picture=PICTURE,
         percent=percent,
         protocol_line=protocol_line,
+        baselines_of=baselines_of,
         main_metric=main_metric,
         on_hub=[
             each["title"]
