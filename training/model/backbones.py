@@ -107,7 +107,7 @@ def read_vision(key: str, source: str, *, hierarchical: bool = False) -> VisionB
         hierarchical: give the four levels of V-JEPA 2.1 as visual tokens, not only the last.
 
     Raises:
-        RecipeError: it cannot be read, is no X-Encoder, or has only one level.
+        RecipeError: it cannot be read, is not an X-Encoder, or has only one level.
     """
     if source.endswith(FILES):
         published = read_vision_file(key, source)

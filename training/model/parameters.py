@@ -3,6 +3,14 @@
 from torch import nn
 
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
+from modeling_vljepa.x_encoder import PERCEPTION, V_JEPA_2, V_JEPA_2_1
+
+# Parts of encoders that an X-Encoder leaves out.
+LEFT_OUT = {
+    V_JEPA_2: "without V-JEPA 2's own predictor",
+    V_JEPA_2_1: "without norms of levels that are not read",
+    PERCEPTION: "without the attention pooling and its projection",
+}
 
 
 def count_parameters(
@@ -38,12 +46,13 @@ def size(*modules: nn.Module) -> float:
 
 def paper_table(model: VLJEPAModel) -> str:
     """Return a table of the counts and the paper's (section 3.1), and what each includes."""
+    kind = model.config.vision_config.model_type
     backbone = model.predictor.backbone
     projections = size(model.predictor.visual_projection, model.predictor_head)
     layers = size(backbone.layers, backbone.norm)
     table = size(backbone.embed_tokens)
     rows = [
-        ("X-Encoder", size(model.x_encoder), "304M", "without V-JEPA 2's own predictor"),
+        ("X-Encoder", size(model.x_encoder), "304M", LEFT_OUT.get(kind, "")),
         ("Predictor", layers + projections, "490M", "layers, final norm and two projections:"),
         ("  layers", layers, "", "transformer layers and final norm"),
         ("  projections", projections, "", "visual tokens in, embedding out"),

@@ -57,12 +57,12 @@ SIZES = {
 }
 ENCODERS = ("ema_encoder", "target_encoder")  # keys of a `.pt` file: distilled, and trained alone
 PREFIXES = ("module.", "backbone.", "model.", "vjepa21.", "vjepa2.")
-# Parts of ports that are no part of the encoder.
+# Parts of ports that the encoder does not have.
 OTHER_PARTS = ("predictor.", "pooler.", "classifier.")
 
 # Names of model types of ports. Their classes have names such as VJEPA21Model.
 PORTS = (V_JEPA_2_1, "vjepa21", "vjepa2.1")
-# Other names of settings, and what they are here.
+# Other names of settings, and their names here.
 RENAMED = {"modality_embedding": "use_modality_embeddings"}
 # Settings of ports with the one value that is implemented here.
 FIXED = {"use_rope_interleave": True, "n_registers": 0, "has_cls_first": False}
@@ -131,7 +131,7 @@ def from_published(key: str, source: str, content: Any) -> tuple[VJEPA21Config, 
     """Return the configuration and the weights, under our names, of the content of a file.
 
     Raises:
-        RecipeError: it is no V-JEPA 2.1 of a published size.
+        RecipeError: it is not a V-JEPA 2.1 of a published size.
     """
     weights = strip_prefixes(key, source, encoder_of(key, source, content), PREFIXES)
     config = published_config(key, source, weights)
