@@ -67,21 +67,42 @@ def _entries(path: Path) -> dict[str, Any]:
     return entries
 
 
-def measurable(benchmarks: list[Benchmark], names: list[str], has_decoder: bool) -> list[Benchmark]:
+def measurable(
+    benchmarks: list[Benchmark],
+    names: list[str],
+    has_decoder: bool,
+    *,
+    has_tokens: bool = False,
+    has_embeddings: bool = True,
+) -> list[Benchmark]:
     """Return the benchmarks that a model can be measured on; print which of `all` are left out.
 
-    Raises: `ValueError` if the model has no Y-Decoder and a benchmark asked for by name needs one.
+    Args:
+        has_decoder: the model has a Y-Decoder.
+        has_tokens, has_embeddings: the model predicts tokens; the model predicts embeddings.
+
+    Raises: `ValueError` if the model lacks what a benchmark asked for by name needs.
     """
-    needy = [each.name for each in benchmarks if TASKS[each.task].needs_decoder]
-    if has_decoder or not needy:
-        return benchmarks
-    if names != ["all"]:
-        raise ValueError(
-            f"{needy[0]} needs a Y-Decoder, and this model has none. Train one with "
-            "`python -m training.train_decoder`."
-        )
-    print(f"left out, for this model has no Y-Decoder: {', '.join(needy)}")
-    return [each for each in benchmarks if each.name not in needy]
+    cures = {
+        "embeddings": "embeddings, and this model predicts tokens alone. Leave it out.",
+        "Y-Decoder": "a Y-Decoder, and this model has none. Train one with "
+        "`python -m training.train_decoder`.",
+    }
+    needy: dict[str, list[str]] = {}  # names of benchmarks, by what the model lacks
+    for benchmark in benchmarks:
+        kind = TASKS[benchmark.task]
+        if has_tokens and kind.by_tokens:
+            continue
+        if not has_embeddings:
+            needy.setdefault("embeddings", []).append(benchmark.name)
+        elif kind.needs_decoder and not has_decoder:
+            needy.setdefault("Y-Decoder", []).append(benchmark.name)
+    for part, lacking in needy.items():
+        if names != ["all"]:
+            raise ValueError(f"{lacking[0]} needs {cures[part]}")
+        print(f"left out, for this model has no {part}: {', '.join(lacking)}")
+    left_out = {name for lacking in needy.values() for name in lacking}
+    return [each for each in benchmarks if each.name not in left_out]
 
 
 def _is_published(entry: dict) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from eval.embed import Predictions
 from eval.sources import Source
 from eval.task import Benchmark, Task, texts_sha256, usable_rows
 
@@ -146,6 +147,24 @@ def embed_candidates(task: Task, candidates: list[str], templates: list[str]) ->
     return F.normalize(total, dim=-1)
 
 
+def compare(
+    task: Task, rows: list[dict], candidates: list[str], templates: list[str]
+) -> tuple[Predictions, torch.Tensor]:
+    """Return the rows whose clip was read, and the similarity `(R, C)` of each to each candidate.
+
+    It is the cosine of the embeddings. Of a model that predicts tokens, it is the log-likelihood
+    of the candidate, with several templates the mean of theirs.
+    """
+    if task.scoring is None:
+        predictions = task.predict(rows)
+        return predictions, predictions.embeds @ embed_candidates(task, candidates, templates).T
+    texts = [
+        template.replace("{}", candidate) for template in templates for candidate in candidates
+    ]
+    predictions, scores = task.likelihoods(rows, texts)
+    return predictions, scores.unflatten(1, (len(templates), -1)).mean(dim=1)
+
+
 def candidate_facts(candidates: list[str], templates: list[str]) -> dict[str, str | int]:
     """Return the facts about candidates for the protocol."""
     facts: dict[str, str | int] = {
@@ -179,6 +198,7 @@ __all__ = [
     "candidate_facts",
     "check_texts",
     "chosen",
+    "compare",
     "embed_candidates",
     "named",
     "read_candidates",

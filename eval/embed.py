@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from eval.embedding_store import EmbeddingStore, PartWriter, key_of
 from modeling_vljepa import VLJEPAModel
@@ -41,7 +42,8 @@ class Predictions:
     Attributes:
         rows (`list[dict]` of length R): the given rows, without those whose clip is broken.
         queries (`list[str]` of length R): the query of each row, shuffled or not.
-        embeds (`torch.FloatTensor` of shape `(R, D)`): Ŝ_Y, unit vectors, on the CPU.
+        embeds (`torch.FloatTensor` of shape `(R, D)`): Ŝ_Y, unit vectors, on the CPU; or the
+            vectors of another [`Reader`].
         broken (`dict[Media, str]`): each clip that could not be read, and the reason.
     """
 
@@ -117,6 +119,44 @@ class Wanted:
     key: bytes
 
 
+class Reader(Protocol):
+    """A model's result for queries about clips: a vector for each. A frozen dataclass, so that it
+    can be sent."""
+
+    key: str
+    """Part of the name of the vectors in the store; empty for Ŝ_Y."""
+
+    def read(
+        self,
+        model: PreTrainedModel,
+        processor: VLJEPAProcessor,
+        visual_embeds: torch.Tensor,
+        queries: list[str],
+    ) -> torch.Tensor:
+        """Return vectors `(B, n)` of B queries about clips `(B, N, Dx)`."""
+
+
+@dataclass(frozen=True)
+class EmbeddingReader:
+    """The reader of Ŝ_Y."""
+
+    key: str = ""
+
+    def read(
+        self,
+        model: PreTrainedModel,
+        processor: VLJEPAProcessor,
+        visual_embeds: torch.Tensor,
+        queries: list[str],
+    ) -> torch.Tensor:
+        """Predict the embedding of the answer to each query: unit vectors `(B, D)`."""
+        text = processor(text=queries).to(model.device)
+        return model.predict(visual_embeds=visual_embeds, **text)
+
+
+EMBEDDING = EmbeddingReader()
+
+
 class Job(Protocol):
     """Clips, texts or streams to embed; a frozen dataclass, so that it can be divided and sent."""
 
@@ -140,8 +180,8 @@ class ClipJob:
 
     Attributes:
         items (`list[Clip]`)
-        num_frames (`int`, *optional*), batch_size (`int`), grey (`bool`), features, states: see
-            [`predict_rows`].
+        num_frames (`int`, *optional*), batch_size (`int`), grey (`bool`), features, states,
+            reader: see [`predict_rows`].
         writer ([`PartWriter`], *optional*): what stores the embeddings, batch by batch.
     """
 
@@ -151,6 +191,7 @@ class ClipJob:
     grey: bool
     features: FeatureStore | None
     states: str | None
+    reader: Reader
     writer: PartWriter | None
 
     @torch.inference_mode()
@@ -167,9 +208,10 @@ class ClipJob:
             found = {}
             for batch in batches(asked, self.batch_size):
                 indices, wanted = zip(*batch, strict=True)
-                text = processor(text=[each.text for each in wanted]).to(model.device)
                 visual = visual_embeds[list(indices)]
-                predicted = model.predict(visual_embeds=visual, **text).float().cpu()  # (B, D)
+                queries = [each.text for each in wanted]
+                predicted = self.reader.read(model, processor, visual, queries)  # (B, D)
+                predicted = predicted.float().cpu()
                 check_finite([clip_key(clips[index].row) for index in indices], predicted)
                 found |= dict(zip(wanted, predicted, strict=True))
             result.embeds |= store_found(found, self.writer)
@@ -375,6 +417,7 @@ def clip_keys(
     grey: bool,
     features: FeatureStore | None,
     states: str | None,
+    reader: Reader,
 ) -> list[bytes]:
     """Return the key of each query about a clip; empty if the clip cannot be read.
 
@@ -393,6 +436,7 @@ def clip_keys(
         source = f"features {features.facts['dtype']} {features.facts['precision']}"
     if states is not None:
         source += f" {states} states"
+    source += reader.key
     keys = []
     for kind, media, query in asked:
         frames = 1 if kind == "image" else num_frames
@@ -412,6 +456,7 @@ def predict_rows(
     features: FeatureStore | None = None,
     states: str | None = None,
     store: EmbeddingStore | None = None,
+    reader: Reader = EMBEDDING,
 ) -> Predictions:
     """Predict Ŝ_Y of every row: the embedding of the answer to its query on its clip.
 
@@ -427,6 +472,7 @@ def predict_rows(
             A store of features has no such clips, so they are read from the files.
         store (`EmbeddingStore`, *optional*): embeddings to read and to add to; opened for this
             model.
+        reader (*optional*): what to compute in place of Ŝ_Y, such as likelihoods.
 
     Raises: `ValueError` for an unknown ablation, no rows, when no clip can be read, or for an
         embedding that is not finite; `FeatureError` for rows whose clip is not in the store of
@@ -452,6 +498,7 @@ def predict_rows(
     if store is not None:
         frames = num_frames or processor.video_processor.num_frames
         options = {"num_frames": frames, "grey": grey, "features": features, "states": states}
+        options["reader"] = reader
         keys = clip_keys(processor, asked, **options)
         embeds = {n: store.embeds[key] for n, key in enumerate(keys) if key in store.embeds}
 
@@ -470,6 +517,7 @@ def predict_rows(
         grey=grey,
         features=features,
         states=states,
+        reader=reader,
         writer=None if store is None else store.writer,
     )
     found = len({(kind, media) for kind, media, _ in asked}) - len(clips)
@@ -539,9 +587,11 @@ def embed_texts(
 
 __all__ = [
     "ABLATIONS",
+    "EMBEDDING",
     "Embedded",
     "Job",
     "Predictions",
+    "Reader",
     "Wanted",
     "advance",
     "batches",

@@ -26,13 +26,16 @@ from eval.benchmarks import DATA, load_benchmarks, measurable
 from eval.embed import ABLATIONS, work
 from eval.embedding_store import EmbeddingStore, facts_of, weights_digest
 from eval.items import FILE, PREDICTIONS, write_items, write_predictions
-from eval.models import hub_commit, load_model
+from eval.likelihood import LIKELIHOODS
+from eval.models import Model, abilities, hub_commit, load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
 from eval.tables import MissingDataError
 from eval.task import Task
 from eval.tasks import TASKS
 from eval.team import Team
+from modeling_vljepa import VLJEPATokenModel
+from processing import VLJEPAProcessor
 from processing.feature_store import FeatureError, FeatureStore
 from processing.output import check_output_folder, complete_file, writing
 from processing.stream_store import StreamStore
@@ -86,7 +89,26 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="where embeddings are stored and found again; default: OUTPUT/embeddings",
     )
+    parser.add_argument(
+        "--likelihood",
+        choices=LIKELIHOODS,
+        help="of a model that predicts tokens: rank texts by their likelihood in this form",
+    )
+    parser.add_argument(
+        "--validation",
+        nargs="+",
+        metavar="NAME",
+        help="benchmarks of validation data, on which the form is chosen for each kind",
+    )
+    parser.add_argument(
+        "--validation-benchmarks",
+        type=Path,
+        default=Path(__file__).with_name("validation.yaml"),
+        help="file of the entries of --validation",
+    )
     args = parser.parse_args(argv)
+    if args.likelihood is not None and args.validation is not None:
+        parser.error("--validation chooses the form of the likelihood: leave --likelihood out")
     if args.features is not None and args.ablation == "grey":
         parser.error("--ablation grey hides pixels, and --features has none: leave one out")
     if args.output is None:
@@ -148,6 +170,48 @@ def write_results(
         written.write_text(text + "\n", encoding="utf-8")
 
 
+def chosen_likelihoods(
+    args: argparse.Namespace, model: Model, processor: VLJEPAProcessor, store: EmbeddingStore
+) -> dict[str, tuple[str, str]]:
+    """Return the form of the likelihood for each kind in `--validation`, and why it is this one.
+
+    Of the three forms, the one with the highest first score of the kind's validation benchmarks.
+    """
+    benchmarks = load_benchmarks(args.validation_benchmarks, args.validation, args.data)
+    found = {}
+    for kind in dict.fromkeys(benchmark.task for benchmark in benchmarks):
+        own = [benchmark for benchmark in benchmarks if benchmark.task == kind]
+        means = {}
+        for form in LIKELIHOODS:
+            scores = []
+            for benchmark in own:
+                task = Task(
+                    model,
+                    processor,
+                    benchmark,
+                    batch_size=args.batch_size,
+                    store=store,
+                    likelihood=form,
+                )
+                scores.append(next(iter(TASKS[kind].evaluate(task).scores.values())).value)
+            means[form] = sum(scores) / len(scores)
+        names = ", ".join(benchmark.name for benchmark in own)
+        listed = ", ".join(f"{form} {mean:.4f}" for form, mean in means.items())
+        found[kind] = max(means, key=means.get), f"validation on {names}: {listed}"
+        print(f"{kind}: likelihood {found[kind][0]}, {found[kind][1]}")
+    return found
+
+
+def check_likelihood(args: argparse.Namespace, model: Model) -> None:
+    """Raise `ValueError` if likelihoods are asked for of a model that has none."""
+    for option in ("likelihood", "validation"):
+        if vars(args)[option] is not None and not isinstance(model, VLJEPATokenModel):
+            raise ValueError(
+                f"--{option}: this model predicts embeddings, which have no likelihood; leave it "
+                "out, or give a model of training.token_baseline"
+            )
+
+
 def measure(args: argparse.Namespace, team: Team) -> None:
     """Measure all benchmarks and write the results, in process 0."""
     # 1. the benchmarks and the folders: checked before the model is loaded
@@ -157,13 +221,19 @@ def measure(args: argparse.Namespace, team: Team) -> None:
 
     # 2. the model, with its decoder if it has one, and its processor
     model, processor = load_model(args.model, args.revision)
-    benchmarks = measurable(benchmarks, args.tasks, model.config.decoder_config is not None)
+    check_likelihood(args, model)
+    benchmarks = measurable(
+        benchmarks, args.tasks, model.config.decoder_config is not None, **abilities(model)
+    )
     model.to(team.device)
     model_name = Path(args.model).resolve().name
     weights = weights_digest(model.base_model)
     known = facts_of(model.base_model, processor, weights)
     store = EmbeddingStore.open(args.embeddings, known, team)
     facts = model_facts(args, weights)
+    forms = {}
+    if args.validation is not None:
+        forms = chosen_likelihoods(args, model, processor, store)
 
     # 3. one benchmark after the other; results are written after each, so none is lost
     results, features = [], None
@@ -176,10 +246,13 @@ def measure(args: argparse.Namespace, team: Team) -> None:
                 processor.video_processor,
                 num_frames=benchmark.num_frames,
             )
+        likelihood, reason = forms.get(benchmark.task, (args.likelihood, None))
         task = Task(
             model,
             processor,
             benchmark,
+            likelihood=likelihood,
+            likelihood_from=reason,
             batch_size=args.batch_size,
             ablation=args.ablation,
             limit=args.limit,

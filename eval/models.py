@@ -6,13 +6,19 @@ from pathlib import Path
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from modeling_vljepa import VLJEPAConfig, VLJEPAForConditionalGeneration, VLJEPAModel
+from modeling_vljepa import (
+    VLJEPAConfig,
+    VLJEPAForConditionalGeneration,
+    VLJEPAModel,
+    VLJEPATokenConfig,
+    VLJEPATokenModel,
+)
 from processing import VLJEPAProcessor
 
+Model = VLJEPAModel | VLJEPAForConditionalGeneration | VLJEPATokenModel
 
-def load_model(
-    path: str, revision: str | None = None
-) -> tuple[VLJEPAModel | VLJEPAForConditionalGeneration, VLJEPAProcessor]:
+
+def load_model(path: str, revision: str | None = None) -> tuple[Model, VLJEPAProcessor]:
     """Load a model, with its decoder if it has one, and its processor.
 
     Args:
@@ -21,9 +27,7 @@ def load_model(
     Raises: `ValueError` for a folder or Hub id without a complete model.
     """
     try:
-        config = VLJEPAConfig.from_pretrained(path, revision=revision)
-        has_decoder = config.decoder_config is not None
-        kind = VLJEPAForConditionalGeneration if has_decoder else VLJEPAModel
+        kind = model_class(path, revision)
         model, info = kind.from_pretrained(path, revision=revision, output_loading_info=True)
         processor = VLJEPAProcessor.from_pretrained(path, revision=revision)
     except Exception as error:  # damaged JSON, shapes and weights each raise another type
@@ -48,3 +52,23 @@ def hub_commit(path: str, revision: str | None = None) -> str | None:
     if Path(path).is_dir():
         return None
     return extract_commit_hash(cached_file(path, CONFIG_NAME, revision=revision), None)
+
+
+def model_class(path: str, revision: str | None) -> type[Model]:
+    """Return the class of a folder or Hub id: a VL-JEPA, one with a decoder, or a token model.
+
+    Raises: `ValueError` for the configuration of another model.
+    """
+    settings, _ = VLJEPAConfig.get_config_dict(path, revision=revision)
+    if settings.get("model_type") == VLJEPATokenConfig.model_type:
+        return VLJEPATokenModel
+    config = VLJEPAConfig.from_pretrained(path, revision=revision)
+    has_decoder = config.decoder_config is not None
+    return VLJEPAForConditionalGeneration if has_decoder else VLJEPAModel
+
+
+def abilities(model: Model) -> dict[str, bool]:
+    """Return what a model predicts, as arguments of `measurable`."""
+    has_tokens = isinstance(model, VLJEPATokenModel)
+    has_embeddings = not has_tokens or model.config.predicts_embeddings
+    return {"has_tokens": has_tokens, "has_embeddings": has_embeddings}

@@ -18,11 +18,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from eval.embed import Predictions, embed_texts, predict_rows
+from eval.embed import EMBEDDING, Predictions, Reader, embed_texts, predict_rows
 from eval.embedding_store import EmbeddingStore
+from eval.likelihood import PAPER, LikelihoodReader, normalized, unconditional
 from eval.results import Score, TaskResult, interval_facts, portable
 from eval.sources import Source
-from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, VLJEPATokenModel
 from processing import VLJEPAProcessor
 from processing.feature_store import FeatureStore
 from processing.rows import BadRow, RowFields, media_of, read_rows
@@ -206,7 +207,7 @@ class Task:
     """One model on one benchmark, with the options of the measurement.
 
     Attributes:
-        model ([`VLJEPAModel`] or [`VLJEPAForConditionalGeneration`])
+        model ([`VLJEPAModel`], [`VLJEPAForConditionalGeneration`] or [`VLJEPATokenModel`])
         processor ([`VLJEPAProcessor`])
         benchmark ([`Benchmark`])
         batch_size (`int`, *optional*, defaults to 64): clips or texts per forward pass.
@@ -215,9 +216,13 @@ class Task:
         features (`FeatureStore` or `StreamStore`, *optional*): visual tokens to read in place of
             clips or streams; opened for this model by the kind's `features`.
         store (`EmbeddingStore`, *optional*): embeddings to read and to add to.
+        likelihood (`str`, *optional*): form of the likelihoods that rank texts, of a model that
+            predicts tokens; a name in `LIKELIHOODS`. By default the paper's, and for a hybrid its
+            embeddings.
+        likelihood_from (`str`, *optional*): why it is this form, for the protocol.
     """
 
-    model: VLJEPAModel | VLJEPAForConditionalGeneration
+    model: VLJEPAModel | VLJEPAForConditionalGeneration | VLJEPATokenModel
     processor: VLJEPAProcessor
     benchmark: Benchmark
     _: KW_ONLY
@@ -226,6 +231,22 @@ class Task:
     limit: int | None = None
     features: FeatureStore | StreamStore | None = None
     store: EmbeddingStore | None = None
+    likelihood: str | None = None
+    likelihood_from: str | None = None
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """True for a model that scores and generates texts token by token."""
+        return isinstance(self.model, VLJEPATokenModel)
+
+    @property
+    def scoring(self) -> str | None:
+        """The form of the likelihoods that rank texts; `None` if embeddings do."""
+        if not self.predicts_tokens:
+            return None
+        if self.model.config.predicts_embeddings:
+            return self.likelihood
+        return self.likelihood or PAPER
 
     @property
     def vljepa(self) -> VLJEPAModel:
@@ -281,7 +302,12 @@ class Task:
         return self.all_rows()[: self.limit]
 
     def predict(
-        self, rows: list[dict], *, num_frames: int | None = None, states: str | None = None
+        self,
+        rows: list[dict],
+        *,
+        num_frames: int | None = None,
+        states: str | None = None,
+        reader: Reader = EMBEDDING,
     ) -> Predictions:
         """Predict the answer's embedding for each row; see [`predict_rows`].
 
@@ -298,7 +324,28 @@ class Task:
             features=self.features,
             states=states,
             store=self.store,
+            reader=reader,
         )
+
+    def likelihoods(self, rows: list[dict], texts: list[str]) -> tuple[Predictions, torch.Tensor]:
+        """Return the rows whose clip was read, and the log-likelihood of each text, `(R, C)`.
+
+        It has the form `scoring`.
+        """
+        reader = LikelihoodReader(tuple(texts), self.batch_size)
+        predictions = self.predict(rows, reader=reader)
+        lengths = (self.processor.text_labels(texts) >= 0).sum(dim=1)  # (C,)
+        prior = None
+        if self.scoring == "ratio":
+            queries, frames = predictions.queries, self.frames_of(predictions.rows[0])
+            prior = unconditional(self.vljepa, self.processor, reader, queries, frames)  # (C,)
+        return predictions, normalized(predictions.embeds, lengths, prior, self.scoring)
+
+    def frames_of(self, row: dict) -> int:
+        """Return the number of frames in which the clip of a row is read."""
+        if "image" in row:
+            return 1
+        return self.benchmark.num_frames or self.processor.video_processor.num_frames
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Embed texts with the Y-Encoder: unit vectors `(len(texts), D)`."""
@@ -353,6 +400,9 @@ class Task:
     def _shared_protocol(self, predictions: Predictions) -> dict[str, str | int | float]:
         rows, queries = predictions.rows, predictions.queries
         limit = {"limit": "none" if self.limit is None else self.limit}
+        if self.scoring is not None:
+            limit["likelihood"] = self.scoring
+            limit["likelihood_from"] = self.likelihood_from or "the default, the paper's"
         if not self.benchmark.media:
             return self._loaded[2] | limit
         moved = sum(row["query"] != query for row, query in zip(rows, queries, strict=True))
@@ -411,6 +461,8 @@ class Kind:
             and their CIDEr. `"texts"`: a text with a positive and a negative one. `"states"`: the
             first and the last frame of a clip with its ranked clips.
         features (`type`): what reads the visual tokens of its media from a feature store.
+        by_tokens (`bool`): a model that predicts tokens alone can be measured, by the likelihood
+            of texts or by generated texts.
     """
 
     name: str
@@ -420,6 +472,7 @@ class Kind:
     hub_tasks: dict[str, str]
     examples: Literal["answers", "clips", "captions", "texts", "states"]
     features: type[FeatureStore] | type[StreamStore] = FeatureStore
+    by_tokens: bool = False
 
 
 __all__ = [

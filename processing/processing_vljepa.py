@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import Unpack
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -365,6 +366,28 @@ class VLJEPAProcessor(ProcessorMixin):
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
         """The Y-Decoder's tokenizer."""
         return self.tokenizer if self.decoder_tokenizer is None else self.decoder_tokenizer
+
+    def text_labels(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return texts as labels of a language model `(B, L)`: tokens of `text_tokenizer` and an
+        end token, padded with -100.
+
+        Raises: `ValueError` for a tokenizer without an end token.
+        """
+        tokenizer = self.text_tokenizer
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the query tokenizer has no eos_token, so a language model could not end a text: "
+                "set one"
+            )
+        tokens = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            truncation=True,
+            # One token less: the next line adds the end token, which truncation would cut off.
+            max_length=min(self.max_target_length, tokenizer.model_max_length) - 1,
+        )["input_ids"]
+        ended = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokens]
+        return pad_sequence(ended, batch_first=True, padding_value=-100)
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
         """Decode token ids that the Y-Decoder generated; the arguments are the tokenizer's."""

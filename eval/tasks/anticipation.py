@@ -39,7 +39,7 @@ from eval.candidates import (
     CandidatesBenchmark,
     candidate_facts,
     chosen,
-    embed_candidates,
+    compare,
     named,
     templates_of,
 )
@@ -212,13 +212,12 @@ class Majority:
 
 
 def evaluate(task: Task) -> TaskResult:
-    """Rank the candidate actions for each clip by cosine similarity."""
+    """Rank the candidate actions for each clip by similarity."""
     benchmark = task.benchmark
     texts = benchmark.texts
     templates = templates_of(task, task.model.config.target_prompts["action"])
-    predictions = task.predict(task.rows())
+    predictions, similarity = compare(task, task.rows(), texts, templates)  # similarity (R, C)
     rows = predictions.rows
-    similarity = predictions.embeds @ embed_candidates(task, texts, templates).T  # (R, C)
     index_of = {text: index for index, text in enumerate(texts)}
     truth = torch.tensor([index_of[row["target"]] for row in rows])  # (R,)
     relevant = relevant_index(truth, len(texts))  # (R, C)
@@ -316,6 +315,7 @@ KIND = Kind(
     benchmark=AnticipationBenchmark,
     evaluate=evaluate,
     needs_decoder=False,
+    by_tokens=True,
     hub_tasks=dict.fromkeys(("image", "video"), "video-classification"),
     examples="answers",
 )

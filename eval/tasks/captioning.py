@@ -11,6 +11,9 @@ Each score is shown with those of three other captions of the same clips:
 
 The last two need training captions, which a benchmark can lack.
 
+A model that predicts tokens generates its captions. They are compared with the caption that it
+generates of a grey clip (unconditional).
+
 Shapes: R clips, U distinct training captions, D embedding size.
 """
 
@@ -23,9 +26,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.embed import batches
+from eval.embed import Predictions, batches
 from eval.intervals import difference_interval, numbered
 from eval.items import Items
+from eval.likelihood import TextReader, grey_clip
 from eval.metrics import HIGHEST_CIDER, cider, exact_match, token_f1
 from eval.results import Example, Score, TaskResult, evenly_spaced, portable
 from eval.task import Benchmark, Kind, Task, one_row_per_clip, sha256, usable_rows
@@ -119,25 +123,37 @@ def difference(scored: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
     return {name: round(number, 4) for name, number in numbers.items()}
 
 
-def evaluate(task: Task) -> TaskResult:
-    """Write a caption for each clip; the targets of its rows are its references.
+@dataclass(frozen=True)
+class Captions:
+    """The captions of R clips, and those they are compared with.
 
-    Raises: `ValueError` for a model without a Y-Decoder, or when the rows ask different queries.
+    Attributes:
+        predictions ([`Predictions`]): of the clips that were read.
+        written (`list[str]`): the model's.
+        others (`dict[str, list[str]]`): R captions by the way of writing.
+        facts (`dict`): how they were written, for the protocol.
     """
-    model = task.writer  # before the rows are read: without a decoder there is nothing to do
-    rows = task.rows()
-    task.benchmark.check_one_query(rows)
-    predictions = task.predict(one_row_per_clip(rows))
-    clips = [media_of(row) for row in predictions.rows]
-    references = references_of(clips, rows)  # R lists
-    train_texts = task.benchmark.train_captions()
-    true_embeds = task.embed_texts([texts[0] for texts in references])  # (R, D)
 
-    # 1. The captions, and those they are compared with
+    predictions: Predictions
+    written: list[str]
+    others: dict[str, list[str]]
+    facts: dict[str, str | int | float]
+
+
+def decoded(task: Task, rows: list[dict], train_texts: list[str]) -> Captions:
+    """Decode the predicted embedding of each clip.
+
+    Args:
+        rows: all rows, of which each clip has one or more.
+        train_texts: the distinct training captions.
+    """
+    predictions = task.predict(one_row_per_clip(rows))
+    references = references_of([media_of(row) for row in predictions.rows], rows)
+    true_embeds = task.embed_texts([texts[0] for texts in references])  # (R, D)
     previous = [row.get("previous", "") for row in predictions.rows]
     decode = partial(
         write,
-        model,
+        task.writer,
         task.processor,
         batch_size=task.batch_size,
         num_beams=task.benchmark.num_beams,
@@ -149,7 +165,52 @@ def evaluate(task: Task) -> TaskResult:
         nearest = (predictions.embeds @ train_embeds.T).argmax(dim=1)  # (R,)
         mean = train_embeds.mean(dim=0, keepdim=True)  # (1, D)
         others["nearest caption"] = [train_texts[index] for index in nearest.tolist()]
-        others["unconditional"] = decode(mean, predictions.queries[:1], [""]) * len(clips)
+        others["unconditional"] = decode(mean, predictions.queries[:1], [""]) * len(written)
+    cosines = (predictions.embeds * true_embeds).sum(dim=1)  # (R,)
+    config = task.writer.config
+    facts = {
+        "mean_cosine_to_the_true_text": round(cosines.mean().item(), 4),
+        "beams": task.benchmark.num_beams,
+        "decoder_reads_query": str(config.decoder_reads_query).lower(),
+        "decoder_reads_previous": str(config.decoder_reads_previous).lower(),
+    }
+    return Captions(predictions, written, others, facts)
+
+
+def generated(task: Task, rows: list[dict]) -> Captions:
+    """Generate the caption of each clip with a model that predicts tokens.
+
+    The unconditional caption is that of a grey clip.
+
+    Args:
+        rows: all rows, of which each clip has one or more.
+    """
+    model, processor = task.vljepa, task.processor
+    reader = TextReader(task.benchmark.num_beams)
+    predictions = task.predict(one_row_per_clip(rows), reader=reader)
+    written = reader.decode(processor, predictions.embeds)
+    grey = grey_clip(model, processor, task.frames_of(predictions.rows[0]))
+    usual = reader.decode(processor, reader.read(model, processor, grey, predictions.queries[:1]))
+    facts = {"beams": task.benchmark.num_beams, "written_by": "the language model, token by token"}
+    return Captions(predictions, written, {"unconditional": usual * len(written)}, facts)
+
+
+def evaluate(task: Task) -> TaskResult:
+    """Write a caption for each clip; the targets of its rows are its references.
+
+    Raises: `ValueError` for a model that can write no text, or when the rows ask different queries.
+    """
+    if not task.predicts_tokens:
+        _ = task.writer  # before the rows are read: without a decoder there is nothing to do
+    rows = task.rows()
+    task.benchmark.check_one_query(rows)
+    train_texts = task.benchmark.train_captions()
+
+    # 1. The captions, and those they are compared with
+    captions = generated(task, rows) if task.predicts_tokens else decoded(task, rows, train_texts)
+    predictions, written, others = captions.predictions, captions.written, captions.others
+    clips = [media_of(row) for row in predictions.rows]
+    references = references_of(clips, rows)  # R lists
 
     # 2. Their scores
     scored = score_captions(written, references)
@@ -172,10 +233,9 @@ def evaluate(task: Task) -> TaskResult:
         predictions=written,
     )
 
-    cosines = (predictions.embeds * true_embeds).sum(dim=1)  # (R,)
     return task.result(
         predictions,
-        protocol_of(task, references, train_texts, cosines.mean().item()),
+        protocol_of(task, references, train_texts) | captions.facts,
         scores,
         comparisons={
             f"written against {name}": difference(scored, other)
@@ -201,10 +261,10 @@ def references_of(clips: list[Media], rows: list[dict]) -> list[list[str]]:
 
 
 def protocol_of(
-    task: Task, references: list[list[str]], train_texts: list[str], mean_cosine: float
+    task: Task, references: list[list[str]], train_texts: list[str]
 ) -> dict[str, str | int | float]:
-    """Return the facts about the captions that a reader of the scores must know."""
-    known, config = set(train_texts), task.writer.config
+    """Return the facts about the references that a reader of the scores must know."""
+    known = set(train_texts)
     facts = {
         "clips": len(references),
         "references_per_clip": round(sum(map(len, references)) / len(references), 4),
@@ -218,12 +278,7 @@ def protocol_of(
             "train_rows_file": portable(task.benchmark.train_rows),
             "train_rows_sha256": sha256(task.benchmark.train_rows),
         }
-    return facts | {
-        "mean_cosine_to_the_true_text": round(mean_cosine, 4),
-        "beams": task.benchmark.num_beams,
-        "decoder_reads_query": str(config.decoder_reads_query).lower(),
-        "decoder_reads_previous": str(config.decoder_reads_previous).lower(),
-    }
+    return facts
 
 
 def examples(
@@ -260,6 +315,7 @@ KIND = Kind(
     benchmark=CaptioningBenchmark,
     evaluate=evaluate,
     needs_decoder=True,
+    by_tokens=True,
     hub_tasks={"image": "image-to-text", "video": "video-text-to-text"},
     examples="captions",
 )

@@ -14,7 +14,7 @@ from eval.candidates import (
     CandidatesBenchmark,
     candidate_facts,
     chosen,
-    embed_candidates,
+    compare,
     named,
     templates_of,
 )
@@ -38,7 +38,7 @@ class ClassificationBenchmark(CandidatesBenchmark):
 
 
 def evaluate(task: Task) -> TaskResult:
-    """Rank the candidate labels for each row by cosine similarity.
+    """Rank the candidate labels for each row by similarity; see [`compare`].
 
     The majority baseline names the most common labels of these very rows: no fixed ranking does
     better.
@@ -51,8 +51,7 @@ def evaluate(task: Task) -> TaskResult:
     if strange := sorted(distinct - set(labels)):
         raise ValueError(f"{task.benchmark.name}: not among the candidates: {named(strange)}")
     templates = templates_of(task, task.model.config.target_prompts["action"])
-    predictions = task.predict(task.rows())
-    similarity = predictions.embeds @ embed_candidates(task, labels, templates).T  # (R, C)
+    predictions, similarity = compare(task, task.rows(), labels, templates)  # similarity (R, C)
     targets = [row["target"] for row in predictions.rows]
     index_of = {label: index for index, label in enumerate(labels)}
     truth = torch.tensor([index_of[target] for target in targets])  # (R,)
@@ -94,6 +93,7 @@ KIND = Kind(
     benchmark=ClassificationBenchmark,
     evaluate=evaluate,
     needs_decoder=False,
+    by_tokens=True,
     hub_tasks={"image": "zero-shot-image-classification", "video": "video-classification"},
     examples="answers",
 )

@@ -21,7 +21,7 @@ from eval.candidates import (
     candidate_facts,
     check_texts,
     chosen,
-    embed_candidates,
+    compare,
     named,
     templates_of,
 )
@@ -256,7 +256,7 @@ def against_blind(
 
 
 def evaluate(task: Task) -> TaskResult:
-    """Rank all candidate answers for each question by cosine similarity.
+    """Rank all candidate answers for each question by similarity; see [`compare`].
 
     A true answer that is not among the candidates counts as wrong; the protocol counts them.
 
@@ -271,9 +271,9 @@ def evaluate(task: Task) -> TaskResult:
     answers = benchmark.answer_texts(train_rows)
     benchmark.check_positive(answers)
     templates = templates_of(task, "{}")
-    predictions = task.predict(benchmark.normalized(task.rows()))
+    asked = benchmark.normalized(task.rows())
+    predictions, similarity = compare(task, asked, answers, templates)  # similarity (R, C)
     rows = predictions.rows
-    similarity = predictions.embeds @ embed_candidates(task, answers, templates).T  # (R, C)
     index_of = {answer: index for index, answer in enumerate(answers)}
     truth = torch.tensor([index_of.get(row["target"], -1) for row in rows])  # (R,)
     relevant = relevant_index(truth, len(answers))  # (R, C)
@@ -380,6 +380,7 @@ KIND = Kind(
     benchmark=VQABenchmark,
     evaluate=evaluate,
     needs_decoder=False,
+    by_tokens=True,
     hub_tasks={"image": "visual-question-answering", "video": "video-text-to-text"},
     examples="answers",
 )

@@ -8,13 +8,11 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import PreTrainedConfig
 
 from eval.embed import embed_texts, predict_rows
 from modeling_vljepa import VLJEPAForConditionalGeneration
-from modeling_vljepa.y_decoder import IGNORED
 from processing import VLJEPAProcessor, bad_rows_report, read_rows
 from training.arguments import RecipeError
 from training.decoder.recipe import DecoderDataArguments, DecoderSource
@@ -58,19 +56,10 @@ class DecoderCollator:
         self.processor = processor
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.text_tokenizer
-        tokens = tokenizer(
-            [sample["text"] for sample in samples],
-            add_special_tokens=False,
-            truncation=True,
-            # One token less: the next line adds the end token, which truncation would cut off.
-            max_length=min(self.processor.max_target_length, tokenizer.model_max_length) - 1,
-        )["input_ids"]
-        ended = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokens]
         contexts = self.processor(contexts=[sample["context"] for sample in samples])
         return {
             "predicted_embeds": torch.stack([sample["embeds"] for sample in samples]),  # (B, D)
-            "labels": pad_sequence(ended, batch_first=True, padding_value=IGNORED),  # (B, L)
+            "labels": self.processor.text_labels([sample["text"] for sample in samples]),  # (B, L)
             **contexts,
         }
 
