@@ -94,7 +94,7 @@ def test_version_is_the_same_in_all_files():
         ("modeling_vljepa", [], {"sentence-transformers"}),  # loads one file of this package itself
         ("processing", [], set()),
         ("eval", ["training", "mteb"], set()),
-        ("training", ["training", "demo", "export"], set()),
+        ("training", ["training", "demo", "pictures", "export"], set()),
         ("space", ["training", "app"], set()),
         ("tests", ["dev"], {"selenium", "mteb"}),  # `make app-test` installs it; some are skipped
         ("benchmarks", ["dev"], {"torchcodec"}),  # its file states how to install it
