@@ -14,7 +14,13 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_vljepa import VLJEPAConfig, VLJEPAForConditionalGeneration, VLJEPAModel
+from modeling_vljepa import (
+    VLJEPAConfig,
+    VLJEPAForConditionalGeneration,
+    VLJEPAModel,
+    VLJEPATokenConfig,
+    VLJEPATokenModel,
+)
 from processing import VLJEPAProcessor, VLJEPAVideoProcessor
 
 HANG_SECONDS = 1800  # ends a process that hangs; a busy machine needs much less
@@ -192,6 +198,13 @@ def tiny_writer(seed: int = 0, **changes: object) -> VLJEPAForConditionalGenerat
     torch.manual_seed(seed)
     config = tiny_config(**{"decoder_config": DECODER, **changes})
     return VLJEPAForConditionalGeneration(config).eval()
+
+
+def tiny_token_model(seed: int = 0, **changes: object) -> VLJEPATokenModel:
+    """Build a random token-prediction model of four layers, in evaluation mode."""
+    torch.manual_seed(seed)
+    settings = tiny_settings(predictor_config=DECODER | {"num_hidden_layers": 4})
+    return VLJEPATokenModel(VLJEPATokenConfig(**settings, **changes)).eval()
 
 
 def tiny_processor(num_frames: int = 4) -> VLJEPAProcessor:

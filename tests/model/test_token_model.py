@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModel, LlamaForCausalLM
 
-from modeling_vljepa import VLJEPAConfig, VLJEPATokenConfig, VLJEPATokenModel
+from modeling_vljepa import VLJEPAConfig, VLJEPATokenModel
 from modeling_vljepa.hub_files import pipeline_code
-from tests.tiny import DECODER, run_elsewhere, tiny_batch, tiny_model, tiny_settings
+from tests.tiny import run_elsewhere, tiny_batch, tiny_model, tiny_token_model
 
 INPUTS = ("pixel_values_videos", "input_ids", "attention_mask")
 # Texts of six, three and one token, the last of each an end token.
@@ -15,20 +15,14 @@ LABELS = torch.tensor(
 )
 
 
-def token_model(seed: int = 0, **changes: object) -> VLJEPATokenModel:
-    torch.manual_seed(seed)
-    settings = tiny_settings(predictor_config=DECODER | {"num_hidden_layers": 4})
-    return VLJEPATokenModel(VLJEPATokenConfig(**settings, **changes)).eval()
-
-
 @pytest.fixture(scope="module")
 def model() -> VLJEPATokenModel:
-    return token_model()
+    return tiny_token_model()
 
 
 @pytest.fixture(scope="module")
 def hybrid() -> VLJEPATokenModel:
-    return token_model(predicts_embeddings=True)
+    return tiny_token_model(predicts_embeddings=True)
 
 
 @pytest.fixture(scope="module")
