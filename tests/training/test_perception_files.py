@@ -49,7 +49,7 @@ TINY = {
 }
 VISION = TINY["core"][1]
 TEXT = random_text(48, 2, context=CONTEXT, vocabulary=len(TOKENIZER), output=24)
-IMAGES = torch.randn(2, 3, 42, 56, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 42, 28, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
@@ -177,10 +177,13 @@ def test_published_file_gives_both_towers_of_a_perception_encoder(
     assert_text_equals(read_text("--text", source, tokenizer=tokenizer))
 
 
-@pytest.mark.parametrize(("file", "layout"), IMAGE_TOWER.values(), ids=IMAGE_TOWER)
-@pytest.mark.parametrize("kind", TINY)
-def test_read_vision_reads_an_image_tower_alone(kind, file, layout, tmp_path):
-    size, weights = TINY[kind]
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [(kind, layout) for kind in TINY for layout in ("published", "timm")]
+    + [("lang", "weights"), ("core", "visual")],
+)
+def test_read_vision_reads_an_image_tower_alone(kind, layout, tmp_path):
+    (size, weights), (file, layout) = TINY[kind], IMAGE_TOWER[layout]
     part = read_vision("--vision", write(tmp_path / file, layout(weights)))
     assert_vision_equals(part, weights)
     assert part.name == file
