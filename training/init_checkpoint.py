@@ -10,7 +10,8 @@ folder, `--vision` also a published `.pt` file of V-JEPA 2.1 or the Perception E
 one of the Perception Encoder. The projections between the parts and the temperature are new.
 
 `--calibrate ROWS` measures the visual tokens of a few hundred clips and fits the new projection to
-the language model's token table (`training/model/calibration.py`).
+the language model's token table (`training/model/calibration.py`). The tokens depend on the frames,
+so give the `--num-frames`, `--image-size` and `--visual-token-pooling` of the training.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from eval.evaluate import at_least_one
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.output import OutputError, check_output_folder, writing
@@ -45,6 +47,7 @@ NEW = (
     "y_head.",
     "logit_scale.",
 )
+NEW_LAYERS = ("predictor.backbone.layers.", "predictor.backbone.norm.")
 
 
 def join_weights(
@@ -63,6 +66,8 @@ def join(
     embedding_dim: int | None = None,
     project_target: bool = True,
     standardize: bool = False,
+    new_layers: bool = False,
+    visual_token_pooling: int = 1,
     seed: int = 0,
 ) -> VLJEPAModel:
     """Build one model from three pretrained parts.
@@ -75,7 +80,9 @@ def join(
             Y-Encoder's own without `project_target`.
         project_target: add a projection from the Y-Encoder to the shared space.
         standardize: add a standardisation of the visual tokens, to be calibrated.
-        seed: seed of the new projections.
+        new_layers: initialise the Predictor's layers at random; its token table is pretrained.
+        visual_token_pooling: see `VLJEPAConfig`.
+        seed: seed of the new weights.
 
     Raises:
         RecipeError: a part lacks a weight, or the shared space cannot have this width.
@@ -93,6 +100,7 @@ def join(
         text_dense=text.dense,
         project_target=project_target,
         standardize_visual_tokens=standardize,
+        visual_token_pooling=visual_token_pooling,
         **settings,
     )
     # A model without memory lists the weights it needs: `from_pretrained` below would initialise a
@@ -102,9 +110,11 @@ def join(
             expected = VLJEPAModel(config).state_dict()
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    weights = {k: v for k, v in join_weights(vision, predictor, text).items() if k in expected}
+    new = (*NEW, *NEW_LAYERS) if new_layers else NEW
+    weights = join_weights(vision, predictor, text).items()
+    weights = {k: v for k, v in weights if k in expected and not k.startswith(new)}
     for name, parameter in expected.items():
-        if name.startswith(NEW):
+        if name.startswith(new):
             continue
         if name not in weights:
             raise RecipeError(
@@ -129,7 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--vision", required=True, help="X-Encoder: V-JEPA 2 or 2.1, or an image tower")
     add("--predictor", required=True, help="language model, or its GGUF file")
-    add("--layers", default="8", help="8: the last eight; 0-8: the first eight")
+    add("--layers", default="8", help="8: the last eight; 0-8: the first eight; 0: none")
+    add("--new-layers", action="store_true", help="random layers; the token table is pretrained")
     add("--text", required=True, help="Y-Encoder: a sentence-transformers or transformers model")
     add("--output", required=True, type=Path, help="folder to write")
     add("--hierarchical", action="store_true", help="read all four levels of V-JEPA 2.1")
@@ -140,10 +151,21 @@ def main(argv: list[str] | None = None) -> None:
     add("--text-tokenizer", help="tokenizer of a Perception Encoder's text tower; default: CLIP's")
     add("--target-prompt", metavar="NAME", help="prompt of the Y-Encoder that precedes targets")
     add("--pad-token", help="padding token of a query tokenizer that has none")
-    add("--num-frames", type=int, default=8, help="frames sampled from each video")
+    add("--num-frames", type=at_least_one, default=8, help="frames sampled from each video")
+    add(
+        "--image-size",
+        type=at_least_one,
+        help="shortest edge and crop in pixels; default: the X-Encoder's",
+    )
+    add(
+        "--visual-token-pooling",
+        type=at_least_one,
+        default=1,
+        help="edge of windows of averaged patches",
+    )
     add("--calibrate", metavar="ROWS", help="JSONL file of clips and texts to calibrate on")
     add("--calibrate-clips", type=int, default=256, help="number of its clips that are read")
-    add("--seed", type=int, default=0, help="seed of the new projections")
+    add("--seed", type=int, default=0, help="seed of the new weights")
     add("--max-shard-size", default="5GB", help="largest file of the saved weights")
     args = parser.parse_args(argv)
 
@@ -166,6 +188,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. The processor
     vision.video_processor.num_frames = args.num_frames
+    if args.image_size is not None:
+        vision.video_processor.size = {"shortest_edge": args.image_size}
+        vision.video_processor.crop_size = {"height": args.image_size, "width": args.image_size}
     try:
         processor = VLJEPAProcessor(
             vision.video_processor,
@@ -185,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         embedding_dim=args.embedding_dim,
         project_target=not args.no_target_projection,
         standardize=args.calibrate is not None,
+        new_layers=args.new_layers,
+        visual_token_pooling=args.visual_token_pooling,
         seed=args.seed,
     )
     if args.calibrate is not None:

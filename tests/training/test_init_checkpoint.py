@@ -298,6 +298,41 @@ def test_choose_pad_token_refuses_the_end_of_text_token(parts, tmp_path):
         build(parts, tmp_path / "other", "--pad-token", "nope", predictor=folder)
 
 
+# -- the Predictor's layers, frames and pooling ----------------------------------------------
+
+
+def test_init_checkpoint_without_layers_reads_the_norm_and_the_token_table(parts, built, tmp_path):
+    rows = tiny_rows(tmp_path)
+    model, processor = build(parts, tmp_path / "out", "--layers", "0", "--calibrate", str(rows))
+    backbone, other = model.predictor.backbone, built[0].predictor.backbone
+    assert len(backbone.layers) == 0
+    torch.testing.assert_close(backbone.norm.weight, other.norm.weight)
+    torch.testing.assert_close(backbone.embed_tokens.weight, other.embed_tokens.weight)
+    inputs = processor(text=["what ?"], return_tensors="pt")
+    pixels = torch.zeros(1, 2, 3, 32, 32)
+    predicted = model.predict(pixel_values_videos=pixels, **inputs)
+    assert predicted.isfinite().all()
+
+
+def test_init_checkpoint_new_layers_initialises_the_layers_alone(parts, built, tmp_path):
+    model, _ = build(parts, tmp_path / "out", "--layers", "2", "--new-layers")
+    old, new = built[0].state_dict(), model.state_dict()
+    backbones = [name for name in old if ".backbone." in name]
+    changed = {name for name in backbones if not torch.equal(old[name], new[name])}
+    layers = ("predictor.backbone.layers.", "predictor.backbone.norm.")
+    assert changed == {name for name in backbones if name.startswith(layers)}
+    assert torch.equal(new["predictor.backbone.norm.weight"], torch.ones(32))
+
+
+def test_init_checkpoint_takes_the_frames_and_the_pooling_of_the_training(parts, tmp_path):
+    options = ("--layers", "1", "--num-frames", "4", "--image-size", "64")
+    model, processor = build(parts, tmp_path / "out", *options, "--visual-token-pooling", "2")
+    video = processor.video_processor
+    assert (video.num_frames, video.size["shortest_edge"]) == (4, 64)
+    assert (video.crop_size["height"], video.crop_size["width"]) == (64, 64)
+    assert model.config.visual_token_pooling == 2
+
+
 # -- errors --------------------------------------------------------------------------------
 
 
@@ -307,6 +342,7 @@ def test_choose_pad_token_refuses_the_end_of_text_token(parts, tmp_path):
         (("--layers", "11"), "--layers: 11 is not within the model's 10 layers"),
         (("--layers", "4-11"), "--layers: 4-11 is not within the model's 10"),
         (("--layers", "3-3"), "--layers: 3-3 is not within"),
+        (("--layers", "0-0"), "--layers: 0-0 is not within"),
         (("--layers", "all"), "--layers: 'all' is neither a number nor a range of layers"),
         (("--embedding-dim", "8", "--no-target-projection"), "space is the Y-Encoder's own of 24"),
         (("--pooling", "max"), r"text_pooling is 'max': expected one of \('mean', 'cls'"),

@@ -20,6 +20,9 @@ from training.hub.training_facts import (
 from training.loop import run_facts
 from training.loop.run_facts import RunFacts, device_name
 
+MODEL = torch.nn.Linear(2, 3)
+MODEL.bias.requires_grad_(False)
+
 
 @pytest.fixture
 def args(tmp_path) -> VLJEPATrainingArguments:
@@ -31,7 +34,8 @@ def args(tmp_path) -> VLJEPATrainingArguments:
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(run_facts, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    times = SimpleNamespace(monotonic=lambda: clock.now, process_time=lambda: clock.now / 2)
+    monkeypatch.setattr(run_facts, "time", times)
     return clock
 
 
@@ -44,7 +48,7 @@ def test_run_facts_records_resumed_runs_and_earlier_stages(args, clock, tmp_path
     # A run that is killed after step 4; its last checkpoint is of step 3.
     first = RunFacts(str(checkpoint))
     state = TrainerState(stateful_callbacks=[first], is_world_process_zero=True)
-    first.on_train_begin(args, state, control)
+    first.on_train_begin(args, state, control, model=MODEL)
     clock.now, state.global_step = 130.0, 3
     saved = first.state()
     clock.now, state.global_step = 190.0, 4
@@ -54,23 +58,25 @@ def test_run_facts_records_resumed_runs_and_earlier_stages(args, clock, tmp_path
     state.stateful_callbacks["RunFacts"] = json.loads(json.dumps(saved))
     second = RunFacts(str(checkpoint))
     clock.now = 1000.0
-    second.on_train_begin(args, state, control)
+    second.on_train_begin(args, state, control, model=MODEL)
     clock.now, state.global_step = 1012.0, 5
     second.on_train_end(args, state, control)
 
     before, *runs = read_runs(args.output_dir)
     assert before == {"stage": "before"}
-    assert [(r["first_step"], r["last_step"], r["seconds"]) for r in runs] == [
-        (1, 3, 30.0),
-        (4, 5, 12.0),
+    made = ("first_step", "last_step", "seconds", "cpu_seconds")
+    assert [tuple(run[name] for name in made) for run in runs] == [
+        (1, 3, 30.0, 15.0),
+        (4, 5, 12.0, 6.0),
     ]
     same = {"stage": "out", "device": device_name(args.device), "processes": 1, "precision": "fp32"}
+    same["trainable_parameters"] = 6  # without the bias
     assert all(same.items() <= run.items() for run in runs)
 
     # Resumed again, it has no step left and adds nothing.
     state.stateful_callbacks["RunFacts"] = second.state()
     third = RunFacts(str(checkpoint))
-    third.on_train_begin(args, state, control)
+    third.on_train_begin(args, state, control, model=MODEL)
     third.on_train_end(args, state, control)
     assert read_runs(args.output_dir) == [before, *runs]
 
@@ -78,7 +84,7 @@ def test_run_facts_records_resumed_runs_and_earlier_stages(args, clock, tmp_path
 def test_run_facts_of_a_new_model_start_empty(args, clock):
     facts = RunFacts()
     state = TrainerState(stateful_callbacks=[facts], is_world_process_zero=True)
-    facts.on_train_begin(args, state, TrainerControl())
+    facts.on_train_begin(args, state, TrainerControl(), model=MODEL)
     assert facts.all_runs() == []
 
 

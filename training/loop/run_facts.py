@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -36,6 +37,8 @@ class RunFacts(TrainerCallback, ExportableState):
     - `stage`: the name of `output_dir`
     - `first_step`, `last_step`: the steps that the run made, the first of them from 1
     - `seconds`: wall time of these steps, with the evaluations and checkpoints between them
+    - `cpu_seconds`: processor time of the first process in the same steps, over all threads
+    - `trainable_parameters`: number of parameters that train
     - `device`, `processes`, `precision`: what it ran on
 
     Args:
@@ -55,12 +58,20 @@ class RunFacts(TrainerCallback, ExportableState):
         """Return the earlier runs and this one up to the present step, if it made one."""
         if self.current is None or self.trainer_state.global_step < self.current["first_step"]:
             return self.runs
-        seconds = round(time.monotonic() - self.start, 1)
-        made = {"last_step": self.trainer_state.global_step, "seconds": seconds}
+        made = {
+            "last_step": self.trainer_state.global_step,
+            "seconds": round(time.monotonic() - self.start, 1),
+            "cpu_seconds": round(time.process_time() - self.cpu_start, 1),
+        }
         return [*self.runs, self.current | made]
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs,
     ) -> None:
         # A new state has no runs, and neither has one of a run without this callback.
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -68,12 +79,14 @@ class RunFacts(TrainerCallback, ExportableState):
         if not self.runs and self.checkpoint is not None:
             self.runs = read_runs(self.checkpoint)
         self.trainer_state, self.start = state, time.monotonic()
+        self.cpu_start = time.process_time()
         self.current = {
             "stage": Path(args.output_dir).name,
             "first_step": state.global_step + 1,
             "device": device_name(args.device),
             "processes": args.world_size,
             "precision": "bf16" if args.bf16 else "fp32",
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
 
     def on_train_end(

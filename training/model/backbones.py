@@ -227,6 +227,8 @@ def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJ
 def parse_layers(key: str, layers: str, total: int) -> range:
     """Parse `"8"`, the last eight layers, or `"0-8"`, the first eight, as in the paper's table 7d.
 
+    `"0"` is no layer: the final norm alone, a baseline.
+
     Args:
         total: number of layers of the language model.
 
@@ -240,7 +242,7 @@ def parse_layers(key: str, layers: str, total: int) -> range:
         )
     first, last = int(match[1]), match[2]
     kept = range(total - first, total) if last is None else range(first, int(last))
-    if not kept or kept.start < 0 or kept.stop > total:
+    if not kept and layers != "0" or kept.start < 0 or kept.stop > total:
         raise RecipeError(f"{key}: {layers} is not within the model's {total} layers.")
     return kept
 

@@ -190,15 +190,16 @@ def joints(model: VLJEPAModel, batch: dict[str, torch.Tensor]) -> dict[str, tupl
     standard = model.predictor.visual_standardization(batch["visual_embeds"])
     outputs = model(**inputs, return_loss=True, output_hidden_states=True)
     visual = batch["visual_embeds"].shape[1]
-    states = outputs.hidden_states
+    joined = model.predictor.join(batch["visual_embeds"], batch["input_ids"])
     found = {
         "visual tokens": batch["visual_embeds"],
         "standardised": standard,
-        "projected": states[0][:, :visual],
-        "query tokens": states[0][:, visual:],
-        "after the first layer": states[1][:, :visual],
-        "after the last layer": states[-1][:, :visual],
+        "projected": joined[:, :visual],
+        "query tokens": joined[:, visual:],
     }
+    if states := outputs.hidden_states:  # empty without layers
+        found["after the first layer"] = states[1][:, :visual]
+        found["after the last layer"] = states[-1][:, :visual]
     table = {
         name: (root_mean_square(each), spread(each.mean(1)))
         for name, each in found.items()
