@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from eval.embed import check_finite
 from eval.embedding_store import weights_digest
-from eval.models import load_model
-from modeling_vljepa import VLJEPAModel
+from eval.models import hub_commit, load_model
+from modeling_vljepa import VLJEPAModel, VLJEPATokenModel
 from modeling_vljepa.pipelines.embedding import target_embeds
 from processing import VLJEPAProcessor
 from processing.rows import Media
@@ -151,21 +151,21 @@ def get_model(
         device (`str`, *optional*): default: the GPU if there is one.
         options: `prompts` and `num_frames` of [`VLJEPAEncoder`].
 
-    Raises: `ValueError` for a folder or Hub id without a complete model.
+    Raises: `ValueError` for a folder or Hub id without a complete model, and for a model that
+        predicts tokens.
     """
     whole, processor = load_model(model_name, revision)
+    if isinstance(whole, VLJEPATokenModel):
+        raise ValueError(f"{model_name} predicts tokens, and mteb measures embeddings")
     model = whole.base_model  # without the Y-Decoder
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # mteb asks for "organization/model", and stores results under the name and the revision.
     folder = Path(model_name)
-    if folder.is_dir():
-        name, revision = "/".join(folder.resolve().parts[-2:]), weights_digest(model)
-    else:
-        name, revision = model_name, model.config._commit_hash
+    name = "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else model_name
     meta = ModelMeta.create_empty(
         {
             "name": name,
-            "revision": revision,
+            "revision": hub_commit(model_name, revision) or weights_digest(model),
             "loader": get_model,
             "modalities": ["text", "image", "video"],
             "n_parameters": sum(weight.numel() for weight in model.parameters()),

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, Image, Video
 from PIL import Image as Pillow
 
-from tests.tiny import noise, tiny_model, tiny_processor, write_clip, write_rows
+from tests.tiny import noise, tiny_model, tiny_processor, tiny_token_model, write_clip, write_rows
 
 pytest.importorskip("mteb", reason='needs mteb: pip install -e ".[mteb]"')
 
@@ -180,6 +180,13 @@ def test_mteb_model_states_its_modalities_and_the_hash_of_its_weights(folder, en
     other.save_pretrained(folder / "other")
     tiny_processor().save_pretrained(folder / "other")
     assert get_model(str(folder / "other")).mteb_model_meta.revision != meta.revision
+
+
+def test_mteb_model_refuses_a_model_that_predicts_tokens(tmp_path):
+    tiny_token_model().save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="predicts tokens, and mteb measures embeddings"):
+        get_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
