@@ -239,8 +239,9 @@ def check_folder(folder: Path) -> None:
 
 
 def report_others(folder: Path, facts: dict) -> None:
-    """Print why the embeddings that a folder has already are not read."""
-    for path in sorted(folder.glob(f"*/{FACTS}")):
+    """Print why the newest three of the embeddings that a folder has already are not read."""
+    others = sorted(folder.glob(f"*/{FACTS}"), key=lambda path: path.stat().st_mtime)
+    for path in others[-3:]:
         try:
             found = differences(json.loads(path.read_text(encoding="utf-8")), facts)
         except (AttributeError, ValueError) as error:  # not JSON, or not of an object

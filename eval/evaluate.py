@@ -230,6 +230,8 @@ def measure(args: argparse.Namespace, team: Team) -> None:
     weights = weights_digest(model.base_model)
     known = facts_of(model.base_model, processor, weights)
     store = EmbeddingStore.open(args.embeddings, known, team)
+    if store.embeds:
+        print(f"{store.writer.folder}: {len(store.embeds)} embeddings are read")
     facts = model_facts(args, weights)
     forms = {}
     if args.validation is not None:
