@@ -24,6 +24,7 @@ from training.arguments import ModelArguments, ProcessorArguments, RecipeError
 from training.init_checkpoint import main
 from training.model import backbones, perception_files
 from training.model.backbones import TextBackbone, VisionBackbone, read_text, read_vision
+from training.model.checkpoint_files import public_name
 from training.model.perception_files import Size, TextSize, read_text_tower, read_vision_tower
 from training.model.recipe_model import load_processor
 
@@ -202,6 +203,20 @@ def test_read_text_reads_a_text_tower_alone(tokenizer, tmp_path):
     )
     assert (without.dense, without.pooling) == ([], "cls")
     assert part.weights.keys() - without.weights.keys() == {"dense.0.linear.weight"}
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("facebook/PE-Core-L14-336/PE-Core-L14-336.pt", "facebook/PE-Core-L14-336"),
+        ("owner/repository", "owner/repository"),
+        ("old-model", "old-model"),
+        ("{folder}/PE-Core-L14-336.pt", "PE-Core-L14-336.pt"),
+    ],
+)
+def test_public_name_is_a_hub_id_or_the_last_name_of_a_path(source, name, tmp_path):
+    (tmp_path / "PE-Core-L14-336.pt").touch()
+    assert public_name(source.format(folder=tmp_path)) == name
 
 
 # -- errors --------------------------------------------------------------------------------

@@ -701,6 +701,8 @@ def test_licence_of_uses_the_longest_prefix():
     assert licence_of("facebook/vjepa2-vitl-fpc64-256").name == "mit"
     assert licence_of("facebook/dinov3-vits16").name == "dinov3-license"
     assert licence_of("google/embeddinggemma-300m").name == "gemma"
+    for source in ("facebook/PE-Core-L14-336", "PE-Core-L14-336.pt", "timm/PE-Core-L-14-336"):
+        assert licence_of(source).name == "apache-2.0"
     assert licence_of("somebody/model") is UNKNOWN
 
 

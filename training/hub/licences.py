@@ -58,7 +58,11 @@ UNKNOWN = Licence("unknown", "", "unknown", "ask the author of the weights")
 # By prefix of the Hub id; the longest matching prefix counts.
 KNOWN = {
     "facebook/vjepa2": MIT,
-    "vjepa2_1_vit": MIT,  # a published file has its own name, no Hub id
+    "vjepa2_1_vit": MIT,  # a published file on a disk has its own name, no Hub id
+    "PE-": APACHE,
+    "facebook/PE-": APACHE,
+    "timm/PE-Core-": APACHE,
+    "timm/vit_pe_": APACHE,
     "facebook/dinov2": APACHE,
     "facebook/dinov3": DINOV3,
     "google/siglip": APACHE,

@@ -73,8 +73,13 @@ def load(auto: type, key: str, path: str, *, new: tuple[str, ...] = (), **option
 
 
 def public_name(source: str) -> str:
-    """Return a Hub id unchanged, and only the last name of a folder's path, which is private."""
-    return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
+    """Return a Hub id, also of a file's repository, and only the last name of a local path.
+
+    The rest of a local path is private.
+    """
+    if os.path.exists(source):
+        return os.path.basename(os.path.normpath(source))
+    return "/".join(source.split("/")[:2])
 
 
 def find_file(source: str, name: str) -> str | None:

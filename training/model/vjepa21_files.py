@@ -148,8 +148,9 @@ def encoder_of(key: str, source: str, content: Any) -> Weights:
         if name in names and is_weights(content[name]):
             return content[name]
     raise RecipeError(
-        f"{key}: {source} has no {' or '.join(ENCODERS)}, the encoders of V-JEPA 2.1's files; it "
-        f"has {', '.join(map(str, names[:5])) or 'no names'}."
+        f"{key}: {source} has no {' or '.join(ENCODERS)}, the encoders of V-JEPA 2.1's files, and "
+        "no tensors of a Perception Encoder; it has "
+        f"{', '.join(map(str, names[:5])) or 'no names'}."
     )
 
 
