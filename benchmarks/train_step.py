@@ -44,9 +44,11 @@ from training.data.collator import ContrastiveCollator
 from training.data.dataset import ContrastiveDataset
 from training.data.mixture import MixtureSampler
 from training.data.sources import Source, read_source, texts_of
+from training.loop.callbacks import CollapseWarning, ProgressLine
+from training.loop.run import build_trainer, read_data, run_settings
+from training.loop.run_facts import RunFacts
 from training.loop.trainer import VLJEPATrainer, default_lanes
 from training.model.recipe_model import new_config, new_processor, start_model, train_tokenizer
-from training.train import build_trainer, read_data, run_settings
 
 TOLERANCE = 1e-4  # of the loss of every step, in fp32
 VOCABULARY = 32_000
@@ -161,6 +163,7 @@ def start(path: Path, vocabulary: int | None = None) -> Run:
         collator=collator,
         benchmarks=[],
         settings=settings,
+        callbacks=[ProgressLine(), CollapseWarning(), RunFacts(recipe.model.checkpoint)],
     )
     return Run(recipe, trainer, dataset, collator, processor, plain)
 

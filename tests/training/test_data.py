@@ -29,7 +29,7 @@ from training.data.collator import ContrastiveCollator, to_pixel_values
 from training.data.dataset import ContrastiveDataset, augment, build_dataset
 from training.data.mixture import EPOCH_STRIDE, Bucket, MixtureSampler, Step
 from training.data.sources import read_source, texts_of
-from training.train import small_source
+from training.loop.run import small_source
 
 BUCKETS = [
     Bucket(3.0, rows=np.arange(0, 50)),

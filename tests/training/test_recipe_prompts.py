@@ -9,8 +9,9 @@ from modeling_vljepa import VLJEPAConfig
 from tests.tiny import tiny_model, tiny_processor, tiny_recipe, tiny_rows, tiny_settings, write_rows
 from training.arguments import ModelArguments, ProcessorArguments, RecipeError, SourceArguments
 from training.data.sources import read_source
+from training.loop.run import fixed_query, untrained_prompts
 from training.model.recipe_model import load_checkpoint, new_model
-from training.train import fixed_query, main, untrained_prompts
+from training.train import main
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 CAPTION = "Describe this video in one sentence."

@@ -31,7 +31,7 @@ from training.loop.checkpoints import (
 )
 from training.loop.distributed import all_mean
 from training.loop.grad_cache import cached_step
-from training.loop.objective import Embeds, Ids, Objective
+from training.loop.objective import Embeds, Ids, Objective, check_objective
 from training.loop.rates import learning_rates, part_of, steps_alone, train_new_parts_first
 from training.loop.speed import SpeedMeter, training_flops
 
@@ -52,6 +52,10 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         peak_flops: operations per second that one device can reach.
         lanes, max_bad_share: settings of the recipe's section `data`.
     """
+
+    check = staticmethod(check_objective)
+    # Methods of the model that evaluation calls; data parallelism knows `forward` only.
+    called = ("encode_video", "predict", "encode_target")
 
     def __init__(
         self,
@@ -90,7 +94,7 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
     def _prepare_for_training(self, *args, **kwargs):
         model, dataloader = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled:  # FSDP collects weights for `forward` only; evaluation calls these
-            for name in ("encode_video", "predict", "encode_target"):
+            for name in self.called:
                 register_fsdp_forward_method(model, name)
         return model, dataloader
 
