@@ -163,7 +163,7 @@ class Job(Protocol):
     items: list
 
     def run(self, model: VLJEPAModel, processor: VLJEPAProcessor, progress: tqdm) -> Embedded:
-        """Embed every item, and store what was embedded after each batch."""
+        """Embed every item, and store the embeddings after each batch."""
 
 
 @dataclass(frozen=True)
@@ -311,12 +311,12 @@ def store_found(
 
 
 def advance(progress: tqdm, count: int) -> None:
-    """Move the bar by what all processes have done when this one has done `count`."""
+    """Move the bar by the items of all processes, after `count` items of this one."""
     progress.update(min(count * progress.processes, progress.total - progress.n))
 
 
 class Progress(tqdm):
-    """A bar of all processes' work, in process 0; the time left is that of all of it.
+    """A bar in process 0 with the work of all processes, and the time left for it.
 
     Args:
         processes: number of processes, which have equal shares.
@@ -545,7 +545,7 @@ def predict_rows(
 
 
 def _without_texts(row: dict) -> dict:
-    """Return what names the clip of a row: other columns need not be sent to other processes."""
+    """Return the columns that name a row's clip: the others need not be sent to processes."""
     return {name: row[name] for name in ("image", "video", "start", "end") if name in row}
 
 

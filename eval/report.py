@@ -283,7 +283,7 @@ def _protocol(result: TaskResult) -> dict[str, str]:
 
 
 def _published(result: TaskResult) -> dict[str, str]:
-    """Return what is known about a benchmark in the paper, by names with spaces."""
+    """Return the facts about a benchmark in the paper, by names with spaces."""
     paper = result.paper
     pool = "not stated" if result.pool_expected is None else f"{result.pool_expected:,}"
     facts = {
