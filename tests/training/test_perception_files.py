@@ -121,8 +121,10 @@ def open_clip(vision: Weights = VISION, text: Weights = TEXT) -> Weights:
     return trunk | text | {"logit_scale": torch.tensor(4.6)}
 
 
-def module(weights: Weights) -> Weights:
-    return {f"module.{name}": tensor for name, tensor in weights.items()}
+def module(weights: Weights, parameters: bool = False) -> Weights:
+    """Return the names that data-parallel training gives, and if wanted parameters, not tensors."""
+    kind = torch.nn.Parameter if parameters else torch.Tensor.clone
+    return {f"module.{name}": kind(tensor) for name, tensor in weights.items()}
 
 
 def write(path: Path, content: dict) -> str:
@@ -135,7 +137,10 @@ def write(path: Path, content: dict) -> str:
 
 BOTH_TOWERS = {
     "published": ("a.pt", both),
-    "module": ("a.pt", lambda *towers: {"state_dict": module(both(*towers)), "epoch": 3}),
+    "module": (
+        "a.pt",
+        lambda *towers: {"state_dict": module(both(*towers), parameters=True), "epoch": 3},
+    ),
     "safetensors": ("a.safetensors", both),
     "OpenCLIP": ("a.safetensors", open_clip),
 }
@@ -151,6 +156,7 @@ IMAGE_TOWER = {
 def assert_vision_equals(part: VisionBackbone, weights: Weights) -> None:
     model = PerceptionEncoderVisionModel(part.config).eval()
     model.load_state_dict({n.removeprefix("backbone."): t for n, t in part.weights.items()})
+    assert not any(tensor.requires_grad for tensor in part.weights.values())
     found = model(IMAGES).last_hidden_state
     torch.testing.assert_close(found, encode_images(weights, IMAGES, HEADS), rtol=0, atol=1e-5)
 
@@ -301,6 +307,11 @@ REFUSED: dict[str, tuple[str, object, str]] = {
         "lacks a conv1.weight of four axes",
     ),
     "text alone": ("--vision", TEXT, "has a text tower, but no image tower"),
+    "integers": (
+        "--vision",
+        VISION | {"ln_pre.bias": torch.zeros(WIDTH, dtype=torch.int8)},
+        "has ln_pre.bias as torch.strided numbers of torch.int8; give a file with dense",
+    ),
     "twice": ("--vision", VISION | module(VISION), "has two tensors of one name, conv1.weight"),
     "code": ("--vision", {"state_dict": Malicious()}, "is not a file of tensors"),
     "image alone": (

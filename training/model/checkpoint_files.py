@@ -228,7 +228,7 @@ def strip_prefixes(key: str, source: str, weights: Weights, prefixes: tuple[str,
         name = plain_name(full, prefixes)
         if name in plain:
             raise RecipeError(f"{key}: {source} has two tensors of one name, {name}.")
-        plain[name] = tensor
+        plain[name] = tensor.detach()  # a parameter would record what becomes of it
     return plain
 
 
@@ -241,6 +241,8 @@ def check_shapes(
     optional: Collection[str] = (),
 ) -> None:
     """Raise `RecipeError` for a missing, extra or misshapen tensor, with its name.
+
+    A quantised or sparse tensor is refused as well.
 
     Args:
         model: name of the model in the error.
@@ -257,6 +259,11 @@ def check_shapes(
             raise RecipeError(
                 f"{key}: {source} has {name} of shape {tuple(tensor.shape)}, but this size of "
                 f"{model} has {tuple(wanted[name])}; give another file."
+            )
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise RecipeError(
+                f"{key}: {source} has {name} as {tensor.layout} numbers of {tensor.dtype}; give a "
+                "file with dense floating-point weights."
             )
 
 

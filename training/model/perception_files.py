@@ -106,7 +106,7 @@ CONTAINERS = (
     "weights",
     "model",
 )  # keys under which a `.pt` file may have the tensors
-PREFIXES = ("module.", "model.")
+PREFIXES = ("module.", "model.", "_orig_mod.")
 VISUAL, TRUNK, TEXT = "visual.", "visual.trunk.", "text."
 
 # timm's names of the image tower as patterns, and the published names.

@@ -56,7 +56,7 @@ SIZES = {
     1664: Size("ViT-G", 48, 26, 8192, "vjepa2_1_vitG_384.pt"),
 }
 ENCODERS = ("ema_encoder", "target_encoder")  # keys of a `.pt` file: distilled, and trained alone
-PREFIXES = ("module.", "backbone.", "model.", "vjepa21.", "vjepa2.")
+PREFIXES = ("module.", "backbone.", "model.", "_orig_mod.", "vjepa21.", "vjepa2.")
 # Parts of ports that the encoder does not have.
 OTHER_PARTS = ("predictor.", "pooler.", "classifier.")
 
