@@ -22,7 +22,7 @@ SHIPPED = [
 ]
 OWN = {"modeling_vljepa", "processing", "training", "eval", "benchmarks", "space", "tests"}
 # The parts of `training/`, top first; its commands are the files next to these folders.
-TRAINING = ("commands", "decoder", "loop", "hub", "model", "data", "arguments")
+TRAINING = ("commands", "decoder", "tokens", "loop", "hub", "model", "data", "arguments")
 # fsspec comes with torch.
 PACKAGES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "fsspec"}
 OPTIONAL = {"av", "datasets", "filelock", "pyarrow"}  # under `if is_..._available():`

@@ -862,8 +862,16 @@ def read_sections(path: str, overrides: list[str], cls: type, optional: set[str]
     return given
 
 
-def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
+def read_recipe(
+    path: str,
+    overrides: list[str] = (),
+    model: type[ModelArguments] = ModelArguments,
+    training: type[VLJEPATrainingArguments] = VLJEPATrainingArguments,
+) -> Recipe:
     """Read and check a YAML recipe.
+
+    Args:
+        model, training: classes of these sections.
 
     Raises:
         RecipeError: no such file, not YAML, an unknown or missing key, a value of another type.
@@ -877,12 +885,12 @@ def read_recipe(path: str, overrides: list[str] = ()) -> Recipe:
     if not data.sources:
         raise RecipeError("data.sources: give at least one source.")
     return Recipe(
-        model=ModelArguments(**check_keys(given["model"], ModelArguments, "model")),
+        model=model(**check_keys(given["model"], model, "model")),
         processor=ProcessorArguments(
             **check_keys(given["processor"], ProcessorArguments, "processor")
         ),
         data=data,
-        training=training_arguments(given["training"], VLJEPATrainingArguments),
+        training=training_arguments(given["training"], training),
         evaluation=EvaluationArguments(
             **check_keys(given["evaluation"], EvaluationArguments, "evaluation")
         ),

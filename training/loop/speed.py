@@ -126,8 +126,13 @@ def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
     queries = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     llama = model.predictor.backbone.config
     width = llama.num_attention_heads * llama.head_dim
+    # A token model reads the target after the query.
+    length = tokens + queries + (inputs["labels"].shape[1] if "labels" in inputs else 0)
     # The gradient passes through frozen Predictor layers as well, to the visual projection.
-    total += step_flops(model.predictor, rows, tokens + queries, width, through=True)
+    total += step_flops(model.predictor, rows, length, width, through=True)
+    if "labels" in inputs:  # its output layer skips all visual tokens but the last
+        head = model.predictor.backbone.get_output_embeddings().weight.numel()
+        total -= 3 * 2 * rows * (tokens - 1) * head
 
     if "target_input_ids" in inputs:
         texts, length = inputs["target_input_ids"].shape

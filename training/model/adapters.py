@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from modeling_vljepa import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES, VLJEPAModel
+from modeling_vljepa import LORA_MODULES_TO_SAVE, LORA_TARGET_MODULES, VLJEPAModel, VLJEPATokenModel
 from modeling_vljepa.hub_files import write_hub_files
 from training.arguments import RecipeError, VLJEPATrainingArguments, check_keys
 
@@ -71,14 +71,16 @@ class AdaptedModel(PeftModel):
         return self.base_model.merge_and_unload()
 
 
-def store_frozen_in_bf16(model: VLJEPAModel) -> None:
+def store_frozen_in_bf16(model: VLJEPAModel | VLJEPATokenModel) -> None:
     """Store encoders and the token table in bf16 if they are frozen.
+
+    A token baseline has no Y-Encoder.
 
     Trained ones stay in fp32, because bf16 would round most of their small steps away.
     """
     table = model.get_input_embeddings()
     for part in (model.x_encoder, model.y_encoder, table):
-        if not any_trains(part):
+        if part is not None and not any_trains(part):
             # Not `part.to`, which would round buffers too: the frequencies of rotary positions.
             for parameter in part.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)

@@ -1,0 +1,1 @@
+"""The token-prediction model of the controlled comparison (paper section 4.5), and a hybrid."""
