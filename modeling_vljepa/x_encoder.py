@@ -38,6 +38,8 @@ V_JEPA_2_1_SETTINGS = {
     "use_modality_embeddings",
     "use_rope_interleave",
 }
+# Settings of the published Perception Encoder that no other image tower of transformers has.
+PERCEPTION_SETTINGS = {"attn_pooler_heads", "ls_init_value", "use_abs_posemb", "use_rope2d"}
 # Settings of V-JEPA configurations that change nothing in the encoder, `pred_...` apart: facts of
 # saving, values that repeat another one, and parts that are never built here.
 WITHOUT_EFFECT = {
@@ -214,7 +216,7 @@ def unknown_settings(config: PreTrainedConfig) -> list[str]:
 
     transformers accepts any name. A setting that is off (false, 0 or null) changes nothing, unless
     the encoder always has it on. Other image towers than Perception Encoder have old settings of no
-    effect, so only those of V-JEPA 2.1 are looked for there.
+    effect, so only those of V-JEPA 2.1 and Perception Encoder are looked for there.
     """
     always = ALWAYS_ON.get(config.model_type, set())
     settings = {
@@ -222,10 +224,11 @@ def unknown_settings(config: PreTrainedConfig) -> list[str]:
         for name, value in config.to_dict().items()
         if value is not None and bool(value) != (name in always)
     }
-    newer = sorted(V_JEPA_2_1_SETTINGS & settings - type(config).__dataclass_fields__.keys())
+    settings -= type(config).__dataclass_fields__.keys()
+    newer = sorted(V_JEPA_2_1_SETTINGS & settings)
     if config.model_type not in ALWAYS_ON:
-        return newer
-    known = type(config).__dataclass_fields__.keys() | WITHOUT_EFFECT | {"model_type"}
+        return newer + sorted(PERCEPTION_SETTINGS & settings)
+    known = WITHOUT_EFFECT | {"model_type"}
     other = sorted(name for name in settings - known if not name.startswith(("_", "pred_")))
     return newer + [name for name in other if name not in newer]
 

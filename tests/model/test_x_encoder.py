@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from transformers import VJEPA2Model
+from transformers import AutoConfig, VJEPA2Model
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
-from modeling_vljepa.x_encoder import pool_patches
+from modeling_vljepa.x_encoder import check_config, pool_patches
 from tests.tiny import TOWER, tiny_batch, tiny_config, tiny_model
 
 PIXELS = tiny_batch()["pixel_values_videos"]
@@ -190,6 +190,13 @@ def pooled_in_a_loop(tokens: np.ndarray, height: int, width: int, size: int) -> 
                 pooled.append(np.mean(window, axis=0))
         frames.append(pooled)
     return np.array(frames)
+
+
+@pytest.mark.parametrize("name", ["use_rope2d", "attn_pooler_heads", "interpolate_rope"])
+def test_check_config_rejects_settings_of_other_encoders_in_an_image_tower(name):
+    config = AutoConfig.for_model("clip_vision_model", **{name: 1})
+    with pytest.raises(ValueError, match=f"vision_config is a 'clip_vision_model' .*'{name}'"):
+        check_config(config)
 
 
 @pytest.mark.parametrize(
