@@ -405,6 +405,14 @@ def test_init_checkpoint_names_broken_weights(parts, tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     refused("checkpoint given for x_encoder lacks .*encoder.layernorm.weight", vision=folder)
 
+    config = json.loads((folder / "config.json").read_text())
+    changed = json.dumps(config | {"hidden_size": 96})
+    (folder / "config.json").write_text(changed)
+    message = r"--vision: .* has encoder.* of shape .*48.*, but its config.json gives .*96"
+    refused(message, vision=folder)
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "48"}))
+    refused("--vision: cannot load .* Field 'hidden_size' expected int, got str", vision=folder)
+
     folder = copy("text")
     for file in folder.glob("*.safetensors"):
         file.unlink()
