@@ -140,7 +140,8 @@ class SourceArguments:
         group_by_length: make batches of texts of similar length, to save padding. Their negatives
             then have that length too.
         rows_per_clip: put up to this many rows of a clip into one batch, where they share one pass
-            of the X-Encoder. They are negatives of each other, unless they share a `group_id`.
+            of the X-Encoder, and one augmented view. They are negatives of each other, unless they
+            share a `group_id`.
         licence: licence of the data, for the model card; nothing else reads it.
     """
 
@@ -170,7 +171,7 @@ class SourceArguments:
             )
         check_least(self, f"data.sources: {self.name}", shuffle_rows=1, rows_per_clip=1)
         if self.rows_per_clip > 1:
-            for name in ("streaming", "group_by_length", "augment"):
+            for name in ("streaming", "group_by_length"):
                 if vars(self)[name]:
                     raise RecipeError(
                         f"data.sources: {self.name}: rows_per_clip and {name} exclude each other; "

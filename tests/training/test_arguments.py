@@ -125,8 +125,8 @@ def test_apply_override_reads_values_as_yaml(recipe):
         ("data.sources=[{rows: a, shuffle_rows: 0}]", "a.shuffle_rows: it is 0; give 1 or more"),
         ("data.sources=[{rows: a, rows_per_clip: 0}]", "a.rows_per_clip: it is 0; give 1 or more"),
         (
-            "data.sources=[{rows: a, rows_per_clip: 2, augment: true}]",
-            "a: rows_per_clip and augment exclude each other; set augment to false",
+            "data.sources=[{rows: a, rows_per_clip: 2, group_by_length: true}]",
+            "a: rows_per_clip and group_by_length exclude each other; set group_by_length to false",
         ),
         ("data.max_bad_share=2", "data.max_bad_share: it is 2.0; give 0 to 1"),
         ("data.sources=[{rows: a, weight: 0}]", "a: weight is 0.0; give more than 0"),

@@ -592,6 +592,25 @@ def test_dataset_reads_a_clip_of_many_rows_of_a_step_once(folder, processor, mon
         assert torch.equal(frames, torch.stack(alone))
 
 
+def test_rows_per_clip_shares_one_augmented_view_within_a_lane(folder, processor):
+    """The view is that of the clip's first row in the lane; a lane of another process has its
+    own, so the batch does not depend on the number of processes."""
+    rows = [{"video": "wide.mp4", "query": "", "target": word} for word in "abcd"]
+    path = write_rows(folder / "views.jsonl", rows)
+    source = SourceArguments(rows=str(path), augment=True, rows_per_clip=2)
+    dataset = build(processor, source)
+    lanes = [[0, 1], [2, 3]]
+    together = dataset.__getitems__(Step(0, [0, 1], lanes, [0, 1])).samples
+    views = [dataset[row]["frames"] for row in range(4)]
+    assert not torch.equal(views[0], views[1])  # positive control
+    for sample, row in zip(together, (0, 0, 2, 2), strict=True):
+        assert torch.equal(sample["frames"], views[row])
+    batch = ContrastiveCollator(processor)(together)
+    assert batch["visual_index"].tolist() == [0, 0, 1, 1]
+    (alone,) = (dataset.__getitems__(Step(0, [1], [lane], [1])).samples for lane in lanes[1:])
+    assert torch.equal(alone[1]["frames"], views[2])
+
+
 def test_collator_tokenizes_each_distinct_target_once(processor):
     batch = ContrastiveCollator(processor)(
         [sample("a", "red"), sample("b", "red green"), sample("c", "red"), sample("d", "red")]

@@ -13,7 +13,7 @@ This file does steps 3 and 4, and does not depend on where rows come from.
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -179,6 +179,14 @@ class Batch:
     source: int
 
 
+@dataclass
+class ReadClips:
+    """Clips of a step that have been read, by their keys, and augmented views with their ids."""
+
+    plain: dict[str, torch.Tensor] = field(default_factory=dict)
+    views: dict[str, tuple[torch.Tensor, tuple]] = field(default_factory=dict)
+
+
 class ContrastiveDataset(torch.utils.data.Dataset):
     """Samples `{frames, clip_id, query, target, target_id, group_id, negatives}` of all sources.
 
@@ -240,9 +248,9 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict:
-        return self.sample_in_memory(number, {})
+        return self.sample_in_memory(number, ReadClips())
 
-    def sample_in_memory(self, number: int, clips: dict[str, torch.Tensor]) -> dict:
+    def sample_in_memory(self, number: int, clips: ReadClips) -> dict:
         epoch, index = divmod(number, EPOCH_STRIDE)
         # A negative group is the row's own: `text_id` makes groups of 0 and above.
         group = -1 - index
@@ -254,24 +262,30 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         source: int,
         seed: tuple[int, ...],
         own_group: int,
-        clips: dict[str, torch.Tensor],
+        clips: ReadClips,
     ) -> dict:
         """Return the sample of a row.
 
         Args:
             seed: seed of the augmentation.
             own_group: group id for a row without one, or with `null` for one.
-            clips: clips of the step that have been read, by their keys; this row's is added.
+            clips: clips of the step that have been read; this row's is added.
         """
         group = row.get("group_id")
         name = "frames" if self.features is None else "visual_embeds"
         key = clip_key(row)
-        if key not in clips:
+        if key not in clips.plain:
             # `(N, Dx)` or `(T, 3, h, w)`
-            clips[key] = self.frames(row, key) if self.features is None else self.features[row]
-        clip = clips[key]
-        if self.sources[source].arguments.augment:
+            found = self.frames(row, key) if self.features is None else self.features[row]
+            clips.plain[key] = found
+        clip = clips.plain[key]
+        arguments = self.sources[source].arguments
+        if arguments.augment and arguments.rows_per_clip == 1:
             clip, key = augment(clip, seed), (key, *seed)  # frames of this row alone
+        elif arguments.augment:
+            if key not in clips.views:
+                clips.views[key] = augment(clip, seed), (key, *seed)
+            clip, key = clips.views[key]
         return {
             name: clip,
             "clip_id": key,
@@ -300,9 +314,11 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         Raises:
             RecipeError: none of these can be read.
         """
-        samples, bad, clips = [], list(step.bad), {}
+        samples, bad, clips = [], list(step.bad), ReadClips()
         for lane, rows, replacement in zip(step.lanes, step.rows, step.replacements, strict=True):
             read: list[dict | None] = []
+            # Another lane may belong to another process, which draws views of its own.
+            clips.views.clear()
             for index, row in enumerate(rows):
                 try:
                     read.append(self.sample_of(step, lane, index, row, clips))
@@ -318,7 +334,7 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         return Batch(samples, bad, step.source)
 
     def sample_of(
-        self, step: Step, lane: int, index: int, row: int | dict, clips: dict[str, torch.Tensor]
+        self, step: Step, lane: int, index: int, row: int | dict, clips: ReadClips
     ) -> dict:
         """Return the sample of a row of a step.
 
@@ -336,7 +352,7 @@ class ContrastiveDataset(torch.utils.data.Dataset):
         lane: int,
         row: int | dict,
         bad: list[BadRow],
-        clips: dict[str, torch.Tensor],
+        clips: ReadClips,
     ) -> dict:
         """Return the sample of a lane's replacement, or of the first readable fallback row."""
         for each in chain([row], self.fallback_rows(step, lane, row)):
