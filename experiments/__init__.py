@@ -1,0 +1,1 @@
+"""Learning experiments: grids of trainings, their results, tables and figures."""

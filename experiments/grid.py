@@ -1,0 +1,238 @@
+"""Grids of trainings: a base recipe, settings that change it, and what they need.
+
+A grid is a YAML file, `experiments/NAME/grid.yaml`:
+
+| key           | value                                                                           |
+|---------------|---------------------------------------------------------------------------------|
+| `recipe`      | the base recipe                                                                 |
+| `seeds`       | values of `training.seed`                                                       |
+| `cpu_minutes` | limit of processor time of a training, and again of its evaluation; default: 10 |
+| `overrides`   | changes for every setting: `{training.max_steps: 400}`                          |
+| `settings`    | names, each with its own changes                                                |
+| `parts`       | YAML anchors for the settings to merge (`<<: *name`); the runner ignores it     |
+| `prepare`     | steps that run once: `folder`, `command` and the file `complete`                |
+| `groups`      | titles of tables and figures, each with its settings; default: one of all       |
+| `compare`     | pairs of settings; the report computes second - first                           |
+| `score`       | the score of the figures, such as `babyai_val_vqa accuracy`                     |
+
+A recipe's section `evaluation` names the benchmarks to measure after training. `{seed}` in a text
+is the seed: a step whose folder contains it runs for each seed. `{recipe SETTING}` in a command is
+the file with a setting's recipe.
+"""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from training.arguments import Recipe, RecipeError, apply_override, check_keys, read_recipe
+
+WORK = Path("runs/experiments")
+NAME = re.compile(r"[\w.-]+")
+RECIPE_OF = re.compile(r"\{recipe ([\w.-]+)\}")
+
+
+class GridError(ValueError):
+    """An invalid grid; the message names the key, the fault and the cure."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A preparation that runs once.
+
+    Attributes:
+        folder (`str`): the folder that it makes; recipes and later steps name it.
+        command (`str`): begins with `python -m`.
+        complete (`str`): file in `folder` that it writes last.
+    """
+
+    folder: str
+    command: str
+    complete: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a setting with a seed.
+
+    Attributes:
+        setting (`str`), seed (`int`)
+        overrides (`dict[str, Any]`): changes to the base recipe, without those of all settings.
+        recipe (`dict`): the whole recipe.
+        folder (`Path`): where it trains.
+        settings (`str`): hash of everything that decides the result except data files and code.
+    """
+
+    setting: str
+    seed: int
+    overrides: dict[str, Any]
+    recipe: dict
+    folder: Path
+    settings: str
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    def write_recipe(self) -> Recipe:
+        """Write the recipe to its file, and return it checked.
+
+        Raises:
+            RecipeError: see `read_recipe`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.recipe_file.write_text(yaml.safe_dump(self.recipe, sort_keys=False), encoding="utf-8")
+        try:
+            return read_recipe(str(self.recipe_file))
+        except RecipeError as error:
+            raise RecipeError(f"{self.setting}: {error}") from error
+
+
+@dataclass(kw_only=True)
+class Grid:
+    """A grid as in its file, with the name of its folder."""
+
+    name: str
+    recipe: str
+    seeds: list[int]
+    settings: dict
+    cpu_minutes: float = 10
+    overrides: dict = field(default_factory=dict)
+    parts: dict = field(default_factory=dict)
+    prepare: list = field(default_factory=list)
+    groups: dict = field(default_factory=dict)
+    compare: list = field(default_factory=list)
+    score: str | None = None
+
+    def __post_init__(self):
+        for name in self.settings:
+            if not NAME.fullmatch(str(name)):
+                raise GridError(f"settings: {name!r}: use letters, digits, '.', '_' and '-' only.")
+            self.settings[name] = self.settings[name] or {}
+        if not self.settings or not self.seeds:
+            raise GridError("settings and seeds: give at least one of each.")
+        self.groups = self.groups or {"All settings": list(self.settings)}
+        named = [name for group in self.groups.values() for name in group]
+        named += [name for pair in self.compare for name in pair]
+        for name in named:
+            self.check_setting("groups and compare", name)
+        for pair in self.compare:
+            if len(pair) != 2:
+                raise GridError(f"compare: {pair} is not a pair of settings.")
+
+    def check_setting(self, where: str, name: str) -> None:
+        """Raise `GridError` if there is no such setting."""
+        if name not in self.settings:
+            raise GridError(
+                f"{where}: {name!r} is no setting; there are {', '.join(self.settings)}."
+            )
+
+    def steps(self, seed: int) -> list[Step]:
+        """Return the preparations for a seed, in order."""
+        names = {each.name for each in fields(Step)}
+        steps = []
+        for given in self.prepare:
+            if set(given) != names:
+                raise GridError(f"prepare: give {', '.join(sorted(names))}; found {given}.")
+            step = Step(**with_seed(given, seed))
+            for setting in RECIPE_OF.findall(step.command):
+                self.check_setting("prepare", setting)
+            if step.command.split()[:2] != ["python", "-m"]:
+                raise GridError(f"prepare: {step.command!r} does not begin with python -m.")
+            steps.append(step)
+        return steps
+
+    def needed(self, recipe: dict, seed: int) -> list[Step]:
+        """Return the steps whose folders a recipe names, and those that these need, in order."""
+        texts, needed = [json.dumps(recipe)], []
+        for step in reversed(self.steps(seed)):
+            # Not a part of another name: init-2 is not init-2-calibrated.
+            folder = re.compile(rf"(?<![\w./-]){re.escape(step.folder)}(?![\w.-])")
+            if any(folder.search(text) for text in texts):
+                needed.append(step)
+                texts.append(step.command)
+                for setting in RECIPE_OF.findall(step.command):
+                    texts.append(json.dumps(self.recipe_of(setting, seed)))
+        return needed[::-1]
+
+    def recipe_of(self, setting: str, seed: int) -> dict:
+        """Return the whole recipe of a setting with a seed.
+
+        Raises:
+            RecipeError: a change has no place in the recipe.
+        """
+        path = Path(self.recipe)
+        if not path.is_file():
+            raise GridError(f"recipe: {path} is missing; the command runs in the repository.")
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changes = {**self.overrides, **self.settings[setting]}
+        changes |= {
+            "training.seed": seed,
+            "training.output_dir": str(self.folder_of(setting, seed) / "model"),
+        }
+        for key, value in with_seed(changes, seed).items():
+            apply_override(recipe, f"{key}={yaml.safe_dump(value)}")
+        return recipe
+
+    def folder_of(self, setting: str, seed: int) -> Path:
+        return WORK / self.name / setting / str(seed)
+
+    def run(self, setting: str, seed: int) -> Run:
+        recipe = self.recipe_of(setting, seed)
+        decides = copy.deepcopy(recipe)
+        del decides["training"]["output_dir"]
+        commands = [step.command for step in self.needed(recipe, seed)]
+        text = json.dumps([decides, commands], sort_keys=True)
+        settings = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        folder = self.folder_of(setting, seed)
+        return Run(setting, seed, self.settings[setting], recipe, folder, settings)
+
+    def runs(self, only: list[str] | None = None, seeds: list[int] | None = None) -> Iterator[Run]:
+        """Yield the runs, all settings of the first seed first.
+
+        Args:
+            only: names of settings.
+            seeds: instead of the grid's.
+        """
+        for name in only or []:
+            self.check_setting("--only", name)
+        for seed in self.seeds if seeds is None else seeds:
+            for setting in only or self.settings:
+                yield self.run(setting, seed)
+
+
+def with_seed(value: Any, seed: int) -> Any:
+    """Return a copy of a YAML value with the seed in place of `{seed}` in its texts."""
+    if isinstance(value, dict):
+        return {key: with_seed(each, seed) for key, each in value.items()}
+    if isinstance(value, list):
+        return [with_seed(each, seed) for each in value]
+    return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a grid from its file.
+
+    Raises:
+        GridError: it is missing, not YAML, or has an unknown or missing key.
+    """
+    if not path.is_file():
+        raise GridError(f"{path}: no such grid.")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise GridError(f"{path}: not a YAML file: {error}") from error
+    name = path.resolve().parent.name
+    try:
+        return Grid(**check_keys({"name": name} | (given or {}), Grid, ""))
+    except (GridError, RecipeError) as error:
+        raise GridError(f"{path}: {error}") from error
+
+
+__all__ = ["RECIPE_OF", "Grid", "GridError", "Run", "Step", "read_grid"]

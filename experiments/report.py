@@ -1,0 +1,406 @@
+"""Write tables and figures of a grid into its README: `python -m experiments.report FOLDER`.
+
+It reads `results.jsonl` and `items` of the folder alone. The text between the two markers of
+`README.md` is replaced, and `figures/*.svg` are drawn: the loss per row seen and per CPU-second,
+and the grid's score. `--check` writes nothing and fails if either is not that of the results.
+
+A 95 % interval is about other seeds and other items. Both half-widths are added in quadrature:
+
+- seeds: Student's t of the seeds' means, or of the differences of equal seeds
+- items: the clusters of items, averaged over seeds, are resampled (`eval/intervals.py`)
+
+With one seed it is about other items only. A loss has no items. Nothing is corrected for the number
+of comparisons, which the report states.
+
+Shapes: S seeds, n items.
+"""
+
+import argparse
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from eval.intervals import difference_interval, mean_interval
+from experiments.grid import Grid, GridError, read_grid
+from experiments.results import FILE, read_lines, unpack
+
+BEGIN = "<!-- results: written by experiments.report -->"
+END = "<!-- end of results -->"
+# 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; scipy.stats.t.ppf(0.975, n)
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+SHARE_OF_STEPS = 0.5  # counted among comparisons: the baseline's loss in at most half the steps
+
+
+class ReportError(ValueError):
+    """A report that cannot be written; the message names the cause and the cure."""
+
+
+# -- means and intervals ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds with its 95 % interval; `low` and `high` are None for one loss."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def seeds_half_width(values: Sequence[float]) -> float | None:
+    """Return half of the 95 % interval of the mean of S seeds by Student's t; None for one seed."""
+    if len(values) < 2:
+        return None
+    quantile = T[min(len(values) - 1, len(T)) - 1]
+    return float(quantile * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def mean_over_seeds(values: Sequence[float]) -> Mean:
+    """Return the mean of S values that have no items, such as losses."""
+    mean, half = float(np.mean(values)), seeds_half_width(values)
+    return Mean(mean, None, None) if half is None else Mean(mean, mean - half, mean + half)
+
+
+def combined(mean: float, low: float, high: float, half: float | None) -> Mean:
+    """Return a mean with the interval of its items and that of its seeds, added in quadrature."""
+    half = half or 0.0
+    return Mean(mean, mean - float(np.hypot(mean - low, half)), mean + np.hypot(high - mean, half))
+
+
+def mean_score(folder: Path, lines: list[dict], score: str) -> Mean:
+    """Return the mean of a score over the lines of S seeds.
+
+    Raises:
+        ReportError: see `items_of`.
+    """
+    values, clusters = items_of(folder, lines, score)  # (S, n), (n,)
+    found = mean_interval(values.mean(0), clusters, highest=max(1.0, values.max()))
+    half = seeds_half_width(values.mean(1).tolist())
+    return combined(float(values.mean()), found.low, found.high, half)
+
+
+def difference_of_scores(folder: Path, a: list[dict], b: list[dict], score: str) -> Mean:
+    """Return the mean of b - a, paired by seed and item.
+
+    Args:
+        a, b: lines of the same S seeds in the same order.
+
+    Raises:
+        ReportError: see `items_of`.
+    """
+    values, clusters = items_of(folder, [*a, *b], score)  # (2 S, n), (n,)
+    differences = values[len(a) :] - values[: len(a)]
+    found = difference_interval(differences.mean(0), clusters, max(1.0, values.max()))
+    half = seeds_half_width(differences.mean(1).tolist())
+    return combined(float(differences.mean()), found.low, found.high, half)
+
+
+def items_of(folder: Path, lines: list[dict], score: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values `(S, n)` of a score's items, and their clusters `(n,)`.
+
+    Raises:
+        ReportError: the lines were measured on different items.
+    """
+    if len({line["items"][score]["items"] for line in lines}) > 1:
+        named = ", ".join(f"{line['setting']} {line['seed']}" for line in lines)
+        raise ReportError(
+            f"{score}: {named} were measured on different items. Repeat them on the same data."
+        )
+    values, (clusters, *_) = zip(*(unpack(folder, line, score) for line in lines), strict=True)
+    return np.stack(values), clusters
+
+
+def share_to_reach(line: dict, loss: float) -> float | None:
+    """Return the share of a run's steps after which its logged loss is at most `loss`; None if it
+    never is. A logged loss is the mean since the line before."""
+    curve = line["curve"]
+    steps = [step for step, each in zip(curve["step"], curve["loss"], strict=True) if each <= loss]
+    return steps[0] / curve["step"][-1] if steps else None
+
+
+def final_loss(line: dict) -> float:
+    return line["curve"]["loss"][-1]
+
+
+# -- tables ----------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """Return a number with three significant digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def with_interval(mean: Mean, factor: float = 1.0, sign: str = "", digits: int = 1) -> str:
+    """Return a mean and its interval, such as "41.6 (39.0 to 44.1)"."""
+
+    def shown(value: float) -> str:
+        return f"{factor * value:{sign}.{digits}f}"
+
+    if mean.low is None:
+        return shown(mean.value)
+    return f"{shown(mean.value)} ({shown(mean.low)} to {shown(mean.high)})"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def average(lines: list[dict], value: Callable[[dict], float]) -> float:
+    return float(np.mean([value(line) for line in lines]))
+
+
+def scores_of(lines: list[dict]) -> list[str]:
+    """Return the names of the scores that all lines have items of, in the order of the first."""
+    return [name for name in lines[0]["items"] if all(name in line["items"] for line in lines)]
+
+
+def settings_table(folder: Path, found: dict[str, list[dict]]) -> str:
+    """Return a table of settings: loss, scores in percent and cost, each averaged over seeds.
+
+    Args:
+        found: the lines of each setting, one for each seed.
+    """
+    lines = [line for each in found.values() for line in each]
+    # Not those of question types, which would make the table too wide.
+    scores = [name for name in scores_of(lines) if "of" not in lines[0]["items"][name]]
+    head = ["setting", "seeds", "loss (chance)", *(f"{name}, %" for name in scores)]
+    head += ["trained parameters", "rows seen", "rows per CPU-second", "CPU-seconds"]
+    rows = []
+    for name, same in found.items():
+        loss = with_interval(mean_over_seeds([final_loss(line) for line in same]), digits=2)
+        if all("chance" in line["curve"] for line in same):
+            loss += f" ({average(same, lambda line: line['curve']['chance'][-1]):.2f})"
+        rows.append(
+            [
+                name,
+                str(len(same)),
+                loss,
+                *(with_interval(mean_score(folder, same, score), 100) for score in scores),
+                f"{same[0]['trainable_parameters'] / 1e6:.2f} M",
+                number(same[0]["rows"]),
+                number(average(same, lambda line: line["rows_per_cpu_second"])),
+                number(average(same, lambda line: line["cpu_seconds"])),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def reached(a: list[dict], b: list[dict]) -> tuple[str, bool]:
+    """Return the shares of B's steps in which each seed reached the final loss of A with that seed,
+    and True if every seed needed at most half of them."""
+    shares = [share_to_reach(other, final_loss(one)) for one, other in zip(a, b, strict=True)]
+    text = ", ".join("never" if share is None else f"{100 * share:.0f} %" for share in shares)
+    return text, all(share is not None and share <= SHARE_OF_STEPS for share in shares)
+
+
+def comparison_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> str:
+    """Return a table of the grid's pairs of settings that have results, paired by seed."""
+    rows, lower, surely, fast = [], 0, 0, 0
+    for first, second in grid.compare:
+        by_seed = [{line["seed"]: line for line in found.get(name, [])} for name in (first, second)]
+        seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+        if not seeds:
+            continue
+        a, b = ([lines[seed] for seed in seeds] for lines in by_seed)
+        differences = [final_loss(y) - final_loss(x) for x, y in zip(a, b, strict=True)]
+        loss, (shares, is_fast) = mean_over_seeds(differences), reached(a, b)
+        lower += loss.value < 0
+        surely += loss.high is not None and loss.high < 0
+        fast += is_fast
+        scores = [
+            f"{name} {with_interval(difference_of_scores(folder, a, b, name), 100, '+')}"
+            for name in scores_of([*a, *b])
+        ]
+        rows.append(
+            [
+                f"{first} → {second}",
+                str(len(seeds)),
+                with_interval(loss, sign="+", digits=3),
+                shares,
+                "<br>".join(scores) or "–",
+            ]
+        )
+    if not rows:
+        return ""
+    head = ["settings", "seeds", "difference of loss"]
+    head += ["steps to reach the first one's loss", "difference of scores, points"]
+    return (
+        f"{markdown(head, rows)}\n\n"
+        f"Comparisons: {len(rows)}, not corrected for their number. The loss is lower on average "
+        f"in {lower}, and with its interval below 0 in {surely}; every seed reaches the first "
+        f"setting's loss in at most half of the steps in {fast}."
+    )
+
+
+# -- figures ---------------------------------------------------------------------------------
+
+
+def figure_name(title: str) -> str:
+    """Return the file of a group's figure, relative to the grid's folder."""
+    return f"figures/{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}.svg"
+
+
+def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], digest: str) -> str:
+    """Draw one group of settings; return the name of the SVG file in `folder`."""
+    score = grid.score
+    lines = [line for same in found.values() for line in same]
+    has_score = score is not None and all(score in line["items"] for line in lines)
+    figure = Figure(figsize=(13 if has_score else 9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3 if has_score else 2)
+    for name, same in found.items():
+        losses = np.array([line["curve"]["loss"] for line in same])  # (S, points)
+        steps = np.array(same[0]["curve"]["step"])
+        share = steps / steps[-1]
+        for axis, whole in (
+            (axes[0], same[0]["rows"]),
+            (axes[1], average(same, lambda line: line["cpu_seconds"])),
+        ):
+            (drawn,) = axis.plot(share * whole, losses.mean(0), label=name)
+            axis.fill_between(
+                share * whole, losses.min(0), losses.max(0), color=drawn.get_color(), alpha=0.2
+            )
+    for axis, label in zip(axes, ("rows seen", "CPU-seconds"), strict=False):
+        axis.set(xlabel=label, ylabel="loss")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    if has_score:
+        means = [mean_score(folder, same, score) for same in found.values()]
+        for index, mean in enumerate(means):
+            low, high = 100 * (mean.value - mean.low), 100 * (mean.high - mean.value)
+            axes[2].errorbar(100 * mean.value, index, xerr=[[low], [high]], fmt="o", capsize=3)
+        axes[2].set(yticks=range(len(means)), yticklabels=list(found), xlabel=f"{score}, %")
+        axes[2].invert_yaxis()
+        axes[2].grid(axis="x", alpha=0.3)
+    path = folder / figure_name(title)
+    path.parent.mkdir(exist_ok=True)
+    # The hash makes the ids in the file equal in every run; a date would change it, too.
+    with matplotlib.rc_context({"svg.hashsalt": "experiments"}):
+        figure.savefig(path, metadata={"Date": None, "Description": digest})
+    return figure_name(title)
+
+
+# -- the README ------------------------------------------------------------------------------
+
+
+def digest_of(folder: Path) -> str:
+    """Return a hash of the results, which the figures contain."""
+    path = folder / FILE
+    content = path.read_bytes() if path.is_file() else b""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def facts(lines: list[dict]) -> str:
+    """Return revision, processor and versions of the results."""
+
+    def all_of(values: Sequence[str]) -> str:
+        return "; ".join(sorted(set(values)))
+
+    versions = [
+        ", ".join(
+            f"{name} {line['versions'][name]}" for name in ("python", "torch", "transformers")
+        )
+        for line in lines
+        if "versions" in line
+    ]
+    minutes = sum(sum(line["process_cpu_seconds"].values()) for line in lines) / 60
+    return (
+        f"{len(lines)} runs, {minutes:.0f} CPU-minutes of training and evaluation. "
+        f"Revision {all_of([line['revision'] for line in lines])}; "
+        f"{all_of([line['device'] for line in lines])}; {all_of(versions)}."
+    )
+
+
+def results_text(
+    folder: Path, grid: Grid, figure: Callable[[str, dict[str, list[dict]]], str]
+) -> str:
+    """Return the Markdown of all results.
+
+    Args:
+        figure: draws a title's group of settings, and returns its file's name.
+    """
+    expected = {(run.setting, run.seed): run.settings for run in grid.runs()}
+    lines = read_lines(folder)
+    failed = [
+        f"{name} {seed}: {each['error']}" for (name, seed), each in lines.items() if "error" in each
+    ]
+    other = [
+        f"{name} {seed}"
+        for (name, seed), line in lines.items()
+        if expected.get((name, seed), line["settings"]) != line["settings"]
+        or name not in grid.settings
+    ]
+    valid = [
+        line
+        for (name, seed), line in sorted(lines.items(), key=lambda item: item[0][1])
+        if "error" not in line and f"{name} {seed}" not in other
+    ]
+    found = {name: [line for line in valid if line["setting"] == name] for name in grid.settings}
+    found = {name: same for name, same in found.items() if same}
+    parts = []
+    for title, settings in grid.groups.items():
+        if group := {name: found[name] for name in settings if name in found}:
+            image = f"![{title}: loss per row and per CPU-second]({figure(title, group)})"
+            parts += [f"### {title}", settings_table(folder, group), image]
+    if compared := comparison_table(folder, grid, found):
+        parts += ["### Comparisons", compared]
+    missing = [f"{name} {seed}" for name, seed in expected if (name, seed) not in lines]
+    notes = {"not run yet": missing, "failed": failed, "left out, of other settings": other}
+    parts += [
+        f"{len(each)} {note}: {', '.join(each)}." for note, each in notes.items() if each and valid
+    ]
+    parts += [facts(valid)] if valid else ["No results yet."]
+    return "\n\n".join(parts)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="such as experiments/calibration")
+    parser.add_argument("--check", action="store_true", help="write nothing, compare only")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    folder, digest = args.folder, digest_of(args.folder)
+    grid, page = read_grid(folder / "grid.yaml"), folder / "README.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ReportError(f"{page}: it needs the lines {BEGIN!r} and {END!r} once each.")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+
+    def existing(title: str, _: dict) -> str:
+        name = figure_name(title)
+        if digest not in (folder / name).read_text(encoding="utf-8"):
+            raise ReportError(f"{folder / name}: not of these results. Run experiments.report.")
+        return name
+
+    def drawn(title: str, found: dict) -> str:
+        return draw(folder, title, grid, found, digest)
+
+    results = results_text(folder, grid, existing if args.check else drawn)
+    whole = f"{before}{BEGIN}\n\n{results}\n\n{END}{after}"
+    if not args.check:
+        page.write_text(whole, encoding="utf-8")
+        print(results)
+    elif whole != text:
+        raise ReportError(f"{page}: not of these results. Run experiments.report.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (GridError, ReportError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,56 @@
+"""Change a new model, for ablations of its calibration: `python -m experiments.variants INIT ...`.
+
+    python -m experiments.variants runs/calibrated --output runs/folded --fold
+    python -m experiments.variants runs/calibrated --output runs/other --projection-of runs/init
+    python -m experiments.variants runs/init --output runs/warmer --temperature 0.2
+
+`--fold` folds the standardisation of the visual tokens into the projection, which then trains.
+`--projection-of` replaces the visual projection. `--temperature` is that of the loss at step 0.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from modeling_vljepa import VLJEPAModel
+from processing import VLJEPAProcessor
+from processing.output import OutputError, check_output_folder, writing
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.variants",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="folder of a model")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--fold", action="store_true", help="fold the standardisation")
+    parser.add_argument("--projection-of", metavar="FOLDER", help="model with another projection")
+    parser.add_argument("--temperature", type=float, help="of the loss at step 0")
+    args = parser.parse_args(argv)
+    check_output_folder("--output", args.output)
+    model = VLJEPAModel.from_pretrained(args.source)
+    if args.projection_of is not None:
+        other = VLJEPAModel.from_pretrained(args.projection_of)
+        projection = other.predictor.visual_projection
+        model.predictor.visual_projection.load_state_dict(projection.state_dict())
+    if args.fold:
+        model.predictor.fold_standardization()
+        model.config.standardize_visual_tokens = False
+    if args.temperature is not None:
+        with torch.no_grad():
+            model.logit_scale.scale.fill_(math.log(1 / args.temperature))
+    with writing(args.output):
+        model.save_pretrained(args.output)
+        VLJEPAProcessor.from_pretrained(args.source).save_pretrained(args.output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OutputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,215 @@
+"""Grids of trainings: their recipes, what is run again, and one small grid from start to report."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments import report, run
+from experiments.grid import GridError, Run, read_grid
+from experiments.results import append_line, read_lines
+from tests.tiny import tiny_recipe, tiny_rows
+from training.arguments import RecipeError
+
+ROOT = Path(__file__).parents[2]
+GRIDS = sorted((ROOT / "experiments").glob("*/grid.yaml"))
+GRID = {
+    "recipe": "recipe.yaml",
+    "seeds": [0, 1],
+    "overrides": {"training.max_steps": 2},
+    "settings": {"plain": None, "fast": {"training.learning_rate": 1e-2}},
+    "compare": [["plain", "fast"]],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with a recipe and a place for a grid."""
+    monkeypatch.chdir(tmp_path)
+    tiny_recipe(tiny_rows(tmp_path))
+    (tmp_path / "trial").mkdir()
+    return tmp_path / "trial"
+
+
+def write_grid(folder: Path, **changes) -> Path:
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({**GRID, **changes}, sort_keys=False))
+    return path
+
+
+# -- the grid --------------------------------------------------------------------------------
+
+
+def test_grid_runs_have_recipes_with_the_changes_of_all_and_of_their_setting(folder):
+    runs = list(read_grid(write_grid(folder)).runs())
+    assert [(each.setting, each.seed) for each in runs] == [
+        ("plain", 0),
+        ("fast", 0),
+        ("plain", 1),
+        ("fast", 1),
+    ]
+    training = runs[3].write_recipe().training
+    assert (training.max_steps, training.learning_rate, training.seed) == (2, 1e-2, 1)
+    assert training.output_dir == "runs/experiments/trial/fast/1/model"
+    assert runs[0].write_recipe().training.learning_rate == 1e-3
+
+
+def test_grid_prepares_only_what_a_run_needs_for_its_seed(folder):
+    def step(name: str, command: str) -> dict:
+        return {"folder": f"made/{name}", "command": f"python -m {command}", "complete": "done"}
+
+    steps = [
+        step("data", "x"),
+        step("init-seed{seed}", "x made/data --seed {seed}"),
+        step("init", "x"),
+        step("features", "x {recipe plain}"),
+    ]
+    settings = {
+        "plain": {"model.checkpoint": "made/init-seed{seed}"},
+        "cached": {"data.features": "made/features", "model.checkpoint": "elsewhere/made/init"},
+    }
+    grid = read_grid(write_grid(folder, prepare=steps, settings=settings, compare=[]))
+    plain, cached = (grid.run(name, 1) for name in settings)
+    needed = [each.folder for each in grid.needed(plain.recipe, 1)]
+    assert needed == ["made/data", "made/init-seed1"]
+    assert [each.folder for each in grid.needed(cached.recipe, 1)] == [*needed, "made/features"]
+    steps[0]["command"] += " --more"
+    other = read_grid(write_grid(folder, prepare=steps, settings=settings, compare=[]))
+    assert other.run("plain", 1).settings != plain.settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"a b": None}}, "settings: 'a b': use letters"),
+        ({"seeds": []}, "give at least one"),
+        ({"compare": [["plain", "none"]]}, "'none' is no setting; there are plain, fast"),
+        ({"compare": [["plain"]]}, "is not a pair"),
+        ({"groups": {"all": ["none"]}}, "'none' is no setting"),
+        ({"nothing": 1}, "nothing: no such key"),
+        ({"prepare": [{"folder": "x"}]}, "prepare: give command, complete, folder"),
+        (
+            {"prepare": [{"folder": "x", "command": "ls", "complete": "y"}]},
+            "'ls' does not begin with python -m",
+        ),
+    ],
+)
+def test_grid_names_what_is_wrong(folder, changes, message):
+    with pytest.raises(GridError, match=message):
+        list(read_grid(write_grid(folder, **changes)).runs())
+
+
+def test_run_checks_every_recipe_before_the_first_run(folder):
+    settings = {"plain": None, "wrong": {"training.learning_rates": 1}}
+    with pytest.raises(RecipeError, match="wrong: training.learning_rates: no such key"):
+        run.main([str(write_grid(folder, settings=settings, compare=[]))])
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.parent.name)
+def test_shipped_grids_have_valid_recipes_and_a_report_of_their_results(
+    path, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(ROOT)
+    grid = read_grid(path)
+    monkeypatch.setattr(Run, "recipe_file", property(lambda self: tmp_path / "recipe.yaml"))
+    monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: None)
+    for each in grid.runs(seeds=grid.seeds[:1]):
+        recipe = each.write_recipe()
+        made = {step.folder for step in grid.needed(each.recipe, each.seed)}
+        assert {recipe.model.checkpoint, recipe.data.features} <= made
+        assert not any("test" in task for task in each.recipe["evaluation"]["tasks"])
+    report.main([str(path.parent), "--check"])
+
+
+# -- what is run again -----------------------------------------------------------------------
+
+
+def line(setting: str, seed: int, **more) -> dict:
+    return {"setting": setting, "seed": seed, "settings": "a", "prepared": {"data": "1"}, **more}
+
+
+def a_run(setting: str, seed: int = 0, settings: str = "a") -> Run:
+    return Run(setting, seed, {}, {}, Path("x"), settings)
+
+
+def test_unfinished_skips_equal_settings_and_repeats_failed_runs():
+    lines = {("done", 0): line("done", 0), ("failed", 0): line("failed", 0, error="limit")}
+    runs = [a_run("done"), a_run("done", 1), a_run("failed")]
+    todo = run.unfinished(runs, lines, [{"data": "1"}] * 3, again=False)
+    assert todo == runs[1:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "message"), [("b", "1", "data: done 0. "), ("a", "2", r"done 0 \(data\)")]
+)
+def test_unfinished_refuses_changed_settings_or_data_unless_again(settings, data, message):
+    arguments = [a_run("done", 0, settings)], {("done", 0): line("done", 0)}, [{"data": data}]
+    with pytest.raises(GridError, match=message):
+        run.unfinished(*arguments, again=False)
+    assert run.unfinished(*arguments, again=True) == arguments[0]
+
+
+def test_read_lines_takes_the_last_line_of_a_run_and_names_a_torn_one(tmp_path):
+    for loss in (2, 1):
+        append_line(tmp_path, line("done", 0, loss=loss))
+    assert read_lines(tmp_path)["done", 0]["loss"] == 1
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"setting": "do')
+    with pytest.raises(ValueError, match="results.jsonl: line 3 is no result; delete it"):
+        read_lines(tmp_path)
+
+
+@pytest.mark.slow
+def test_in_own_process_measures_and_reports_failure_and_limit(tmp_path, monkeypatch):
+    log = tmp_path / "log.txt"
+    assert run.in_own_process(["this"], log, 60) < 10
+    with pytest.raises(run.RunError, match="json.tool ended with exit code 2; see .*usage"):
+        run.in_own_process(["json.tool", "--nothing"], log, 60)
+    endless = tmp_path / "endless.py"
+    endless.write_text("while True: pass")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(run.RunError, match="endless reached its limit of 1 CPU-seconds"):
+        run.in_own_process(["endless"], log, 1)
+
+
+@pytest.mark.slow
+def test_grid_runs_once_and_its_report_is_that_of_the_results(folder, monkeypatch, capsys):
+    calls = []
+
+    def here(words: list[str], log: Path, cpu_seconds: int) -> float:
+        calls.append(words[0])
+        importlib.import_module(words[0]).main(words[1:])
+        return 1.5
+
+    monkeypatch.setattr(run, "in_own_process", here)
+    rows = folder.parent / "rows.jsonl"
+    entry = {"task": "retrieval", "description": "tiny", "rows": str(rows), "query": "what ?"}
+    (folder / "val.yaml").write_text(yaml.safe_dump({"tiny_val": entry}))
+    evaluation = {
+        "evaluation.benchmarks": str(folder / "val.yaml"),
+        "evaluation.tasks": ["tiny_val"],
+    }
+    path = write_grid(folder, seeds=[0], overrides=GRID["overrides"] | evaluation)
+    assert run.main([str(path)]) == 0
+    assert calls == ["training.train", "eval.evaluate"] * 2
+    lines = read_lines(folder)
+    assert lines["fast", 0]["curve"]["step"] == [1, 2]
+    assert lines["fast", 0]["rows"] == 4
+    assert lines["fast", 0]["trainable_parameters"] > 0
+    assert any(name.startswith("tiny_val ") for name in lines["fast", 0]["items"])
+    assert not list((folder.parent / "runs").rglob("*.safetensors"))
+    assert run.main([str(path)]) == 0  # nothing is left
+    assert len(calls) == 4
+    (folder / "README.md").write_text(f"# Trial\n\n{report.BEGIN}\n{report.END}\n\nAfter.\n")
+    with pytest.raises(report.ReportError, match="Run experiments.report"):
+        report.main([str(folder), "--check"])
+    report.main([str(folder)])
+    report.main([str(folder), "--check"])
+    text = (folder / "README.md").read_text()
+    assert "| plain → fast | 1 |" in text and text.endswith("After.\n")
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps(lines["fast", 0] | {"cpu_seconds": 9.0}) + "\n")
+    with pytest.raises(report.ReportError, match="not of these results"):
+        report.main([str(folder), "--check"])
