@@ -1,6 +1,9 @@
 """The trainer of token models: VL-JEPA's, with another loss and one more part of a batch."""
 
+import torch
+
 from modeling_vljepa import VLJEPATokenModel
+from modeling_vljepa.input_checks import IGNORED
 from training.arguments import VLJEPATrainingArguments
 from training.data.collator import ContrastiveCollator
 from training.loop.distributed import all_mean
@@ -28,8 +31,8 @@ class TokenCollator(HybridCollator):
 class TokenTrainer(VLJEPATrainer):
     """Trainer of a [`VLJEPATokenModel`]; data, optimizer, evaluation and saving are VL-JEPA's.
 
-    The loss is `token_loss_weight` times the mean over the target tokens of all processes, plus the
-    rest of the weight times the recipe's objective.
+    The loss is `token_loss_weight` times the mean over the target tokens of a step, of all
+    processes and parts, plus the rest of the weight times the recipe's objective.
     """
 
     called = (*VLJEPATrainer.called, "score_texts", "generate")
@@ -40,12 +43,21 @@ class TokenTrainer(VLJEPATrainer):
         if model.config.predicts_embeddings:
             check_objective(model, args)
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device) -> torch.Tensor:
+        """Return the number of target tokens of a step, as a mean over processes, `()`.
+
+        Upstream leaves out the first label of each row, because its models shift the labels.
+        """
+        count = sum((batch["labels"] != IGNORED).sum() for batch in batch_samples)
+        return all_mean(count.float().to(device))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = Ids(**take_ids(inputs))
         outputs = model(**self.make_ready(inputs))
-        # Processes have different numbers of tokens, and data parallelism averages their gradients.
-        share = outputs.target_tokens / all_mean(outputs.target_tokens.float())
-        token_loss = outputs.loss * share
+        # Processes and parts of a step have different numbers of tokens, and their losses are
+        # averaged. Without this factor, tokens of short batches would count more.
+        parts = self.current_gradient_accumulation_steps
+        token_loss = outputs.loss * outputs.target_tokens * parts / num_items_in_batch
         weight = self.args.token_loss_weight
         loss = weight * token_loss
         self._parts["token_loss"].append(token_loss.detach())
