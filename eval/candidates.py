@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.embed import Predictions
+from eval.metrics import cosines
 from eval.sources import Source
 from eval.task import Benchmark, Task, texts_sha256, usable_rows
 
@@ -157,7 +158,8 @@ def compare(
     """
     if task.scoring is None:
         predictions = task.predict(rows)
-        return predictions, predictions.embeds @ embed_candidates(task, candidates, templates).T
+        embeds = embed_candidates(task, candidates, templates)
+        return predictions, cosines(predictions.embeds, embeds)
     texts = [
         template.replace("{}", candidate) for template in templates for candidate in candidates
     ]

@@ -19,6 +19,21 @@ CLITIC = re.compile(r"(n't|'s|'re|'ve|'ll|'d|'m)\b")
 TOKEN = re.compile(r"n't|'\w+|\w+(?:-\w+)*")
 
 
+def cosines(embeds: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the cosine of each unit vector `(R, D)` with each other one `(C, D)`: `(R, C)`.
+
+    Equal vectors, such as those of equal texts, have equal cosines. A plain product of matrices
+    rounds a number by its position, and rounding would decide such ties.
+    """
+    rows, row_of = embeds.unique(dim=0, return_inverse=True)
+    columns, column_of = others.unique(dim=0, return_inverse=True)
+    if len(rows) == len(embeds):  # a slice copies nothing
+        rows, row_of = embeds, slice(None)
+    if len(columns) == len(others):
+        columns, column_of = others, slice(None)
+    return (rows @ columns.T)[row_of][:, column_of]
+
+
 def first_relevant_ranks(similarity: torch.Tensor, relevant: torch.Tensor) -> torch.Tensor:
     """Return the rank of the best relevant candidate of each row, from 1: int64 `(R,)`.
 
@@ -236,6 +251,7 @@ __all__ = [
     "chance_ndcg",
     "chance_recall",
     "cider",
+    "cosines",
     "exact_match",
     "first_relevant_ranks",
     "hard_negative_hits",

@@ -47,8 +47,10 @@ def check_references(references: Sequence[Sequence[str]]) -> None:
 def as_cutoffs(k: int | Sequence[int]) -> list[int]:
     """Return the cutoffs as a list. Raises: `ValueError` unless each is a whole number from 1."""
     cutoffs = list(k) if isinstance(k, Sequence) else [k]
+    if not cutoffs:
+        raise ValueError("k is empty; give whole numbers from 1.")
     for cutoff in cutoffs:
-        if not isinstance(cutoff, int) or cutoff < 1:
+        if not isinstance(cutoff, int) or isinstance(cutoff, bool) or cutoff < 1:
             raise ValueError(f"k is {cutoff!r}; give whole numbers from 1.")
     return cutoffs
 

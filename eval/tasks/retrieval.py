@@ -13,7 +13,7 @@ import torch
 
 from eval.intervals import numbered
 from eval.items import Items
-from eval.metrics import chance_ndcg, chance_recall, first_relevant_ranks, ndcg
+from eval.metrics import chance_ndcg, chance_recall, cosines, first_relevant_ranks, ndcg
 from eval.results import Example, Score, TaskResult, best, evenly_spaced
 from eval.task import Benchmark, Kind, Task, one_row_per_clip
 from processing.rows import BadRow, Media, media_of
@@ -117,7 +117,7 @@ def evaluate(task: Task) -> TaskResult:
     rows = [row for row in task.rows() if media_of(row) not in predictions.broken]
     clips = [media_of(row) for row in predictions.rows]
     texts, text_of = texts_of(rows, benchmark.merge_texts)
-    similarity = predictions.embeds @ task.embed_texts(texts).T  # (V, T)
+    similarity = cosines(predictions.embeds, task.embed_texts(texts))  # (V, T)
     relevant = relevance(rows, clips, text_of)  # (V, T)
 
     scores, rank_statistics, items = {}, {}, []

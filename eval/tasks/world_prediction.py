@@ -28,7 +28,7 @@ from eval.candidates import chosen
 from eval.embed import Predictions
 from eval.intervals import difference_interval, numbered
 from eval.items import Items
-from eval.metrics import first_relevant_ranks
+from eval.metrics import cosines, first_relevant_ranks
 from eval.parts import rows_of_parts
 from eval.results import Example, Score, TaskResult, best, evenly_spaced
 from eval.task import Benchmark, Kind, Task
@@ -207,13 +207,14 @@ def similarities(candidates: list[torch.Tensor], states: torch.Tensor) -> torch.
         candidates: unit vectors of each row's candidates, `(up to C, D)`.
         states (`torch.FloatTensor` of shape `(R, D)`): unit vectors.
     """
-    rows = [each @ state for each, state in zip(candidates, states, strict=True)]
+    pairs = zip(candidates, states, strict=True)
+    rows = [cosines(state[None], each).squeeze(0) for each, state in pairs]
     return padded(rows, -torch.inf)
 
 
 def typicality(candidates: torch.Tensor) -> torch.Tensor:
     """Return the sum of the cosines of each candidate `(C, D)` with the others, `(C,)`."""
-    return (candidates @ candidates.T).fill_diagonal_(0).sum(dim=1)
+    return cosines(candidates, candidates).fill_diagonal_(0).sum(dim=1)
 
 
 def difference(hits: torch.Tensor, others: torch.Tensor, clusters: np.ndarray) -> dict[str, float]:

@@ -99,8 +99,16 @@ def test_evaluate_metric_of_accuracy_equals_that_of_scikit_learn(load):
 
 
 def test_evaluate_metric_of_accuracy_counts_a_missing_candidate_as_wrong(load):
-    found = load("top_k_accuracy").compute(predictions=SIMILARITY[:2], references=[-1, 0], k=12)
-    assert found == {"top_12_accuracy": 1 / 2}
+    given = {"predictions": SIMILARITY[:2], "references": [-1, 0]}
+    found = load("top_k_accuracy").compute(**given, k=[12, 13])  # 12 candidates
+    assert found == {"top_12_accuracy": 1 / 2, "top_13_accuracy": 1 / 2}
+
+
+def test_evaluate_metric_of_recall_counts_a_query_without_a_candidate_as_missed(load):
+    found = load("recall_at_k").compute(
+        predictions=SIMILARITY[:2], references=[[], [0]], k=[12, 13]
+    )
+    assert found == {"recall_at_12": 1 / 2, "recall_at_13": 1 / 2}
 
 
 def test_evaluate_metric_class_mean_recall_equals_a_loop(load):
@@ -186,6 +194,11 @@ def test_evaluate_metric_collects_batches(load):
         ("hard_negatives", [[0.1, 0.2]], ["all"], {}, "don't match the expected format"),
         ("recall_at_k", [[0.1, 0.2]], [[0]], {"k": 0}, "k is 0"),
         ("recall_at_k", [[0.1, 0.2]], [[0]], {"k": 1.5}, "k is 1.5; give whole numbers from 1"),
+        ("recall_at_k", [[0.1, 0.2]], [[0]], {"k": True}, "k is True; give whole numbers from 1"),
+        ("recall_at_k", [[0.1, 0.2]], [[0]], {"k": []}, "k is empty"),
+        # Every text would be true.
+        ("precision_recall_f1", ["yes", "no"], ["yes", "yes"], {}, "'yes'"),
+        ("precision_recall_f1", [1, 2], [1, 0], {}, "an answer is 2; give True"),
         ("token_f1", ["a", "b"], [["a"], []], {}, "row 1 has none"),
         ("exact_match", ["a"], [["a"], ["b"]], {}, "Mismatch in the number"),
     ],

@@ -11,6 +11,7 @@ from eval.metrics import (
     chance_ndcg,
     chance_recall,
     cider,
+    cosines,
     exact_match,
     first_relevant_ranks,
     ndcg,
@@ -22,6 +23,17 @@ from eval.metrics import (
 )
 
 NAN = float("nan")
+
+
+def test_cosines_of_equal_vectors_are_equal_in_every_position():
+    vectors = torch.nn.functional.normalize(
+        torch.randn(4, 24, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    embeds, others = vectors[[0, 1, 0, 1, 0, 1, 0]], vectors[[2, 3, 2, 3, 2, 3, 2, 3, 2]]
+    found = cosines(embeds, others)
+    assert torch.allclose(found, embeds @ others.T, atol=1e-6)
+    assert all(len(found[row::2, column::2].unique()) == 1 for row in (0, 1) for column in (0, 1))
+    assert torch.equal(cosines(vectors, vectors), vectors @ vectors.T)  # none equal
 
 
 def test_ranks_count_the_better_candidates():

@@ -32,19 +32,24 @@ class PrecisionRecallF1(evaluate.Metric):
             description=DESCRIPTION,
             citation=CITATION,
             inputs_description=INPUTS,
+            # Not of booleans: that feature reads every text as true, "no" as well.
             features=datasets.Features(
-                {"predictions": datasets.Value("bool"), "references": datasets.Value("bool")}
+                {"predictions": datasets.Value("int8"), "references": datasets.Value("int8")}
             ),
         )
 
-    def _compute(self, predictions: list[bool], references: list[bool]) -> dict[str, float]:
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         # At the top of the file, evaluate would answer a missing clone with "pip install eval".
         from eval.metrics import precision_recall_f1
         from eval.metrics.lists import check_rows
 
         check_rows(predictions)
+        if strange := {*predictions, *references} - {0, 1}:
+            raise ValueError(
+                f"an answer is {min(strange)}; give True for the positive one, or False."
+            )
         precision, recall, f1 = precision_recall_f1(predictions, references)
-        right = sum(map(bool.__eq__, predictions, references))
+        right = sum(map(int.__eq__, predictions, references))
         return {
             "precision": precision,
             "recall": recall,

@@ -53,5 +53,7 @@ class RecallAtK(evaluate.Metric):
         from eval.metrics.lists import as_cutoffs, as_matrices
 
         cutoffs = as_cutoffs(k)
-        ranks = first_relevant_ranks(*as_matrices(predictions, references))  # (R,)
-        return {f"recall_at_{k}": (ranks <= k).double().mean().item() for k in cutoffs}
+        similarity, relevant = as_matrices(predictions, references)  # (R, C)
+        ranks = first_relevant_ranks(similarity, relevant)  # (R,)
+        found = relevant.any(dim=1)  # the rank of a row without a right one, C + 1, can be below k
+        return {f"recall_at_{k}": ((ranks <= k) & found).double().mean().item() for k in cutoffs}

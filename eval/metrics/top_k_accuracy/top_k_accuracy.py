@@ -54,5 +54,7 @@ class TopKAccuracy(evaluate.Metric):
 
         cutoffs = as_cutoffs(k)
         true = [[] if index == -1 else [index] for index in references]
-        ranks = first_relevant_ranks(*as_matrices(predictions, true))  # (R,)
-        return {f"top_{k}_accuracy": (ranks <= k).double().mean().item() for k in cutoffs}
+        similarity, relevant = as_matrices(predictions, true)  # (R, C)
+        ranks = first_relevant_ranks(similarity, relevant)  # (R,)
+        found = relevant.any(dim=1)  # the rank of a row without a right one, C + 1, can be below k
+        return {f"top_{k}_accuracy": ((ranks <= k) & found).double().mean().item() for k in cutoffs}
