@@ -502,10 +502,13 @@ def predict_rows(
         keys = clip_keys(processor, asked, **options)
         embeds = {n: store.embeds[key] for n, key in enumerate(keys) if key in store.embeds}
 
-    # 2. The missing ones, clip by clip
+    # 2. The missing ones, clip by clip. Copies of a file have one key and one embedding: of two
+    # that are computed, rounding would decide which one is nearer to a text.
+    first: dict[bytes, int] = {}
+    own = [first.setdefault(key, number) if key else number for number, key in enumerate(keys)]
     clips: dict[tuple[str, Media], Clip] = {}
     for number, ((kind, media, query), row) in enumerate(asked.items()):
-        if number not in embeds:
+        if number == own[number] and number not in embeds:
             clip = clips.setdefault((kind, media), Clip(_without_texts(row), []))
             clip.queries.append(Wanted(number, query, keys[number]))
     if features is not None:
@@ -525,12 +528,13 @@ def predict_rows(
     if store is not None:
         store.add({keys[number]: embed for number, embed in result.embeds.items()})
     embeds |= result.embeds
+    embeds |= {number: embeds[same] for number, same in enumerate(own) if same in embeds}
 
     # 3. The rows whose clip was read, in their order
     broken = {
-        media: result.broken[number]
+        media: result.broken[own[number]]
         for number, (_, media, _) in enumerate(asked)
-        if number in result.broken
+        if own[number] in result.broken
     }
     if not embeds:
         raise ValueError(f"no file could be read. The first reason: {next(iter(broken.values()))}")

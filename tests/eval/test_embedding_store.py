@@ -108,6 +108,20 @@ def test_predict_rows_and_embed_texts_with_a_store_embed_nothing_twice(
     assert encoded == [2, 2]  # images, videos
 
 
+def test_predict_rows_embeds_copies_of_a_file_once(tmp_path, model, processor, rows, encoded):
+    clip = next(row for row in rows if "video" in row)
+    copy = {**clip, "video": shutil.copy(clip["video"], tmp_path / "copy.mp4")}
+    broken = [{**clip, "video": str(tmp_path / f"{name}.mp4")} for name in "ab"]
+    for row in broken:
+        Path(row["video"]).write_bytes(b"no video")
+    store = opened(tmp_path / "store", model, processor)
+    found = predict_rows(model, processor, [clip, copy, *broken], store=store)
+    assert encoded == [1]
+    assert found.rows == [clip, copy]
+    assert torch.equal(found.embeds[0], found.embeds[1])
+    assert [*found.broken] == [row["video"] for row in broken]
+
+
 def test_embedding_store_keys_hold_the_content_and_what_is_done_with_it(
     tmp_path, model, processor, rows, encoded
 ):
