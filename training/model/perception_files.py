@@ -108,6 +108,7 @@ CONTAINERS = (
 )  # keys under which a `.pt` file may have the tensors
 PREFIXES = ("module.", "model.", "_orig_mod.")
 VISUAL, TRUNK, TEXT = "visual.", "visual.trunk.", "text."
+IN_TIMM = "norm_pre."  # in timm's names, but in no published one
 
 # timm's names of the image tower as patterns, and the published names.
 TIMM = (
@@ -272,11 +273,7 @@ def is_perception(content: Any) -> bool:
     tensors = tensors_of(content)
     if not is_weights(tensors):
         return False
-    return any("resblocks." in name or is_timms(name) for name in tensors)
-
-
-def is_timms(name: str) -> bool:
-    return name.removeprefix(TRUNK).startswith("norm_pre.")
+    return any("resblocks." in name or IN_TIMM in name for name in tensors)
 
 
 def split_towers(key: str, source: str, content: Any) -> tuple[Weights, Weights, str]:
@@ -295,7 +292,8 @@ def split_towers(key: str, source: str, content: Any) -> tuple[Weights, Weights,
             return from_timm(visual) if has_trunk else visual, text, VISUAL
     if "token_embedding.weight" in weights:
         return {}, weights, VISUAL
-    return from_timm(weights) if any(map(is_timms, weights)) else weights, {}, ""
+    is_timms = any(IN_TIMM in name for name in weights)
+    return from_timm(weights) if is_timms else weights, {}, ""
 
 
 def read_towers(
