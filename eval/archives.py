@@ -35,7 +35,8 @@ def samples_of_shard(path: Path) -> Iterator[Record | ExampleError]:
                 sample = Record(__key__=key)
                 try:
                     for member in members:
-                        suffix = os.path.basename(member.name).partition(".")[2]
+                        # The library webdataset ignores case in suffixes, too.
+                        suffix = os.path.basename(member.name).partition(".")[2].lower()
                         sample[suffix] = _member_value(archive, member, suffix, path)
                 except ValueError as error:
                     yield ExampleError(f"{member.name} in {path.name}: {error}")
@@ -156,7 +157,8 @@ def unpacked(archive: Path, cache: Path) -> Path:
                 members.extractall(incomplete, filter="data")
         except (tarfile.TarError, EOFError) as error:
             shutil.rmtree(incomplete)
-            raise ArchiveError(f"{archive} is no zip or tar file, or damaged: {error}") from error
+            reason = str(error).partition("\n")[0].rstrip(":")  # then a line for each compression
+            raise ArchiveError(f"{archive} is no zip or tar file, or damaged: {reason}") from error
         try:
             incomplete.rename(folder)
         except OSError:

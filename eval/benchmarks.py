@@ -1,5 +1,6 @@
 """Benchmark files such as `benchmarks.yaml`: read, checked, and matched to a model."""
 
+import math
 from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,10 @@ def _value(
     if not isinstance(value, wanted):
         words = wanted.__name__ if isinstance(wanted, type) else wanted  # int, or int | None
         raise ValueError(f"{name}: {key.name} is {value!r}, must be {words}")
+    # All numbers of an entry, such as those of frames and beams, are above 0; `True` is none.
+    is_number = isinstance(value, int | float) and wanted is not bool
+    if is_number and (isinstance(value, bool) or not 0 < value < math.inf):
+        raise ValueError(f"{name}: {key.name} is {value!r}, must be a number above 0")
     if not is_path:
         return value
     if not (folder / value).is_file():

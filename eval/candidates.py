@@ -100,15 +100,16 @@ def read_candidates(path: Path) -> list[str]:
 
     Raises: `ValueError` for a file of another form, and for what [`check_texts`] refuses.
     """
+    is_json = path.suffix.lower() == ".json"
     try:
         content = path.read_text(encoding="utf-8-sig")
-        texts = json.loads(content) if path.suffix == ".json" else content.splitlines()
+        texts = json.loads(content) if is_json else content.splitlines()
     except ValueError as error:
         raise ValueError(f"{path}: not a UTF-8 file of candidates: {error}") from error
     if not isinstance(texts, list | dict):
         raise ValueError(f"{path}: must hold a list of texts, found {type(texts).__name__}")
     texts = [text.strip() if isinstance(text, str) else text for text in texts]
-    texts = texts if path.suffix == ".json" else [text for text in texts if text]
+    texts = texts if is_json else [text for text in texts if text]
     check_texts(str(path), texts)
     return texts
 

@@ -9,6 +9,7 @@ Shapes: R rows, D embedding size.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
@@ -125,8 +126,11 @@ class Paper:
         paper = cls(**mapping)
         for part, scores in {"": paper.scores, **paper.parts}.items():
             for model, score in scores.items() if isinstance(scores, dict) else [(part, scores)]:
-                if isinstance(score, bool) or not isinstance(score, int | float):
+                is_number = isinstance(score, int | float) and not isinstance(score, bool)
+                if not is_number or not math.isfinite(score):
                     raise ValueError(f"{name}: paper: {part} {model} is {score!r}, not a number")
+        if paper.pool is not None and paper.pool < 1:
+            raise ValueError(f"{name}: paper: pool is {paper.pool}, must be 1 or more")
         if paper.pool is None and not paper.open:
             raise ValueError(f"{name}: paper: pool is missing, and `open` gives no reason")
         return paper

@@ -64,7 +64,8 @@ def unique_json(text: str) -> Any:
 def _table(path: Path, delimiter: str, header: Sequence[str] | None) -> Iterator[dict[str, str]]:
     """Yield the rows of a table; every cell is a text."""
     with open(path, newline="", encoding="utf-8-sig") as lines:
-        table = csv.DictReader(lines, fieldnames=header, delimiter=delimiter)
+        # Strict: otherwise a quote that is not closed makes all lines after it one cell.
+        table = csv.DictReader(lines, fieldnames=header, delimiter=delimiter, strict=True)
         try:
             names = list(table.fieldnames or [])
             if len({*names}) < len(names):
@@ -83,7 +84,7 @@ def _table(path: Path, delimiter: str, header: Sequence[str] | None) -> Iterator
         except csv.Error as error:
             raise ColumnError(
                 f"{path}: after line {table.line_num}: {error}. Look for a quote that is not "
-                "closed."
+                "closed, or not doubled in a quoted cell."
             ) from error
         except UnicodeDecodeError as error:
             raise ColumnError(f"{path}: {error}. Save it as UTF-8.") from error

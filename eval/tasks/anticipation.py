@@ -243,8 +243,9 @@ def evaluate(task: Task) -> TaskResult:
                 predictions=[picked[index] for index in part],
             )
         )
-    # An action is measured at every time before it, and counts once.
-    pool = {"pool": max(map(len, parts.values()))} if benchmark.paper is not None else {}
+    # An action is measured at every time before it, and counts once. The time with the fewest
+    # counts: a clip can be unusable at one time, and each score needs the whole pool.
+    pool = {"pool": min(map(len, parts.values()))} if benchmark.paper is not None else {}
     return task.result(
         predictions,
         protocol,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eval.compare import paired
-from eval.task import Task
+from eval.embed import Predictions
+from eval.task import Paper, Task
 from eval.tasks import anticipation
 from eval.tasks.anticipation import (
     MOMENT,
@@ -151,6 +152,22 @@ def test_anticipation_learns_candidates_and_majority_from_training_rows(tmp_path
     assert result.protocol["rows_of_other_actions"] == 1
     assert result.protocol["train_rows_file"] == "train.jsonl"
     assert result.pool is None  # only a benchmark of the paper has one
+
+
+def test_anticipation_pool_is_that_of_the_time_with_the_fewest_clips(tmp_path, monkeypatch):
+    """A clip that is unusable at one time leaves that time's score without the whole pool."""
+
+    def without_the_last(task, rows, texts, templates):
+        found = Predictions(rows[:-1], queries=[""] * 7, embeds=torch.ones(7, 2), broken={})
+        return found, torch.zeros(7, len(texts))
+
+    monkeypatch.setattr(anticipation, "compare", without_the_last)
+    paper = Paper(name="Steps", metric="top-1 at 1 s", pool=4)
+    measured = benchmark(tmp_path, STEPS, seconds_before=[1, 2], paper=paper)
+    model = ShadeModel([[1.0, 0]], {})
+    result = anticipation.evaluate(Task(model, model.processor, measured))
+    assert [result.scores[f"top-1 at {seconds} s"].n for seconds in (1, 2)] == [4, 3]
+    assert result.title == "Steps (3 of 4 rows)"
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_normal_form_of_an_answer_is_the_one_of_its_benchmark(form, answer, norm
     [
         ("a.txt", "red\n\n  dark blue \n", ["red", "dark blue"]),
         ("a.json", '["red", "dark blue"]', ["red", "dark blue"]),
+        ("A.JSON", '["red", "dark blue"]', ["red", "dark blue"]),
         ("a.json", '{"Pushing something": "0", "Pulling": "1"}', ["Pushing something", "Pulling"]),
         ("a.txt", "", "a.txt is empty"),
         ("a.txt", "red\nred\n", "a.txt holds a text twice: red"),

@@ -495,6 +495,17 @@ def test_load_benchmarks_reads_the_shipped_files(monkeypatch):
             r"num_frames is '2', must be int \| None",
         ),
         ("{task: retrieval, rows: 7, description: d}", "rows is 7, must be str"),
+        *(
+            (
+                f"{{task: captioning, rows: vqa.jsonl, description: d, {key}: {value}}}",
+                f"name: {key} is {words}, must be a number above 0",
+            )
+            for key, value, words in (
+                ("num_frames", "0", "0"),
+                ("num_frames", "true", "True"),
+                ("num_beams", "-1", "-1"),
+            )
+        ),
         ("5", "name: a benchmark has keys and values, found 5"),
     ],
 )

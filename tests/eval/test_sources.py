@@ -2,6 +2,7 @@
 the cause. Media are a few bytes each, since reading rows opens none."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -110,6 +111,13 @@ def test_source_reads_each_form_of_annotations(tmp_path, name, content, keys):
     columns = {"video": "v", "target": "t"}
     rows, bad = source(tmp_path, annotations=name, columns=columns, **keys).read()
     assert short(rows) == [("1.mp4", "a")] and not bad
+
+
+@pytest.mark.parametrize("cells", ['"a', '"a" b'])
+def test_source_of_a_table_names_a_quote_that_is_not_closed(tmp_path, cells):
+    (tmp_path / "a.csv").write_text(f"v,t\n1.mp4,{cells}\n2.mp4,b\n")
+    with pytest.raises(ColumnError, match="a.csv: after line .* a quote that is not closed"):
+        source(tmp_path, annotations="a.csv", columns={"video": "v", "target": "t"}).read()
 
 
 def test_source_of_an_object_makes_a_row_of_each_segment(tmp_path):
@@ -425,15 +433,16 @@ def test_source_refuses_a_name_of_two_members_and_a_broken_archive(tmp_path):
     with pytest.raises(SourceError, match="1.mp4 names 2 members of a.zip"):
         source(tmp_path, archives="a.zip", **keys).read()
     (tmp_path / "b.tar.gz").write_bytes(b"no archive")
-    with pytest.raises(SourceError, match="b.tar.gz is no zip or tar file"):
+    with pytest.raises(SourceError, match="b.tar.gz is no zip or tar file, or damaged") as caught:
         source(tmp_path, archives="b.tar.gz", **keys).read()
+    assert "\n" not in str(caught.value)
 
 
 def test_source_of_webdataset_leaves_out_samples_without_the_caption(tmp_path):
     """PE-Video's layout: only the clips of its bench have a caption written by a person."""
     samples = {
-        "00/a.mp4": b"one",
-        "00/a.json": b'{"human_caption": "a cat"}',
+        "00/a.MP4": b"one",
+        "00/a.JSON": b'{"human_caption": "a cat"}',
         "00/b.mp4": b"two",
         "00/b.json": b'{"model_caption": "a dog"}',
         "00/c.mp4": b"three",
@@ -677,6 +686,18 @@ def test_benchmark_of_streams_takes_no_source(captions):
     text = ENTRY.replace("task: retrieval", "task: streaming\n  validation_rows: captions.csv")
     with pytest.raises(ValueError, match="msr_vtt: streaming takes no source"):
         load_benchmarks(entries(captions, text), ["all"], captions)
+
+
+@pytest.mark.parametrize(
+    ("keys", "error"),
+    [
+        ({"pool": 0}, "a: paper: pool is 0, must be 1 or more"),
+        ({"pool": 1, "scores": {"model": math.nan}}, "a: paper:  model is nan, not a number"),
+    ],
+)
+def test_paper_names_a_number_that_is_impossible(keys, error):
+    with pytest.raises(ValueError, match=error):
+        Paper.from_mapping("a", {"name": "a", "metric": "b", **keys})
 
 
 def test_paper_allows_an_unknown_pool_with_a_reason():
