@@ -13,7 +13,7 @@ A grid is a YAML file, `experiments/NAME/grid.yaml`:
 | `prepare`     | steps that run once: `folder`, `command` and the file `complete`                |
 | `groups`      | titles of tables and figures, each with its settings; default: one of all       |
 | `compare`     | pairs of settings; the report computes second - first                           |
-| `score`       | the score of the figures, such as `babyai_val_vqa accuracy`                     |
+| `scores`      | those to report, such as `babyai_val_vqa accuracy`; default: all                |
 
 A recipe's section `evaluation` names the benchmarks to measure after training. `{seed}` in a text
 is the seed: a step whose folder contains it runs for each seed. `{recipe SETTING}` in a command is
@@ -108,7 +108,7 @@ class Grid:
     prepare: list = field(default_factory=list)
     groups: dict = field(default_factory=dict)
     compare: list = field(default_factory=list)
-    score: str | None = None
+    scores: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         for name in self.settings:

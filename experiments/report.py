@@ -2,7 +2,8 @@
 
 It reads `results.jsonl` and `items` of the folder alone. The text between the two markers of
 `README.md` is replaced, and `figures/*.svg` are drawn: the loss per row seen and per CPU-second,
-and the grid's score. `--check` writes nothing and fails if either is not that of the results.
+and the first of the grid's scores. `--check` writes nothing and fails if text or figures are not
+those of the results.
 
 A 95 % interval is about other seeds and other items. Both half-widths are added in quadrature:
 
@@ -157,20 +158,20 @@ def average(lines: list[dict], value: Callable[[dict], float]) -> float:
     return float(np.mean([value(line) for line in lines]))
 
 
-def scores_of(lines: list[dict]) -> list[str]:
-    """Return the names of the scores that all lines have items of, in the order of the first."""
-    return [name for name in lines[0]["items"] if all(name in line["items"] for line in lines)]
+def scores_of(grid: Grid, lines: list[dict]) -> list[str]:
+    """Return the names of the grid's scores that all lines have items of."""
+    names = grid.scores or list(lines[0]["items"])
+    return [name for name in names if all(name in line["items"] for line in lines)]
 
 
-def settings_table(folder: Path, found: dict[str, list[dict]]) -> str:
+def settings_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> str:
     """Return a table of settings: loss, scores in percent and cost, each averaged over seeds.
 
     Args:
         found: the lines of each setting, one for each seed.
     """
     lines = [line for each in found.values() for line in each]
-    # Not those of question types, which would make the table too wide.
-    scores = [name for name in scores_of(lines) if "of" not in lines[0]["items"][name]]
+    scores = scores_of(grid, lines)
     head = ["setting", "seeds", "loss (chance)", *(f"{name}, %" for name in scores)]
     head += ["trained parameters", "rows seen", "rows per CPU-second", "CPU-seconds"]
     rows = []
@@ -193,12 +194,24 @@ def settings_table(folder: Path, found: dict[str, list[dict]]) -> str:
     return markdown(head, rows)
 
 
-def reached(a: list[dict], b: list[dict]) -> tuple[str, bool]:
-    """Return the shares of B's steps in which each seed reached the final loss of A with that seed,
-    and True if every seed needed at most half of them."""
+def reached(a: list[dict], b: list[dict]) -> tuple[str, str, bool]:
+    """Return when each seed of B reaches the final loss of A with that seed.
+
+    Returns:
+        The shares of B's steps; the processor time until then as shares of A's; and True if every
+        seed needs at most half of its steps.
+    """
     shares = [share_to_reach(other, final_loss(one)) for one, other in zip(a, b, strict=True)]
-    text = ", ".join("never" if share is None else f"{100 * share:.0f} %" for share in shares)
-    return text, all(share is not None and share <= SHARE_OF_STEPS for share in shares)
+    costs = [
+        None if share is None else share * other["cpu_seconds"] / one["cpu_seconds"]
+        for share, one, other in zip(shares, a, b, strict=True)
+    ]
+    texts = (
+        ", ".join("never" if each is None else f"{100 * each:.0f} %" for each in values)
+        for values in (shares, costs)
+    )
+    is_fast = all(share is not None and share <= SHARE_OF_STEPS for share in shares)
+    return *texts, is_fast
 
 
 def comparison_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> str:
@@ -211,13 +224,13 @@ def comparison_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> 
             continue
         a, b = ([lines[seed] for seed in seeds] for lines in by_seed)
         differences = [final_loss(y) - final_loss(x) for x, y in zip(a, b, strict=True)]
-        loss, (shares, is_fast) = mean_over_seeds(differences), reached(a, b)
+        loss, (shares, costs, is_fast) = mean_over_seeds(differences), reached(a, b)
         lower += loss.value < 0
         surely += loss.high is not None and loss.high < 0
         fast += is_fast
         scores = [
             f"{name} {with_interval(difference_of_scores(folder, a, b, name), 100, '+')}"
-            for name in scores_of([*a, *b])
+            for name in scores_of(grid, [*a, *b])
         ]
         rows.append(
             [
@@ -225,13 +238,15 @@ def comparison_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> 
                 str(len(seeds)),
                 with_interval(loss, sign="+", digits=3),
                 shares,
+                costs,
                 "<br>".join(scores) or "–",
             ]
         )
     if not rows:
         return ""
     head = ["settings", "seeds", "difference of loss"]
-    head += ["steps to reach the first one's loss", "difference of scores, points"]
+    head += ["share of steps to reach the first one's loss", "processor time until then"]
+    head += ["difference of scores, points"]
     return (
         f"{markdown(head, rows)}\n\n"
         f"Comparisons: {len(rows)}, not corrected for their number. The loss is lower on average "
@@ -250,11 +265,9 @@ def figure_name(title: str) -> str:
 
 def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], digest: str) -> str:
     """Draw one group of settings; return the name of the SVG file in `folder`."""
-    score = grid.score
-    lines = [line for same in found.values() for line in same]
-    has_score = score is not None and all(score in line["items"] for line in lines)
-    figure = Figure(figsize=(13 if has_score else 9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3 if has_score else 2)
+    scores = scores_of(grid, [line for same in found.values() for line in same])[:1]
+    figure = Figure(figsize=(9 + 4 * len(scores), 3.6), layout="constrained")
+    axes = figure.subplots(1, 2 + len(scores))
     for name, same in found.items():
         losses = np.array([line["curve"]["loss"] for line in same])  # (S, points)
         steps = np.array(same[0]["curve"]["step"])
@@ -271,7 +284,7 @@ def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], dig
         axis.set(xlabel=label, ylabel="loss")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
-    if has_score:
+    for score in scores:
         means = [mean_score(folder, same, score) for same in found.values()]
         for index, mean in enumerate(means):
             low, high = 100 * (mean.value - mean.low), 100 * (mean.high - mean.value)
@@ -348,7 +361,7 @@ def results_text(
     for title, settings in grid.groups.items():
         if group := {name: found[name] for name in settings if name in found}:
             image = f"![{title}: loss per row and per CPU-second]({figure(title, group)})"
-            parts += [f"### {title}", settings_table(folder, group), image]
+            parts += [f"### {title}", settings_table(folder, grid, group), image]
     if compared := comparison_table(folder, grid, found):
         parts += ["### Comparisons", compared]
     missing = [f"{name} {seed}" for name, seed in expected if (name, seed) not in lines]
@@ -383,8 +396,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def existing(title: str, _: dict) -> str:
         name = figure_name(title)
-        if digest not in (folder / name).read_text(encoding="utf-8"):
-            raise ReportError(f"{folder / name}: not of these results. Run experiments.report.")
+        path = folder / name
+        if not path.is_file() or digest not in path.read_text(encoding="utf-8"):
+            raise ReportError(f"{path}: not of these results. Run experiments.report.")
         return name
 
     def drawn(title: str, found: dict) -> str:

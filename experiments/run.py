@@ -54,7 +54,7 @@ def in_own_process(words: list[str], log: Path, cpu_seconds: int) -> float:
         RunError: it failed, or reached the limit.
     """
     # A soft limit ends the process by SIGXCPU, a hard one by SIGKILL, as a lack of memory does.
-    script = 'ulimit -S -t "$0"; ulimit -c 0; exec nice -n 10 "$@"'
+    script = 'ulimit -S -t "$0"; ulimit -c 0; exec nice -n 5 "$@"'
     command = ["sh", "-c", script, str(cpu_seconds), sys.executable, "-m", *words]
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ python -m {' '.join(words)}\n")

@@ -24,6 +24,8 @@ LANGUAGES = {"sh", "python", "json", "yaml", "text"}
 NOT_TYPED = {
     r"^make (demo|test)\b": "CI runs it",
     r"^make (full|streams NAME=full|small)\b": "takes hours",
+    r"^make pictures\b|demo_data\.pictures": "downloads packages with npm",
+    r"runs/pictures-seed": "needs the model of `make pictures`",
     r"runs/(full|small)-seed": "needs a model that takes hours",
     r"decoder_smollm2": "takes hours on two cores",
     r"facebook/|meta-llama/|google/": "gated weights, and the network",
@@ -52,6 +54,7 @@ LONG = {
     r"--tasks all$|--tasks babyai_captioning": "measures thousands of rows",
     r"^(torchrun|accelerate) ": "several processes; tests of training start them",
     r"benchmarks\.": "a benchmark at the paper's size",
+    r"^python -m experiments\.": "trains for hours",
 }
 HUB = "user/name"
 DECODER = "runs/demo-seed0/decoder"

@@ -114,7 +114,7 @@ def folder(tmp_path, monkeypatch):
         "seeds": [0, 1],
         "settings": {"plain": None, "fast": {"training.learning_rate": 1.0}},
         "compare": [["plain", "fast"]],
-        "score": "vqa accuracy",
+        "scores": ["vqa accuracy", "vqa where", "none"],
     }
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     (folder / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
@@ -132,6 +132,7 @@ def folder(tmp_path, monkeypatch):
     for name in losses:
         for seed in (0, 1):
             made = line(folder, name, seed, losses[name][seed], values[name][seed])
+            made["cpu_seconds"] = {"plain": 50.0, "fast": 40.0}[name]
             append_line(folder, made | {"settings": hashes[name, seed]})
     return folder
 
@@ -144,9 +145,12 @@ def test_report_writes_hand_computed_tables(folder, capsys):
     assert rows[2].startswith("| plain | 2 | 2.10 (0.83 to 3.37) (4.00) | 30.0 (")
     assert rows[2].endswith("| 1.50 M | 400 | 8 | 50 |")
     assert rows[3].startswith("| fast | 2 | 1.20 (-1.34 to 3.74) (4.00) | 70.0 (")
-    # Differences are -1 and -0.8; plain's 2.0 and 2.2 are reached at steps 20 and 30 of 40.
-    assert rows[-1].startswith("| plain → fast | 2 | -0.900 (-2.171 to +0.371) | 50 %, 75 % | vqa")
-    for part in ("vqa accuracy +40.0 (", "vqa what +50.0 (", "vqa where +33.3 ("):
+    # Differences are -1 and -0.8; plain's losses are reached at steps 20 and 30 of 40, after 20
+    # and 30 CPU-seconds of plain's 50.
+    assert rows[-1].startswith(
+        "| plain → fast | 2 | -0.900 (-2.171 to +0.371) | 50 %, 75 % | 40 %, 60 % | vqa"
+    )
+    for part in ("vqa accuracy +40.0 (", "vqa where +33.3 ("):
         assert part in rows[-1]
     assert (
         "Comparisons: 1, not corrected for their number. The loss is lower on average in 1" in text

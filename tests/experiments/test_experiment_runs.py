@@ -165,7 +165,7 @@ def test_read_lines_takes_the_last_line_of_a_run_and_names_a_torn_one(tmp_path):
 def test_in_own_process_measures_and_reports_failure_and_limit(tmp_path, monkeypatch):
     log = tmp_path / "log.txt"
     assert run.in_own_process(["this"], log, 60) < 10
-    with pytest.raises(run.RunError, match="json.tool ended with exit code 2; see .*usage"):
+    with pytest.raises(run.RunError, match="json.tool ended with exit code 2; see .*unrecognized"):
         run.in_own_process(["json.tool", "--nothing"], log, 60)
     endless = tmp_path / "endless.py"
     endless.write_text("while True: pass")
