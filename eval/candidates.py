@@ -168,12 +168,17 @@ def compare(
     return predictions, scores.unflatten(1, (len(templates), -1)).mean(dim=1)
 
 
-def candidate_facts(candidates: list[str], templates: list[str]) -> dict[str, str | int]:
-    """Return the facts about candidates for the protocol."""
+def candidate_facts(
+    task: Task, candidates: list[str], templates: list[str]
+) -> dict[str, str | int]:
+    """Return the facts about candidates and their scores for the protocol."""
     facts: dict[str, str | int] = {
         "candidates": len(candidates),
         "candidates_sha256": texts_sha256(candidates),
     }
+    if task.scoring is not None:
+        facts["likelihood"] = task.scoring
+        facts["likelihood_from"] = task.likelihood_from or "the default, the paper's"
     if len(templates) == 1:
         return facts | {"template": templates[0]}
     return facts | {"templates": len(templates), "templates_sha256": texts_sha256(templates)}

@@ -59,12 +59,16 @@ class LikelihoodReader:
         queries: list[str],
     ) -> torch.Tensor:
         """Return the log-likelihood of each candidate after each query about `(B, N, Dx)`."""
-        return model.score_texts(
-            processor.text_labels(self.texts).to(model.device),
+        # Texts of equal tokens once: computed twice, they could differ in the last bit, and ties
+        # would be decided by chance.
+        labels, index = processor.text_labels(self.texts).unique(dim=0, return_inverse=True)
+        scores = model.score_texts(
+            labels.to(model.device),
             visual_embeds=visual_embeds,
             batch_size=self.batch_size,
             **processor(text=queries).to(model.device),
         )
+        return scores[:, index.to(scores.device)]
 
 
 @dataclass(frozen=True)

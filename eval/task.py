@@ -404,9 +404,6 @@ class Task:
     def _shared_protocol(self, predictions: Predictions) -> dict[str, str | int | float]:
         rows, queries = predictions.rows, predictions.queries
         limit = {"limit": "none" if self.limit is None else self.limit}
-        if self.scoring is not None:
-            limit["likelihood"] = self.scoring
-            limit["likelihood_from"] = self.likelihood_from or "the default, the paper's"
         if not self.benchmark.media:
             return self._loaded[2] | limit
         moved = sum(row["query"] != query for row, query in zip(rows, queries, strict=True))

@@ -93,6 +93,8 @@ def main(argv: list[str] | None = None) -> TokenTrainer:
     )
     if trainer.is_world_process_zero():
         print(start_report(model, recipe, sources, loss_line(recipe)), flush=True)
+        if args.resume_from_checkpoint:
+            print(f"resuming from {resume_from or 'the beginning: there are no checkpoints yet'}")
         if changes:
             print(f"other settings than before: {changes}", flush=True)
     trainer.train(resume_from_checkpoint=resume_from)

@@ -224,7 +224,7 @@ def evaluate(task: Task) -> TaskResult:
     ranks = first_relevant_ranks(similarity, relevant)  # (R,)
     picked = chosen(similarity, relevant, ranks, texts)
 
-    protocol = candidate_facts(texts, templates) | {"ties": "wrong"} | facts(benchmark, rows)
+    protocol = candidate_facts(task, texts, templates) | {"ties": "wrong"} | facts(benchmark, rows)
     if benchmark.training is not None:
         protocol |= origin_facts(benchmark.training, benchmark.train_actions, "train_")
     majority = Majority(benchmark.train_actions or task.all_rows())

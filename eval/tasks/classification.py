@@ -68,7 +68,7 @@ def evaluate(task: Task) -> TaskResult:
             "majority": most_common / len(targets),
         }
         scores[f"top-{k}"] = Score.of(hits[f"top-{k}"], clusters, baselines)
-    protocol = candidate_facts(labels, templates) | {"ties": "wrong", "rows": len(targets)}
+    protocol = candidate_facts(task, labels, templates) | {"ties": "wrong", "rows": len(targets)}
     if unused := [label for label in labels if label not in distinct]:
         protocol["candidates_without_rows"] = f"{len(unused)}: {named(unused)}"
     return task.result(

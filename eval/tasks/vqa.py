@@ -309,7 +309,7 @@ def evaluate(task: Task) -> TaskResult:
         scores |= f1_scores(benchmark, answers, found, targets, types, clusters, given)
         numbers = detection_numbers(benchmark.positive, found, targets, types)
 
-    protocol = candidate_facts(answers, templates) | {
+    protocol = candidate_facts(task, answers, templates) | {
         "answers": benchmark.answers,
         "ties": "wrong",
         "rows": len(rows),

@@ -95,6 +95,12 @@ def test_classification_by_likelihood_chooses_the_likeliest_label(model, process
     assert result.protocol["likelihood_from"] == "the default, the paper's"
 
 
+def test_compare_gives_texts_of_equal_tokens_one_score(model, processor, labels):
+    task = Task(model, processor, labels)
+    _, scores = compare(task, task.rows()[:2], [*TEXTS, *TEXTS], ["{}"])
+    assert torch.equal(scores[:, :4], scores[:, 4:])
+
+
 def test_compare_averages_the_likelihoods_of_templates(model, processor, labels):
     task = Task(model, processor, labels)
     rows = task.rows()[:1]

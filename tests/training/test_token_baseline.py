@@ -31,6 +31,7 @@ from training.data.mixture import MixtureSampler
 from training.data.sources import read_source
 from training.loop.run import read_data
 from training.loop.speed import training_flops
+from training.loop.trainer import VLJEPATrainer
 from training.model.recipe_model import start_model
 from training.token_baseline import main
 from training.tokens.model import start_token_model
@@ -221,6 +222,8 @@ def test_hybrid_loss_is_the_weighted_sum_of_both(recipe):
     assert later.model.dtype == torch.float32
     with pytest.raises(RecipeError, match="is a hybrid; give less than 1"):
         start(further)
+    with pytest.raises(RecipeError, match="predicts tokens; train it with training.token_baseline"):
+        VLJEPATrainer.check(later.model, later.args)
 
 
 def test_gradient_accumulation_keeps_the_mean_over_the_tokens_of_a_step(recipe):

@@ -15,8 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from eval.task import Benchmark, Task
 from eval.tasks import TASKS
+from modeling_vljepa import VLJEPAModel, VLJEPATokenModel
 from modeling_vljepa.input_checks import values_checked
-from training.arguments import VLJEPATrainingArguments
+from training.arguments import RecipeError, VLJEPATrainingArguments
 from training.data.collator import ContrastiveCollator, to_pixel_values
 from training.data.dataset import Batch
 from training.data.mixture import MixtureSampler
@@ -53,7 +54,6 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         lanes, max_bad_share: settings of the recipe's section `data`.
     """
 
-    check = staticmethod(check_objective)
     # Methods of the model that evaluation calls; data parallelism knows `forward` only.
     called = ("encode_video", "predict", "encode_target")
 
@@ -84,6 +84,20 @@ class VLJEPATrainer(AtomicCheckpoints, Trainer):
         self._resumed: str | None = None
         self.speed_meter = SpeedMeter(peak_flops)
         self.add_callback(self.speed_meter)
+
+    @staticmethod
+    def check(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
+        """Reject a model that this trainer cannot train; see `check_objective`.
+
+        Raises:
+            RecipeError: the model is a token baseline, or the objective does not fit it.
+        """
+        if isinstance(model, VLJEPATokenModel):
+            raise RecipeError(
+                "model.checkpoint: it is a model that predicts tokens; train it with "
+                "training.token_baseline."
+            )
+        check_objective(model, args)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
