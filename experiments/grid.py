@@ -1,4 +1,4 @@
-"""Grids of trainings: a base recipe, settings that change it, and what they need.
+"""Grids of trainings: a base recipe, settings that change it, and their preparations.
 
 A grid is a YAML file, `experiments/NAME/grid.yaml`:
 
@@ -127,10 +127,10 @@ class Grid:
                 raise GridError(f"compare: {pair} is not a pair of settings.")
 
     def check_setting(self, where: str, name: str) -> None:
-        """Raise `GridError` if there is no such setting."""
+        """Raise `GridError` if the grid lacks a setting."""
         if name not in self.settings:
             raise GridError(
-                f"{where}: {name!r} is no setting; there are {', '.join(self.settings)}."
+                f"{where}: {name!r}: no such setting; there are {', '.join(self.settings)}."
             )
 
     def steps(self, seed: int) -> list[Step]:

@@ -30,7 +30,7 @@ def read_lines(folder: Path) -> dict[tuple[str, int], dict]:
             line = json.loads(text)
             lines[line["setting"], line["seed"]] = line
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: line {number} is no result; delete it.") from error
+            raise ValueError(f"{path}: line {number} is not a result; delete it.") from error
     return lines
 
 

@@ -231,7 +231,7 @@ def unfinished(
     """Return the runs without a result.
 
     Args:
-        lines: the results, see `read_lines`; a line with an `error` is none.
+        lines: the results, see `read_lines`; a line with an `error` does not count.
         data: see `made`, one for each run.
         again: repeat runs whose settings or data have changed.
 
@@ -273,7 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is missing; return the number of failed runs."""
+    """Run the missing runs; return the number of failed runs."""
     args = parse(argv)
     grid, folder = read_grid(args.grid), args.grid.parent
     check_output_folder("grid", folder)

@@ -1,4 +1,4 @@
-"""Grids of trainings: their recipes, what is run again, and one small grid from start to report."""
+"""Grids of trainings: their recipes, the runs to repeat, and a small one from start to report."""
 
 import importlib
 import json
@@ -85,9 +85,9 @@ def test_grid_prepares_only_what_a_run_needs_for_its_seed(folder):
     [
         ({"settings": {"a b": None}}, "settings: 'a b': use letters"),
         ({"seeds": []}, "give at least one"),
-        ({"compare": [["plain", "none"]]}, "'none' is no setting; there are plain, fast"),
+        ({"compare": [["plain", "none"]]}, "'none': no such setting; there are plain, fast"),
         ({"compare": [["plain"]]}, "is not a pair"),
-        ({"groups": {"all": ["none"]}}, "'none' is no setting"),
+        ({"groups": {"all": ["none"]}}, "'none': no such setting"),
         ({"nothing": 1}, "nothing: no such key"),
         ({"prepare": [{"folder": "x"}]}, "prepare: give command, complete, folder"),
         (
@@ -123,7 +123,7 @@ def test_shipped_grids_have_valid_recipes_and_a_report_of_their_results(
     report.main([str(path.parent), "--check"])
 
 
-# -- what is run again -----------------------------------------------------------------------
+# -- the runs to repeat -----------------------------------------------------------------------
 
 
 def line(setting: str, seed: int, **more) -> dict:
@@ -157,7 +157,7 @@ def test_read_lines_takes_the_last_line_of_a_run_and_names_a_torn_one(tmp_path):
     assert read_lines(tmp_path)["done", 0]["loss"] == 1
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"setting": "do')
-    with pytest.raises(ValueError, match="results.jsonl: line 3 is no result; delete it"):
+    with pytest.raises(ValueError, match="results.jsonl: line 3 is not a result; delete it"):
         read_lines(tmp_path)
 
 
