@@ -55,6 +55,7 @@ LONG = {
     r"^(torchrun|accelerate) ": "several processes; tests of training start them",
     r"benchmarks\.": "a benchmark at the paper's size",
     r"^python -m experiments\.": "trains for hours",
+    r"runs/tokens": "trains twice as long as the demonstration",
 }
 HUB = "user/name"
 DECODER = "runs/demo-seed0/decoder"
