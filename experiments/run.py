@@ -8,6 +8,7 @@ repeated with `--again`. The weights are deleted; logs, recipe and items stay in
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -65,6 +68,7 @@ def in_own_process(words: list[str], log: Path, cpu_seconds: int) -> float:
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            close_fds=False,  # it holds the lock of `only_runner`
         )
         # `Popen.wait` would not return the processor time of this child alone.
         _, status, usage = os.wait4(process.pid, 0)
@@ -222,6 +226,29 @@ def revision() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
+@contextmanager
+def only_runner(folder: Path) -> Iterator[None]:
+    """Lock a grid's folder.
+
+    Trainings inherit the lock: one that outlives a killed runner would write into the folder of the
+    run that repeats it.
+
+    Raises:
+        GridError: it is locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise GridError(
+                f"{folder}: another command runs this grid, or a training of one that was killed. "
+                "Wait until it ends, or end it."
+            ) from error
+        yield
+
+
 # -- the command -----------------------------------------------------------------------------
 
 
@@ -279,22 +306,26 @@ def main(argv: list[str] | None = None) -> int:
     check_output_folder("grid", folder)
     check_output_folder("runs", WORK / grid.name)
 
-    # 1. All settings are checked before the first run, which may take hours
-    runs = list(grid.runs(args.only, args.seeds))
-    for run in {run.setting: run for run in runs}.values():
-        run.write_recipe()
-    lines = read_lines(folder)
-    todo = unfinished(runs, lines, [made(grid, run) for run in runs], args.again)
-    print(f"{grid.name}: {len(runs)} runs, {len(runs) - len(todo)} of them finished before")
+    with only_runner(WORK / grid.name):
+        # 1. All settings are checked before the first run, which may take hours
+        runs = list(grid.runs(args.only, args.seeds))
+        for run in {run.setting: run for run in runs}.values():
+            run.write_recipe()
+        data = [made(grid, run) for run in runs]
+        todo = unfinished(runs, read_lines(folder), data, args.again)
+        print(f"{grid.name}: {len(runs)} runs, {len(runs) - len(todo)} of them finished before")
 
-    # 2. Data, models and features
-    prepare(grid, todo)
+        # 2. Data, models and features, then the runs
+        prepare(grid, todo)
+        return run_all(grid, folder, todo, args.jobs)
 
-    # 3. The runs
+
+def run_all(grid: Grid, folder: Path, todo: list[Run], jobs: int) -> int:
+    """Execute runs, `jobs` at a time, and append their lines; return the number of failed ones."""
     failed = 0
     with (
         tqdm(total=len(todo), desc=grid.name, unit="run", dynamic_ncols=True) as progress,
-        ThreadPoolExecutor(args.jobs) as pool,
+        ThreadPoolExecutor(jobs) as pool,
     ):
         started = {pool.submit(execute, grid, folder, run): run for run in todo}
         try:
@@ -303,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
                 line = {"setting": run.setting, "seed": run.seed, "settings": run.settings}
                 try:
                     line = future.result()
-                    tqdm.write(f"{run.setting} {run.seed}: {summary(line)}")
+                    tqdm.write(f"{run.setting} {run.seed}: {summary(grid, line)}")
                 except RunError as error:
                     failed += 1
                     line["error"] = str(error)
@@ -316,9 +347,10 @@ def main(argv: list[str] | None = None) -> int:
     return failed
 
 
-def summary(line: dict) -> str:
-    """Return the last loss, the scores and the cost of a run."""
-    scores = [f"{name} {score['value']:.3f}" for name, score in line["scores"].items()]
+def summary(grid: Grid, line: dict) -> str:
+    """Return the last loss, the grid's scores and the cost of a run."""
+    names = [name for name in grid.scores or line["scores"] if name in line["scores"]]
+    scores = [f"{name} {line['scores'][name]['value']:.3f}" for name in names]
     words = [f"loss {line['curve']['loss'][-1]:.3f}", *scores, f"{line['cpu_seconds']:.0f} CPU-s"]
     return " · ".join(words)
 

@@ -161,6 +161,14 @@ def test_read_lines_takes_the_last_line_of_a_run_and_names_a_torn_one(tmp_path):
         read_lines(tmp_path)
 
 
+def test_only_runner_refuses_a_second_one(tmp_path):
+    refused = pytest.raises(GridError, match="trial: another command runs this grid")
+    with run.only_runner(tmp_path / "trial"), refused, run.only_runner(tmp_path / "trial"):
+        pass
+    with run.only_runner(tmp_path / "trial"):
+        pass
+
+
 @pytest.mark.slow
 def test_in_own_process_measures_and_reports_failure_and_limit(tmp_path, monkeypatch):
     log = tmp_path / "log.txt"
