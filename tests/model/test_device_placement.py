@@ -45,6 +45,7 @@ from tests.tiny import (
     tiny_batch,
     tiny_config,
     tiny_processor,
+    tiny_token_model,
 )
 from training.data.collator import to_pixel_values
 from training.data.feature_writer import Encoder
@@ -254,6 +255,22 @@ def test_decoder_forward_is_on_one_device(fake, context):
     embeds, labels = torch.ones(3, 24, device=fake), batch["target_input_ids"]
     output = model(predicted_embeds=embeds, labels=labels, **contexts)
     assert {output.loss.device, output.logits.device} == {fake}
+
+
+def test_token_model_scores_and_learns_texts_on_one_device(fake):
+    with _disable_current_modes():
+        model = tiny_token_model(predicts_embeddings=True)
+    model, batch = model.to(GPU), batch_on(fake)
+    labels = batch["target_input_ids"]
+    output = model(**batch, labels=labels)
+    scores = model.score_texts(
+        labels[:2],
+        batch["input_ids"],
+        batch["attention_mask"],
+        pixel_values_videos=batch["pixel_values_videos"],
+    )
+    found = (output.loss, output.logits, output.predicted_embeds, output.target_embeds, scores)
+    assert {each.device for each in found} == {fake}
 
 
 def test_stream_windows_are_returned_on_the_cpu(fake):

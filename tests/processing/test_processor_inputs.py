@@ -605,3 +605,25 @@ def test_processor_returns_a_batch_or_its_own_error(processor, folder, start, co
             found.append(outcome(processor, some_call(random.Random(seed), folder)))
     # Positive control: the calls are neither all right nor all wrong.
     assert min(found.count("batch"), found.count("error")) > 0.1 * count
+
+
+# -- labels of a language model ------------------------------------------------------------
+
+
+def test_text_labels_end_every_text_and_pad_with_ignored_labels():
+    processor = tiny_processor()
+    tokens = processor.tokenizer(["red", "", "a cat sits"], add_special_tokens=False)["input_ids"]
+    longest = len(tokens[2])
+    for limit in (512, longest, 2, 1):
+        processor.max_target_length = limit
+        labels = processor.text_labels(["red", "", "a cat sits"])
+        expected = [[*ids[: limit - 1], 2] for ids in tokens]
+        width = max(map(len, expected))
+        assert labels.tolist() == [ids + [-100] * (width - len(ids)) for ids in expected]
+
+
+def test_text_labels_need_an_end_token():
+    processor = tiny_processor()
+    processor.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="^the query tokenizer has no eos_token"):
+        processor.text_labels(["red"])

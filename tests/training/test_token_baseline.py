@@ -29,6 +29,7 @@ from training.arguments import RecipeError
 from training.data.collator import to_pixel_values
 from training.data.mixture import MixtureSampler
 from training.data.sources import read_source
+from training.hub.publishing import load_trained
 from training.loop.run import read_data
 from training.loop.speed import training_flops
 from training.loop.trainer import VLJEPATrainer
@@ -224,6 +225,8 @@ def test_hybrid_loss_is_the_weighted_sum_of_both(recipe):
         start(further)
     with pytest.raises(RecipeError, match="predicts tokens; train it with training.token_baseline"):
         VLJEPATrainer.check(later.model, later.args)
+    with pytest.raises(RecipeError, match="^--model: .* predicts tokens, and model cards describe"):
+        load_trained(str(folder))
 
 
 def test_gradient_accumulation_keeps_the_mean_over_the_tokens_of_a_step(recipe):
