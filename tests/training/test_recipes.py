@@ -19,12 +19,13 @@ from tests.tiny import tiny_model, tiny_recipe
 from training.arguments import (
     DataArguments,
     EvaluationArguments,
-    ModelArguments,
     Recipe,
     VLJEPATrainingArguments,
     read_recipe,
 )
 from training.model.recipe_model import check_config
+from training.tokens.recipe import TokenModelArguments, TokenTrainingArguments
+from training.tokens.recipe import read_recipe as read_token_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "training" / "recipes"
@@ -267,10 +268,9 @@ def commands(program: str) -> list[list[str]]:
     return [words[len(program.split()) :] for words in found]
 
 
-def training_commands() -> list[list[str]]:
-    """Return the arguments of `-m training.train` in the guide, with any launcher."""
+def training_commands(module: str = "training.train") -> list[list[str]]:
+    """Return the arguments of `-m module` in the guide, with any launcher."""
     launched = [*commands("python"), *commands("torchrun"), *commands("accelerate launch")]
-    module = "training.train"
     return [words[words.index(module) + 1 :] for words in launched if module in words]
 
 
@@ -312,6 +312,13 @@ def test_guide_command_is_a_valid_recipe(command, monkeypatch):
     read_recipe(str(ROOT / recipe), ["training.use_cpu=true", *overrides])
 
 
+def test_guide_commands_of_the_token_baseline_are_valid_recipes():
+    found = training_commands("training.token_baseline")
+    assert len(found) > 3
+    for recipe, *overrides in found:
+        read_token_recipe(str(ROOT / recipe), ["training.use_cpu=true", *overrides])
+
+
 def test_guide_commands_are_valid_for_their_launchers():
     for words in commands("torchrun"):
         launch = get_args_parser().parse_args(words)
@@ -342,10 +349,10 @@ def test_guide_yaml_is_valid_in_a_recipe(block, tmp_path):
 @pytest.mark.parametrize(
     ("section", "arguments"),
     [
-        ("model", ModelArguments),
+        ("model", TokenModelArguments),  # those of a VL-JEPA, and one more
         ("data", DataArguments),
         ("evaluation", EvaluationArguments),
-        ("training", VLJEPATrainingArguments),
+        ("training", TokenTrainingArguments),
     ],
 )
 def test_guide_names_existing_keys(section, arguments):
