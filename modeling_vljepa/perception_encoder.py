@@ -38,6 +38,18 @@ from .vjepa21 import rotate
 
 POOLER_MLP_RATIO = 4  # in all published models, also in G, whose layers have another ratio
 
+# Settings that are sizes or counts; `output_dim` may also be `None`.
+POSITIVE = (
+    "attn_pooler_heads",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "output_dim",
+    "patch_size",
+)
+
 
 @strict  # values of another type are errors, as in transformers' own configurations
 class PerceptionEncoderVisionConfig(PreTrainedConfig):
@@ -95,6 +107,9 @@ class PerceptionEncoderVisionConfig(PreTrainedConfig):
 
 def check(config: PerceptionEncoderVisionConfig) -> None:
     """Raise `ValueError` for values of a configuration that contradict each other."""
+    for name in POSITIVE:
+        if (value := vars(config)[name]) is not None and value < 1:
+            raise ValueError(f"{name} is {value}: give 1 or more.")
     size = config.hidden_size
     if size % (4 * config.num_attention_heads):
         raise ValueError(
@@ -174,7 +189,16 @@ class PerceptionEncoderEmbeddings(nn.Module):
         return grid[0].flatten(1).T.to(self.position_embedding.dtype)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Embed `(B, C, H, W)`; return the tokens `(B, N, D)` and their grid (h, w)."""
+        """Embed `(B, C, H, W)`; return the tokens `(B, N, D)` and their grid (h, w).
+
+        Raises:
+            ValueError: another number of axes.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, channels, "
+                "height, width)."
+            )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         height, width = patches.shape[2:]
         tokens = patches.flatten(2).transpose(1, 2) + self.positions(height, width)

@@ -38,6 +38,17 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 # Layers whose states are the four levels, by the number of layers of the published sizes.
 LEVELS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48: (11, 23, 37, 47)}
 
+# Settings that are sizes or counts.
+POSITIVE = (
+    "crop_size",
+    "hidden_size",
+    "in_chans",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "patch_size",
+    "tubelet_size",
+)
+
 
 @strict  # values of another type are errors, as in transformers' own configurations
 class VJEPA21Config(PreTrainedConfig):
@@ -121,6 +132,14 @@ class VJEPA21Config(PreTrainedConfig):
 
 def check(config: VJEPA21Config) -> None:
     """Raise `ValueError` for values of a [`VJEPA21Config`] that contradict each other."""
+    for name in POSITIVE:
+        if (value := vars(config)[name]) < 1:
+            raise ValueError(f"{name} is {value}: give 1 or more.")
+    if config.pretrained_crop_size < config.patch_size:
+        raise ValueError(
+            f"pretrained_crop_size is {config.pretrained_crop_size} and patch_size "
+            f"{config.patch_size}: the pretrained grid must have at least one patch."
+        )
     levels, last = config.levels, config.num_hidden_layers - 1
     ascending = list(levels) == sorted(set(levels))
     if not ascending or levels[0] < 0 or levels[-1] != last:
@@ -208,7 +227,16 @@ class VJEPA21Embeddings(nn.Module):
     def forward(
         self, pixel_values_videos: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """Embed `(B, T, C, H, W)`; return the patches `(B, N, D)` and their grid (t, h, w)."""
+        """Embed `(B, T, C, H, W)`; return the patches `(B, N, D)` and their grid (t, h, w).
+
+        Raises:
+            ValueError: another number of axes.
+        """
+        if pixel_values_videos.ndim != 5:
+            raise ValueError(
+                f"pixel_values_videos has shape {tuple(pixel_values_videos.shape)}; expected "
+                "(batch, frames, channels, height, width), also of an image, whose frames are 1."
+            )
         pixels = pixel_values_videos.transpose(1, 2)  # (B, C, T, H, W)
         pixels = pixels.to(self.patch_embeddings.proj.weight.dtype)
         is_image = self.has_image_stem and pixels.shape[2] == 1

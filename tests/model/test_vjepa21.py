@@ -202,11 +202,20 @@ def test_vjepa21_published_sizes_have_their_parameters(width, depth, heads, mlp,
         ({"num_attention_heads": 3}, "128 for 3 heads: the size of a head must be an even"),
         ({"num_attention_heads": 128}, "must be an even whole number"),
         ({"img_temporal_dim_size": 2}, "img_temporal_dim_size is 2: give 1, or null"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0: give 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0: give 1 or more"),
+        ({"pretrained_crop_size": 8}, "pretrained_crop_size is 8 and patch_size 16: the pretr"),
     ],
 )
 def test_vjepa21_rejects_settings_that_contradict_each_other(changes, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         VJEPA21Model(VJEPA21Config(**{**SETTINGS, **changes}))
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 32, 32), (3, 32, 32)])
+def test_vjepa21_rejects_pixels_without_an_axis_of_frames(model, shape):
+    with pytest.raises(ValueError, match="pixel_values_videos has shape .* expected .batch, fr"):
+        model(torch.zeros(shape))
 
 
 # -- as X-Encoder --------------------------------------------------------------------------

@@ -313,7 +313,7 @@ REFUSED: dict[str, tuple[str, object, str]] = {
         "has ln_pre.bias as torch.strided numbers of torch.int8; give a file with dense",
     ),
     "twice": ("--vision", VISION | module(VISION), "has two tensors of one name, conv1.weight"),
-    "code": ("--vision", {"state_dict": Malicious()}, "is not a file of tensors"),
+    "code": ("--vision", {"state_dict": Malicious()}, "refers to getattr, which torch"),
     "image alone": (
         "--text",
         TINY["lang"][1],

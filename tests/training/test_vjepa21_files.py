@@ -1,6 +1,7 @@
 """V-JEPA 2.1's published files and their ports: read as they are, checked by name and shape."""
 
 import json
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -226,7 +227,7 @@ def test_read_vision_names_a_file_that_is_no_vjepa21(tmp_path, monkeypatch):
         with pytest.raises(RecipeError, match=f"--vision: .*{message}"):
             read_vision("--vision", str(tmp_path / "file.pt"))
 
-    refused({"ema_encoder": Malicious()}, "file.pt is not a file of tensors")
+    refused({"ema_encoder": Malicious()}, "refers to getattr, which torch.s restricted")
     assert not Path("executed").exists()
     refused({"model": {}, "epoch": 1}, "has no ema_encoder or target_encoder.* it has model, epoch")
     refused([1, 2], "it has no names")
@@ -239,9 +240,22 @@ def test_read_vision_names_a_file_that_is_no_vjepa21(tmp_path, monkeypatch):
     refused({"target_encoder": WEIGHTS | twice}, "has two tensors of one name, img_mod_embed")
     wide = WEIGHTS | {"patch_embed.proj.weight": torch.zeros(80, 3, 2, 16, 16)}
     refused({"target_encoder": wide}, "has 80 features, but .* 768, 1024, 1408, 1664")
+    bias = WEIGHTS["norms_block.3.bias"]
+    for other, message in (
+        (bias.to(torch.float8_e4m3fn), "has norms_block.3.bias as .* numbers of torch.float8_e4m3"),
+        (bias.to("meta"), "has a tensor without values or a nested one"),
+        (torch.nested.nested_tensor([bias]), "has a tensor without values or a nested one"),
+    ):
+        refused({"ema_encoder": WEIGHTS | {"norms_block.3.bias": other}}, message)
     (tmp_path / "broken.pt").write_bytes(b"no archive")
     (tmp_path / "broken.safetensors").write_bytes(b"no archive")
-    for name in ("broken.pt", "broken.safetensors", "missing.pt", "no/folder/missing.pt"):
+    cut = (tmp_path / "file.pt").read_bytes()[:-9]
+    (tmp_path / "cut.pt").write_bytes(cut)
+    with zipfile.ZipFile(tmp_path / "damaged.pt", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02s.")  # an IndexError of the unpickler
+        archive.writestr("a/byteorder", "little")
+    names = ("broken.pt", "broken.safetensors", "cut.pt", "damaged.pt")
+    for name in (*names, "missing.pt", "no/folder/missing.pt"):
         with pytest.raises(RecipeError, match=f"--vision: .*{name}"):
             read_vision("--vision", str(tmp_path / name))
 

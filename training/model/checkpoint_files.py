@@ -6,6 +6,8 @@ Every error names the setting, `key`, that named the checkpoint.
 import json
 import os
 import pickle
+import re
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -29,6 +32,7 @@ MODELS = (PreTrainedModel, AutoModel, AutoModelForCausalLM, AutoModelForImageTex
 
 Weights = dict[str, torch.Tensor]
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FILES = (".pt", ".safetensors")  # a single file with published names, without a configuration
 
 
@@ -188,18 +192,28 @@ def read_file(key: str, source: str) -> Any:
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
+        if not zipfile.is_zipfile(path):  # torch's own error advises to save the file again
+            raise ValueError("it is incomplete, or older than torch 1.6")
         # Mapped, because a file may also hold parts that are not read, such as the optimizer's.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(f"{key}: {source} is not a file of tensors: {reason}") from error
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        # torch's message advises to load the file without the restriction, which runs its code.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        name = found[1] if found else "objects other than tensors"
+        raise RecipeError(
+            f"{key}: {source} refers to {name}, which torch's restricted unpickler does not read; give "
+            "the published file."
+        ) from error
+    except Exception as error:  # a damaged pickle raises anything
+        reason = str(error).split(". ")[0].splitlines() or [type(error).__name__]
+        raise RecipeError(f"{key}: {source} is not a file of tensors: {reason[0]}") from error
+    for leaf in tree_leaves(content):
+        if isinstance(leaf, torch.Tensor) and (leaf.is_meta or leaf.is_nested):
+            raise RecipeError(
+                f"{key}: {source} has a tensor without values or a nested one; give the published "
+                "file."
+            )
+    return content
 
 
 def is_weights(content: Any) -> bool:
@@ -242,7 +256,7 @@ def check_shapes(
 ) -> None:
     """Raise `RecipeError` for a missing, extra or misshapen tensor, with its name.
 
-    A quantised or sparse tensor is refused as well.
+    A quantised or sparse tensor is refused as well, also one of 8 bits, whose scale is elsewhere.
 
     Args:
         model: name of the model in the error.
@@ -260,10 +274,10 @@ def check_shapes(
                 f"{key}: {source} has {name} of shape {tuple(tensor.shape)}, but this size of "
                 f"{model} has {tuple(wanted[name])}; give another file."
             )
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
             raise RecipeError(
                 f"{key}: {source} has {name} as {tensor.layout} numbers of {tensor.dtype}; give a "
-                "file with dense floating-point weights."
+                "file with dense floating-point weights of 16 bits or more."
             )
 
 
