@@ -290,6 +290,7 @@ def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], dig
             low, high = 100 * (mean.value - mean.low), 100 * (mean.high - mean.value)
             axes[2].errorbar(100 * mean.value, index, xerr=[[low], [high]], fmt="o", capsize=3)
         axes[2].set(yticks=range(len(means)), yticklabels=list(found), xlabel=f"{score}, %")
+        axes[2].margins(y=0.2)
         axes[2].invert_yaxis()
         axes[2].grid(axis="x", alpha=0.3)
     path = folder / figure_name(title)

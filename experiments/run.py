@@ -221,9 +221,14 @@ def collect(folder: Path, run: Run, recipe: Recipe, model: Path) -> dict:
 
 
 def revision() -> str:
-    """Return the commit of the code, with "-dirty" if files differ from it."""
+    """Return the commit of the code, with "-dirty" if files differ from it; "" without git."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return found.stdout.strip()
 
 
 @contextmanager
