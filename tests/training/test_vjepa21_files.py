@@ -163,6 +163,10 @@ def test_read_vision_reads_ports(names, settings, tmp_path):
         ({"window_size": 7}, "has the setting 'window_size', which is not implemented"),
         ({"img_temporal_dim_size": 2}, "img_temporal_dim_size is 2"),
         ({"hidden_size": "64"}, "config.json: "),
+        ({"image_size": 256}, "has an image_size of 256 and a crop_size of 384; correct"),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads is 0: give 1 or more"),
+        ({"model_type": ["vjepa21"]}, "cannot load"),
+        ({"model_type": "x", "auto_map": {"AutoConfig": "a.B"}}, "needs code of its own, which"),
         ({"hidden_act": "nothing"}, "config.json: "),
         ({"num_hidden_layers": 13}, "lacks encoder.layer.12."),
         ({"num_hidden_layers": 24}, "lacks encoder.layer.12."),
@@ -173,6 +177,16 @@ def test_read_vision_names_what_a_port_has_that_is_not_implemented(settings, mes
     folder = port(tmp_path / "port", transformers_names(WEIGHTS), **settings)
     with pytest.raises(RecipeError, match=f"--vision: .*{message}"):
         read_vision("--vision", str(folder))
+
+
+def test_read_vision_reads_the_crop_of_a_port_that_names_it_image_size(tmp_path):
+    folder = port(tmp_path / "port", transformers_names(WEIGHTS), image_size=256)
+    config = json.loads((folder / "config.json").read_text())
+    del config["crop_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = read_vision("--vision", str(folder)).video_processor
+    assert processor.crop_size == {"height": 256, "width": 256}
+    assert processor.size == {"shortest_edge": 292}
 
 
 def test_read_vision_names_a_tensor_that_a_port_has_twice(tmp_path):
@@ -219,6 +233,7 @@ class Malicious:
         return (Path.touch, (Path("executed"),))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_read_vision_names_a_file_that_is_no_vjepa21(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -37,7 +37,7 @@ FILES = (".pt", ".safetensors")  # a single file with published names, without a
 
 
 def load(auto: type, key: str, path: str, *, new: tuple[str, ...] = (), **options: Any) -> Any:
-    """Return `auto.from_pretrained(path)`.
+    """Return `auto.from_pretrained(path)`. Code of the checkpoint is never run.
 
     Args:
         new: prefixes of the weights that the checkpoint may lack and that are then initialised.
@@ -48,6 +48,7 @@ def load(auto: type, key: str, path: str, *, new: tuple[str, ...] = (), **option
     is_model = issubclass(auto, MODELS) and "output_loading_info" not in options
     if is_model:  # upstream only warns of missing weights and prints a table of wrong shapes
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {"trust_remote_code": False} | options  # the default asks on a terminal
     try:
         loaded = auto.from_pretrained(path, **options)
     except (OSError, SafetensorError) as error:
@@ -57,7 +58,12 @@ def load(auto: type, key: str, path: str, *, new: tuple[str, ...] = (), **option
         raise RecipeError(f"{key}: cannot load {path}: {reason}.") from error
     except StrictDataclassError as error:  # several lines
         raise RecipeError(f"{key}: cannot load {path}: {' '.join(str(error).split())}") from error
-    except (ValueError, KeyError) as error:
+    except (KeyError, TypeError, ValueError) as error:
+        if "trust_remote_code=True" in str(error):
+            raise RecipeError(
+                f"{key}: {path} needs code of its own, which is not run here; give a checkpoint of "
+                "one of transformers' classes."
+            ) from error
         raise RecipeError(f"{key}: cannot load {path}: {error}") from error
     if not is_model:
         return loaded
@@ -201,8 +207,8 @@ def read_file(key: str, source: str) -> Any:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         name = found[1] if found else "objects other than tensors"
         raise RecipeError(
-            f"{key}: {source} refers to {name}, which torch's restricted unpickler does not read; give "
-            "the published file."
+            f"{key}: {source} refers to {name}, which torch's restricted unpickler does not read; "
+            "give the published file."
         ) from error
     except Exception as error:  # a damaged pickle raises anything
         reason = str(error).split(". ")[0].splitlines() or [type(error).__name__]

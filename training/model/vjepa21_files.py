@@ -221,6 +221,13 @@ def port_config(key: str, source: str, settings: dict) -> VJEPA21Config:
     if "use_image_patch_embedder" in settings:
         has_stem = settings.pop("use_image_patch_embedder")
         settings["img_temporal_dim_size"] = 1 if has_stem else None
+    if "image_size" in settings:  # V-JEPA 2's second name of the crop
+        side = settings.pop("image_size")
+        if settings.setdefault("crop_size", side) != side:
+            raise RecipeError(
+                f"{key}: {source} has an image_size of {side} and a crop_size of "
+                f"{settings['crop_size']}; correct its config.json."
+            )
     for name in ("model_type", "architectures", "auto_map", "transformers_version"):
         settings.pop(name, None)
     try:
