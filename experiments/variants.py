@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         model.config.standardize_visual_tokens = False
     if args.temperature is not None:
         with torch.no_grad():
-            model.logit_scale.scale.fill_(math.log(1 / args.temperature))
+            model.logit_scale.weight.fill_(math.log(1 / args.temperature))
     with writing(args.output):
         model.save_pretrained(args.output)
         VLJEPAProcessor.from_pretrained(args.source).save_pretrained(args.output)
