@@ -35,7 +35,7 @@ def load_benchmarks(path: Path, names: list[str], data: Path = DATA) -> list[Ben
         if unknown := [name for name in names if name not in entries]:
             known = ", ".join(map(str, entries))
             raise ValueError(f"{path} has no {', '.join(unknown)}. It has: {known}")
-        return [_benchmark(name, entries[name], data) for name in names]
+        return [_benchmark(name, entries[name], data) for name in dict.fromkeys(names)]
     found = []
     for name, entry in entries.items():
         try:

@@ -135,7 +135,10 @@ def shared_metrics(evaluations: list[Evaluation], tasks: list[str] | None) -> li
             if tasks is None or name in tasks
         ]
         if left := [" ".join(key) for key in measured if key not in shared]:
-            print(f"left out, not in all evaluations: {', '.join(left)} of {each.folder}")
+            print(
+                "left out, not in all evaluations or no mean over items: "
+                f"{', '.join(left)} of {each.folder}"
+            )
     return shared
 
 

@@ -549,7 +549,8 @@ def examples(judge: Judge, rate: float) -> list[Example]:
     for index in evenly_spaced(list(range(len(moments))), 12):
         stream, time, truth = moments[index]
         written = {name: outcome.captions[index] for name, outcome in outcomes.items()}
-        start, end = max(time - 1, 0.0), min(time + 1, stream.end_time)
+        # An annotation after the end of its video is shown with the end.
+        start, end = max(min(time, stream.end_time) - 1, 0.0), min(time + 1, stream.end_time)
         shown.append(
             Example(
                 media=Excerpt(stream.annotated.video, start, end),

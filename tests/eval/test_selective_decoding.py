@@ -586,6 +586,13 @@ def test_load_benchmarks_needs_validation_streams(data: Path) -> None:
         load_benchmarks(data / "streams.yaml", ["tiny"])
 
 
+def test_examples_show_the_end_of_a_video_for_an_annotation_after_it() -> None:
+    late = stream([3, 3])
+    late.annotated.times[-1] = late.end_time + 48
+    found = selective_decoding.examples(Judge([late], Known()), 1.0)
+    assert (found[-1].media.start, found[-1].media.end) == (late.end_time - 1, late.end_time)
+
+
 def test_report_and_table_show_comparisons_and_curves(judge: Judge, tmp_path: Path) -> None:
     budgets = [1.0, 0.1]
     scores, curves, _ = measure(judge, budgets, thresholds(judge, budgets))
