@@ -331,23 +331,26 @@ def published_shapes(width: int, depth: int, mlp: int) -> dict[str, tuple[int, .
     return shapes
 
 
-PUBLISHED = {
-    "ViT-B": (768, 12, 3072, 158),
-    "ViT-L": (1024, 24, 4096, 302),
-    "ViT-g": (1408, 40, 6144, 494),
-    "ViT-G": (1664, 48, 8192, 590),
+PUBLISHED = {  # width, layers, width of the MLP, tensors, parameters of the model cards
+    "ViT-B": (768, 12, 3072, 158, 86_833_152),
+    "ViT-L": (1024, 24, 4096, 302, 304_680_960),
+    "ViT-g": (1408, 40, 6144, 494, 1_013_267_968),
+    "ViT-G": (1664, 48, 8192, 590, 1_845_216_768),
 }
 
 
-@pytest.mark.parametrize(("width", "depth", "mlp", "count"), PUBLISHED.values(), ids=PUBLISHED)
-def test_from_published_reads_every_published_size(width, depth, mlp, count):
+@pytest.mark.parametrize(
+    ("width", "depth", "mlp", "tensors", "parameters"), PUBLISHED.values(), ids=PUBLISHED
+)
+def test_from_published_reads_every_published_size(width, depth, mlp, tensors, parameters):
     shapes = published_shapes(width, depth, mlp)
-    assert len(shapes) == count
+    assert len(shapes) == tensors
     with torch.device("meta"):
         encoder = {f"module.backbone.{name}": torch.empty(shape) for name, shape in shapes.items()}
         config, weights = from_published("--vision", "x.pt", {"target_encoder": encoder})
         model = VJEPA21Model(config)
     model.load_state_dict(weights, assign=True)
+    assert sum(p.numel() for p in model.parameters()) == parameters
     assert config.crop_size == 384 and config.hidden_size // config.num_attention_heads == 64
 
 

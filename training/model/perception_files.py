@@ -101,11 +101,8 @@ TEXT_SIZES = {  # by width
 }
 TEXT_MLP_RATIO = 4
 
-CONTAINERS = (
-    "state_dict",
-    "weights",
-    "model",
-)  # keys under which a `.pt` file may have the tensors
+# Keys under which a `.pt` file may have the tensors.
+CONTAINERS = ("state_dict", "weights", "model")
 PREFIXES = ("module.", "model.", "_orig_mod.")
 VISUAL, TRUNK, TEXT = "visual.", "visual.trunk.", "text."
 IN_TIMM = "norm_pre."  # in timm's names, but in no published one
