@@ -435,10 +435,10 @@ class Task:
             name, folder = origin.label(), os.path.abspath(origin.folder)
         else:
             name, folder = origin.name, os.path.abspath(origin.parent)
-        return [f"{name}:{line}: {_relative(reason, folder)}" for line, reason in sorted(reasons)]
+        return [f"{name}:{line}: {relative(reason, folder)}" for line, reason in sorted(reasons)]
 
 
-def _relative(text: str, folder: str) -> str:
+def relative(text: str, folder: str) -> str:
     """Make the paths in a message relative to a folder: it then reads the same on any machine."""
     for up, parent in enumerate((Path(folder), *Path(folder).parents[:-1])):
         text = text.replace(f"{parent}{os.sep}", f"..{os.sep}" * up)
@@ -483,6 +483,7 @@ __all__ = [
     "Task",
     "one_row_per_clip",
     "origin_facts",
+    "relative",
     "sha256",
     "texts_sha256",
     "usable_rows",

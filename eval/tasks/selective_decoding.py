@@ -27,6 +27,7 @@ Shapes: S windows of a stream, N decodes of a stream, A annotations of all strea
 size.
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,7 @@ from eval.intervals import difference_interval
 from eval.items import Items
 from eval.metrics import HIGHEST_CIDER, cider, exact_match
 from eval.results import Example, Score, TaskResult, evenly_spaced, interval_facts, portable
-from eval.task import Benchmark, Kind, Task, sha256
+from eval.task import Benchmark, Kind, Task, relative, sha256
 from eval.tasks.captioning import write
 from modeling_vljepa import VLJEPAForConditionalGeneration
 from modeling_vljepa.pipelines.segmentation import OnlineSegmenter, Segment, WardSegmenter, as_unit
@@ -506,7 +507,8 @@ def judge_of(
     if len({text for [text] in judge.references}) < 2:
         raise ValueError(f"{path}: all annotations are the same text. Give at least two texts.")
     lines = [f"{path.name}:{row.line}: {row.reason}" for row in bad]
-    return judge, lines + [f"{path.name}, {reason}" for reason in left_out]
+    reasons = [relative(reason, os.path.abspath(path.parent)) for reason in left_out]
+    return judge, lines + [f"{path.name}, {reason}" for reason in reasons]
 
 
 def protocol_of(task: Task, test: Judge) -> dict[str, str | int | float]:

@@ -404,8 +404,7 @@ def test_evaluate_names_the_streams_left_out_of_either_file(data: Path, short: N
     write_rows(data / "val.jsonl", rows)
     [benchmark] = load_benchmarks(data / "streams.yaml", ["tiny"])
     result = evaluate(Task(tiny_writer(), tiny_processor(), benchmark))
-    found = [line.replace(f"{data}/", "") for line in result.skipped]
-    assert found == [
+    assert result.skipped == [  # no line has an absolute path
         "streams.jsonl:2: video: the file missing.mp4 is missing",
         "val.jsonl:3: video: the file missing.mp4 is missing",
         "val.jsonl, line 1: a.mp4 ends at 1.9 s, before 1 of its annotations, which are paired "
