@@ -164,14 +164,19 @@ def scores_of(grid: Grid, lines: list[dict]) -> list[str]:
     return [name for name in names if all(name in line["items"] for line in lines)]
 
 
+def scores_of_any(grid: Grid, found: dict[str, list[dict]]) -> list[str]:
+    """Return the names of the grid's scores that at least one setting has."""
+    names = [name for same in found.values() for name in scores_of(grid, same)]
+    return sorted(set(names), key=grid.scores.index) if grid.scores else list(dict.fromkeys(names))
+
+
 def settings_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> str:
     """Return a table of settings: loss, scores in percent and cost, each averaged over seeds.
 
     Args:
         found: the lines of each setting, one for each seed.
     """
-    lines = [line for each in found.values() for line in each]
-    scores = scores_of(grid, lines)
+    scores = scores_of_any(grid, found)
     head = ["setting", "seeds", "loss (chance)", *(f"{name}, %" for name in scores)]
     head += ["trained parameters", "rows seen", "rows per CPU-second", "CPU-seconds"]
     rows = []
@@ -184,7 +189,12 @@ def settings_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> st
                 name,
                 str(len(same)),
                 loss,
-                *(with_interval(mean_score(folder, same, score), 100) for score in scores),
+                *(
+                    with_interval(mean_score(folder, same, score), 100)
+                    if score in scores_of(grid, same)
+                    else "–"
+                    for score in scores
+                ),
                 f"{same[0]['trainable_parameters'] / 1e6:.2f} M",
                 number(same[0]["rows"]),
                 number(average(same, lambda line: line["rows_per_cpu_second"])),
@@ -265,7 +275,7 @@ def figure_name(title: str) -> str:
 
 def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], digest: str) -> str:
     """Draw one group of settings; return the name of the SVG file in `folder`."""
-    scores = scores_of(grid, [line for same in found.values() for line in same])[:1]
+    scores = scores_of_any(grid, found)[:1]
     figure = Figure(figsize=(9 + 4 * len(scores), 3.6), layout="constrained")
     axes = figure.subplots(1, 2 + len(scores))
     for name, same in found.items():
@@ -285,11 +295,12 @@ def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], dig
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     for score in scores:
-        means = [mean_score(folder, same, score) for same in found.values()]
+        measured = {name: same for name, same in found.items() if score in scores_of(grid, same)}
+        means = [mean_score(folder, same, score) for same in measured.values()]
         for index, mean in enumerate(means):
             low, high = 100 * (mean.value - mean.low), 100 * (mean.high - mean.value)
             axes[2].errorbar(100 * mean.value, index, xerr=[[low], [high]], fmt="o", capsize=3)
-        axes[2].set(yticks=range(len(means)), yticklabels=list(found), xlabel=f"{score}, %")
+        axes[2].set(yticks=range(len(means)), yticklabels=list(measured), xlabel=f"{score}, %")
         axes[2].margins(y=0.2)
         axes[2].invert_yaxis()
         axes[2].grid(axis="x", alpha=0.3)
