@@ -82,14 +82,14 @@ def measurable(
         has_decoder: the model has a Y-Decoder.
         has_tokens, has_embeddings: the model predicts tokens; the model predicts embeddings.
 
-    Raises: `ValueError` if the model lacks what a benchmark asked for by name needs.
+    Raises: `ValueError` if the model cannot be measured on a benchmark asked for by name.
     """
     cures = {
         "embeddings": "embeddings, and this model predicts tokens alone. Leave it out.",
         "Y-Decoder": "a Y-Decoder, and this model has none. Train one with "
         "`python -m training.train_decoder`.",
     }
-    needy: dict[str, list[str]] = {}  # names of benchmarks, by what the model lacks
+    needy: dict[str, list[str]] = {}  # names of benchmarks, by the model's missing part
     for benchmark in benchmarks:
         kind = TASKS[benchmark.task]
         if has_tokens and kind.by_tokens:

@@ -472,7 +472,7 @@ def predict_rows(
             A store of features has no such clips, so they are read from the files.
         store (`EmbeddingStore`, *optional*): embeddings to read and to add to; opened for this
             model.
-        reader (*optional*): what to compute in place of Ŝ_Y, such as likelihoods.
+        reader (*optional*): computes other vectors in place of Ŝ_Y, such as likelihoods.
 
     Raises: `ValueError` for an unknown ablation, no rows, when no clip can be read, or for an
         embedding that is not finite; `FeatureError` for rows whose clip is not in the store of

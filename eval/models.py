@@ -68,7 +68,7 @@ def model_class(path: str, revision: str | None) -> type[Model]:
 
 
 def abilities(model: Model) -> dict[str, bool]:
-    """Return what a model predicts, as arguments of `measurable`."""
+    """Return the kinds of a model's outputs, as arguments of `measurable`."""
     has_tokens = isinstance(model, VLJEPATokenModel)
     has_embeddings = not has_tokens or model.config.predicts_embeddings
     return {"has_tokens": has_tokens, "has_embeddings": has_embeddings}

@@ -40,7 +40,7 @@ def read_benchmarks(
     """Return the benchmarks of the recipe, with their rows.
 
     Args:
-        abilities: what the model predicts; see `measurable`. Default: embeddings.
+        abilities: kinds of the model's outputs; see `measurable`. Default: embeddings.
 
     Raises:
         RecipeError: a benchmark is unknown, needs a Y-Decoder or cannot be read, or the recipe

@@ -115,7 +115,7 @@ def load_token_model(
     """Load the token model and processor of `checkpoint`, to train it further.
 
     Raises:
-        RecipeError: they do not load, or the recipe changes what the checkpoint is.
+        RecipeError: they do not load, or the recipe changes other settings than those that freeze.
     """
     path = arguments.checkpoint
     if arguments.language_model is not None:
