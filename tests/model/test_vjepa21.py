@@ -234,6 +234,16 @@ def test_x_encoder_vjepa21_reads_any_grid_and_pools_it():
         model.encode_video(wide[..., :40])
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_x_encoder_vjepa21_compiles_without_graph_breaks():
+    model = vljepa()
+    compiled = torch.compile(model.x_encoder, fullgraph=True, backend="eager")
+    for pixels in (PIXELS, PIXELS[:, :1], clip(1, 3, 3, 48, 64)):
+        expected = model.encode_video(pixels)
+        torch.testing.assert_close(compiled(pixels), expected, rtol=0, atol=1e-5)
+
+
 def test_x_encoder_vjepa21_has_no_norms_of_levels_that_it_does_not_read():
     assert [n for n, _ in vljepa().x_encoder.named_parameters() if "norms_block.0" in n] == []
     model = vljepa(hierarchical_output=True)
