@@ -51,6 +51,7 @@ from training.data.feature_writer import (
     write_shards,
 )
 from training.data.sources import read_source
+from training.loop import run as training_run
 from training.loop.trainer import VLJEPATrainer
 
 SHAPES = {"image": (4, 48), "video": (8, 48)}
@@ -500,7 +501,7 @@ def test_training_from_a_feature_store_has_the_losses_of_live_training(
         patch.setattr(VLJEPAModel, "encode_video", refuse)
         stored = losses(run(recipe, from_store))
         # Positive control: the features of the other clip of the same kind.
-        patch.setattr(train, "FeatureStore", Exchanged)
+        patch.setattr(training_run, "FeatureStore", Exchanged)
         exchanged = losses(run(recipe, from_store))
     assert len(live) == 20
     assert (live - stored).abs().max() <= tolerance
