@@ -143,7 +143,7 @@ pictures: env
 		$(RUN) -m training.init_checkpoint --output $(OUT)/init --vision $(BACKBONES)/dinov2-s \
 		--predictor $(BACKBONES)/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --layers 2 \
 		--pad-token "<|endoftext|>" --text $(BACKBONES)/minilm --no-target-projection \
-		--image-size 112 --visual-token-pooling 2 --calibrate data/pictures/train_captions.jsonl \
+		--image-size 112 --visual-token-pooling 8 --calibrate data/pictures/train_captions.jsonl \
 		--seed $(SEED)
 	$(TWO) training.cache_features $(PICTURES)_stage2.yaml model.checkpoint=$(OUT)/init \
 		"data.sources=[{rows: data/pictures/*_captions.jsonl}]" --output $(PICTURE_FEATURES)
