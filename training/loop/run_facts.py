@@ -61,7 +61,7 @@ class RunFacts(TrainerCallback, ExportableState):
         made = {
             "last_step": self.trainer_state.global_step,
             "seconds": round(time.monotonic() - self.start, 1),
-            "cpu_seconds": round(time.process_time() - self.cpu_start, 1),
+            "cpu_seconds": round(time.process_time() - self.cpu_start, 3),
         }
         return [*self.runs, self.current | made]
 
