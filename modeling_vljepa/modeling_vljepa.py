@@ -201,7 +201,70 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
             init.ones_(module.scale)
 
 
-class VLJEPAModel(VLJEPAPreTrainedModel):
+class TwoSidedModel(VLJEPAPreTrainedModel):
+    """What VL-JEPA and the token baseline compute alike: visual tokens, and embeddings of texts.
+
+    A token baseline that is no hybrid has no `y_encoder`, `y_head` and `logit_scale`.
+    """
+
+    def freeze(self) -> None:
+        """Freeze the parameters that the configuration freezes; leave the others unchanged."""
+        for frozen, part in (
+            (self.config.freeze_vision, self.x_encoder),
+            (self.config.freeze_text, self.y_encoder),
+            (self.config.freeze_token_embedding, self.get_input_embeddings()),
+            (self.config.freeze_logit_scale, self.logit_scale),
+        ):
+            if frozen and part is not None:
+                part.requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.predictor.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.predictor.backbone.set_input_embeddings(value)
+
+    def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
+        """Encode videos `(V, T, C, H, W)` to visual tokens `(V, N, Dx)`.
+
+        With `config.visual_token_pooling`, the tokens are pooled.
+        """
+        return self.x_encoder(pixel_values_videos)
+
+    def encode_target(
+        self,
+        target_input_ids: torch.Tensor | None = None,
+        target_attention_mask: torch.Tensor | None = None,
+        target_pooler_output: torch.Tensor | None = None,
+        truncate_dim: int | None = None,
+    ) -> torch.Tensor:
+        """Embed a text (target, label or answer): S_Y, unit vectors `(B, D)`.
+
+        Give the tokens, or the stored output of a frozen Y-Encoder.
+
+        Args:
+            target_input_ids (`torch.LongTensor` of shape `(B, Ly)`, *optional*)
+            target_attention_mask (`torch.LongTensor` of shape `(B, Ly)`, *optional*)
+            target_pooler_output (`torch.FloatTensor` of shape `(B, Dt)`, *optional*): the
+                Y-Encoder's output.
+            truncate_dim (`int`, *optional*): keep the first dimensions only and normalize again.
+                Meant for a space trained to allow it, such as EmbeddingGemma's own
+                (`project_target=False`). Give `predict` the same number.
+
+        Raises:
+            ValueError: inputs missing or given twice, token ids outside the vocabulary, padding
+                without a mask, a text without a token, or one that is longer than the position
+                table of the Y-Encoder.
+        """
+        if (target_input_ids is None) == (target_pooler_output is None):
+            raise ValueError("encode_target needs target_input_ids or target_pooler_output.")
+        if target_pooler_output is None:
+            target_pooler_output = self.y_encoder(target_input_ids, target_attention_mask)
+        check_shape("target_pooler_output", target_pooler_output, "batch", "width")
+        return self.y_head(target_pooler_output, truncate_dim)  # (B, D)
+
+
+class VLJEPAModel(TwoSidedModel):
     """The joint model: `predict` returns Ŝ_Y, `encode_target` S_Y; their product ranks texts."""
 
     # A checkpoint may also hold a Y-Decoder, which this model does not load.
@@ -238,17 +301,6 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         self.post_init()
         self.freeze()
 
-    def freeze(self) -> None:
-        """Freeze the parameters that the configuration freezes; leave the others unchanged."""
-        for frozen, part in (
-            (self.config.freeze_vision, self.x_encoder),
-            (self.config.freeze_text, self.y_encoder),
-            (self.config.freeze_token_embedding, self.get_input_embeddings()),
-            (self.config.freeze_logit_scale, self.logit_scale),
-        ):
-            if frozen:
-                part.requires_grad_(False)
-
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save the model with a configuration that names no Y-Decoder, because it has none."""
         self.config = copy.copy(self.config)  # a model around this one may share the original
@@ -263,12 +315,6 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
         if self.config.standardize_visual_tokens:
             self.predictor.fold_standardization()
             self.config.standardize_visual_tokens = False
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.predictor.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.predictor.backbone.set_input_embeddings(value)
 
     def predict(
         self,
@@ -344,45 +390,6 @@ class VLJEPAModel(VLJEPAPreTrainedModel):
             check_tokens("", input_ids, attention_mask, self.config.predictor_config)
         if target_input_ids is not None:
             self.y_encoder.check("target_", target_input_ids, target_attention_mask)
-
-    def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        """Encode videos `(V, T, C, H, W)` to visual tokens `(V, N, Dx)`.
-
-        With `config.visual_token_pooling`, the tokens are pooled.
-        """
-        return self.x_encoder(pixel_values_videos)
-
-    def encode_target(
-        self,
-        target_input_ids: torch.Tensor | None = None,
-        target_attention_mask: torch.Tensor | None = None,
-        target_pooler_output: torch.Tensor | None = None,
-        truncate_dim: int | None = None,
-    ) -> torch.Tensor:
-        """Embed a text (target, label or answer): S_Y, unit vectors `(B, D)`.
-
-        Give the tokens, or the stored output of a frozen Y-Encoder.
-
-        Args:
-            target_input_ids (`torch.LongTensor` of shape `(B, Ly)`, *optional*)
-            target_attention_mask (`torch.LongTensor` of shape `(B, Ly)`, *optional*)
-            target_pooler_output (`torch.FloatTensor` of shape `(B, Dt)`, *optional*): the
-                Y-Encoder's output.
-            truncate_dim (`int`, *optional*): keep the first dimensions only and normalize again.
-                Meant for a space trained to allow it, such as EmbeddingGemma's own
-                (`project_target=False`). Give `predict` the same number.
-
-        Raises:
-            ValueError: inputs missing or given twice, token ids outside the vocabulary, padding
-                without a mask, a text without a token, or one that is longer than the position
-                table of the Y-Encoder.
-        """
-        if (target_input_ids is None) == (target_pooler_output is None):
-            raise ValueError("encode_target needs target_input_ids or target_pooler_output.")
-        if target_pooler_output is None:
-            target_pooler_output = self.y_encoder(target_input_ids, target_attention_mask)
-        check_shape("target_pooler_output", target_pooler_output, "batch", "width")
-        return self.y_head(target_pooler_output, truncate_dim)  # (B, D)
 
     @can_return_tuple
     def forward(

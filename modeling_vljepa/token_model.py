@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import SubConfigSpec
 from transformers.processing_utils import Unpack
@@ -31,7 +30,7 @@ from .input_checks import IGNORED, check_labels, check_shape, check_tokens
 from .modeling_vljepa import (
     LogitBias,
     LogitScale,
-    VLJEPAPreTrainedModel,
+    TwoSidedModel,
     copy_backbone_attributes,
 )
 from .predictor import Predictor, join_masks
@@ -146,7 +145,7 @@ def append_text(
     return ids, joined_labels, query
 
 
-class VLJEPATokenModel(VLJEPAPreTrainedModel):
+class VLJEPATokenModel(TwoSidedModel):
     """A vision-language model that predicts the tokens of the target, and with
     `config.predicts_embeddings` its embedding too.
 
@@ -195,27 +194,6 @@ class VLJEPATokenModel(VLJEPAPreTrainedModel):
     def dtype(self) -> torch.dtype:
         """The dtype of the trainable weights."""
         return self.predictor.visual_projection.weight.dtype
-
-    def freeze(self) -> None:
-        """Freeze the parameters that the configuration freezes; leave the others unchanged."""
-        for frozen, part in (
-            (self.config.freeze_vision, self.x_encoder),
-            (self.config.freeze_text, self.y_encoder),
-            (self.config.freeze_token_embedding, self.get_input_embeddings()),
-            (self.config.freeze_logit_scale, self.logit_scale),
-        ):
-            if frozen and part is not None:
-                part.requires_grad_(False)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.predictor.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.predictor.backbone.set_input_embeddings(value)
-
-    def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
-        """Encode videos `(V, T, C, H, W)` to visual tokens `(V, N, Dx)`."""
-        return self.x_encoder(pixel_values_videos)
 
     # -- inputs ----------------------------------------------------------------------------
 
@@ -328,12 +306,9 @@ class VLJEPATokenModel(VLJEPAPreTrainedModel):
     ) -> torch.Tensor:
         """Embed a text: S_Y, unit vectors `(B, D)`; see `VLJEPAModel.encode_target`."""
         self.check_hybrid()
-        if (target_input_ids is None) == (target_pooler_output is None):
-            raise ValueError("encode_target needs target_input_ids or target_pooler_output.")
-        if target_pooler_output is None:
-            target_pooler_output = self.y_encoder(target_input_ids, target_attention_mask)
-        check_shape("target_pooler_output", target_pooler_output, "batch", "width")
-        return self.y_head(target_pooler_output, truncate_dim)  # (B, D)
+        return super().encode_target(
+            target_input_ids, target_attention_mask, target_pooler_output, truncate_dim
+        )
 
     # -- tokens ------------------------------------------------------------------------------
 
