@@ -13,23 +13,21 @@ model, of which the Predictor has half of the layers, learns the next token of t
 import argparse
 import sys
 
-from transformers import set_seed
-
 from processing.feature_store import FeatureError
-from processing.output import OutputError, check_output_folder
+from processing.output import OutputError
 from training.arguments import Recipe, RecipeError
 from training.data.sources import read_source
 from training.loop.callbacks import ProgressLine
-from training.loop.checkpoints import checkpoint_to_resume
-from training.loop.distributed import check_world_size
 from training.loop.fingerprint import compare
 from training.loop.run import (
+    begin,
     build_trainer,
     read_benchmarks,
     read_data,
     run_settings,
     save,
     start_report,
+    train,
 )
 from training.loop.run_facts import RunFacts
 from training.tokens.model import start_token_model
@@ -57,12 +55,7 @@ def main(argv: list[str] | None = None) -> TokenTrainer:
     # 1. The recipe, checked against the number of processes that were started
     recipe = read_recipe(arguments.recipe, arguments.overrides)
     args = recipe.training
-    check_world_size(args.world_size, args.world_size_expected)
-    check_output_folder("training.output_dir", args.output_dir)
-    if recipe.data.cache_targets or (recipe.data.decode_once and recipe.data.features is None):
-        check_output_folder("data.cache_dir", recipe.data.cache_dir)
-    set_seed(args.seed)
-    resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    resume_from = begin(recipe)
 
     # 2. Benchmarks and rows; wrong ones are reported before a model is loaded
     benchmarks = read_benchmarks(
@@ -93,11 +86,7 @@ def main(argv: list[str] | None = None) -> TokenTrainer:
     )
     if trainer.is_world_process_zero():
         print(start_report(model, recipe, sources, loss_line(recipe)), flush=True)
-        if args.resume_from_checkpoint:
-            print(f"resuming from {resume_from or 'the beginning: there are no checkpoints yet'}")
-        if changes:
-            print(f"other settings than before: {changes}", flush=True)
-    trainer.train(resume_from_checkpoint=resume_from)
+    train(trainer, resume_from, changes)
 
     # 6. Save everything that a user loads
     save(trainer, recipe)

@@ -10,17 +10,14 @@ The paper's stages are different recipes for this one command.
 import argparse
 import sys
 
-from transformers import set_seed
-
 from processing.feature_store import FeatureError
-from processing.output import OutputError, check_output_folder
+from processing.output import OutputError
 from training.arguments import RecipeError, read_recipe
 from training.data.sources import read_source
 from training.loop.callbacks import CollapseWarning, ProgressLine
-from training.loop.checkpoints import checkpoint_to_resume
-from training.loop.distributed import check_world_size
 from training.loop.fingerprint import compare
 from training.loop.run import (
+    begin,
     build_trainer,
     chance_line,
     read_benchmarks,
@@ -28,6 +25,7 @@ from training.loop.run import (
     run_settings,
     save,
     start_report,
+    train,
 )
 from training.loop.run_facts import RunFacts
 from training.loop.trainer import VLJEPATrainer
@@ -42,17 +40,11 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
 
     # 1. The recipe, checked against the number of processes that were started
     recipe = read_recipe(arguments.recipe, arguments.overrides)
-    args = recipe.training
-    check_world_size(args.world_size, args.world_size_expected)
-    check_output_folder("training.output_dir", args.output_dir)
-    if recipe.data.cache_targets or (recipe.data.decode_once and recipe.data.features is None):
-        check_output_folder("data.cache_dir", recipe.data.cache_dir)
-    set_seed(args.seed)
-    resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    resume_from = begin(recipe)
 
     # 2. Benchmarks and rows; wrong ones are reported before a model is loaded, as are settings with
     #    which the checkpoint cannot continue
-    benchmarks = read_benchmarks(recipe.evaluation, args)
+    benchmarks = read_benchmarks(recipe.evaluation, recipe.training)
     sources = [read_source(source) for source in recipe.data.sources]
     settings = run_settings(recipe, sources)
     changes = compare(resume_from, settings)
@@ -76,11 +68,7 @@ def main(argv: list[str] | None = None) -> VLJEPATrainer:
     )
     if trainer.is_world_process_zero():
         print(start_report(model, recipe, sources, chance_line(recipe)), flush=True)
-        if args.resume_from_checkpoint:
-            print(f"resuming from {resume_from or 'the beginning: there are no checkpoints yet'}")
-        if changes:
-            print(f"other settings than before: {changes}", flush=True)
-    trainer.train(resume_from_checkpoint=resume_from)
+    train(trainer, resume_from, changes)
 
     # 6. Save everything that a user loads
     save(trainer, recipe)

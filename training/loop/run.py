@@ -5,14 +5,14 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from eval.benchmarks import load_benchmarks, measurable
 from eval.task import Benchmark
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.feature_store import FeatureStore
-from processing.output import writing
+from processing.output import check_output_folder, writing
 from training.arguments import (
     EvaluationArguments,
     Recipe,
@@ -27,11 +27,32 @@ from training.data.dataset import ContrastiveDataset, build_dataset
 from training.data.feature_writer import check_recipe
 from training.data.sources import Source, StreamedSource, read_source
 from training.data.target_states import read_target_states
+from training.loop.checkpoints import checkpoint_to_resume
+from training.loop.distributed import check_world_size
 from training.loop.fingerprint import Fingerprint, content_of, fingerprint
 from training.loop.speed import reachable_flops
 from training.loop.trainer import VLJEPATrainer, default_lanes
 from training.model.adapters import prepare_for_training, store_frozen_in_bf16
 from training.model.parameters import parameter_table
+
+
+def begin(recipe: Recipe) -> str | None:
+    """Check the number of processes and the folders, and set the seed.
+
+    Returns: the checkpoint to resume from; `None` to start from the beginning.
+
+    Raises:
+        OutputError: a folder of the recipe cannot be written to.
+        RecipeError: another number of processes was started than the recipe expects, or the
+            checkpoint is missing or incomplete.
+    """
+    args = recipe.training
+    check_world_size(args.world_size, args.world_size_expected)
+    check_output_folder("training.output_dir", args.output_dir)
+    if recipe.data.cache_targets or (recipe.data.decode_once and recipe.data.features is None):
+        check_output_folder("data.cache_dir", recipe.data.cache_dir)
+    set_seed(args.seed)
+    return checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
 
 
 def read_benchmarks(
@@ -257,6 +278,20 @@ def run_settings(recipe: Recipe, sources: list[Source | StreamedSource]) -> Fing
     return settings | {"model.tokenizer_rows": more}
 
 
+def train(trainer: VLJEPATrainer, resume_from: str | None, changes: str) -> None:
+    """Train, from the beginning or from a checkpoint.
+
+    Args:
+        changes: the settings that differ from those of the checkpoint's run, for the log.
+    """
+    if trainer.is_world_process_zero():
+        if trainer.args.resume_from_checkpoint:
+            print(f"resuming from {resume_from or 'the beginning: there are no checkpoints yet'}")
+        if changes:
+            print(f"other settings than before: {changes}", flush=True)
+    trainer.train(resume_from_checkpoint=resume_from)
+
+
 def save(trainer: VLJEPATrainer, recipe: Recipe) -> None:
     """Save the log, the recipes, the adapters, the model that contains them, and the processor.
 
@@ -284,6 +319,7 @@ def save(trainer: VLJEPATrainer, recipe: Recipe) -> None:
 
 
 __all__ = [
+    "begin",
     "build_trainer",
     "chance_line",
     "fixed_query",
@@ -295,5 +331,6 @@ __all__ = [
     "save",
     "small_source",
     "start_report",
+    "train",
     "untrained_prompts",
 ]
