@@ -31,7 +31,7 @@ from eval.models import Model, abilities, hub_commit, load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
 from eval.tables import MissingDataError
-from eval.task import Task
+from eval.task import Benchmark, Task
 from eval.tasks import TASKS
 from eval.team import Team
 from modeling_vljepa import VLJEPATokenModel
@@ -76,7 +76,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--features",
         type=Path,
-        help="a store of training.cache_features that contains every file or stream",
+        help="a store of training.cache_features that contains every file or stream; those of "
+        "--validation, too",
     )
     parser.add_argument(
         "--predictions",
@@ -170,6 +171,20 @@ def write_results(
         written.write_text(text + "\n", encoding="utf-8")
 
 
+def open_features(
+    args: argparse.Namespace, benchmark: Benchmark, model: Model, processor: VLJEPAProcessor
+) -> FeatureStore | StreamStore | None:
+    """Open the store of `--features` for a benchmark; return `None` without one."""
+    if args.features is None:
+        return None
+    return TASKS[benchmark.task].features.open(
+        args.features,
+        model.base_model,
+        processor.video_processor,
+        num_frames=benchmark.num_frames,
+    )
+
+
 def chosen_likelihoods(
     args: argparse.Namespace, model: Model, processor: VLJEPAProcessor, store: EmbeddingStore
 ) -> dict[str, tuple[str, str]]:
@@ -190,6 +205,7 @@ def chosen_likelihoods(
                     processor,
                     benchmark,
                     batch_size=args.batch_size,
+                    features=open_features(args, benchmark, model, processor),
                     store=store,
                     likelihood=form,
                 )
@@ -241,13 +257,7 @@ def measure(args: argparse.Namespace, team: Team) -> None:
     results, features = [], None
     for benchmark in benchmarks:
         print(f"{benchmark.name}: {benchmark.description}")
-        if args.features is not None:
-            features = TASKS[benchmark.task].features.open(
-                args.features,
-                model.base_model,
-                processor.video_processor,
-                num_frames=benchmark.num_frames,
-            )
+        features = open_features(args, benchmark, model, processor)
         likelihood, reason = forms.get(benchmark.task, (args.likelihood, None))
         task = Task(
             model,

@@ -17,7 +17,11 @@ A grid is a YAML file, `experiments/NAME/grid.yaml`:
 
 A recipe's section `evaluation` names the benchmarks to measure after training. `{seed}` in a text
 is the seed: a step whose folder contains it runs for each seed. `{recipe SETTING}` in a command is
-the file with a setting's recipe.
+the file with a setting's recipe. `{model SETTING}` in a recipe is the model that another setting
+trains with the same seed: it is trained first, and its weights are kept.
+
+A setting's changes are keys of its recipe, such as `training.learning_rate`. It may also have keys
+of the runner, which `Options` lists; `overrides` may have both for all settings.
 """
 
 import copy
@@ -25,17 +29,20 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from training.arguments import Recipe, RecipeError, apply_override, check_keys, read_recipe
+from training.tokens.recipe import read_recipe as read_token_recipe
 
 WORK = Path("runs/experiments")
 NAME = re.compile(r"[\w.-]+")
 RECIPE_OF = re.compile(r"\{recipe ([\w.-]+)\}")
+MODEL_OF = re.compile(r"\{model ([\w.-]+)\}")
+TRAINERS = {"train": read_recipe, "token_baseline": read_token_recipe}
 
 
 class GridError(ValueError):
@@ -57,6 +64,31 @@ class Step:
     complete: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The keys of a setting that the runner reads; none of them has a dot.
+
+    Attributes:
+        trainer (`str`): `train`, or `token_baseline` for the model that predicts tokens.
+        decoder (`str`, *optional*): recipe of `training.train_decoder`. It trains a Y-Decoder on
+            the trained model, and both are evaluated together.
+        cached (`bool`): the evaluation reads `data.features`, too, which then has its clips.
+        validation (`list[str]`): benchmarks of validation data, on which the form of a token
+            model's likelihood is chosen.
+        validation_benchmarks (`str`, *optional*): the file of their entries.
+    """
+
+    trainer: str = "train"
+    decoder: str | None = None
+    cached: bool = False
+    validation: list = field(default_factory=list)
+    validation_benchmarks: str | None = None
+
+    def __post_init__(self):
+        if self.trainer not in TRAINERS:
+            raise GridError(f"trainer: {self.trainer!r} is not one of {', '.join(TRAINERS)}.")
+
+
 @dataclass(frozen=True)
 class Run:
     """One training: a setting with a seed.
@@ -67,6 +99,8 @@ class Run:
         recipe (`dict`): the whole recipe.
         folder (`Path`): where it trains.
         settings (`str`): hash of everything that decides the result except data files and code.
+        options (`Options`): how it is trained and evaluated.
+        before (`str`, *optional*): the setting whose model it starts from.
     """
 
     setting: str
@@ -75,6 +109,8 @@ class Run:
     recipe: dict
     folder: Path
     settings: str
+    options: Options = field(default_factory=Options)
+    before: str | None = None
 
     @property
     def recipe_file(self) -> Path:
@@ -89,7 +125,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.recipe_file.write_text(yaml.safe_dump(self.recipe, sort_keys=False), encoding="utf-8")
         try:
-            return read_recipe(str(self.recipe_file))
+            return TRAINERS[self.options.trainer](str(self.recipe_file))
         except RecipeError as error:
             raise RecipeError(f"{self.setting}: {error}") from error
 
@@ -172,39 +208,109 @@ class Grid:
             raise GridError(f"recipe: {path} is missing; the command runs in the repository.")
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         changes = {**self.overrides, **self.settings[setting]}
+        changes = {key: value for key, value in changes.items() if is_of_recipe(key)}
         changes |= {
             "training.seed": seed,
             "training.output_dir": str(self.folder_of(setting, seed) / "model"),
         }
         for key, value in with_seed(changes, seed).items():
+            if isinstance(value, str):
+                value = MODEL_OF.sub(lambda match: str(self.model_of(match[1], seed)), value)
             apply_override(recipe, f"{key}={yaml.safe_dump(value)}")
         return recipe
+
+    def options_of(self, setting: str, seed: int) -> Options:
+        """Return how a setting is trained and evaluated.
+
+        Raises:
+            GridError: an unknown key, or a value of another type.
+        """
+        given = {**self.overrides, **self.settings[setting]}
+        given = {key: value for key, value in given.items() if not is_of_recipe(key)}
+        try:
+            return Options(**check_keys(with_seed(given, seed), Options, ""))
+        except (GridError, RecipeError) as error:
+            raise GridError(f"{setting}: {error}") from error
+
+    def before(self, setting: str) -> str | None:
+        """Return the setting whose model a setting starts from, if there is one.
+
+        Raises:
+            GridError: it starts from more than one, or from one that the grid lacks or that
+                starts from a third.
+        """
+        found = set(MODEL_OF.findall(json.dumps({**self.overrides, **self.settings[setting]})))
+        if not found:
+            return None
+        first, *others = found
+        if others:
+            raise GridError(f"{setting}: it names {len(found)} models of settings; name one.")
+        self.check_setting(f"{setting}: model", first)
+        if MODEL_OF.search(json.dumps(self.settings[first])):
+            raise GridError(f"{setting}: {first} starts from a model itself; two stages at most.")
+        return first
+
+    @property
+    def kept(self) -> set[str]:
+        """The settings whose weights are kept, because another setting starts from them."""
+        return {self.before(setting) for setting in self.settings} - {None}
+
+    def model_of(self, setting: str, seed: int) -> Path:
+        """Return the folder of a setting's trained model."""
+        return self.folder_of(setting, seed) / "model"
 
     def folder_of(self, setting: str, seed: int) -> Path:
         return WORK / self.name / setting / str(seed)
 
     def run(self, setting: str, seed: int) -> Run:
-        recipe = self.recipe_of(setting, seed)
+        recipe, options = self.recipe_of(setting, seed), self.options_of(setting, seed)
+        before = self.before(setting)
         decides = copy.deepcopy(recipe)
         del decides["training"]["output_dir"]
         commands = [step.command for step in self.needed(recipe, seed)]
-        text = json.dumps([decides, commands], sort_keys=True)
+        parts = [decides, commands]
+        if options != Options():
+            parts.append(asdict(options))
+        if options.decoder is not None:
+            parts.append(decoder_recipe(options.decoder))
+        if before is not None:
+            parts.append(self.run(before, seed).settings)
+        text = json.dumps(parts, sort_keys=True)
         settings = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        folder = self.folder_of(setting, seed)
-        return Run(setting, seed, self.settings[setting], recipe, folder, settings)
+        folder, changes = self.folder_of(setting, seed), self.settings[setting]
+        return Run(setting, seed, changes, recipe, folder, settings, options, before)
 
     def runs(self, only: list[str] | None = None, seeds: list[int] | None = None) -> Iterator[Run]:
-        """Yield the runs, all settings of the first seed first.
+        """Yield the runs, all settings of the first seed first, and each after the run that it
+        starts from.
 
         Args:
-            only: names of settings.
+            only: names of settings; those that they start from are added.
             seeds: instead of the grid's.
         """
         for name in only or []:
             self.check_setting("--only", name)
+        named = [each for name in only or self.settings for each in (self.before(name), name)]
         for seed in self.seeds if seeds is None else seeds:
-            for setting in only or self.settings:
-                yield self.run(setting, seed)
+            for setting in dict.fromkeys(named):
+                if setting is not None:
+                    yield self.run(setting, seed)
+
+
+def is_of_recipe(key: str) -> bool:
+    """Return True for a key of a recipe, which has a dot, and False for one of `Options`."""
+    return "." in key
+
+
+def decoder_recipe(path: str) -> Any:
+    """Return a Y-Decoder's recipe as it is in its file.
+
+    Raises:
+        GridError: it is missing.
+    """
+    if not Path(path).is_file():
+        raise GridError(f"decoder: {path} is missing; the command runs in the repository.")
+    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
 
 def with_seed(value: Any, seed: int) -> Any:
@@ -235,4 +341,4 @@ def read_grid(path: Path) -> Grid:
         raise GridError(f"{path}: {error}") from error
 
 
-__all__ = ["RECIPE_OF", "Grid", "GridError", "Run", "Step", "read_grid"]
+__all__ = ["RECIPE_OF", "WORK", "Grid", "GridError", "Options", "Run", "Step", "read_grid"]

@@ -3,25 +3,30 @@
 Preparations run once. Then each run trains in a process of its own, with one thread and a limit of
 processor time, is evaluated, and appends one line to `experiments/NAME/results.jsonl`. The same
 command continues: finished runs are skipped. A run whose settings have changed since is refused, or
-repeated with `--again`. The weights are deleted; logs, recipe and items stay in
-`runs/experiments/NAME`. `experiments/grid.py` lists the keys of a grid.
+repeated with `--again`. The weights are deleted, except those that another setting starts from;
+logs, recipe and items stay in `runs/experiments/NAME`. Ctrl-C, SIGTERM and SIGHUP end the trainings
+with the command. `experiments/grid.py` lists the keys of a grid.
 """
 
 import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
+from safetensors import safe_open
 from tqdm import tqdm
 
 from eval.evaluate import at_least_one
@@ -35,6 +40,7 @@ from training.hub.training_facts import read_runs
 
 LAST_LINES = 3  # of a log, in an error
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+SECONDS_TO_END = 5  # of a process after SIGTERM, before SIGKILL
 CURVE = {"step": "step", "loss": "loss", "chance": "chance_loss", "grad_norm": "grad_norm"}
 
 
@@ -43,6 +49,8 @@ class RunError(RuntimeError):
 
 
 # -- processes -------------------------------------------------------------------------------
+
+RUNNING: set[subprocess.Popen] = set()
 
 
 def in_own_process(words: list[str], log: Path, cpu_seconds: int) -> float:
@@ -69,9 +77,17 @@ def in_own_process(words: list[str], log: Path, cpu_seconds: int) -> float:
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             close_fds=False,  # it holds the lock of `only_runner`
+            start_new_session=True,  # `end_processes` ends its workers, too
         )
-        # `Popen.wait` would not return the processor time of this child alone.
-        _, status, usage = os.wait4(process.pid, 0)
+        RUNNING.add(process)
+        try:
+            # `Popen.wait` would not return the processor time of this child alone.
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # of a preparation, which the main thread waits for
+            end_processes()
+            raise
+        finally:
+            RUNNING.discard(process)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode == -signal.SIGXCPU:
         raise RunError(f"{words[0]} reached its limit of {cpu_seconds} CPU-seconds; see {log}")
@@ -80,6 +96,25 @@ def in_own_process(words: list[str], log: Path, cpu_seconds: int) -> float:
         code = process.returncode
         raise RunError(f"{words[0]} ended with exit code {code}; see {log}: {' / '.join(lines)}")
     return usage.ru_utime + usage.ru_stime
+
+
+def end_processes(number: int = signal.SIGTERM) -> None:
+    """Send a signal to the commands that run, and to the processes that they started."""
+    for process in list(RUNNING):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
+def end_runs(futures: Iterable[Future]) -> None:
+    """End the commands of runs, and wait until the runs have noticed.
+
+    More than once: a run can start its next command while its first one is ended.
+    """
+    start = time.monotonic()
+    while not all(future.done() for future in futures):
+        has_time = time.monotonic() - start < SECONDS_TO_END
+        end_processes(signal.SIGTERM if has_time else signal.SIGKILL)
+        time.sleep(0.1)
 
 
 # -- preparation -----------------------------------------------------------------------------
@@ -161,26 +196,59 @@ def execute(grid: Grid, folder: Path, run: Run) -> dict:
     recipe = run.write_recipe()
     model, log = run.folder / "model", run.folder / "log.txt"
     limit = round(60 * grid.cpu_minutes)
-    used = {"training": in_own_process(["training.train", str(run.recipe_file)], log, limit)}
+    trainer = f"training.{run.options.trainer}"
+    used = {"training": in_own_process([trainer, str(run.recipe_file)], log, limit)}
+    measured = model
+    if run.options.decoder is not None:
+        measured = run.folder / "decoder"
+        words = ["training.train_decoder", run.options.decoder, f"model.checkpoint={model}"]
+        words += [f"training.output_dir={measured}", f"training.seed={run.seed}"]
+        used["decoder"] = in_own_process(words, log, limit)
     if recipe.evaluation.tasks:
-        used["evaluation"] = in_own_process(evaluation(recipe, model), log, limit)
-    line = collect(folder, run, recipe, model)
+        words = evaluation(run, recipe, measured)
+        used["evaluation"] = in_own_process(words, log, limit)
+    line = collect(grid, folder, run, recipe, measured)
     for pattern in WEIGHTS:
         for path in run.folder.rglob(pattern):
-            path.unlink()
+            if run.setting not in grid.kept or model not in path.parents:
+                path.unlink()
     return line | {"process_cpu_seconds": {name: round(each, 1) for name, each in used.items()}}
 
 
-def evaluation(recipe: Recipe, model: Path) -> list[str]:
+def evaluation(run: Run, recipe: Recipe, model: Path) -> list[str]:
     """Return the words of the command that measures a trained model."""
-    given = recipe.evaluation
+    given, options = recipe.evaluation, run.options
     words = ["eval.evaluate", "--model", str(model), "--tasks", *given.tasks]
     words += ["--benchmarks", given.benchmarks]
-    return words + ([] if given.limit is None else ["--limit", str(given.limit)])
+    if given.limit is not None:
+        words += ["--limit", str(given.limit)]
+    if options.cached:
+        words += ["--features", recipe.data.features]
+    if options.validation:
+        words += ["--validation", *options.validation]
+    if options.validation_benchmarks is not None:
+        words += ["--validation-benchmarks", options.validation_benchmarks]
+    return words
 
 
-def collect(folder: Path, run: Run, recipe: Recipe, model: Path) -> dict:
-    """Return the line of a finished run, from the files in its model's folder."""
+def parameters(model: Path) -> dict[str, int]:
+    """Return the number of parameters of each part of a saved model, such as `y_encoder`."""
+    counts: dict[str, int] = {}
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                part = name.removeprefix("vljepa.").split(".")[0]
+                counts[part] = counts.get(part, 0) + math.prod(file.get_slice(name).get_shape())
+    return counts
+
+
+def collect(grid: Grid, folder: Path, run: Run, recipe: Recipe, measured: Path) -> dict:
+    """Return the line of a finished run, from the files in the folders of its models.
+
+    Args:
+        measured: folder of the model that was evaluated, which may be the model with a Y-Decoder.
+    """
+    model = run.folder / "model"
     state = json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))
     log = [entry for entry in state["log_history"] if "loss" in entry]
     facts = read_runs(model)[-1]
@@ -199,14 +267,21 @@ def collect(folder: Path, run: Run, recipe: Recipe, model: Path) -> dict:
         "cpu_seconds": facts["cpu_seconds"],
         "rows_per_cpu_second": round(rows / max(facts["cpu_seconds"], 0.1), 2),
         "trainable_parameters": facts["trainable_parameters"],
+        "parameters": parameters(measured),
+        "flos": state["total_flos"],
         "scores": {},
         "items": {},
         "device": facts["device"],
         "precision": facts["precision"],
         "revision": revision(),
     }
+    if run.before is not None:
+        first = read_lines(folder)[run.before, run.seed]
+        line["before"] = {name: first[name] for name in ("setting", "rows", "cpu_seconds")}
+    if measured != model:
+        line["decoder_parameters"] = read_runs(measured)[-1]["trainable_parameters"]
     if recipe.evaluation.tasks:
-        found = json.loads((model / "eval" / "results.json").read_text(encoding="utf-8"))
+        found = json.loads((measured / "eval" / "results.json").read_text(encoding="utf-8"))
         line["versions"] = found["versions"]
         for name, benchmark in found["benchmarks"].items():
             scores = benchmark["scores"] | benchmark["by_type"]
@@ -215,7 +290,14 @@ def collect(folder: Path, run: Run, recipe: Recipe, model: Path) -> dict:
                 f"{name} {metric}": {key: score[key] for key in kept}
                 for metric, score in scores.items()
             }
-        columns = read_items(model / "eval" / ITEMS_FILE)
+        chosen = {
+            name: benchmark["protocol"]["likelihood"]
+            for name, benchmark in found["benchmarks"].items()
+            if "likelihood" in benchmark["protocol"]
+        }
+        if chosen:
+            line["likelihood"] = chosen
+        columns = read_items(measured / "eval" / ITEMS_FILE)
         line["items"] = pack_all(folder, columns, set(line["scores"]))
     return line
 
@@ -255,6 +337,25 @@ def only_runner(folder: Path) -> Iterator[None]:
 
 
 # -- the command -----------------------------------------------------------------------------
+
+
+def has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def with_models(runs: list[Run], todo: list[Run]) -> list[Run]:
+    """Return the runs to do, with those whose weights they start from and that are missing.
+
+    Args:
+        runs: all runs, each after the one that it starts from.
+    """
+    wanted = {(run.before, run.seed) for run in todo}
+    missing = [
+        run
+        for run in runs
+        if (run.setting, run.seed) in wanted and not has_weights(run.folder / "model")
+    ]
+    return [run for run in runs if run in todo or run in missing]
 
 
 def unfinished(
@@ -318,6 +419,7 @@ def main(argv: list[str] | None = None) -> int:
             run.write_recipe()
         data = [made(grid, run) for run in runs]
         todo = unfinished(runs, read_lines(folder), data, args.again)
+        todo = with_models(runs, todo)
         print(f"{grid.name}: {len(runs)} runs, {len(runs) - len(todo)} of them finished before")
 
         # 2. Data, models and features, then the runs
@@ -326,30 +428,51 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(grid: Grid, folder: Path, todo: list[Run], jobs: int) -> int:
-    """Execute runs, `jobs` at a time, and append their lines; return the number of failed ones."""
-    failed = 0
+    """Execute runs, `jobs` at a time, and append their lines; return the number of failed ones.
+
+    A run waits for the one that it starts from, and fails with it.
+    """
+    failed: set[tuple[str | None, int]] = set()
+    waiting, started = list(todo), {}
     with (
         tqdm(total=len(todo), desc=grid.name, unit="run", dynamic_ncols=True) as progress,
         ThreadPoolExecutor(jobs) as pool,
     ):
-        started = {pool.submit(execute, grid, folder, run): run for run in todo}
         try:
-            for future in as_completed(started):
-                run = started[future]
-                line = {"setting": run.setting, "seed": run.seed, "settings": run.settings}
-                try:
-                    line = future.result()
-                    tqdm.write(f"{run.setting} {run.seed}: {summary(grid, line)}")
-                except RunError as error:
-                    failed += 1
-                    line["error"] = str(error)
-                    tqdm.write(f"{run.setting} {run.seed}: FAILED: {error}")
-                append_line(folder, line | {"prepared": made(grid, run)})
-                progress.update()
-        except BaseException:  # Ctrl-C too: the runs in the queue must not start
+            while waiting or started:
+                coming = {(run.setting, run.seed) for run in [*waiting, *started.values()]}
+                ready = [run for run in waiting if (run.before, run.seed) not in coming]
+                waiting = [run for run in waiting if run not in ready]
+                for run in ready:
+                    task = execute if (run.before, run.seed) not in failed else refuse
+                    started[pool.submit(task, grid, folder, run)] = run
+                done, _ = wait(started, return_when=FIRST_COMPLETED)
+                for future in done:
+                    run = started.pop(future)
+                    line = {"setting": run.setting, "seed": run.seed, "settings": run.settings}
+                    try:
+                        line = future.result()
+                        tqdm.write(f"{run.setting} {run.seed}: {summary(grid, line)}")
+                    except RunError as error:
+                        failed.add((run.setting, run.seed))
+                        line["error"] = str(error)
+                        tqdm.write(f"{run.setting} {run.seed}: FAILED: {error}")
+                    append_line(folder, line | {"prepared": made(grid, run)})
+                    progress.update()
+        except BaseException:  # Ctrl-C and SIGTERM, too
             pool.shutdown(wait=False, cancel_futures=True)
+            end_runs(started)
             raise
-    return failed
+    return len(failed)
+
+
+def refuse(grid: Grid, folder: Path, run: Run) -> dict:
+    """Raise the error of a run whose start has failed.
+
+    Raises:
+        RunError: always.
+    """
+    raise RunError(f"it starts from the model of {run.before}, which failed")
 
 
 def summary(grid: Grid, line: dict) -> str:
@@ -360,8 +483,18 @@ def summary(grid: Grid, line: dict) -> str:
     return " · ".join(words)
 
 
+def end(number: int, frame: FrameType | None) -> None:
+    """End the command by a signal as by an error, so that its trainings are ended, too."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) == signal.SIG_DFL:  # under nohup, SIGHUP is ignored
+            signal.signal(each, end)
     try:
         sys.exit(min(main(), 1))
     except (GridError, RecipeError, RunError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

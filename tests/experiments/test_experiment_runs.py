@@ -2,6 +2,11 @@
 
 import importlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +85,49 @@ def test_grid_prepares_only_what_a_run_needs_for_its_seed(folder):
     assert other.run("plain", 1).settings != plain.settings
 
 
+TWO_STAGES = {
+    "first": None,
+    "tokens": {
+        "trainer": "token_baseline",
+        "validation": ["val"],
+        "cached": True,
+        "data.features": "made/features-seed{seed}",
+    },
+    "second": {"model.checkpoint": "{model first}", "training.max_steps": 3},
+}
+
+
+def test_grid_starts_a_setting_from_the_model_of_another(folder):
+    grid = read_grid(write_grid(folder, settings=TWO_STAGES, compare=[], seeds=[1]))
+    first, tokens, second = grid.runs()
+    assert second.recipe["model"]["checkpoint"] == "runs/experiments/trial/first/1/model"
+    assert (first.before, second.before, grid.kept) == (None, "first", {"first"})
+    assert [run.setting for run in grid.runs(["second"])] == ["first", "second"]
+    assert tokens.write_recipe().training.token_loss_weight == 1  # by the baseline's own reader
+    changed = TWO_STAGES | {"first": {"training.learning_rate": 2.0}}
+    other = read_grid(write_grid(folder, settings=changed, compare=[], seeds=[1]))
+    hashes = [
+        [each.run(name, 1).settings for name in ("tokens", "second")] for each in (grid, other)
+    ]
+    assert hashes[0][0] == hashes[1][0] and hashes[0][1] != hashes[1][1]
+
+
+def test_evaluation_has_the_options_of_its_setting(folder):
+    evaluation = {"evaluation.tasks": ["some"], "validation_benchmarks": "v.yaml"}
+    overrides = GRID["overrides"] | evaluation
+    path = write_grid(folder, settings=TWO_STAGES, compare=[], overrides=overrides)
+    runs = {each.setting: each for each in read_grid(path).runs(seeds=[1])}
+    words = {
+        name: run.evaluation(each, each.write_recipe(), Path("m")) for name, each in runs.items()
+    }
+    same = ["eval.evaluate", "--model", "m", "--tasks", "some"]
+    same += ["--benchmarks", "eval/benchmarks.yaml"]
+    last = ["--validation-benchmarks", "v.yaml"]
+    assert words["first"] == [*same, *last]
+    more = ["--features", "made/features-seed1", "--validation", "val"]
+    assert words["tokens"] == [*same, *more, *last]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -89,6 +137,23 @@ def test_grid_prepares_only_what_a_run_needs_for_its_seed(folder):
         ({"compare": [["plain"]]}, "is not a pair"),
         ({"groups": {"all": ["none"]}}, "'none': no such setting"),
         ({"nothing": 1}, "nothing: no such key"),
+        ({"settings": {"plain": {"trainers": "x"}, "fast": None}}, "plain: trainers: no such key"),
+        ({"settings": {"plain": {"trainer": "x"}, "fast": None}}, "'x' is not one of train, to"),
+        ({"settings": {"plain": {"cached": 1}, "fast": None}}, "plain: cached: "),
+        ({"settings": {"plain": {"decoder": "x"}, "fast": None}}, "decoder: x is missing"),
+        (
+            {"settings": {"plain": {"model.checkpoint": "{model none}"}, "fast": None}},
+            "'none': no such setting",
+        ),
+        (
+            {
+                "settings": {
+                    "plain": {"model.checkpoint": "{model fast}"},
+                    "fast": {"model.checkpoint": "{model plain}"},
+                }
+            },
+            "plain: fast starts from a model itself",
+        ),
         ({"prepare": [{"folder": "x"}]}, "prepare: give command, complete, folder"),
         (
             {"prepare": [{"folder": "x", "command": "ls", "complete": "y"}]},
@@ -130,8 +195,79 @@ def line(setting: str, seed: int, **more) -> dict:
     return {"setting": setting, "seed": seed, "settings": "a", "prepared": {"data": "1"}, **more}
 
 
-def a_run(setting: str, seed: int = 0, settings: str = "a") -> Run:
-    return Run(setting, seed, {}, {}, Path("x"), settings)
+def a_run(setting: str, seed: int = 0, settings: str = "a", **more) -> Run:
+    return Run(setting, seed, {}, {}, Path("x", setting), settings, **more)
+
+
+def test_with_models_repeats_a_run_whose_weights_are_needed_and_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [a_run("first"), a_run("alone"), a_run("second", before="first")]
+    assert run.with_models(runs, runs[2:]) == [runs[0], runs[2]]
+    assert run.with_models(runs, runs[1:2]) == runs[1:2]
+    model = runs[0].folder / "model"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").touch()
+    assert run.with_models(runs, runs[2:]) == runs[2:]
+
+
+def test_run_all_trains_the_model_that_a_run_starts_from_first(folder, monkeypatch):
+    grid = read_grid(write_grid(folder))
+    order = []
+
+    def execute(grid, folder, this):
+        order.append(this.setting)
+        if this.setting == "wrong":
+            raise run.RunError("limit")
+        return line(this.setting, this.seed, curve={"loss": [1.0]}, cpu_seconds=1.0, scores={})
+
+    monkeypatch.setattr(run, "execute", execute)
+    monkeypatch.setattr(run, "made", lambda *_: {})
+    runs = [a_run("second", before="first"), a_run("third", before="wrong")]
+    runs += [a_run("wrong"), a_run("first")]
+    assert run.run_all(grid, folder, runs, 1) == 2
+    assert order == ["wrong", "first", "second"]
+    message = "it starts from the model of wrong, which failed"
+    assert read_lines(folder)["third", 0]["error"] == message
+
+
+def test_run_all_ends_its_commands_when_it_is_interrupted(folder, monkeypatch):
+    (folder.parent / "endless.py").write_text("import time\ntime.sleep(600)")
+    log, grid = folder / "log.txt", read_grid(write_grid(folder))
+    calls = []
+
+    def execute(*_):
+        calls.append(run.in_own_process(["endless"], log, 60))
+
+    def interrupted(*_, **__):
+        while not run.RUNNING:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "execute", execute)
+    monkeypatch.setattr(run, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_all(grid, folder, [a_run("plain"), a_run("fast")], 1)
+    assert not run.RUNNING and not calls
+    assert log.read_text().count("$ python -m endless") == 1  # the one in the queue did not begin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_runner_ends_its_training_and_frees_its_lock(folder, number):
+    path = write_grid(folder, overrides={"training.max_steps": 10**6})
+    work = Path("runs/experiments/trial")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments.run", str(path)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (work / "plain" / "0" / "log.txt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with pytest.raises(GridError, match="another command runs"), run.only_runner(work):
+        pass
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
+    with run.only_runner(work):  # a training that lived on would have it
+        pass
 
 
 def test_unfinished_skips_equal_settings_and_repeats_failed_runs():
