@@ -31,8 +31,8 @@ class VLJEPAConfig(PreTrainedConfig):
             [`PerceptionEncoderVisionConfig`]).
         predictor_config (`dict` or `PreTrainedConfig`, *optional*):
             The Predictor. Default: eight layers of the shape of Llama-3.2-1B. Its attention is
-            always bidirectional, even if the dictionary sets `is_causal`: the Predictor reads and
-            does not generate.
+            bidirectional, even if the dictionary sets `is_causal`: the Predictor reads and does
+            not generate. `causal_predictor` changes that.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             The Y-Encoder. Default: the shape of EmbeddingGemma-300M, bidirectional.
         decoder_config (`dict` or `PreTrainedConfig`, *optional*):
@@ -45,6 +45,8 @@ class VLJEPAConfig(PreTrainedConfig):
             Shift and scale each dimension of the visual tokens before their projection, by two
             fixed vectors that are saved with the weights. `init_checkpoint --calibrate` measures
             them. The paper mentions none.
+        causal_predictor (`bool`, *optional*, defaults to `False`):
+            Keep the language model's causal mask in the Predictor (the paper's ablation 7d).
         embedding_dim (`int`, *optional*, defaults to 1536):
             Width of the shared embedding space (section 3.1).
         text_pooling (`str`, *optional*, defaults to `"mean"`):
@@ -151,6 +153,7 @@ class VLJEPAConfig(PreTrainedConfig):
     decoder_config: dict | PreTrainedConfig | None = None
     visual_token_pooling: int = 1
     standardize_visual_tokens: bool = False
+    causal_predictor: bool = False
     embedding_dim: int = 1536
     text_pooling: str = "mean"
     text_dense: list[dict] = field(default_factory=list)
@@ -180,7 +183,7 @@ class VLJEPAConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # The one supported switch: it reaches the mask builder and every attention kernel. With
         # `is_causal` set on the attention modules alone, padded or eager batches stay causal.
-        self.predictor_config.is_causal = False
+        self.predictor_config.is_causal = self.causal_predictor
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Complete `prompts` and `target_prompts`; raise ValueError for an invalid value of these
@@ -194,6 +197,8 @@ class VLJEPAConfig(PreTrainedConfig):
                 f"visual_token_pooling is {value!r}: give a whole number, 1 or more; 1 pools none."
             )
         super().__setattr__(name, value)
+        if name == "causal_predictor" and isinstance(self.predictor_config, PreTrainedConfig):
+            self.predictor_config.is_causal = value  # a recipe's change of a loaded configuration
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Return the Predictor's configuration: `input_ids` are the Predictor's tokens."""

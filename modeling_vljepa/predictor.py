@@ -63,8 +63,9 @@ def mask_for(
     from the device to find out whether it hides anything. The caller drops masks that do not.
     """
     windows = ("sliding_window", "attention_chunk_size")
-    if mask is None or any(vars(config).get(name) is not None for name in windows):
-        return mask  # layers with a window need masks of their own
+    has_windows = any(vars(config).get(name) is not None for name in windows)
+    if mask is None or has_windows or config.is_causal:
+        return mask  # causal layers, and those with a window, need masks of their own
     # For one position, because a hidden token is hidden from all of them.
     return create_bidirectional_mask(config, states[:, :1], mask, allow_is_bidirectional_skip=False)
 
@@ -87,7 +88,8 @@ class VisualStandardization(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Llama layers in which every position attends to every real one (paper section 3.1).
+    """Llama layers in which every position attends to every real one (paper section 3.1), or with
+    `config.is_causal` to every real one before it, which is the paper's ablation 7d.
 
     The visual tokens come first and the query after them, at rotary positions 0 ... N + L - 1.
     """

@@ -52,7 +52,7 @@ def reaction(
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_predictor_visual_tokens_see_the_last_query_token(
-    visual_embeds, input_ids, backend, padded, monkeypatch
+    visual_embeds, input_ids, backend, padded
 ):
     """Disabling causality on the attention modules alone has no effect with some back-ends, and
     works for unpadded batches only with others."""
@@ -60,7 +60,6 @@ def test_predictor_visual_tokens_see_the_last_query_token(
     assert reaction(module, visual_embeds, input_ids, padded).min() > 1e-3
     causal = copy.deepcopy(module)  # positive control
     causal.backbone.config.is_causal = True
-    monkeypatch.setattr("modeling_vljepa.predictor.mask_for", lambda config, states, mask: mask)
     assert reaction(causal, visual_embeds, input_ids, padded).max() < 1e-6
 
 
@@ -142,6 +141,15 @@ def test_predictor_with_empty_query_reads_the_visual_tokens(visual_embeds):
     states, mask = module(visual_embeds, nothing, nothing)
     assert mask.shape == (3, VISUAL) and mask.all()
     torch.testing.assert_close(states.last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_predictor_config_is_causal_by_causal_predictor_alone(tmp_path):
+    config = tiny_config(causal_predictor=True)
+    assert config.predictor_config.is_causal is True
+    config.save_pretrained(tmp_path)
+    assert type(config).from_pretrained(tmp_path).predictor_config.is_causal is True
+    config.causal_predictor = False
+    assert config.predictor_config.is_causal is False
 
 
 def test_predictor_config_is_always_bidirectional(tmp_path):
