@@ -6,6 +6,7 @@ A grid is a YAML file, `experiments/NAME/grid.yaml`:
 |---------------|---------------------------------------------------------------------------------|
 | `recipe`      | the base recipe                                                                 |
 | `seeds`       | values of `training.seed`                                                       |
+| `seeds_of`    | settings with fewer of these seeds: `{babyai-plain: [0]}`                       |
 | `cpu_minutes` | limit of processor time of a training, and again of its evaluation; default: 10 |
 | `overrides`   | changes for every setting: `{training.max_steps: 400}`                          |
 | `settings`    | names, each with its own changes                                                |
@@ -35,7 +36,14 @@ from typing import Any
 
 import yaml
 
-from training.arguments import Recipe, RecipeError, apply_override, check_keys, read_recipe
+from training.arguments import (
+    EvaluationArguments,
+    Recipe,
+    RecipeError,
+    apply_override,
+    check_keys,
+    read_recipe,
+)
 from training.tokens.recipe import read_recipe as read_token_recipe
 
 WORK = Path("runs/experiments")
@@ -140,6 +148,7 @@ class Grid:
     settings: dict
     cpu_minutes: float = 10
     overrides: dict = field(default_factory=dict)
+    seeds_of: dict = field(default_factory=dict)
     parts: dict = field(default_factory=dict)
     prepare: list = field(default_factory=list)
     groups: dict = field(default_factory=dict)
@@ -158,6 +167,10 @@ class Grid:
         named += [name for pair in self.compare for name in pair]
         for name in named:
             self.check_setting("groups and compare", name)
+        for name, seeds in self.seeds_of.items():
+            self.check_setting("seeds_of", name)
+            if not isinstance(seeds, list) or not set(seeds) < set(self.seeds):
+                raise GridError(f"seeds_of: {name}: {seeds} are not some of the seeds.")
         for pair in self.compare:
             if len(pair) != 2:
                 raise GridError(f"compare: {pair} is not a pair of settings.")
@@ -184,9 +197,14 @@ class Grid:
             steps.append(step)
         return steps
 
-    def needed(self, recipe: dict, seed: int) -> list[Step]:
-        """Return the steps whose folders a recipe names, and those that these need, in order."""
-        texts, needed = [json.dumps(recipe)], []
+    def needed(self, recipe: dict, seed: int, options: Options | None = None) -> list[Step]:
+        """Return the steps whose folders a recipe or its benchmarks name, and those that these
+        need, in order.
+
+        Raises:
+            GridError: there is no such benchmark.
+        """
+        texts, needed = [json.dumps(recipe), json.dumps(benchmarks(recipe, options))], []
         for step in reversed(self.steps(seed)):
             # Not a part of another name: init-2 is not init-2-calibrated.
             folder = re.compile(rf"(?<![\w./-]){re.escape(step.folder)}(?![\w.-])")
@@ -267,7 +285,7 @@ class Grid:
         before = self.before(setting)
         decides = copy.deepcopy(recipe)
         del decides["training"]["output_dir"]
-        commands = [step.command for step in self.needed(recipe, seed)]
+        commands = [step.command for step in self.needed(recipe, seed, options)]
         parts = [decides, commands]
         if options != Options():
             parts.append(asdict(options))
@@ -293,13 +311,39 @@ class Grid:
         named = [each for name in only or self.settings for each in (self.before(name), name)]
         for seed in self.seeds if seeds is None else seeds:
             for setting in dict.fromkeys(named):
-                if setting is not None:
+                left_out = seeds is None and seed not in self.seeds_of.get(setting, self.seeds)
+                if setting is not None and not left_out:
                     yield self.run(setting, seed)
 
 
 def is_of_recipe(key: str) -> bool:
     """Return True for a key of a recipe, which has a dot, and False for one of `Options`."""
     return "." in key
+
+
+def benchmarks(recipe: dict, options: Options | None) -> list[dict]:
+    """Return the entries of the benchmarks that are measured, or on which a likelihood's form is
+    chosen.
+
+    Raises:
+        GridError: there is no such benchmark.
+    """
+    evaluation = recipe.get("evaluation", {})
+    named = [(evaluation.get("benchmarks"), evaluation.get("tasks", []))]
+    if options is not None:
+        named.append((options.validation_benchmarks, options.validation))
+    entries = []
+    for path, names in named:
+        if not names:
+            continue
+        path = Path(path or EvaluationArguments.benchmarks)
+        if not path.is_file():
+            raise GridError(f"benchmarks: {path} is missing; the command runs in the repository.")
+        known = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if unknown := [name for name in names if name not in known]:
+            raise GridError(f"benchmarks: {path} has no {', '.join(unknown)}.")
+        entries += [known[name] for name in names]
+    return entries
 
 
 def decoder_recipe(path: str) -> Any:

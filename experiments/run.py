@@ -133,7 +133,9 @@ def prepare(grid: Grid, runs: list[Run]) -> None:
     """
     steps = {}
     for run in runs:
-        steps |= {step.folder: (step, run) for step in grid.needed(run.recipe, run.seed)}
+        steps |= {
+            step.folder: (step, run) for step in grid.needed(run.recipe, run.seed, run.options)
+        }
     made_by = WORK / grid.name / "prepared.json"
     commands = json.loads(made_by.read_text(encoding="utf-8")) if made_by.is_file() else {}
     for folder, (step, run) in tqdm(steps.items(), "prepare", unit="step"):
@@ -175,7 +177,7 @@ def made(grid: Grid, run: Run) -> dict[str, str]:
 
     It differs if the same command has made other data, or if a folder of other data was there.
     """
-    steps = grid.needed(run.recipe, run.seed)
+    steps = grid.needed(run.recipe, run.seed, run.options)
     paths = {step.folder: Path(step.folder, step.complete) for step in steps}
     return {folder: digest(path) for folder, path in paths.items() if path.is_file()}
 

@@ -3,9 +3,11 @@
     python -m experiments.variants runs/calibrated --output runs/folded --fold
     python -m experiments.variants runs/calibrated --output runs/other --projection-of runs/init
     python -m experiments.variants runs/init --output runs/warmer --temperature 0.2
+    python -m experiments.variants runs/init --output runs/random --new-text-encoder 0
 
 `--fold` folds the standardisation of the visual tokens into the projection, which then trains.
 `--projection-of` replaces the visual projection. `--temperature` is that of the loss at step 0.
+`--new-text-encoder` gives the Y-Encoder random weights of this seed.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoModel
 
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
@@ -31,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fold", action="store_true", help="fold the standardisation")
     parser.add_argument("--projection-of", metavar="FOLDER", help="model with another projection")
     parser.add_argument("--temperature", type=float, help="of the loss at step 0")
+    parser.add_argument("--new-text-encoder", type=int, metavar="SEED", help="random weights")
     args = parser.parse_args(argv)
     check_output_folder("--output", args.output)
     model = VLJEPAModel.from_pretrained(args.source)
@@ -44,6 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.temperature is not None:
         with torch.no_grad():
             model.logit_scale.weight.fill_(math.log(1 / args.temperature))
+    if args.new_text_encoder is not None:
+        torch.manual_seed(args.new_text_encoder)
+        new = AutoModel.from_config(model.config.text_config)
+        model.y_encoder.backbone.load_state_dict(new.state_dict(), strict=False)
+        model.config.backbones.pop("text", None)
     with writing(args.output):
         model.save_pretrained(args.output)
         VLJEPAProcessor.from_pretrained(args.source).save_pretrained(args.output)

