@@ -26,6 +26,7 @@ of the runner, which `Options` lists; `overrides` may have both for all settings
 """
 
 import copy
+import functools
 import hashlib
 import json
 import re
@@ -80,6 +81,8 @@ class Options:
         trainer (`str`): `train`, or `token_baseline` for the model that predicts tokens.
         decoder (`str`, *optional*): recipe of `training.train_decoder`. It trains a Y-Decoder on
             the trained model, and both are evaluated together.
+        more_tasks (`list[str]`): benchmarks to measure besides `evaluation.tasks`, which training
+            checks: those that need the Y-Decoder.
         cached (`bool`): the evaluation reads `data.features`, too, which then has its clips.
         validation (`list[str]`): benchmarks of validation data, on which the form of a token
             model's likelihood is chosen.
@@ -88,6 +91,7 @@ class Options:
 
     trainer: str = "train"
     decoder: str | None = None
+    more_tasks: list = field(default_factory=list)
     cached: bool = False
     validation: list = field(default_factory=list)
     validation_benchmarks: str | None = None
@@ -95,6 +99,8 @@ class Options:
     def __post_init__(self):
         if self.trainer not in TRAINERS:
             raise GridError(f"trainer: {self.trainer!r} is not one of {', '.join(TRAINERS)}.")
+        if self.validation and self.validation_benchmarks is None:
+            raise GridError("validation: give validation_benchmarks, the file of its entries, too.")
 
 
 @dataclass(frozen=True)
@@ -221,10 +227,7 @@ class Grid:
         Raises:
             RecipeError: a change has no place in the recipe.
         """
-        path = Path(self.recipe)
-        if not path.is_file():
-            raise GridError(f"recipe: {path} is missing; the command runs in the repository.")
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml_of("recipe", self.recipe)
         changes = {**self.overrides, **self.settings[setting]}
         changes = {key: value for key, value in changes.items() if is_of_recipe(key)}
         changes |= {
@@ -290,7 +293,7 @@ class Grid:
         if options != Options():
             parts.append(asdict(options))
         if options.decoder is not None:
-            parts.append(decoder_recipe(options.decoder))
+            parts.append(yaml_of("decoder", options.decoder))
         if before is not None:
             parts.append(self.run(before, seed).settings)
         text = json.dumps(parts, sort_keys=True)
@@ -322,39 +325,42 @@ def is_of_recipe(key: str) -> bool:
 
 
 def benchmarks(recipe: dict, options: Options | None) -> list[dict]:
-    """Return the entries of the benchmarks that are measured, or on which a likelihood's form is
-    chosen.
+    """Return the entries of the benchmarks of a recipe and of its options.
 
     Raises:
         GridError: there is no such benchmark.
     """
-    evaluation = recipe.get("evaluation", {})
-    named = [(evaluation.get("benchmarks"), evaluation.get("tasks", []))]
-    if options is not None:
-        named.append((options.validation_benchmarks, options.validation))
+    evaluation, options = recipe.get("evaluation", {}), options or Options()
+    tasks = [*evaluation.get("tasks", []), *options.more_tasks]
     entries = []
-    for path, names in named:
+    for path, names in (
+        (evaluation.get("benchmarks", EvaluationArguments.benchmarks), tasks),
+        (options.validation_benchmarks, options.validation),
+    ):
         if not names:
             continue
-        path = Path(path or EvaluationArguments.benchmarks)
-        if not path.is_file():
-            raise GridError(f"benchmarks: {path} is missing; the command runs in the repository.")
-        known = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = yaml_of("benchmarks", path)
         if unknown := [name for name in names if name not in known]:
             raise GridError(f"benchmarks: {path} has no {', '.join(unknown)}.")
         entries += [known[name] for name in names]
     return entries
 
 
-def decoder_recipe(path: str) -> Any:
-    """Return a Y-Decoder's recipe as it is in its file.
+def yaml_of(key: str, path: str) -> Any:
+    """Return the content of a YAML file that a grid names.
 
     Raises:
         GridError: it is missing.
     """
     if not Path(path).is_file():
-        raise GridError(f"decoder: {path} is missing; the command runs in the repository.")
-    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raise GridError(f"{key}: {path} is missing; the command runs in the repository.")
+    return copy.deepcopy(parsed(Path(path).read_text(encoding="utf-8")))
+
+
+@functools.cache
+def parsed(text: str) -> Any:
+    """Return a YAML text's content; each of a grid's runs reads the same few files."""
+    return yaml.safe_load(text)
 
 
 def with_seed(value: Any, seed: int) -> Any:
@@ -385,4 +391,14 @@ def read_grid(path: Path) -> Grid:
         raise GridError(f"{path}: {error}") from error
 
 
-__all__ = ["RECIPE_OF", "WORK", "Grid", "GridError", "Options", "Run", "Step", "read_grid"]
+__all__ = [
+    "RECIPE_OF",
+    "WORK",
+    "Grid",
+    "GridError",
+    "Options",
+    "Run",
+    "Step",
+    "benchmarks",
+    "read_grid",
+]

@@ -220,7 +220,7 @@ def execute(grid: Grid, folder: Path, run: Run) -> dict:
 def evaluation(run: Run, recipe: Recipe, model: Path) -> list[str]:
     """Return the words of the command that measures a trained model."""
     given, options = recipe.evaluation, run.options
-    words = ["eval.evaluate", "--model", str(model), "--tasks", *given.tasks]
+    words = ["eval.evaluate", "--model", str(model), "--tasks", *given.tasks, *options.more_tasks]
     words += ["--benchmarks", given.benchmarks]
     if given.limit is not None:
         words += ["--limit", str(given.limit)]

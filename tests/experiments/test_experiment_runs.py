@@ -1,8 +1,9 @@
 """Grids of trainings: their recipes, the runs to repeat, and a small one from start to report."""
 
-import importlib
+import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,13 +14,15 @@ import pytest
 import yaml
 
 from experiments import report, run
-from experiments.grid import GridError, Run, read_grid
+from experiments.grid import GridError, Run, benchmarks, read_grid
 from experiments.results import append_line, read_lines
 from tests.tiny import tiny_recipe, tiny_rows
 from training.arguments import RecipeError
+from training.decoder.recipe import read_recipe as read_decoder_recipe
 
 ROOT = Path(__file__).parents[2]
 GRIDS = sorted((ROOT / "experiments").glob("*/grid.yaml"))
+CLAIMS = {each["folder"] for each in yaml.safe_load((ROOT / "experiments/claims.yaml").read_text())}
 GRID = {
     "recipe": "recipe.yaml",
     "seeds": [0, 1],
@@ -90,6 +93,7 @@ TWO_STAGES = {
     "tokens": {
         "trainer": "token_baseline",
         "validation": ["val"],
+        "validation_benchmarks": "v.yaml",
         "cached": True,
         "data.features": "made/features-seed{seed}",
     },
@@ -105,6 +109,7 @@ def test_grid_leaves_out_seeds_of_a_setting(folder):
 
 
 def test_grid_starts_a_setting_from_the_model_of_another(folder):
+    Path("v.yaml").write_text("val: {}")
     grid = read_grid(write_grid(folder, settings=TWO_STAGES, compare=[], seeds=[1]))
     first, tokens, second = grid.runs()
     assert second.recipe["model"]["checkpoint"] == "runs/experiments/trial/first/1/model"
@@ -122,7 +127,7 @@ def test_grid_starts_a_setting_from_the_model_of_another(folder):
 def test_evaluation_has_the_options_of_its_setting(folder):
     Path("v.yaml").write_text("val: {rows: made/samples/x.jsonl}\nsome: {}")
     evaluation = {"evaluation.tasks": ["some"], "evaluation.benchmarks": "v.yaml"}
-    overrides = GRID["overrides"] | evaluation | {"validation_benchmarks": "v.yaml"}
+    overrides = GRID["overrides"] | evaluation
     steps = [{"folder": "made/samples", "command": "python -m x", "complete": "done"}]
     changes = {"settings": TWO_STAGES, "compare": [], "prepare": steps}
     path = write_grid(folder, overrides=overrides, **changes)
@@ -132,10 +137,9 @@ def test_evaluation_has_the_options_of_its_setting(folder):
     }
     same = ["eval.evaluate", "--model", "m", "--tasks", "some"]
     same += ["--benchmarks", "v.yaml"]
-    last = ["--validation-benchmarks", "v.yaml"]
-    assert words["first"] == [*same, *last]
+    assert words["first"] == same
     more = ["--features", "made/features-seed1", "--validation", "val"]
-    assert words["tokens"] == [*same, *more, *last]
+    assert words["tokens"] == [*same, *more, "--validation-benchmarks", "v.yaml"]
     grid = read_grid(path)
     needed = [grid.needed(each.recipe, 1, each.options) for each in runs.values()]
     assert [len(each) for each in needed] == [0, 1, 0]  # of the validation's rows
@@ -158,6 +162,7 @@ def test_evaluation_has_the_options_of_its_setting(folder):
         ({"settings": {"plain": {"trainers": "x"}, "fast": None}}, "plain: trainers: no such key"),
         ({"settings": {"plain": {"trainer": "x"}, "fast": None}}, "'x' is not one of train, to"),
         ({"settings": {"plain": {"cached": 1}, "fast": None}}, "plain: cached: "),
+        ({"settings": {"plain": {"validation": ["x"]}, "fast": None}}, "give validation_bench"),
         ({"settings": {"plain": {"decoder": "x"}, "fast": None}}, "decoder: x is missing"),
         (
             {"settings": {"plain": {"model.checkpoint": "{model none}"}, "fast": None}},
@@ -198,11 +203,19 @@ def test_shipped_grids_have_valid_recipes_and_a_report_of_their_results(
     grid = read_grid(path)
     monkeypatch.setattr(Run, "recipe_file", property(lambda self: tmp_path / "recipe.yaml"))
     monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: None)
+    rows = set()
     for each in grid.runs(seeds=grid.seeds[:1]):
         recipe = each.write_recipe()
-        made = {step.folder for step in grid.needed(each.recipe, each.seed)}
-        assert {recipe.model.checkpoint, recipe.data.features} <= made
-        assert not any("test" in task for task in each.recipe["evaluation"]["tasks"])
+        made = {step.folder for step in grid.needed(each.recipe, each.seed, each.options)}
+        starts = {recipe.data.features} | ({recipe.model.checkpoint} if not each.before else set())
+        assert starts <= made
+        if each.options.decoder is not None:
+            read_decoder_recipe(each.options.decoder)
+        rows |= {entry["rows"] for entry in benchmarks(each.recipe, None)}
+    # Nothing is chosen by test data: grids that measure them are on a claim.
+    assert any("test" in name for name in rows) == (path.parent.name in CLAIMS)
+    for step in grid.steps(grid.seeds[0]):
+        assert importlib.util.find_spec(shlex.split(step.command)[2]) is not None
     report.main([str(path.parent), "--check"])
 
 

@@ -1,0 +1,425 @@
+"""Write docs/evidence.md: the paper's claims against this repository's results, one row each.
+
+    python -m experiments.evidence [--check]
+
+`experiments/claims.yaml` has the claims; the numbers are those of `experiments/*/results.jsonl`.
+The text between the two markers of the page is replaced, and `docs/figures/evidence/*.svg` are
+drawn.
+`--check` writes nothing and fails if page or figures are not those of the results.
+
+A difference is paired by seed and item, with the interval of `experiments/report.py`.
+
+| its interval                      | verdict                                                   |
+|-----------------------------------|-----------------------------------------------------------|
+| excludes 0, with the paper's sign | holds                                                     |
+| excludes 0, with the other sign   | does not hold                                             |
+| contains 0, within 2 points of it | cannot tell: a difference, if there is one, is this small |
+| contains 0, and is wider          | open: more seeds or items are needed                      |
+
+Without a figure in the paper, the verdict is "higher", "lower", "cannot tell" or "open".
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+
+from experiments.grid import Grid, GridError, read_grid
+from experiments.report import (
+    Mean,
+    ReportError,
+    average,
+    difference_of_scores,
+    digest_of,
+    markdown,
+    mean_score,
+    number,
+    with_interval,
+)
+from experiments.results import read_lines
+from training.arguments import RecipeError, check_keys
+
+FOLDER = Path("experiments")
+CLAIMS = FOLDER / "claims.yaml"
+PAGE = Path("docs/evidence.md")
+FIGURES = Path("docs/figures/evidence")
+BEGIN = "<!-- evidence: written by experiments.evidence -->"
+END = "<!-- end of evidence -->"
+WITHIN = 2.0  # points: "cannot tell" only if the whole interval is within them
+NOT_RUN = "not run yet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """A difference that the paper states, or that its table invites.
+
+    Attributes:
+        text (`str`): what is compared, as "second instead of first".
+        pair (`list[str]`): both settings, without the data set's prefix.
+        paper (`dict`): the paper's difference in points by the name of the score; a sign in quotes,
+            "+" or "-", for a direction without a figure.
+    """
+
+    text: str
+    pair: list
+    paper: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim of the paper, and the experiment on it.
+
+    Attributes:
+        name (`str`), title (`str`)
+        folder (`str`): of its grid.
+        scores (`dict[str, dict[str, str]]`): the prefix of each data set's settings, and its scores
+            by the names of `Statement.paper`.
+        statements (`list`): see [`Statement`].
+        about (`str`): Markdown below the table: question, protocol, limits.
+        curves (`dict[str, list[str]]`): settings of growing budgets by the model's name, to draw
+            over the rows seen; default: the differences are drawn.
+        cost (`list[str]`): settings whose parameters and processor time are listed.
+    """
+
+    name: str
+    title: str
+    folder: str
+    scores: dict
+    statements: list
+    about: str
+    curves: dict = field(default_factory=dict)
+    cost: list = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A measured difference.
+
+    Attributes:
+        score (`str`), mean ([`Mean`]): of second - first, in points.
+        verdict (`str`)
+    """
+
+    score: str
+    mean: Mean
+    verdict: str
+
+
+def read_claims(path: Path = CLAIMS) -> list[Claim]:
+    """Read the claims and check that their grids have the settings and scores.
+
+    Raises:
+        ReportError: an unknown or missing key, setting or score.
+    """
+    claims = []
+    for given in yaml.safe_load(path.read_text(encoding="utf-8")):
+        try:
+            claim = Claim(**check_keys(given, Claim, given.get("name", "claim")))
+            rows = [Statement(**check_keys(row, Statement, claim.name)) for row in claim.statements]
+        except RecipeError as error:
+            raise ReportError(f"{path}: {error}") from error
+        claim.statements[:] = rows
+        grid = read_grid(FOLDER / claim.folder / "grid.yaml")
+        for data in claim.scores:
+            named = [name for row in rows for name in row.pair]
+            named += [*claim.cost, *(name for names in claim.curves.values() for name in names)]
+            for name in named:
+                grid.check_setting(f"{path}: {claim.name}", f"{data}-{name}")
+        for row in rows:
+            if unknown := row.paper.keys() - set().union(*claim.scores.values()):
+                raise ReportError(f"{path}: {claim.name}: no score is named {min(unknown)}.")
+        claims.append(claim)
+    return claims
+
+
+# -- results ---------------------------------------------------------------------------------
+
+
+def results(claim: Claim) -> tuple[Grid, dict[str, list[dict]]]:
+    """Return the grid and the finished lines of each setting, by seed, of its present settings."""
+    folder = FOLDER / claim.folder
+    grid, lines = read_grid(folder / "grid.yaml"), read_lines(folder)
+    if not lines:
+        return grid, {}
+    expected = {(run.setting, run.seed): run.settings for run in grid.runs()}
+    found: dict[str, list[dict]] = {}
+    for key, line in sorted(lines.items(), key=lambda item: item[0][1]):
+        if "error" not in line and expected.get(key, line["settings"]) == line["settings"]:
+            found.setdefault(key[0], []).append(line)
+    return grid, found
+
+
+def in_points(mean: Mean) -> Mean:
+    return Mean(100 * mean.value, 100 * mean.low, 100 * mean.high)
+
+
+def verdict(mean: Mean, sign: int | None) -> str:
+    """Return the verdict on a difference in points; see the module.
+
+    Args:
+        sign: the paper's, 1 or -1; None without a claim.
+    """
+    if mean.low > 0 or mean.high < 0:
+        found = 1 if mean.low > 0 else -1
+        if sign is None:
+            return "higher" if found > 0 else "lower"
+        return "holds" if found == sign else "does not hold"
+    return "cannot tell" if mean.low >= -WITHIN and mean.high <= WITHIN else "open"
+
+
+def sign_of(given: float | str | None) -> int | None:
+    """Return the sign of a paper's difference, a number or "+" or "-"."""
+    if given is None:
+        return None
+    return -1 if str(given).startswith("-") else 1
+
+
+def differences(
+    claim: Claim, statement: Statement, data: str, found: dict[str, list[dict]]
+) -> tuple[list[Found], list[dict]]:
+    """Return the differences of a statement on a data set, and the lines that they are of."""
+    by_seed = [
+        {line["seed"]: line for line in found.get(f"{data}-{name}", [])} for name in statement.pair
+    ]
+    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+    a, b = ([lines[seed] for seed in seeds] for lines in by_seed)
+    measured = []
+    for name, score in claim.scores[data].items():
+        if seeds and all(score in line["items"] for line in [*a, *b]):
+            mean = in_points(difference_of_scores(FOLDER / claim.folder, a, b, score))
+            measured.append(Found(name, mean, verdict(mean, sign_of(statement.paper.get(name)))))
+    return measured, [*a, *b]
+
+
+# -- the page --------------------------------------------------------------------------------
+
+
+def paper_text(given: dict) -> str:
+    """Return the paper's differences, such as "cls +6.8, VQA -2.3"."""
+    texts = [
+        f"{name} {value:+.1f}" if isinstance(value, int | float) else f"{name} {value}"
+        for name, value in given.items()
+    ]
+    return ", ".join(texts) or "–"
+
+
+def cpu_hours(lines: list[dict]) -> float:
+    return sum(sum(line["process_cpu_seconds"].values()) for line in lines) / 3600
+
+
+def table(claims: list[Claim]) -> tuple[str, dict[str, int]]:
+    """Return the table of all claims, and the number of each verdict."""
+    head = ["claim", "data (seeds)", "the paper's difference, points", "ours (95 % interval)"]
+    head += ["verdict", "CPU-hours", "command"]
+    rows, counts = [], {}
+    for claim in claims:
+        _, found = results(claim)
+        command = f"python -m experiments.run experiments/{claim.folder}/grid.yaml --only"
+        for statement in claim.statements:
+            for data in claim.scores:
+                measured, lines = differences(claim, statement, data, found)
+                seeds = len({line["seed"] for line in lines})
+                ours = "<br>".join(
+                    f"{each.score} {with_interval(each.mean, sign='+')}" for each in measured
+                )
+                verdicts = "<br>".join(f"{each.score}: {each.verdict}" for each in measured)
+                for each in measured:
+                    counts[each.verdict] = counts.get(each.verdict, 0) + 1
+                rows.append(
+                    [
+                        f"[{claim.name}](#{claim.name.lower()}) {statement.text}",
+                        f"{data} ({seeds})" if seeds else data,
+                        paper_text(statement.paper),
+                        ours or NOT_RUN,
+                        verdicts or NOT_RUN,
+                        f"{cpu_hours(lines):.1f}" if lines else "–",
+                        f"`{command} {' '.join(f'{data}-{name}' for name in statement.pair)}`",
+                    ]
+                )
+    return markdown(head, rows), counts
+
+
+def cost_table(claim: Claim, found: dict[str, list[dict]]) -> str:
+    """Return parameters and processor time of a claim's `cost` settings; "" without results."""
+    head = ["setting", "trained parameters", "all, without X- and Y-Encoder", "Y-Encoder"]
+    head += ["Y-Decoder", "rows seen", "training, CPU-s", "Y-Decoder's training, CPU-s"]
+    head += ["evaluation, CPU-s"]
+    rows = []
+    for name in (f"{data}-{setting}" for data in claim.scores for setting in claim.cost):
+        same = found.get(name, [])
+        if not same:
+            continue
+        parts = same[0]["parameters"]
+        own = sum(parts.values()) - parts.get("x_encoder", 0) - parts.get("y_encoder", 0)
+        own -= parts.get("y_decoder", 0)
+        used = [line["process_cpu_seconds"] for line in same]
+        rows.append(
+            [
+                name,
+                f"{same[0]['trainable_parameters'] / 1e6:.2f} M",
+                f"{own / 1e6:.2f} M",
+                f"{parts.get('y_encoder', 0) / 1e6:.2f} M",
+                f"{parts.get('y_decoder', 0) / 1e6:.2f} M",
+                number(same[0]["rows"]),
+                *(
+                    number(average(used, lambda each, key=key: each.get(key, 0)))
+                    for key in ("training", "decoder", "evaluation")
+                ),
+            ]
+        )
+    return markdown(head, rows) if rows else ""
+
+
+def page_text(claims: list[Claim], figure) -> str:
+    """Return the Markdown between the markers.
+
+    Args:
+        figure: draws a claim's figure, or checks it, and returns its path from `docs`.
+    """
+    rows, counts = table(claims)
+    total = sum(counts.values())
+    listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    parts = [rows]
+    parts.append(
+        f"Comparisons: {total} ({listed}), none corrected for their number: of 20 differences that "
+        "are 0, one interval on average excludes it."
+        if total
+        else "Comparisons: none yet."
+    )
+    for claim in claims:
+        _, found = results(claim)
+        parts += [f"## {claim.name}", f"**{claim.title}.**", claim.about.strip()]
+        if any(
+            differences(claim, row, data, found)[0]
+            for row in claim.statements
+            for data in claim.scores
+        ):
+            parts.append(f"![{claim.name}: {claim.title}]({figure(claim, found)})")
+        else:
+            parts.append(f"Figure: {NOT_RUN}.")
+        if text := cost_table(claim, found):
+            parts.append(text)
+    return "\n\n".join(parts)
+
+
+# -- figures ---------------------------------------------------------------------------------
+
+
+def figure_path(claim: Claim) -> Path:
+    return FIGURES / f"{claim.folder}.svg"
+
+
+def draw(claim: Claim, found: dict[str, list[dict]]) -> Figure:
+    """Draw the curves of a claim, or else its differences."""
+    return draw_curves(claim, found) if claim.curves else draw_differences(claim, found)
+
+
+def draw_curves(claim: Claim, found: dict[str, list[dict]]) -> Figure:
+    """Draw each score over the rows seen, a row of axes for each data set."""
+    width = max(len(scores) for scores in claim.scores.values())
+    figure = Figure(figsize=(3.2 * width, 2.9 * len(claim.scores)), layout="constrained")
+    axes = figure.subplots(len(claim.scores), width, squeeze=False)
+    for row, (data, scores) in zip(axes, claim.scores.items(), strict=True):
+        for axis, (name, score) in zip(row, scores.items(), strict=False):
+            for model, settings in claim.curves.items():
+                lines = [found.get(f"{data}-{setting}", []) for setting in settings]
+                lines = [same for same in lines if same and score in same[0]["items"]]
+                means = [
+                    in_points(mean_score(FOLDER / claim.folder, same, score)) for same in lines
+                ]
+                if not means:
+                    continue
+                values = np.array([[mean.value, mean.low, mean.high] for mean in means])
+                spread = np.abs(values[:, 1:] - values[:, :1]).T  # (2, budgets)
+                seen = [same[0]["rows"] for same in lines]
+                axis.errorbar(seen, values[:, 0], spread, marker="o", capsize=3, label=model)
+            axis.set(title=f"{data}: {name}", xlabel="rows seen", xscale="log")
+            axis.grid(alpha=0.3)
+        for axis in row[len(scores) :]:
+            axis.remove()
+    axes[0][0].set_ylabel("%, CIDEr x 100")
+    axes[0][0].legend(fontsize="small")
+    return figure
+
+
+def draw_differences(claim: Claim, found: dict[str, list[dict]]) -> Figure:
+    """Draw the differences of all statements, an axis for each score."""
+    names = list(dict.fromkeys(name for scores in claim.scores.values() for name in scores))
+    height = 1.2 + 0.45 * len(claim.statements)
+    figure = Figure(figsize=(2.2 + 2.9 * len(names), height), layout="constrained")
+    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for index, data in enumerate(claim.scores):
+        shift = 0.3 * (index - (len(claim.scores) - 1) / 2)
+        for place, statement in enumerate(claim.statements):
+            for each in differences(claim, statement, data, found)[0]:
+                mean = each.mean
+                spread = [[mean.value - mean.low], [mean.high - mean.value]]
+                axis = axes[names.index(each.score)]
+                axis.errorbar(
+                    mean.value, place + shift, xerr=spread, fmt="o", capsize=3, color=f"C{index}"
+                )
+    for axis, name in zip(axes, names, strict=True):
+        for place, statement in enumerate(claim.statements):
+            given = statement.paper.get(name)
+            if isinstance(given, int | float):
+                axis.plot(given, place, "kx")
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title=name, xlabel="difference, points")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set(
+        yticks=range(len(claim.statements)), yticklabels=[row.text for row in claim.statements]
+    )
+    axes[0].invert_yaxis()
+    for index, data in enumerate(claim.scores):
+        axes[-1].plot([], [], f"C{index}o", label=data)
+    axes[-1].plot([], [], "kx", label="paper")
+    axes[-1].legend(fontsize="small")
+    return figure
+
+
+# -- the command -----------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.evidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, compare only")
+    args = parser.parse_args(argv)
+    claims, text = read_claims(), PAGE.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ReportError(f"{PAGE}: it needs the lines {BEGIN!r} and {END!r} once each.")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+
+    def figure(claim: Claim, found: dict[str, list[dict]]) -> str:
+        path, digest = figure_path(claim), digest_of(FOLDER / claim.folder)
+        if args.check:
+            if not path.is_file() or digest not in path.read_text(encoding="utf-8"):
+                raise ReportError(f"{path}: not of these results. Run experiments.evidence.")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with matplotlib.rc_context({"svg.hashsalt": "experiments"}):
+                metadata = {"Date": None, "Description": digest}
+                draw(claim, found).savefig(path, metadata=metadata)
+        return str(path.relative_to(PAGE.parent))
+
+    whole = f"{before}{BEGIN}\n\n{page_text(claims, figure)}\n\n{END}{after}"
+    if not args.check:
+        PAGE.write_text(whole, encoding="utf-8")
+    elif whole != text:
+        raise ReportError(f"{PAGE}: not of these results. Run experiments.evidence.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (GridError, ReportError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,128 @@
+"""Verdicts on the paper's claims, and the page of hand-made results."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments import evidence
+from experiments.report import Mean, ReportError
+from experiments.results import append_line
+from tests.experiments.test_experiment_report import line
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sign", "expected"),
+    [
+        (0.5, 9.0, 1, "holds"),
+        (0.5, 9.0, -1, "does not hold"),
+        (-9.0, -0.5, -1, "holds"),
+        (-9.0, -0.5, 1, "does not hold"),
+        (0.5, 9.0, None, "higher"),
+        (-9.0, -0.5, None, "lower"),
+        (-1.9, 1.9, 1, "cannot tell"),
+        (-1.9, 2.1, 1, "open"),
+        (-2.1, 1.9, None, "open"),
+    ],
+)
+def test_verdict_is_by_the_interval_and_the_papers_sign(low, high, sign, expected):
+    assert evidence.verdict(Mean((low + high) / 2, low, high), sign) == expected
+
+
+def test_sign_of_reads_numbers_and_directions():
+    assert [evidence.sign_of(each) for each in (3.2, -0.1, "+", "-", None)] == [1, -1, 1, -1, None]
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch) -> Path:
+    """A repository with a claim on two data sets, of which one has results of two seeds."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "experiments" / "c9"
+    folder.mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text("training: {max_steps: 1}")
+    settings = {f"{data}-{name}": None for data in ("x", "y") for name in ("old", "new")}
+    grid = {"recipe": "recipe.yaml", "seeds": [0, 1], "settings": settings}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    claim = {
+        "name": "C9",
+        "title": "New is better",
+        "folder": "c9",
+        "scores": {data: {"VQA": "vqa accuracy", "other": "none"} for data in ("x", "y")},
+        "statements": [
+            {"text": "new instead of old", "pair": ["old", "new"], "paper": {"VQA": -3}}
+        ],
+        "about": "Why.",
+        "cost": ["new"],
+    }
+    (tmp_path / "experiments" / "claims.yaml").write_text(yaml.safe_dump([claim]))
+    hashes = {
+        (run.setting, run.seed): run.settings
+        for run in evidence.read_grid(folder / "grid.yaml").runs()
+    }
+    values = {"x-old": [[0, 0, 1, 0, 0]] * 2, "x-new": [[1, 1, 1, 1, 1]] * 2}
+    for name, both in values.items():
+        for seed, each in enumerate(both):
+            more = {
+                "parameters": {"x_encoder": 7_000_000, "predictor": 2_000_000, "y_encoder": 30_000}
+            }
+            made = line(folder, name, seed, [1.0], each, **more)
+            append_line(folder, made | {"settings": hashes[name, seed]})
+    page = tmp_path / "docs" / "evidence.md"
+    page.parent.mkdir()
+    page.write_text(f"# Evidence\n\n{evidence.BEGIN}\n{evidence.END}\n\nAfter.\n")
+    return page
+
+
+def test_evidence_writes_verdicts_costs_and_figures_of_the_results(page):
+    evidence.main([])
+    text = page.read_text()
+    measured, missing = [row for row in text.splitlines() if row.startswith("| [C9]")]
+    assert "| x (2) | VQA -3.0 | VQA +80.0 (" in measured
+    # Four runs of 90 CPU-seconds
+    command = "`python -m experiments.run experiments/c9/grid.yaml --only x-old x-new`"
+    assert measured.endswith(f"| VQA: does not hold | 0.1 | {command} |")
+    assert "| y | VQA -3.0 | not run yet | not run yet | – |" in missing
+    assert "Comparisons: 1 (1 does not hold)" in text
+    assert (
+        "## C9\n\n**New is better.**\n\nWhy.\n\n![C9: New is better](figures/evidence/c9.svg)"
+        in text
+    )
+    assert "| x-new | 1.50 M | 2.00 M | 0.03 M | 0.00 M | 400 | 60 | 0 | 30 |" in text
+    assert text.endswith("After.\n")
+    evidence.main(["--check"])
+    svg = page.parent / "figures" / "evidence" / "c9.svg"
+    drawn = svg.read_text()
+    evidence.main([])
+    assert svg.read_text() == drawn
+    svg.write_text("other")
+    with pytest.raises(ReportError, match="not of these results"):
+        evidence.main(["--check"])
+
+
+def test_evidence_without_results_says_so(page):
+    (page.parents[1] / "experiments" / "c9" / "results.jsonl").unlink()
+    evidence.main([])
+    text = page.read_text()
+    assert text.count("| not run yet | not run yet | – |") == 2
+    assert "Comparisons: none yet." in text and "Figure: not run yet." in text
+    assert not (page.parent / "figures").exists()
+
+
+def test_evidence_names_an_unknown_setting_or_score(page):
+    path = page.parents[1] / "experiments" / "claims.yaml"
+    claims = yaml.safe_load(path.read_text())
+    claims[0]["statements"][0]["paper"] = {"none": 1}
+    path.write_text(yaml.safe_dump(claims))
+    with pytest.raises(ReportError, match="C9: no score is named none"):
+        evidence.read_claims()
+    claims[0]["cost"] = ["none"]
+    path.write_text(yaml.safe_dump(claims))
+    with pytest.raises(ValueError, match="C9: 'x-none': no such setting"):
+        evidence.read_claims()
+
+
+def test_shipped_page_is_that_of_the_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    evidence.main(["--check"])
