@@ -227,6 +227,8 @@ class FeatureStore:
         The shard is `MISSING` for a clip that is not in the store, and `CHANGED` if the store has
         another content of this file, or if the file is missing.
         """
+        if not rows:  # a second evaluation reads all embeddings from its store
+            return torch.empty(0, 2, dtype=torch.long)
         stamps = torch.tensor([file_stamp(media_file(row)) for row in rows])  # (rows, 2)
         with safe_open(self.folder / CLIP_INDEX, "pt") as index:
             # All are memory-mapped, so a search reads only a few pages.

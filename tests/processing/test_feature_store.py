@@ -361,6 +361,12 @@ def test_feature_store_counts_and_names_missing_clips(store, dataset, tmp_path):
     assert store.missing([{"video": dataset.rows[0]["image"]}])
 
 
+def test_feature_store_check_of_no_rows_raises_nothing(store):
+    """An evaluation that finds all embeddings in its own store asks for no clip."""
+    store.check([])
+    assert store.missing([]) == []
+
+
 def change(path: Path) -> bytes:
     """Change a file's content but not its size; return what it was."""
     before = path.read_bytes()
