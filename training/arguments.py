@@ -119,6 +119,49 @@ class ProcessorArguments:
 
 
 @dataclass(kw_only=True)
+class AugmentArguments:
+    """The mapping `augment` of a source: random changes, new in every epoch.
+
+    All frames of a clip change alike. Uncovered pixels repeat the edge.
+
+    Attributes:
+        mirror: mirror half of the clips. Not for texts that mention sides.
+        shift: largest shift to each side, as a share of height and width. Not for texts that
+            mention positions.
+        scale: least and greatest factor on the size of what a frame shows, such as `[0.7, 1.2]`.
+        rotation: largest rotation to either side, in degrees. Not for texts that mention
+            directions.
+        colour: largest relative change of saturation, contrast and brightness; half of it is that
+            of the balance of red, green and blue. Not for texts that mention colours, unless it is
+            small.
+    """
+
+    mirror: bool = False
+    shift: float = 0.0
+    scale: list = field(default_factory=lambda: [1.0, 1.0])
+    rotation: float = 0.0
+    colour: float = 0.0
+
+    def __post_init__(self):
+        name = "data.sources: augment"
+        check_least(self, name, shift=0, rotation=0, colour=0)
+        for key, most in (("shift", 1), ("rotation", 180), ("colour", 1)):
+            if vars(self)[key] > most:
+                raise RecipeError(f"{name}.{key}: it is {vars(self)[key]}; give {most} or less.")
+        numbers = all(type(factor) in (int, float) for factor in self.scale)
+        if not numbers or len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise RecipeError(
+                f"{name}.scale: it is {self.scale}; give the least and the greatest factor, such "
+                "as [0.7, 1.2]."
+            )
+
+    @property
+    def turns(self) -> bool:
+        """Whether frames are scaled or rotated, so that their pixels are interpolated."""
+        return self.rotation > 0 or self.scale != [1, 1]
+
+
+@dataclass(kw_only=True)
 class SourceArguments:
     """An item of `data.sources`: either `rows` or `dataset`.
 
@@ -136,7 +179,9 @@ class SourceArguments:
         shuffle_rows: number of rows of a streamed source that are in memory and shuffled.
         weight: share of the global batches drawn from this source, relative to the others.
         query: replaces the query of every row.
-        augment: mirror and shift frames at random. Not for texts that mention positions or sides.
+        augment: random changes of the frames, new in every epoch: keys of [`AugmentArguments`].
+            `true` is `{mirror: true, shift: 0.125}`. Some changes do not suit texts that mention
+            positions, sides, directions or colours.
         group_by_length: make batches of texts of similar length, to save padding. Their negatives
             then have that length too.
         rows_per_clip: put up to this many rows of a clip into one batch, where they share one pass
@@ -157,7 +202,7 @@ class SourceArguments:
     shuffle_rows: int = 10_000
     weight: float = 1.0
     query: str | None = None
-    augment: bool = False
+    augment: bool | dict = False
     group_by_length: bool = False
     rows_per_clip: int = 1
     licence: str | None = None
@@ -170,6 +215,7 @@ class SourceArguments:
                 f"data.sources: {self.name}: weight is {self.weight}; give more than 0."
             )
         check_least(self, f"data.sources: {self.name}", shuffle_rows=1, rows_per_clip=1)
+        self.augmentation = read_augment(self.augment, f"data.sources: {self.name}: augment")
         if self.rows_per_clip > 1:
             for name in ("streaming", "group_by_length"):
                 if vars(self)[name]:
@@ -803,6 +849,13 @@ def check_keys(given: Any, cls: type, where: str) -> dict:
     if missing:
         raise RecipeError(f"{where or 'the recipe'}: {missing[0]!r} is missing.")
     return checked
+
+
+def read_augment(given: bool | dict, where: str) -> AugmentArguments | None:
+    """Return the changes that a source's `augment` states, or `None` for no change."""
+    if given is True:
+        given = {"mirror": True, "shift": 0.125}
+    return AugmentArguments(**check_keys(given, AugmentArguments, where)) if given else None
 
 
 def apply_override(recipe: dict, override: str) -> None:

@@ -319,7 +319,7 @@ def test_check_recipe_rejects_a_trained_encoder_and_augmented_sources(model, tmp
     check_recipe(model, sources)
     with pytest.raises(FeatureError, match="X-Encoder trains"):
         check_recipe(tiny_model(freeze_vision=False), sources)
-    with pytest.raises(FeatureError, match=f"{re.escape(rows)} has augment: true"):
+    with pytest.raises(FeatureError, match=f"{re.escape(rows)} is augmented"):
         check_recipe(model, [read_source(SourceArguments(rows=rows, augment=True))])
 
 

@@ -182,7 +182,7 @@ def test_cache_features_rejects_trained_encoders_augmentation_and_streaming(reci
     with pytest.raises(FeatureError, match="X-Encoder trains"):
         cache(recipe, tmp_path / "store", "model.config.freeze_vision=false")
     rows = recipe.parent / "rows.jsonl"
-    with pytest.raises(FeatureError, match="augment: true"):
+    with pytest.raises(FeatureError, match="is augmented"):
         cache(recipe, tmp_path / "store", f"data.sources=[{{rows: {rows}, augment: true}}]")
     with pytest.raises(FeatureError, match="rows.jsonl is streamed"):
         cache(recipe, tmp_path / "store", f"data.sources=[{{rows: {rows}, streaming: true}}]")

@@ -23,10 +23,11 @@ from tests.tiny import (
     write_clip,
     write_rows,
 )
-from training.arguments import DataArguments, RecipeError, SourceArguments
+from training.arguments import AugmentArguments, DataArguments, RecipeError, SourceArguments
 from training.data import dataset as data
+from training.data.augmentation import augment
 from training.data.collator import ContrastiveCollator, to_pixel_values
-from training.data.dataset import ContrastiveDataset, augment, build_dataset
+from training.data.dataset import ContrastiveDataset, build_dataset
 from training.data.mixture import EPOCH_STRIDE, Bucket, MixtureSampler, Step
 from training.data.sources import read_source, texts_of
 from training.loop.run import small_source
@@ -216,12 +217,16 @@ def test_dataset_augments_a_row_differently_in_every_epoch(folder, processor):
         assert torch.equal(plain[row]["frames"], plain[row + EPOCH_STRIDE]["frames"])
 
 
+MIRROR_AND_SHIFT = AugmentArguments(mirror=True, shift=0.125)
+
+
 def test_augment_mirrors_and_shifts_all_frames_alike_and_repeats_the_edge():
+    assert SourceArguments(rows="x", augment=True).augmentation == MIRROR_AND_SHIFT
     frame = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     clip = torch.cat([frame, 255 - frame]).expand(2, 3, 16, 16)
     columns, rows, mirrored = set(), set(), set()
     for epoch in range(200):
-        first, second = augmented = augment(clip, (0, epoch))
+        first, second = augmented = augment(clip, (0, epoch), MIRROR_AND_SHIFT)
         assert torch.equal(first, 255 - second) and torch.equal(first[0], first[1])
         middle = augmented[0, 0, 8]  # each row of the pattern rises by one from left to right
         is_mirrored = bool(middle[8] > middle[9])
@@ -231,9 +236,89 @@ def test_augment_mirrors_and_shifts_all_frames_alike_and_repeats_the_edge():
         columns.add(centre % 16 - 8)
     assert mirrored == {False, True}
     assert rows == columns == {-2, -1, 0, 1, 2}
-    tops = [augment(clip, (0, epoch))[0, 0] for epoch in range(200)]
+    tops = [augment(clip, (0, epoch), MIRROR_AND_SHIFT)[0, 0] for epoch in range(200)]
     repeated = [bool(top[0].eq(top[1]).all() and top[1].eq(top[2]).all()) for top in tops]
     assert 20 < sum(repeated) < 70  # one clip in five is shifted down by two
+
+
+def square(height: int, width: int, side: int) -> torch.Tensor:
+    """Return two frames, black with a white square of `side` pixels in the middle."""
+    clip = torch.zeros(2, 3, height, width, dtype=torch.uint8)
+    top, left = (height - side) // 2, (width - side) // 2
+    clip[..., top : top + side, left : left + side] = 255
+    return clip
+
+
+def views(clip: torch.Tensor, **settings: object) -> list[torch.Tensor]:
+    return [augment(clip, (0, epoch), AugmentArguments(**settings)) for epoch in range(100)]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 96)], ids=str)
+def test_augment_scales_within_its_limits_and_keeps_the_shape_of_things(shape):
+    """The area of a square of 16 pixels changes by the square of the factor, also in frames that
+    are not square themselves."""
+    found = views(square(*shape, 16), scale=[0.5, 1.5])
+    sides = [(view[0, 0] / 255).sum().sqrt().item() / 16 for view in found]
+    assert 0.45 < min(sides) < 0.6 and 1.4 < max(sides) < 1.55
+    for view in found:
+        assert torch.equal(view[0], view[1])  # all frames alike
+        covered = view[0, 0] > 127
+        assert abs(int(covered.any(dim=0).sum()) - int(covered.any(dim=1).sum())) <= 1
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 96)], ids=str)
+def test_augment_rotates_within_its_limits_and_does_not_shear(shape):
+    clip = torch.zeros(1, 3, *shape, dtype=torch.uint8)
+    middle = shape[0] // 2
+    clip[..., middle - 2 : middle + 2, shape[1] // 2 - 16 : shape[1] // 2 + 16] = 255  # a bar
+    angles = []
+    for view in views(clip, rotation=30):
+        points = (view[0, 0] > 127).nonzero().double()
+        values, vectors = torch.linalg.eigh(points.T.cov())
+        angles.append(torch.atan(vectors[0, 1] / vectors[1, 1]).rad2deg().item())
+        assert values[1].sqrt() == pytest.approx(32 / 12**0.5, rel=0.05)  # the length of the bar
+    assert -31 < min(angles) < -25 and 25 < max(angles) < 31
+    assert abs(np.mean(angles)) < 5
+
+
+def test_augment_shifts_scaled_frames_by_a_share_of_their_size():
+    columns = [
+        (view[0, 0] > 127).nonzero()[:, 1].double().mean().item() - 31.5
+        for view in views(square(64, 64, 16), scale=[0.999, 1], shift=0.25)
+    ]
+    assert -16.5 < min(columns) < -14 and 14 < max(columns) < 16.5
+
+
+def test_augment_changes_colours_within_limits_and_nothing_else():
+    clip = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
+    clip[:, 0, 4:8] = 150
+    means = torch.stack([view.float().mean(dim=(0, 2, 3)) for view in views(clip, colour=0.2)])
+    plain = clip.float().mean(dim=(0, 2, 3))
+    ratios = means / plain
+    assert ratios.min() > 0.8 * 0.9 * 0.98 and ratios.max() < 1.2 * 1.1 * 1.02
+    assert ratios.std() > 0.05 and (ratios.max(dim=1)[0] - ratios.min(dim=1)[0]).max() > 0.05
+    for view in views(clip, colour=0.2):
+        assert torch.equal(view[0], view[1])
+        assert view[0, 0].unique().numel() == 2  # equal pixels stay equal: nothing has moved
+    assert all(torch.equal(view, clip) for view in views(clip))
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        ({"scale": [1.2, 0.8]}, r"augment.scale: it is \[1.2, 0.8\]; give the least"),
+        ({"scale": [0.8]}, r"augment.scale: it is \[0.8\]"),
+        ({"scale": ["a", 1]}, "augment.scale"),
+        ({"rotation": 200}, "augment.rotation: it is 200.0; give 180 or less"),
+        ({"shift": -0.1}, "augment.shift: it is -0.1; give 0 or more"),
+        ({"colour": 2}, "augment.colour: it is 2.0; give 1 or less"),
+        ({"color": 0.2}, "augment.color: no such key. Did you mean 'colour'?"),
+    ],
+    ids=str,
+)
+def test_source_rejects_changes_that_cannot_be_made(augment, message):
+    with pytest.raises(RecipeError, match=message):
+        SourceArguments(rows="x", augment=augment)
 
 
 def test_dataset_buckets_divide_the_weight_of_their_source(folder, processor):

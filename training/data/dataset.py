@@ -20,7 +20,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets.fingerprint import Hasher
 
 from processing.feature_store import FeatureStore
@@ -39,6 +38,7 @@ from processing.rows import (
 from processing.video_io import MediaError, read_image
 from processing.video_processing_vljepa import VLJEPAVideoProcessor
 from training.arguments import DataArguments, RecipeError
+from training.data.augmentation import augment
 from training.data.lanes import DRAW, bad_row
 from training.data.mixture import EPOCH_STRIDE, Bucket, Step
 from training.data.sources import FALLBACK_ROWS, Source, StreamedSource
@@ -157,19 +157,6 @@ def text_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def augment(frames: torch.Tensor, seed: tuple[int, ...]) -> torch.Tensor:
-    """Mirror frames `(T, 3, h, w)` half of the time and shift them by up to an eighth of their
-    size. All frames of a clip move alike, and uncovered pixels repeat the edge."""
-    generator = np.random.default_rng(seed)
-    if generator.random() < 0.5:
-        frames = frames.flip(-1)
-    height, width = frames.shape[-2:]
-    down, right = height // 8, width // 8
-    padded = F.pad(frames.float(), (right, right, down, down), mode="replicate")
-    top, left = generator.integers((2 * down + 1, 2 * right + 1)).tolist()
-    return padded[..., top : top + height, left : left + width].to(frames.dtype)
-
-
 @dataclass
 class Batch:
     """Samples of a step, and the bad rows that were replaced among them."""
@@ -280,11 +267,12 @@ class ContrastiveDataset(torch.utils.data.Dataset):
             clips.plain[key] = found
         clip = clips.plain[key]
         arguments = self.sources[source].arguments
-        if arguments.augment and arguments.rows_per_clip == 1:
-            clip, key = augment(clip, seed), (key, *seed)  # frames of this row alone
-        elif arguments.augment:
+        changes = arguments.augmentation
+        if changes is not None and arguments.rows_per_clip == 1:
+            clip, key = augment(clip, seed, changes), (key, *seed)  # frames of this row alone
+        elif changes is not None:
             if key not in clips.views:
-                clips.views[key] = augment(clip, seed), (key, *seed)
+                clips.views[key] = augment(clip, seed, changes), (key, *seed)
             clip, key = clips.views[key]
         return {
             name: clip,

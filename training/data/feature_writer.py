@@ -60,7 +60,7 @@ def check_recipe(model: VLJEPAModel, sources: list[Source | StreamedSource]) -> 
     for source in sources:
         if source.arguments.augment:
             raise FeatureError(
-                f"data.sources: {source.arguments.name} has augment: true, so its frames differ in "
+                f"data.sources: {source.arguments.name} is augmented, so its frames differ in "
                 "every epoch, but features are computed once. Set augment to false, or train "
                 "without a feature store."
             )
