@@ -1,7 +1,7 @@
 """X-Encoder: a video, or an image as a video of one frame, to visual tokens.
 
-Shapes: B batch, T frames, C channels, F frames of a batch or tubelets of V-JEPA, h and w patches,
-P tokens of a frame, N visual tokens, Dx output size.
+Shapes: B batch, T frames, C channels, F frames of a batch or tubelets of V-JEPA, h and w patches or
+positions of a feature map, P tokens of a frame, N visual tokens, Dx output size.
 """
 
 import torch
@@ -16,10 +16,21 @@ from .vjepa21 import VJEPA21Config
 V_JEPA_2, V_JEPA_2_1 = "vjepa2", VJEPA21Config.model_type
 PERCEPTION = PerceptionEncoderVisionConfig.model_type
 VIDEO = (V_JEPA_2, V_JEPA_2_1)  # encoders of tubelets; every other one reads single frames
+# Convolutional towers, whose tokens are the positions of the last feature map.
+CONVNEXT, RESNET = ("convnext", "convnextv2"), ("bit", "resnet")
+CONVOLUTIONAL = (*CONVNEXT, *RESNET)
 
-# Encoders whose positions are rotary with the grid of the input, or trained to be interpolated from
-# a table: they accept any grid of whole patches. Every other one is correct at its own size only.
-ANY_SIZE = (V_JEPA_2_1, PERCEPTION, "dinov2", "dinov2_with_registers", "dinov3_vit")
+# Encoders without a table of positions, or whose positions are rotary with the grid of the input or
+# trained to be interpolated from a table: they accept any grid of whole patches. Every other one is
+# correct at its own size only.
+ANY_SIZE = (
+    V_JEPA_2_1,
+    PERCEPTION,
+    *CONVOLUTIONAL,
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+)
 
 # Settings of V-JEPA 2.1 in configurations of a V-JEPA 2, as huggingface/transformers#45497 and the
 # ports on the Hub name them. transformers' V-JEPA 2 would ignore them and compute wrong features.
@@ -65,6 +76,29 @@ ALWAYS_ON = {
     V_JEPA_2_1: {"use_rope", "use_rope_interleave"},
     PERCEPTION: {"use_abs_posemb", "use_ln_pre", "use_rope2d"},
 }
+
+
+def patch_edge(config: PreTrainedConfig) -> int:
+    """Return the edge of a patch in pixels; of a convolutional tower, the stride of all stages."""
+    if config.model_type not in CONVOLUTIONAL:
+        return config.patch_size
+    stem = config.patch_size if config.model_type in CONVNEXT else 4
+    edge = stem * 2 ** (len(config.depths) - 1)  # every stage but the first halves the feature map
+    if config.model_type == "bit":
+        return min(edge, config.output_stride)
+    if config.model_type == "resnet" and config.downsample_in_first_stage:
+        return 2 * edge
+    return edge
+
+
+def frame_side(config: PreTrainedConfig) -> int:
+    """Return the height and width in pixels of the frames that a configuration is made for.
+
+    It matters to estimates only, if a ResNet does not state it: it reads frames of any size.
+    """
+    if config.model_type in VIDEO:
+        return config.crop_size
+    return config.to_dict().get("image_size", 224)
 
 
 def fill_tubelets(pixel_values_videos: torch.Tensor, tubelet_size: int) -> torch.Tensor:
@@ -113,6 +147,10 @@ class XEncoder(nn.Module):
     trained by the recipe of PerceptionLM, which leaves it out. Its patches come from the last layer
     and `ln_post`, before the attention pooling.
 
+    The visual tokens of a convolutional tower (ResNet, BiT, ConvNeXt) are the positions of its last
+    feature map, row by row: h x w of them, where h is the height in pixels divided by the stride of
+    all stages. ConvNeXt's norm, which follows its average pooling, is left out.
+
     With a `pooling` above 1, each window of `pooling` x `pooling` patches of a frame, or of a
     tubelet, becomes one visual token: their mean.
 
@@ -134,7 +172,11 @@ class XEncoder(nn.Module):
         self.has_image_stem = is_newer and config.img_temporal_dim_size is not None
         # Class tokens that are no visual tokens.
         self.left_out = int(config.model_type == PERCEPTION and config.use_cls_token)
-        self.output_size = config.output_size if is_newer else config.hidden_size  # Dx
+        self.is_convolutional = config.model_type in CONVOLUTIONAL
+        if self.is_convolutional:
+            self.output_size = config.hidden_sizes[-1]  # Dx
+        else:
+            self.output_size = config.output_size if is_newer else config.hidden_size
         # The rest of V-JEPA 2 is its predictor, of which nothing is left.
         self.options = {"skip_predictor": True} if config.model_type == V_JEPA_2 else {}
         self.frozen = frozen
@@ -154,7 +196,7 @@ class XEncoder(nn.Module):
         """
         self._check(pixel_values_videos)
         batch_size, *_, height, width = pixel_values_videos.shape
-        height, width = (edge // self.backbone.config.patch_size for edge in (height, width))
+        height, width = (edge // patch_edge(self.backbone.config) for edge in (height, width))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             if self.is_video:
                 frames = pixel_values_videos
@@ -165,6 +207,8 @@ class XEncoder(nn.Module):
             else:
                 frames = pixel_values_videos.flatten(0, 1)  # (B * T, C, H, W)
                 tokens = self.backbone(pixel_values=frames).last_hidden_state
+                if self.is_convolutional:
+                    tokens = tokens.flatten(2).transpose(1, 2)  # (F, Dx, h, w) to (F, P, Dx)
                 tokens = tokens[:, self.left_out :]  # (F, P, Dx)
             if self.pooling > 1:
                 tokens = pool_patches(tokens, height, width, self.pooling)  # (F, P', Dx)
@@ -174,10 +218,11 @@ class XEncoder(nn.Module):
         config = self.backbone.config
         shape = tuple(pixel_values_videos.shape)
         channels = config.in_chans if self.is_video else config.num_channels
-        side = config.crop_size if self.is_video else config.image_size
+        side = frame_side(config)
         if config.model_type in ANY_SIZE:
-            sizes = f"height and width multiples of {config.patch_size}"
-            fits = len(shape) == 5 and not any(edge % config.patch_size for edge in shape[3:])
+            edge = patch_edge(config)
+            sizes = f"height and width multiples of {edge}"
+            fits = len(shape) == 5 and not any(size % edge for size in shape[3:])
         else:
             sizes = f"height and width {side}"
             fits = shape[3:] == (side, side)
@@ -197,16 +242,25 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
         config.vision_use_head = False
     if config.model_type == "dinov2":
         config.use_mask_token = False
+    if config.model_type in CONVOLUTIONAL:
+        config._attn_implementation = "eager"  # it has no attention; transformers refuses others
     backbone = from_config(AutoModel, config)
     if config.model_type == V_JEPA_2_1 and not config.hierarchical_output:
         for level in range(len(config.levels) - 1):
             backbone.encoder.norms_block[level] = nn.Identity()
     if config.model_type == V_JEPA_2:
         del backbone.predictor  # 22M parameters, a third of the time of a forward pass
+    if config.model_type in CONVNEXT:
+        backbone.layernorm = nn.Identity()  # normalizes the pooled output only
+    if config.model_type in RESNET:
+        backbone.pooler = nn.Identity()
+    elif "pooler" in dict(backbone.named_children()):
+        backbone.pooler = None
+    if config.model_type in CONVOLUTIONAL:
+        # Without these, transformers refuses to set the attention of the other parts.
+        backbone._supports_sdpa = backbone._supports_flash_attn = True
     if config.model_type == "clip_vision_model":
         backbone.post_layernorm = nn.Identity()  # normalizes the pooled class token only
-    if "pooler" in dict(backbone.named_children()):
-        backbone.pooler = None
     return backbone
 
 
@@ -249,22 +303,59 @@ def check_config(config: PreTrainedConfig, pooling: int = 1) -> None:
             f"{name} whose {unknown[0]!r} is {value!r}, which this encoder does not implement: it "
             "would compute other features than the checkpoint's own code. Use another checkpoint."
         )
-    missing = {"hidden_size", "patch_size"} - config.to_dict().keys()
-    if config.model_type not in VIDEO:
-        missing |= {"image_size", "num_channels"} - config.to_dict().keys()
-    if missing:
+    if config.model_type in CONVOLUTIONAL:
+        check_stages(name, config)
+        needed = {"num_channels"}
+    else:
+        needed = {"hidden_size", "patch_size"}
+        needed |= set() if config.model_type in VIDEO else {"image_size", "num_channels"}
+    if missing := needed - config.to_dict().keys():
         raise ValueError(
-            f"{name}, which has no {min(missing)}: an X-Encoder is V-JEPA 2, 2.1 or an image "
-            "transformer whose last hidden states are one sequence of tokens per frame, such as "
-            "dinov2, dinov3_vit, clip_vision_model or siglip_vision_model."
+            f"{name}, which has no {min(missing)}: an X-Encoder is V-JEPA 2, 2.1, a convolutional "
+            f"tower ({', '.join(CONVOLUTIONAL)}), or an image transformer whose last hidden states "
+            "are one sequence of tokens per frame, such as dinov2, dinov3_vit, clip_vision_model "
+            "or siglip_vision_model."
         )
-    if pooling > 1:
-        side = config.crop_size if config.model_type in VIDEO else config.image_size
-        if pooling > (most := side // config.patch_size):
-            raise ValueError(
-                f"visual_token_pooling is {pooling}, but a frame has {most} x {most} patches: give "
-                f"1 to {most}."
-            )
+    side, edge = frame_side(config), patch_edge(config)
+    if config.model_type in CONVOLUTIONAL and side % edge:
+        raise ValueError(
+            f"{name} whose image_size is {side}, but its stages have a stride of {edge} pixels: "
+            f"give frames of a multiple of {edge}."
+        )
+    if pooling > 1 and pooling > (most := side // edge):
+        raise ValueError(
+            f"visual_token_pooling is {pooling}, but a frame has {most} x {most} patches: give "
+            f"1 to {most}."
+        )
 
 
-__all__ = ["PERCEPTION", "VIDEO", "V_JEPA_2", "V_JEPA_2_1", "XEncoder"]
+def check_stages(name: str, config: PreTrainedConfig) -> None:
+    """Raise `ValueError` unless each stage of a convolutional tower has a width and a depth."""
+    widths, depths = len(config.hidden_sizes), len(config.depths)
+    if widths != depths:
+        raise ValueError(
+            f"{name} with {widths} hidden_sizes and {depths} depths: give one of each for a stage."
+        )
+    if config.model_type not in CONVNEXT:
+        return
+    if not isinstance(config.patch_size, int):
+        raise ValueError(
+            f"{name} whose patch_size is {config.patch_size!r}: give one number, of square patches."
+        )
+    if config.num_stages != widths:
+        raise ValueError(
+            f"{name} with {widths} hidden_sizes, but num_stages is {config.num_stages}: make them "
+            "equal."
+        )
+
+
+__all__ = [
+    "CONVOLUTIONAL",
+    "PERCEPTION",
+    "VIDEO",
+    "V_JEPA_2",
+    "V_JEPA_2_1",
+    "XEncoder",
+    "frame_side",
+    "patch_edge",
+]

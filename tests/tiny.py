@@ -71,6 +71,13 @@ BERT = {
     "num_attention_heads": 4,
 }
 # An image tower; tests add the `model_type` of a transformer with patches.
+RESNET = {  # reads a frame of 32 pixels as 2 x 2 visual tokens
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 48],
+    "depths": [1, 1, 1],
+    "layer_type": "basic",
+}
 TOWER = {
     "hidden_size": 48,
     "intermediate_size": 64,

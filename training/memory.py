@@ -48,7 +48,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
-from modeling_vljepa.x_encoder import VIDEO, XEncoder
+from modeling_vljepa.x_encoder import VIDEO, XEncoder, frame_side
 from training.arguments import RecipeError, VLJEPATrainingArguments
 from training.loop.objective import Embeds, Ids, Objective, check_objective
 from training.model.adapters import prepare_for_training
@@ -171,7 +171,7 @@ def random_batch(
     vision = config.vision_config
     is_video = vision.model_type in VIDEO
     channels = vision.in_chans if is_video else vision.num_channels
-    side = vision.crop_size if is_video else vision.image_size
+    side = frame_side(vision)
     batch = {"frames": torch.zeros(rows, frames, channels, side, side, dtype=torch.uint8)}
     for prefix, length in (("", query_length), ("target_", target_length)):
         batch[f"{prefix}input_ids"] = torch.ones(rows, length, dtype=torch.long)

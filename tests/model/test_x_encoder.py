@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, VJEPA2Model
+from transformers import AutoConfig, AutoModel, VJEPA2Model
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
-from modeling_vljepa.x_encoder import check_config, pool_patches
-from tests.tiny import TOWER, tiny_batch, tiny_config, tiny_model
+from modeling_vljepa.x_encoder import check_config, patch_edge, pool_patches
+from tests.tiny import RESNET, TOWER, tiny_batch, tiny_config, tiny_model
 
 PIXELS = tiny_batch()["pixel_values_videos"]
 
@@ -116,6 +116,13 @@ def test_x_encoder_rejects_wrong_layouts_and_sizes(model, pixels, message):
         model.encode_video(pixels)
 
 
+CONVNEXT = {"hidden_sizes": [8, 16, 48], "depths": [1, 1, 1], "num_stages": 3, "image_size": 32}
+CONVOLUTIONAL = {
+    "resnet": RESNET,
+    "bit": RESNET | {"layer_type": "preactivation", "num_groups": 4},
+    "convnext": CONVNEXT,
+    "convnextv2": CONVNEXT,
+}
 TOWERS = (
     "dinov2",
     "dinov3_vit",
@@ -123,11 +130,17 @@ TOWERS = (
     "siglip_vision_model",
     "vit",
     "perception_encoder_vision",
+    *CONVOLUTIONAL,
 )
 
 
+def settings_of(model_type: str) -> dict:
+    """Return a `vision_config` of 48 output channels and patches of 16 pixels."""
+    return CONVOLUTIONAL.get(model_type, TOWER) | {"model_type": model_type}
+
+
 def tower(model_type: str, **changes: object) -> VLJEPAModel:
-    return tiny_model(vision_config={"model_type": model_type, **TOWER}, **changes)
+    return tiny_model(vision_config=settings_of(model_type), **changes)
 
 
 @pytest.mark.parametrize("model_type", TOWERS)
@@ -140,7 +153,7 @@ def test_image_tower_encodes_frame_by_frame_and_predictor_sees_their_order(model
         torch.testing.assert_close(embeds, torch.cat(frames, dim=1), rtol=0, atol=1e-6)
         order = [3, 1, 2, 0]
         shuffled = model.predict(PIXELS[:, order], query)
-        assert (model.predict(PIXELS, query) - shuffled).norm(dim=1).min() > 1e-4
+        assert (model.predict(PIXELS, query) - shuffled).norm(dim=1).min() > 2e-5
     assert len(frames[0][0]) >= 4  # every patch of a frame is a visual token
 
 
@@ -161,7 +174,9 @@ def test_image_tower_with_a_position_table_rejects_other_sizes(model_type):
             model.encode_video(pixels)
 
 
-@pytest.mark.parametrize("model_type", ["dinov2", "dinov3_vit", "perception_encoder_vision"])
+@pytest.mark.parametrize(
+    "model_type", ["dinov2", "dinov3_vit", "perception_encoder_vision", *CONVOLUTIONAL]
+)
 def test_image_tower_with_other_positions_accepts_any_whole_patches(model_type):
     model = tower(model_type)
     wide = torch.randn(1, 2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
@@ -169,6 +184,91 @@ def test_image_tower_with_other_positions_accepts_any_whole_patches(model_type):
     assert model.encode_video(wide).shape == (1, 2 * (3 * 4 + special), 48)
     with pytest.raises(ValueError, match="height and width multiples of 16"):
         model.encode_video(wide[..., :40])
+
+
+# -- convolutional towers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", CONVOLUTIONAL)
+def test_convolutional_tower_gives_the_last_feature_map_row_by_row(model_type):
+    model = tower(model_type)
+    stock = AutoModel.from_config(model.config.vision_config).eval()
+    loaded = stock.load_state_dict(model.x_encoder.backbone.state_dict(), strict=False)
+    assert {key.split(".")[0] for key in loaded.missing_keys} <= {"layernorm"}  # of the pooling
+    assert loaded.unexpected_keys == []
+    wide = torch.randn(2, 1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        maps = stock(pixel_values=wide[:, 0]).last_hidden_state  # (2, 48, 2, 4)
+        tokens = model.encode_video(wide)
+    assert tokens.shape == (2, 2 * 4, 48)
+    for row in range(2):
+        for column in range(4):
+            assert torch.equal(tokens[:, 4 * row + column], maps[:, :, row, column])
+
+
+@pytest.mark.parametrize(
+    ("changes", "edge"),
+    [
+        ({"model_type": "resnet"}, 32),
+        ({"model_type": "resnet", "downsample_in_first_stage": True}, 64),
+        ({"model_type": "bit"}, 32),
+        ({"model_type": "bit", "output_stride": 8}, 8),
+        ({"model_type": "convnext"}, 32),
+        ({"model_type": "convnextv2", "patch_size": 2}, 16),
+    ],
+    ids=str,
+)
+def test_patch_edge_is_the_stride_of_all_stages(changes, edge):
+    config = AutoConfig.for_model(**changes, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
+    if config.model_type == "bit":
+        config.num_groups = 2
+    assert patch_edge(config) == edge
+    with torch.no_grad():
+        found = AutoModel.from_config(config)(torch.zeros(1, 3, 128, 128)).last_hidden_state
+    assert found.shape[2:] == (128 // edge, 128 // edge)
+
+
+def test_convolutional_tower_frozen_keeps_its_batch_statistics():
+    """They are buffers, which no optimizer changes: a pass in training mode would."""
+    frozen, trained = tower("resnet").train(), tower("resnet", freeze_vision=False).train()
+    for model in (frozen, trained):
+        before = {name: each.clone() for name, each in model.x_encoder.named_buffers()}
+        model(**tiny_batch(), return_loss=True)
+        after = dict(model.x_encoder.named_buffers())
+        assert len(before) > 20
+        equal = [torch.equal(after[name], before[name]) for name in before]
+        assert all(equal) if model is frozen else not any(equal)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_convolutional_tower_does_not_fix_the_attention_of_the_other_parts(
+    tmp_path, implementation
+):
+    model = tower("resnet")
+    model.save_pretrained(tmp_path)
+    loaded = VLJEPAModel.from_pretrained(tmp_path, attn_implementation=implementation)
+    model.set_attn_implementation(implementation)
+    for each in (loaded, model):
+        assert each.predictor.backbone.config._attn_implementation == implementation
+        torch.testing.assert_close(each.encode_video(PIXELS), tower("resnet").encode_video(PIXELS))
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        (RESNET | {"depths": [1, 1]}, "'resnet' with 3 hidden_sizes and 2 depths: give one"),
+        (CONVNEXT | {"model_type": "convnext", "num_stages": 4}, "but num_stages is 4"),
+        (CONVNEXT | {"model_type": "convnext", "patch_size": [4, 4]}, "give one number"),
+        (
+            CONVNEXT | {"model_type": "convnext", "image_size": 40},
+            "give frames of a multiple of 16",
+        ),
+    ],
+    ids=str,
+)
+def test_convolutional_tower_rejects_stages_and_sizes_that_do_not_match(vision, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(vision_config=vision)
 
 
 # -- pooling -------------------------------------------------------------------------------
@@ -224,9 +324,10 @@ def test_pool_patches_rejects_towers_that_merge_patches():
 @pytest.mark.parametrize("model_type", ["vjepa2", *TOWERS])
 def test_x_encoder_pools_the_patches_of_each_frame_or_tubelet(model_type):
     """Grids of 3 x 3 patches: windows at the edges are incomplete."""
-    side = {"crop_size": 48} if model_type == "vjepa2" else TOWER | {"image_size": 48}
-    vision = tiny_config().vision_config.to_dict() if model_type == "vjepa2" else {}
-    vision = vision | side | {"model_type": model_type}
+    if model_type == "vjepa2":
+        vision = tiny_config().vision_config.to_dict() | {"crop_size": 48}
+    else:
+        vision = settings_of(model_type) | {"image_size": 48}
     pixels = torch.randn(2, 4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     plain = tiny_model(vision_config=vision, freeze_vision=False)
     pooled = tiny_model(vision_config=vision, freeze_vision=False, visual_token_pooling=2)
@@ -267,7 +368,7 @@ def test_x_encoder_rejects_a_pooling_larger_than_the_grid():
 @pytest.mark.parametrize(
     ("vision", "message"),
     [
-        ({"model_type": "resnet"}, "a 'resnet', which has no hidden_size"),
+        ({"model_type": "regnet"}, "a 'regnet', which has no hidden_size"),
         ({"model_type": "bert"}, "a 'bert', which has no image_size"),
         ({"model_type": "clip"}, "a 'clip', which has no hidden_size"),
         (

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl, TrainerState
 
 from modeling_vljepa import LORA_TARGET_MODULES
-from tests.tiny import TOWER, tiny_batch, tiny_model
+from tests.tiny import RESNET, TOWER, tiny_batch, tiny_model
 from training.loop.speed import SpeedMeter, peak_memory, reachable_flops, training_flops
 
 VISION = {"hidden_size": 192, "num_hidden_layers": 6}
@@ -30,6 +30,8 @@ def counted(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
         {"freeze_text": True},
         {"vision_config": IMAGE_TOWER},
         {"vision_config": {"crop_size": 64}, "visual_token_pooling": 2},
+        {"vision_config": RESNET},
+        {"vision_config": RESNET | {"hidden_sizes": [64, 96, 128]}, "freeze_vision": False},
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """Speed and memory of training, as reported in the log."""
 
+import json
 import math
 import resource
 import sys
@@ -8,9 +9,11 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from modeling_vljepa import VLJEPAModel
+from modeling_vljepa.x_encoder import XEncoder, build_backbone, patch_edge
 from training.arguments import VLJEPATrainingArguments
 
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.Conv3d)
@@ -95,6 +98,31 @@ def step_flops(
     return weights * (1 + backward + trained) + attention * (1 + 2 * backward)
 
 
+def convolution_flops(encoder: XEncoder, frames: int, height: int, width: int) -> float:
+    """Count the operations of a convolutional tower in a step, forward and backward.
+
+    Its layers have maps of different sizes, so no formula of its weights counts them: torch counts
+    those of one frame on tensors without memory.
+    """
+    config = encoder.backbone.config
+    forward = frames * forward_of_frame(type(config), config.to_json_string(), height, width)
+    trains = any(parameter.requires_grad for parameter in encoder.parameters())
+    return forward * (1 + 2 * trains)
+
+
+@cache
+def forward_of_frame(cls: type, settings: str, height: int, width: int) -> int:
+    """Count the operations of a convolutional tower on one frame, forward.
+
+    Args:
+        cls, settings: class and JSON of its configuration.
+    """
+    config = cls(**json.loads(settings))
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build_backbone(config).eval()(torch.zeros(1, config.num_channels, height, width))
+    return counter.get_total_flops()
+
+
 def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
     """Count the operations of a step on these inputs, forward and backward, for the MFU.
 
@@ -110,9 +138,11 @@ def training_flops(model: VLJEPAModel, inputs: dict[str, torch.Tensor]) -> int:
         clips = inputs["frames"] if "frames" in inputs else inputs["pixel_values_videos"]
         rows, frames, _, height, width = clips.shape
         vision = model.x_encoder.backbone.config
-        grid = height // vision.patch_size, width // vision.patch_size
+        grid = height // patch_edge(vision), width // patch_edge(vision)
         patches = math.prod(grid)
-        if model.x_encoder.is_video:
+        if model.x_encoder.is_convolutional:
+            total += convolution_flops(model.x_encoder, rows * frames, height, width)
+        elif model.x_encoder.is_video:
             if frames > 1 or not model.x_encoder.has_image_stem:
                 frames = -(-frames // vision.tubelet_size)
             total += step_flops(model.x_encoder, rows, frames * patches, vision.hidden_size)

@@ -21,7 +21,14 @@ from transformers import (
 )
 from transformers.image_processing_utils import get_size_dict
 
-from modeling_vljepa.x_encoder import PERCEPTION, V_JEPA_2, V_JEPA_2_1, VIDEO, check_config
+from modeling_vljepa.x_encoder import (
+    PERCEPTION,
+    V_JEPA_2,
+    V_JEPA_2_1,
+    VIDEO,
+    check_config,
+    frame_side,
+)
 from modeling_vljepa.y_encoder import POOLINGS
 from processing import VLJEPAVideoProcessor
 from processing.video_processing_vljepa import shortest_edge
@@ -206,7 +213,7 @@ def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJ
         for name in ("resample", "rescale_factor", "image_mean", "image_std")
         if settings.get(name) is not None
     }
-    side = config.crop_size if is_video else config.image_size
+    side = frame_side(config)
     size = settings.get("size") or (shortest_edge(side) if is_video else side)
     size = get_size_dict(size, default_to_square=False)
     # A tower trained on frames resized to squares has a size but no crop; then crop to that size.
