@@ -50,8 +50,9 @@ def main(argv: list[str] | None = None) -> None:
             model.logit_scale.weight.fill_(math.log(1 / args.temperature))
     if args.new_text_encoder is not None:
         torch.manual_seed(args.new_text_encoder)
-        new = AutoModel.from_config(model.config.text_config)
-        model.y_encoder.backbone.load_state_dict(new.state_dict(), strict=False)
+        new = AutoModel.from_config(model.config.text_config).state_dict()
+        backbone = model.y_encoder.backbone  # it lacks a pooler, which the new one may have
+        backbone.load_state_dict({name: new[name] for name in backbone.state_dict()})
         model.config.backbones.pop("text", None)
     with writing(args.output):
         model.save_pretrained(args.output)

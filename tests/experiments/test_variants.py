@@ -46,3 +46,13 @@ def test_variants_take_another_projection_and_temperature_and_nothing_else(folde
     assert differ <= projection | {"logit_scale.weight"}
     assert all(torch.equal(new[name], other[name]) for name in projection)
     assert variant.logit_scale().item() == pytest.approx(5.0)
+
+
+def test_variants_new_text_encoder_has_other_weights_and_changes_nothing_else(folder, tmp_path):
+    model, other = changed(folder, tmp_path / "random", "--new-text-encoder", "3")
+    _, again = changed(folder, tmp_path / "again", "--new-text-encoder", "3")
+    for name, weight in model.state_dict().items():
+        new = other.state_dict()[name]
+        assert torch.equal(new, again.state_dict()[name])
+        is_new = name.startswith("y_encoder.backbone.") and "norm" not in name
+        assert torch.equal(new, weight) != is_new, name
