@@ -170,6 +170,11 @@ def scores_of_any(grid: Grid, found: dict[str, list[dict]]) -> list[str]:
     return sorted(set(names), key=grid.scores.index) if grid.scores else list(dict.fromkeys(names))
 
 
+def of_all_stages(line: dict, name: str) -> float:
+    """Return `rows` or `cpu_seconds` of a run, with those of the run that it started from."""
+    return line[name] + line.get("before", {}).get(name, 0)
+
+
 def settings_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> str:
     """Return a table of settings: loss, scores in percent and cost, each averaged over seeds.
 
@@ -196,9 +201,9 @@ def settings_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> st
                     for score in scores
                 ),
                 f"{same[0]['trainable_parameters'] / 1e6:.2f} M",
-                number(same[0]["rows"]),
+                number(of_all_stages(same[0], "rows")),
                 number(average(same, lambda line: line["rows_per_cpu_second"])),
-                number(average(same, lambda line: line["cpu_seconds"])),
+                number(average(same, lambda line: of_all_stages(line, "cpu_seconds"))),
             ]
         )
     return markdown(head, rows)

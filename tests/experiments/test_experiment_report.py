@@ -97,6 +97,16 @@ def test_difference_of_scores_is_paired_by_seed_and_item(tmp_path):
         report.difference_of_scores(tmp_path, a[:1], [other], "vqa accuracy")
 
 
+def test_of_all_stages_adds_what_a_run_started_from():
+    line = {"rows": 100, "cpu_seconds": 5.0}
+    assert report.of_all_stages(line, "rows") == 100
+    line["before"] = {"setting": "first", "rows": 40, "cpu_seconds": 2.5}
+    assert (report.of_all_stages(line, "rows"), report.of_all_stages(line, "cpu_seconds")) == (
+        140,
+        7.5,
+    )
+
+
 def test_share_to_reach_is_that_of_the_first_line_at_most_the_loss():
     curve = {"curve": {"step": [10, 20, 30, 40], "loss": [3.0, 2.0, 1.5, 1.0]}}
     assert [report.share_to_reach(curve, loss) for loss in (2.0, 1.6, 0.5)] == [0.5, 0.75, None]
