@@ -275,6 +275,28 @@ def cost_table(claim: Claim, found: dict[str, list[dict]]) -> str:
     return markdown(head, rows) if rows else ""
 
 
+def baselines_table(claim: Claim, found: dict[str, list[dict]]) -> str:
+    """Return scores and baselines of a claim's `cost` settings; "" without results.
+
+    A baseline without the clip, such as "question only", shows what a model has learnt from clips.
+    """
+    rows = []
+    for data, scores in claim.scores.items():
+        for setting in claim.cost:
+            same = found.get(f"{data}-{setting}", [])
+            for name, score in scores.items():
+                if not same or score not in same[0]["items"]:
+                    continue
+                mean = in_points(mean_score(FOLDER / claim.folder, same, score))
+                given = [line["scores"][score]["baselines"] for line in same]
+                means = {each: 100 * np.mean([one[each] for one in given]) for each in given[0]}
+                listed = [f"{each} {value:.1f}" for each, value in means.items()]
+                rows.append(
+                    [f"{data}-{setting}", name, with_interval(mean), ", ".join(listed) or "–"]
+                )
+    return markdown(["setting", "score", "% or CIDEr x 100", "baselines"], rows) if rows else ""
+
+
 def page_text(claims: list[Claim], figure) -> str:
     """Return the Markdown between the markers.
 
@@ -302,8 +324,7 @@ def page_text(claims: list[Claim], figure) -> str:
             parts.append(f"![{claim.name}: {claim.title}]({figure(claim, found)})")
         else:
             parts.append(f"Figure: {NOT_RUN}.")
-        if text := cost_table(claim, found):
-            parts.append(text)
+        parts += filter(None, [cost_table(claim, found), baselines_table(claim, found)])
     return "\n\n".join(parts)
 
 
