@@ -21,6 +21,7 @@ Without a figure in the paper, the verdict is "higher", "lower", "cannot tell" o
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +29,9 @@ import matplotlib
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from experiments.grid import Grid, GridError, read_grid
+from experiments.grid import GridError, read_grid
 from experiments.report import (
     Mean,
     ReportError,
@@ -140,18 +142,45 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
 # -- results ---------------------------------------------------------------------------------
 
 
-def results(claim: Claim) -> tuple[Grid, dict[str, list[dict]]]:
-    """Return the grid and the finished lines of each setting, by seed, of its present settings."""
+@dataclass(frozen=True)
+class Measured:
+    """The results of a claim.
+
+    Attributes:
+        claim ([`Claim`])
+        found (`dict[str, list[dict]]`): the finished lines of each setting, by seed.
+        differences (`dict`): by the text of a statement and a data set, its differences and the
+            lines that they are of.
+    """
+
+    claim: Claim
+    found: dict[str, list[dict]]
+    differences: dict[tuple[str, str], tuple[list[Found], list[dict]]]
+
+    @classmethod
+    def of(cls, claim: Claim) -> "Measured":
+        """Compute the differences of a claim, once for table and figure."""
+        found = results(claim)
+        keys = [(row, data) for row in claim.statements for data in claim.scores]
+        return cls(
+            claim,
+            found,
+            {(row.text, data): differences(claim, row, data, found) for row, data in keys},
+        )
+
+
+def results(claim: Claim) -> dict[str, list[dict]]:
+    """Return the finished lines of each setting, by seed, that are of its present recipe."""
     folder = FOLDER / claim.folder
     grid, lines = read_grid(folder / "grid.yaml"), read_lines(folder)
     if not lines:
-        return grid, {}
+        return {}
     expected = {(run.setting, run.seed): run.settings for run in grid.runs()}
     found: dict[str, list[dict]] = {}
     for key, line in sorted(lines.items(), key=lambda item: item[0][1]):
         if "error" not in line and expected.get(key, line["settings"]) == line["settings"]:
             found.setdefault(key[0], []).append(line)
-    return grid, found
+    return found
 
 
 def in_points(mean: Mean) -> Mean:
@@ -212,24 +241,24 @@ def cpu_hours(lines: list[dict]) -> float:
     return sum(sum(line["process_cpu_seconds"].values()) for line in lines) / 3600
 
 
-def table(claims: list[Claim]) -> tuple[str, dict[str, int]]:
+def table(measured: list[Measured]) -> tuple[str, dict[str, int]]:
     """Return the table of all claims, and the number of each verdict."""
     head = ["claim", "data (seeds)", "the paper's difference, points", "ours (95 % interval)"]
     head += ["verdict", "CPU-hours", "command"]
     rows, counts = [], {}
-    for claim in claims:
-        _, found = results(claim)
+    for each in measured:
+        claim = each.claim
         command = f"python -m experiments.run experiments/{claim.folder}/grid.yaml --only"
         for statement in claim.statements:
             for data in claim.scores:
-                measured, lines = differences(claim, statement, data, found)
+                found, lines = each.differences[statement.text, data]
                 seeds = len({line["seed"] for line in lines})
                 ours = "<br>".join(
-                    f"{each.score} {with_interval(each.mean, sign='+')}" for each in measured
+                    f"{one.score} {with_interval(one.mean, sign='+')}" for one in found
                 )
-                verdicts = "<br>".join(f"{each.score}: {each.verdict}" for each in measured)
-                for each in measured:
-                    counts[each.verdict] = counts.get(each.verdict, 0) + 1
+                verdicts = "<br>".join(f"{one.score}: {one.verdict}" for one in found)
+                for one in found:
+                    counts[one.verdict] = counts.get(one.verdict, 0) + 1
                 rows.append(
                     [
                         f"[{claim.name}](#{claim.name.lower()}) {statement.text}",
@@ -297,13 +326,13 @@ def baselines_table(claim: Claim, found: dict[str, list[dict]]) -> str:
     return markdown(["setting", "score", "% or CIDEr x 100", "baselines"], rows) if rows else ""
 
 
-def page_text(claims: list[Claim], figure) -> str:
+def page_text(measured: list[Measured], figure: Callable[[Measured], str]) -> str:
     """Return the Markdown between the markers.
 
     Args:
         figure: draws a claim's figure, or checks it, and returns its path from `docs`.
     """
-    rows, counts = table(claims)
+    rows, counts = table(measured)
     total = sum(counts.values())
     listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     parts = [rows]
@@ -313,15 +342,11 @@ def page_text(claims: list[Claim], figure) -> str:
         if total
         else "Comparisons: none yet."
     )
-    for claim in claims:
-        _, found = results(claim)
+    for each in measured:
+        claim, found = each.claim, each.found
         parts += [f"## {claim.name}", f"**{claim.title}.**", claim.about.strip()]
-        if any(
-            differences(claim, row, data, found)[0]
-            for row in claim.statements
-            for data in claim.scores
-        ):
-            parts.append(f"![{claim.name}: {claim.title}]({figure(claim, found)})")
+        if any(rows for rows, _ in each.differences.values()):
+            parts.append(f"![{claim.name}: {claim.title}]({figure(each)})")
         else:
             parts.append(f"Figure: {NOT_RUN}.")
         parts += filter(None, [cost_table(claim, found), baselines_table(claim, found)])
@@ -335,9 +360,11 @@ def figure_path(claim: Claim) -> Path:
     return FIGURES / f"{claim.folder}.svg"
 
 
-def draw(claim: Claim, found: dict[str, list[dict]]) -> Figure:
+def draw(measured: Measured) -> Figure:
     """Draw the curves of a claim, or else its differences."""
-    return draw_curves(claim, found) if claim.curves else draw_differences(claim, found)
+    if measured.claim.curves:
+        return draw_curves(measured.claim, measured.found)
+    return draw_differences(measured)
 
 
 def draw_curves(claim: Claim, found: dict[str, list[dict]]) -> Figure:
@@ -346,8 +373,11 @@ def draw_curves(claim: Claim, found: dict[str, list[dict]]) -> Figure:
     figure = Figure(figsize=(3.2 * width, 2.9 * len(claim.scores)), layout="constrained")
     axes = figure.subplots(len(claim.scores), width, squeeze=False)
     for row, (data, scores) in zip(axes, claim.scores.items(), strict=True):
+        longest = max(claim.curves.values(), key=len)
+        same = [found[f"{data}-{name}"] for name in longest if f"{data}-{name}" in found]
+        budgets = [lines[0]["rows"] for lines in same]
         for axis, (name, score) in zip(row, scores.items(), strict=False):
-            for model, settings in claim.curves.items():
+            for color, settings in enumerate(claim.curves.values()):
                 lines = [found.get(f"{data}-{setting}", []) for setting in settings]
                 lines = [same for same in lines if same and score in same[0]["items"]]
                 means = [
@@ -358,18 +388,22 @@ def draw_curves(claim: Claim, found: dict[str, list[dict]]) -> Figure:
                 values = np.array([[mean.value, mean.low, mean.high] for mean in means])
                 spread = np.abs(values[:, 1:] - values[:, :1]).T  # (2, budgets)
                 seen = [same[0]["rows"] for same in lines]
-                axis.errorbar(seen, values[:, 0], spread, marker="o", capsize=3, label=model)
+                axis.errorbar(seen, values[:, 0], spread, marker="o", capsize=3, color=f"C{color}")
             axis.set(title=f"{data}: {name}", xlabel="rows seen", xscale="log")
+            axis.minorticks_off()
+            axis.set_xticks(budgets, [f"{rows:,}" for rows in budgets])
             axis.grid(alpha=0.3)
         for axis in row[len(scores) :]:
             axis.remove()
     axes[0][0].set_ylabel("%, CIDEr x 100")
-    axes[0][0].legend(fontsize="small")
+    handles = [Line2D([], [], color=f"C{n}", marker="o") for n in range(len(claim.curves))]
+    figure.legend(handles, claim.curves, loc="outside lower center", ncols=len(handles))
     return figure
 
 
-def draw_differences(claim: Claim, found: dict[str, list[dict]]) -> Figure:
+def draw_differences(measured: Measured) -> Figure:
     """Draw the differences of all statements, an axis for each score."""
+    claim = measured.claim
     names = list(dict.fromkeys(name for scores in claim.scores.values() for name in scores))
     height = 1.2 + 0.45 * len(claim.statements)
     figure = Figure(figsize=(2.2 + 2.9 * len(names), height), layout="constrained")
@@ -377,7 +411,7 @@ def draw_differences(claim: Claim, found: dict[str, list[dict]]) -> Figure:
     for index, data in enumerate(claim.scores):
         shift = 0.3 * (index - (len(claim.scores) - 1) / 2)
         for place, statement in enumerate(claim.statements):
-            for each in differences(claim, statement, data, found)[0]:
+            for each in measured.differences[statement.text, data][0]:
                 mean = each.mean
                 spread = [[mean.value - mean.low], [mean.high - mean.value]]
                 axis = axes[names.index(each.score)]
@@ -396,10 +430,9 @@ def draw_differences(claim: Claim, found: dict[str, list[dict]]) -> Figure:
         yticks=range(len(claim.statements)), yticklabels=[row.text for row in claim.statements]
     )
     axes[0].invert_yaxis()
-    for index, data in enumerate(claim.scores):
-        axes[-1].plot([], [], f"C{index}o", label=data)
-    axes[-1].plot([], [], "kx", label="paper")
-    axes[-1].legend(fontsize="small")
+    handles = [Line2D([], [], color=f"C{n}", marker="o") for n in range(len(claim.scores))]
+    handles.append(Line2D([], [], color="black", marker="x", linestyle=""))
+    figure.legend(handles, [*claim.scores, "paper"], loc="outside lower center", ncols=len(handles))
     return figure
 
 
@@ -420,7 +453,8 @@ def main(argv: list[str] | None = None) -> None:
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
 
-    def figure(claim: Claim, found: dict[str, list[dict]]) -> str:
+    def figure(measured: Measured) -> str:
+        claim = measured.claim
         path, digest = figure_path(claim), digest_of(FOLDER / claim.folder)
         if args.check:
             if not path.is_file() or digest not in path.read_text(encoding="utf-8"):
@@ -429,10 +463,11 @@ def main(argv: list[str] | None = None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with matplotlib.rc_context({"svg.hashsalt": "experiments"}):
                 metadata = {"Date": None, "Description": digest}
-                draw(claim, found).savefig(path, metadata=metadata)
+                draw(measured).savefig(path, metadata=metadata)
         return str(path.relative_to(PAGE.parent))
 
-    whole = f"{before}{BEGIN}\n\n{page_text(claims, figure)}\n\n{END}{after}"
+    results_text = page_text([Measured.of(claim) for claim in claims], figure)
+    whole = f"{before}{BEGIN}\n\n{results_text}\n\n{END}{after}"
     if not args.check:
         PAGE.write_text(whole, encoding="utf-8")
     elif whole != text:
