@@ -206,6 +206,8 @@ class XEncoder(nn.Module):
                 tokens = tokens.unflatten(1, (-1, height * width)).flatten(0, 1)  # (F, P, Dx)
             else:
                 frames = pixel_values_videos.flatten(0, 1)  # (B * T, C, H, W)
+                if self.is_convolutional:  # a fifth less time on a CPU, with equal results
+                    frames = frames.contiguous(memory_format=torch.channels_last)
                 tokens = self.backbone(pixel_values=frames).last_hidden_state
                 if self.is_convolutional:
                     tokens = tokens.flatten(2).transpose(1, 2)  # (F, Dx, h, w) to (F, P, Dx)

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tests.tiny import BERT, SUB_CONFIGS, TOWER, VJEPA21, tiny_tokenizer
+from tests.tiny import BERT, RESNET, SUB_CONFIGS, TOWER, VJEPA21, tiny_tokenizer
 
 LM = {
     "vocab_size": 300,
@@ -79,6 +79,11 @@ VISION = {
         "siglip",
         {"vision_config": TOWER, "text_config": {**CLIP_TEXT, "projection_size": 32}},
     ),
+    "resnet": ("resnet", {k: v for k, v in RESNET.items() if k != "model_type"}),
+    "convnext": (
+        "convnext",
+        {"hidden_sizes": [8, 16, 48], "depths": [1, 1, 1], "num_stages": 3, "image_size": 32},
+    ),
 }
 PREPROCESSOR = {
     "vjepa2": {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 36}},
@@ -95,6 +100,8 @@ PREPROCESSOR = {
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     },
+    "resnet": {"size": 32, "crop_pct": 0.875},
+    "convnext": {"size": {"shortest_edge": 32}, "crop_pct": 0.875, "image_mean": [0.5] * 3},
 }
 
 

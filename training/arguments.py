@@ -861,6 +861,8 @@ def read_augment(given: bool | dict, where: str) -> AugmentArguments | None:
 def apply_override(recipe: dict, override: str) -> None:
     """Set one value of `recipe` in place, such as `training.seed=1`; the value is YAML.
 
+    A number is an index of a list: `data.sources.0.rows=mine.jsonl`.
+
     Raises:
         RecipeError: not of this form.
     """
@@ -869,9 +871,18 @@ def apply_override(recipe: dict, override: str) -> None:
     if not equals or not sections:
         raise RecipeError(f"{override!r}: an override looks like training.seed=1.")
     for section in sections:
-        recipe = recipe.setdefault(section, {})
-        if not isinstance(recipe, dict):
+        if isinstance(recipe, list):
+            if not section.isdecimal() or int(section) >= len(recipe):
+                raise RecipeError(
+                    f"{override!r}: {section!r} is not the index of one of {len(recipe)} items."
+                )
+            recipe = recipe[int(section)]
+        else:
+            recipe = recipe.setdefault(section, {})
+        if not isinstance(recipe, dict | list):
             raise RecipeError(f"{override!r}: the recipe has no keys below {section!r}.")
+    if isinstance(recipe, list):
+        raise RecipeError(f"{override!r}: name a key of an item, as in data.sources.0.rows=FILE.")
     try:
         recipe[key] = yaml.safe_load(value)
     except yaml.YAMLError as error:

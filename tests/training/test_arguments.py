@@ -84,6 +84,9 @@ def test_apply_override_reads_values_as_yaml(recipe):
     }
     apply_override(given, "data.query=a=b")
     assert given["data"] == {"query": "a=b"}
+    given = {"data": {"sources": [{"rows": "a", "weight": 2}, {"rows": "b"}]}}
+    apply_override(given, "data.sources.1.rows=c")
+    assert given["data"]["sources"] == [{"rows": "a", "weight": 2}, {"rows": "c"}]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +175,10 @@ def test_apply_override_reads_values_as_yaml(recipe):
         # The override itself
         ("training.seed", "'training.seed': an override looks like training.seed=1"),
         ("seed=1", "'seed=1': an override looks like training.seed=1"),
-        ("data.sources.rows=a", "the recipe has no keys below 'sources'"),
+        ("data.sources.1.rows=x", "'1' is not the index of one of 1 items"),
+        ("data.sources.first.rows=x", "'first' is not the index of one of 1 items"),
+        ("data.sources.rows=a", "name a key of an item, as in data.sources.0.rows=FILE"),
+        ("training.max_steps.x=a", "the recipe has no keys below 'max_steps'"),
         ("training.seed=[1", "'training.seed=.1': not a YAML value"),
     ],
 )

@@ -136,6 +136,9 @@ def test_visual_tokens_equal_the_stock_encoders(kind, parts, tmp_path):
         else:
             tower = stock.vision_model if kind in ("clip", "siglip") else stock
             frames = [tower(pixel_values=PIXELS[:, t]).last_hidden_state for t in range(3)]
+            if kind in ("resnet", "convnext"):
+                frames = [frame.flatten(2).transpose(1, 2) for frame in frames]
+                assert processor.video_processor.size == {"shortest_edge": 36}  # 32 / 0.875
             expected = torch.cat(frames, dim=1)
     # The two files hold the weights at other addresses, so MKL may round another last bit.
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
@@ -490,7 +493,7 @@ def test_predict_accepts_several_queries_for_one_video(built):
         model.predict(PIXELS, **queries)
 
 
-@pytest.mark.parametrize("kind", ["vjepa2", "vjepa2_1", "dinov2"])
+@pytest.mark.parametrize("kind", ["vjepa2", "vjepa2_1", "dinov2", "resnet"])
 def test_init_checkpoint_result_can_be_trained(kind, parts, tmp_path):
     folder = sources.vision(tmp_path / "vision", kind)
     build(parts, tmp_path / "built", vision=folder)

@@ -13,9 +13,10 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.run import get_args_parser
+from transformers import AutoModel, AutoProcessor
 
 from modeling_vljepa import VLJEPAConfig
-from tests.tiny import tiny_model, tiny_recipe
+from tests.tiny import tiny_model, tiny_recipe, tiny_rows
 from training.arguments import (
     DataArguments,
     EvaluationArguments,
@@ -26,6 +27,7 @@ from training.arguments import (
 from training.model.recipe_model import check_config
 from training.tokens.recipe import TokenModelArguments, TokenTrainingArguments
 from training.tokens.recipe import read_recipe as read_token_recipe
+from training.train import main as train
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "training" / "recipes"
@@ -36,6 +38,7 @@ GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 PAPER = [f"paper/{name}" for name in ("stage1_images", "stage2_video", "stage3_unfrozen", "sft")]
 SMALL = ["small/stage2_24gb", "small/sft_24gb"]
 LORA = ["small/stage2_lora_16gb", "small/sft_lora_24gb"]
+OWN = "small/own_data"
 GPUS_OF_THE_PAPER = 24 * 8
 
 SCHEDULES = ("constant_with_warmup", "cosine")
@@ -60,7 +63,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_recipes_in_subfolders_are_all_listed_here():
     found = {str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml")}
-    assert found == {*PAPER, *SMALL, *LORA}
+    assert found == {*PAPER, *SMALL, *LORA, OWN}
 
 
 @pytest.mark.parametrize("name", [*PAPER, *SMALL, *LORA])
@@ -168,6 +171,30 @@ def test_paper_sft_recipe_replays_a_tenth():
     sources = read("paper/sft").data.sources
     replayed = sum(source.weight for source in sources if source.rows in before)
     assert replayed / sum(source.weight for source in sources) == pytest.approx(0.1, abs=1e-3)
+
+
+@pytest.mark.slow  # three seconds
+def test_own_data_recipe_trains_on_rows_alone(tmp_path, monkeypatch):
+    """Images and clips, with and without queries; the recipe names no other file."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    overrides = ("max_steps=2", "global_batch_size=4", "device_tflops=1.0", "use_cpu=true")
+    trainer = train(
+        [
+            str(RECIPES / f"{OWN}.yaml"),
+            f"data.sources.0.rows={tiny_rows(tmp_path)}",
+            *(f"training.{each}" for each in overrides),
+            "data.num_workers=1",
+        ]
+    )
+    assert trainer.state.global_step == 2
+    assert trainer.train_dataset.sources[0].arguments.augmentation.turns
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == sum(p.numel() for p in trainer.model.parameters())
+    saved, processor = (
+        auto.from_pretrained("runs/own_data") for auto in (AutoModel, AutoProcessor)
+    )
+    clip = processor(videos=str(tmp_path / "wide.mp4"), text="what does the man do ?")
+    assert saved.predict(**clip).shape == (1, 384)
 
 
 @pytest.mark.parametrize("name", [*SMALL, *LORA])

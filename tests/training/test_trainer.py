@@ -35,6 +35,7 @@ from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from tests.tiny import (
     BERT,
+    RESNET,
     noise,
     tiny_config,
     tiny_model,
@@ -430,6 +431,11 @@ def test_every_objective_lowers_its_loss(recipe, config, overrides):
         ({}, "objective=cosine", "'cosine' has no negatives, and the targets' y_encoder trains"),
         ({"freeze_text": True}, "objective=l2", "the targets' y_head trains"),
         ({}, "objective=sigmoid", "set model.config.logit_bias_init_value"),
+        (
+            {"vision_config": RESNET, "freeze_vision": False},
+            "gradient_cache_rows=1",
+            "a 'resnet', has batch norms, which would average over 1 rows",
+        ),
         ({}, "objective=infonce", "'infonce' is not one of info_nce, sigmoid, cosine, l1, l2"),
         ({}, "interchangeable=x", "'x' is not one of masked, positives"),
         ({}, "gradient_cache_rows=0", "gradient_cache_rows: it is 0; give 1 or more"),

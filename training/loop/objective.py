@@ -7,6 +7,7 @@ negatives of a row, K hard negatives of all rows, D embedding size, S directions
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from modeling_vljepa import VLJEPAModel
 from modeling_vljepa.losses import LOSSES, InfoNCE, Loss, sigreg, vicreg_terms
@@ -170,7 +171,7 @@ def check_objective(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
     Raises:
         RecipeError: the loss has no negatives and the target side trains, so all embeddings would
             become one point (paper section 4.6, 7c); or the loss needs a logit bias and the model
-            has none.
+            has none; or GradCache would change what batch norms compute.
     """
     loss = LOSSES[args.objective]
     name = f"training.objective: {args.objective!r}"
@@ -184,7 +185,26 @@ def check_objective(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
         )
     if loss.needs_bias and model.logit_bias is None:
         raise RecipeError(f"{name} learns a bias: set model.config.logit_bias_init_value (-10).")
+    check_batch_norms(model, args)
     freeze_ignored(model, loss)
+
+
+def trains_batch_norms(model: VLJEPAModel) -> bool:
+    """Return True if the X-Encoder trains and has batch norms, so that a row's tokens depend on the
+    other rows of its pass."""
+    encoder = model.x_encoder
+    return any_trains(encoder) and any(isinstance(m, nn.BatchNorm2d) for m in encoder.modules())
+
+
+def check_batch_norms(model: VLJEPAModel, args: VLJEPATrainingArguments) -> None:
+    """Raise `RecipeError` for GradCache with batch norms, which would average over its parts."""
+    if args.gradient_cache_rows is not None and trains_batch_norms(model):
+        raise RecipeError(
+            f"training.gradient_cache_rows: the X-Encoder, a "
+            f"{model.config.vision_config.model_type!r}, has batch norms, which would average over "
+            f"{args.gradient_cache_rows} rows instead of the whole batch. Remove it, freeze the "
+            "X-Encoder, or train one without batch norms, such as 'bit' or 'convnext'."
+        )
 
 
 def freeze_ignored(model: VLJEPAModel, loss: Loss) -> None:
@@ -198,4 +218,4 @@ def freeze_ignored(model: VLJEPAModel, loss: Loss) -> None:
         model.logit_bias.requires_grad_(False)
 
 
-__all__ = ["Embeds", "Ids", "Objective", "check_objective"]
+__all__ = ["Embeds", "Ids", "Objective", "check_objective", "trains_batch_norms"]

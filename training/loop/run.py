@@ -30,6 +30,7 @@ from training.data.target_states import read_target_states
 from training.loop.checkpoints import checkpoint_to_resume
 from training.loop.distributed import check_world_size
 from training.loop.fingerprint import Fingerprint, content_of, fingerprint
+from training.loop.objective import trains_batch_norms
 from training.loop.speed import reachable_flops
 from training.loop.trainer import VLJEPATrainer, default_lanes
 from training.model.adapters import prepare_for_training, store_frozen_in_bf16
@@ -158,6 +159,11 @@ def start_report(
         lines += [source.report] if isinstance(source, Source) and source.bad else []
         lines += small_source(source, args.global_batch_size)
     lines += untrained_prompts(model.config.prompts, sources)
+    if args.world_size > 1 and trains_batch_norms(model):
+        lines.append(
+            f"note: the X-Encoder's batch norms average over the {args.per_device_train_batch_size}"
+            " rows of each process, so the loss depends on the number of processes"
+        )
     lines.append(
         f"{args.world_size} process(es) on {args.device} · {args.max_steps} steps of "
         f"{args.global_batch_size} rows · {precision_line(args)}, fp32 weights"

@@ -218,6 +218,8 @@ def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJ
     size = get_size_dict(size, default_to_square=False)
     # A tower trained on frames resized to squares has a size but no crop; then crop to that size.
     crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
+    if "crop_pct" in settings:
+        crop, size = crop_of_share(size["shortest_edge"], settings["crop_pct"])
     crop = get_size_dict(crop or size.get("shortest_edge") or dict(size), param_name="crop_size")
     processor = VLJEPAVideoProcessor(size=dict(size), crop_size=dict(crop), **kept)
     if is_video and processor.crop_size["height"] != config.crop_size:
@@ -226,6 +228,16 @@ def read_video_processor(key: str, source: str, config: PreTrainedConfig) -> VLJ
             f"states a crop_size of {config.crop_size}. Correct its video_preprocessor_config.json."
         )
     return processor
+
+
+def crop_of_share(side: int, share: float) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the crop and the size of frames as ConvNeXt's image processor computes them.
+
+    Frames are resized so that the crop is this share of their shortest edge, or squashed from 384
+    pixels on.
+    """
+    crop = {"height": side, "width": side}
+    return crop, {"shortest_edge": int(side / share)} if side < 384 else crop
 
 
 # -- the Predictor -------------------------------------------------------------------------
