@@ -84,11 +84,12 @@ LEGEND = (
 )
 
 
-def bars(ranked: list[tuple[str, float, str]], truth: str | None = None) -> str:
+def bars(ranked: list[tuple[str, float, str]], truth: str | None = None, below: str = "") -> str:
     """Return the first `SHOWN` answers as HTML: text, share as the length of a bar, and a note.
 
     Args:
         truth (`str`, *optional*): the true answer, if it is known. It is marked, or follows.
+        below (`str`): a sentence after the answers.
     """
     shown, mark = ranked[:SHOWN], '<em class="right">✓ true answer</em>'
     rows = (
@@ -101,7 +102,17 @@ def bars(ranked: list[tuple[str, float, str]], truth: str | None = None) -> str:
     return (
         f'<ol class="answers">{"".join(rows)}</ol>'
         + (f'<p class="legend">The true answer is: {escape(truth)}</p>' if other else "")
+        + (f'<p class="legend">{escape(below)}</p>' if below else "")
         + f'<p class="legend">{LEGEND}</p>'
+    )
+
+
+def tested(example: dict) -> str:
+    """Return a sentence about the test questions of an example's type."""
+    return (
+        f"The clip was chosen because {example['models']} models of the demonstration answer it "
+        f"right. They answer {example['accuracy']:.0%} of the test questions of its type "
+        f"({example['question_type']}) right, among all answers of training."
     )
 
 
@@ -151,9 +162,13 @@ def ask_tab(model: PreTrainedModel, processor: ProcessorMixin) -> None:
         question, candidates, button, answers = question_column(len(asker.answers))
     rows = [json.loads(line) for line in (EXAMPLES / "examples.jsonl").open(encoding="utf-8")]
     # An upload has a folder of its own, so only an example has the path of an example.
-    truths = {(str(EXAMPLES / row["file"]), row["query"]): row["target"] for row in rows}
+    paths = [str(EXAMPLES / (row.get("video") or row["image"])) for row in rows]
+    known = {(path, row["query"]): row for path, row in zip(paths, rows, strict=True)}
     gr.Examples(
-        [[str(EXAMPLES / row["file"]), row["query"], "\n".join(row["candidates"])] for row in rows],
+        [
+            [path, row["query"], "\n".join(row["candidates"])]
+            for path, row in zip(paths, rows, strict=True)
+        ],
         [clip, question, candidates],
         example_labels=[row["query"] for row in rows],
         label="Examples",
@@ -174,7 +189,8 @@ def ask_tab(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     def answer(path: str | None, question: str, candidates: str) -> str:
         ranked = asker.rank(path, question, candidates)
         notes = [(text, share, f"similarity {near:.3f}") for text, near, share in ranked]
-        return bars(notes, truths.get((path, question.strip())))
+        example = known.get((path, question.strip()))
+        return bars(notes, example["target"], tested(example)) if example else bars(notes)
 
     # A refused file is removed; that is a change as well, so the old preview is cleared.
     shown = clip.change(preview, clip, [video, image], show_progress="hidden")

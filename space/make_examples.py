@@ -1,22 +1,30 @@
-"""Make `space/examples` from the demo's BabyAI test clips: `python -m space.make_examples`.
+"""Make `space/examples` from the demo's BabyAI clips, for models that its recipe has trained:
 
-Run it in a clone after `make data`. The number in a clip's name is the seed of its episode
-(`training.demo_data.babyai.play`). The image is the room before the first step. The long video is
-a chain of missions, each in another room.
+    python -m space.make_examples runs/demo-seed0/sft runs/demo-seed1/sft runs/demo-seed2/sft
+
+For each type of question, the example is the first validation clip that every model answers right
+among the example's candidates. The test accuracy of the type, the mean over the models, is stored
+beside it, because a chosen clip says nothing about how often a model is right. The app shows the
+examples, and `training.publish --example space/examples/examples.jsonl` shows them on a card.
+
+The number in a clip's name is the seed of its episode (`training.demo_data.babyai.play`). The image
+is the room before the first step. The long video is a chain of test missions, each in another room.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import av
 from PIL import Image
 
+from eval.models import load_model
+from space.ask import EXAMPLES, Asker
 from training.demo_data.babyai import play
 from training.demo_data.babyai_splits import NARRATE
 
 DATA = Path("data/demo/babyai")
-EXAMPLES = Path(__file__).parent / "examples"
 CANDIDATES = {
     "what": ["the purple key", "the grey box", "the green key", "the red ball", "the blue box"],
     "action": ["went to it", "moved it", "picked it up", "nothing"],
@@ -24,14 +32,8 @@ CANDIDATES = {
     "color": ["grey", "blue", "green", "red", "purple", "yellow"],
     "where": ["top left", "top right", "bottom left", "bottom right"],
 }
-CLIPS = {
-    "test_2000000000": "what",
-    "test_2000000300": "action",
-    "test_2000000401": "count",
-    "test_2000000500": "color",
-    "test_2000000200": "where",
-}
-IMAGE = "test_2000000100"
+IMAGE = "where"  # type of the question about an image
+BENCHMARK = "babyai_vqa"  # of the test clips
 CHAIN = (
     "test_2000001100",
     "test_2000002600",
@@ -80,7 +82,7 @@ def write_chain() -> None:
     folder = EXAMPLES / "watch"
     folder.mkdir(exist_ok=True)
     starts = join([DATA / "clips" / f"{clip}.mp4" for clip in CHAIN], folder / "missions.mp4")
-    rows = [json.loads(line) for line in (DATA / "test_events.jsonl").open(encoding="utf-8")]
+    rows = read_lines(DATA / "test_events.jsonl")
     events = {Path(row["video"]).stem: row["events"] for row in rows}
     happened = {event["text"] for clip in CHAIN for event in events[clip]}
     example = {
@@ -97,28 +99,80 @@ def write_chain() -> None:
     (folder / "examples.jsonl").write_text(json.dumps(example) + "\n")
 
 
-def main() -> None:
-    EXAMPLES.mkdir(exist_ok=True)
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
+def first_image(clip: Path, path: Path) -> None:
+    """Write the room of a clip before the first step."""
+    frame = play(int(clip.stem.split("_")[1])).frames[0]
+    Image.fromarray(frame).save(path, optimize=True)
+
+
+def all_right(askers: list[Asker], path: Path, example: dict) -> bool:
+    """Return whether every model's first answer is the true one."""
+    candidates = "\n".join(example["candidates"])
+    ranked = (asker.rank(str(path), example["query"], candidates) for asker in askers)
+    return all(answers[0][0] == example["target"] for answers in ranked)
+
+
+def choose(askers: list[Asker], kind: str, rows: list[dict], used: set[str], image: bool) -> dict:
+    """Copy the first clip that every model answers right to the examples; return its example.
+
+    Args:
+        kind (`str`): type of question.
+        rows (`list[dict]`): validation rows, with paths relative to `DATA`.
+        used (`set[str]`): names of clips that are examples already; the new one is added.
+        image (`bool`): ask about the clip's first frame.
+
+    Raises:
+        ValueError: the models agree on no clip.
+    """
+    for row in rows:
+        clip = DATA / row["video"]
+        fits = row["question_type"] == kind and row["target"] in CANDIDATES[kind]
+        if not fits or clip.stem in used or (image and "at the end" in row["query"]):
+            continue
+        path = EXAMPLES / f"{clip.stem}{'.png' if image else '.mp4'}"
+        first_image(clip, path) if image else shutil.copyfile(clip, path)
+        example = {"image" if image else "video": path.name, "query": row["query"]}
+        example |= {"target": row["target"], "candidates": CANDIDATES[kind], "question_type": kind}
+        if all_right(askers, path, example):
+            used.add(clip.stem)
+            return example
+        path.unlink()
+    raise ValueError(f"no clip with a question about {kind!r} that every model answers right.")
+
+
+def accuracies(folders: list[Path]) -> dict[str, float]:
+    """Return the mean test accuracy of each type of question over the models."""
+    found = []
+    for folder in folders:
+        results = json.loads((folder / "eval" / "results.json").read_text(encoding="utf-8"))
+        found.append(results["benchmarks"][BENCHMARK]["by_type"])
+    return {kind: sum(each[kind]["value"] for each in found) / len(found) for kind in CANDIDATES}
+
+
+def main(folders: list[Path]) -> None:
+    tested = accuracies(folders)
+    askers = [Asker(*load_model(str(folder))) for folder in folders]
+    shutil.rmtree(EXAMPLES, ignore_errors=True)
+    EXAMPLES.mkdir()
     write_chain()
-    rows = [json.loads(line) for line in (DATA / "test_vqa.jsonl").open(encoding="utf-8")]
-    examples = []
-    for clip, kind in {**CLIPS, IMAGE: "count"}.items():
-        file = f"{clip}.png" if clip == IMAGE else f"{clip}.mp4"
-        if clip == IMAGE:
-            first = play(int(clip.split("_")[1])).frames[0]
-            Image.fromarray(first).save(EXAMPLES / file, optimize=True)
-        else:
-            shutil.copyfile(DATA / "clips" / file, EXAMPLES / file)
-        row = next(
-            row for row in rows if Path(row["video"]).stem == clip and row["question_type"] == kind
-        )
-        candidates = CANDIDATES[kind]
-        assert row["target"] in candidates, row
-        example = {"file": file, "query": row["query"], "candidates": candidates}
-        examples.append(example | {"target": row["target"]})
-    lines = "".join(json.dumps(example) + "\n" for example in examples)
-    (EXAMPLES / "examples.jsonl").write_text(lines)
+    rows, used = read_lines(DATA / "val_vqa.jsonl"), set()
+    wanted = [(kind, False) for kind in CANDIDATES] + [(IMAGE, True)]
+    examples = [choose(askers, kind, rows, used, image) for kind, image in wanted]
+    facts = [
+        {"accuracy": round(tested[each["question_type"]], 3), "models": len(folders)}
+        for each in examples
+    ]
+    lines = "".join(
+        json.dumps(example | fact) + "\n" for example, fact in zip(examples, facts, strict=True)
+    )
+    (EXAMPLES / "examples.jsonl").write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m space.make_examples MODEL [MODEL ...]")
+    main([Path(folder) for folder in sys.argv[1:]])

@@ -116,11 +116,22 @@ def example_row(rows: list[dict], path: str) -> dict:
 
 
 def candidates_of(row: dict, rows: list[dict]) -> list[str]:
-    """Return the row's target and up to four other targets, in alphabetical order.
+    """Return the row's own `candidates`, or its target and up to four others, sorted.
 
     The others are targets of rows with the same query, evenly spaced in alphabetical order. A query
     with one target only gets targets of all rows.
+
+    Raises:
+        RecipeError: the row's candidates are not distinct texts that contain its target.
     """
+    if (given := row.get("candidates")) is not None:
+        texts = isinstance(given, list) and all(isinstance(each, str) for each in given)
+        if not texts or row["target"] not in given or len(set(given)) != len(given):
+            raise RecipeError(
+                f"--example: line {row['line']}: candidates must be different texts, one of them "
+                f"the target {row['target']!r}; they are {given}."
+            )
+        return sorted(given)
     others = {each["target"] for each in rows if each["query"] == row["query"]}
     if len(others) < 2:
         others = {each["target"] for each in rows}
@@ -200,14 +211,17 @@ def picture(answered: list[Answered]) -> Figure:
     for (left, right), each in zip(grid, answered, strict=True):
         left.imshow(frames_of(each.row), interpolation="nearest")
         left.axis("off")
-        query = textwrap.shorten(each.query, 80, placeholder="...") or "(no question)"
-        left.set_title(query, fontsize=9, loc="left", parse_math=False)
+        title = textwrap.shorten(each.query, 80, placeholder="...") or "(no question)"
+        if "accuracy" in each.row:  # of space/make_examples.py
+            title += f"\n{each.row['accuracy']:.0%} of such test questions are answered right"
+        left.set_title(title, fontsize=9, loc="left", parse_math=False)
         answers, values = zip(*each.answers, strict=True)
         colours = [COLOURS[answer == each.truth] for answer in answers]
         names = [textwrap.shorten(answer, 50, placeholder="...") for answer in answers]
         right.barh(range(len(names)), values, 0.7, color=colours)
         right.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
-        right.set_ylim(CANDIDATES - 0.5, -0.5)  # the best on top, bars of one height in all rows
+        # The best on top, bars of one height in all rows
+        right.set_ylim(max(CANDIDATES, len(names)) - 0.5, -0.5)
         right.set_xlim(low, high)
         right.tick_params(axis="x", labelsize=7)
         right.spines[["top", "right"]].set_visible(False)
