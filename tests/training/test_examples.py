@@ -60,6 +60,18 @@ def test_candidates_of_are_answers_to_the_same_question():
     assert candidates_of(rows[7], rows[7:8]) == ["ball"]
 
 
+def test_candidates_of_a_row_are_its_own():
+    rows = [row("colour ?", "red", candidates=["red", "green"]), row("colour ?", "blue")]
+    assert candidates_of(rows[0], rows) == ["green", "red"]
+    assert candidates_of(rows[1], rows) == ["blue", "red"]
+
+
+@pytest.mark.parametrize("given", [["green", "blue"], ["red", "red"], ["red", 1], "red", []])
+def test_candidates_of_refuses_a_row_whose_candidates_cannot_be_ranked(given):
+    with pytest.raises(RecipeError, match="line 1: candidates must be .* the target 'red'"):
+        candidates_of(row("colour ?", "red", candidates=given), [])
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
@@ -116,6 +128,16 @@ def test_picture_draws_a_bar_for_each_answer_and_the_true_one_in_green(tmp_path)
     assert [bar.get_facecolor() for bar in bars.patches] == [grey, green]
     assert [bar.get_facecolor() for bar in last.patches] == [grey, grey]
     assert max(len(label.get_text()) for label in bars.get_yticklabels()) <= 50
+
+
+@pytest.mark.parametrize(("facts", "lines"), [({}, 1), ({"accuracy": 0.423}, 2)])
+def test_picture_states_the_accuracy_of_a_chosen_row(tmp_path, facts, lines):
+    write_clip(tmp_path / "a.mp4", noise(4, 32, 48, 3))
+    asked = row("colour ?", "red", video=str(tmp_path / "a.mp4"), **facts)
+    figure = picture([Answered(asked, "colour ?", ["red"], [("red", 0.5)])])
+    title = figure.axes[0].get_title(loc="left").splitlines()
+    assert title[0] == "colour ?" and len(title) == lines
+    assert title[1:] == ["42% of such test questions are answered right"][: lines - 1]
 
 
 @pytest.mark.parametrize(
