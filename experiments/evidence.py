@@ -20,6 +20,7 @@ Without a figure in the paper, the verdict is "higher", "lower", "cannot tell" o
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments.cost import FILE as COST
 from experiments.grid import GridError, read_grid
 from experiments.report import (
     Mean,
@@ -304,6 +306,21 @@ def cost_table(claim: Claim, found: dict[str, list[dict]]) -> str:
     return markdown(head, rows) if rows else ""
 
 
+def query_table(folder: Path) -> str:
+    """Return the processor time of a query, of the last line of `experiments.cost`; "" without."""
+    path = folder / COST
+    if not path.is_file():
+        return ""
+    line = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    rows = [
+        [model, part, number(time)]
+        for model, parts in line["milliseconds"].items()
+        for part, time in parts.items()
+    ]
+    table = markdown(["model", "part", "CPU-milliseconds of one query"], rows)
+    return f"{table}\n\n{line['device']}; rows of {line['rows']}."
+
+
 def baselines_table(claim: Claim, found: dict[str, list[dict]]) -> str:
     """Return scores and baselines of a claim's `cost` settings; "" without results.
 
@@ -349,7 +366,8 @@ def page_text(measured: list[Measured], figure: Callable[[Measured], str]) -> st
             parts.append(f"![{claim.name}: {claim.title}]({figure(each)})")
         else:
             parts.append(f"Figure: {NOT_RUN}.")
-        parts += filter(None, [cost_table(claim, found), baselines_table(claim, found)])
+        tables = [cost_table(claim, found), query_table(FOLDER / claim.folder)]
+        parts += filter(None, [*tables, baselines_table(claim, found)])
     return "\n\n".join(parts)
 
 

@@ -1,5 +1,6 @@
 """Verdicts on the paper's claims, and the page of hand-made results."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,16 @@ def test_evidence_writes_verdicts_costs_and_figures_of_the_results(page):
     svg.write_text("other")
     with pytest.raises(ReportError, match="not of these results"):
         evidence.main(["--check"])
+
+
+def test_query_table_has_the_last_measurement(tmp_path):
+    assert evidence.query_table(tmp_path) == ""
+    lines = [
+        {"rows": "r", "device": "d", "milliseconds": {"tokens": {"X": time}}} for time in (1, 2.5)
+    ]
+    (tmp_path / "cost.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    text = evidence.query_table(tmp_path)
+    assert "| tokens | X | 2.5 |" in text and text.endswith("d; rows of r.")
 
 
 def test_evidence_without_results_says_so(page):
