@@ -31,7 +31,7 @@ NOT_TYPED = {
     r"facebook/|meta-llama/|google/": "gated weights, and the network",
     r"recipes/paper/": "needs the data and the GPUs of a cluster",
     r"recipes/small/(stage2|sft)_": "needs a GPU, and the reader's data",
-    r"data/pictures/": "needs the data of `make pictures`",
+    r"data/pictures/|runs/own_data": "needs the data of `make pictures`",
     r"^sbatch ": "needs Slurm",
     r"\bHOST\b": "needs several machines",
     r"--source (0|rtsp:)": "needs a camera",
