@@ -18,8 +18,9 @@ from pathlib import Path
 
 import av
 from PIL import Image
+from transformers import AutoModel, AutoProcessor
 
-from eval.models import load_model
+import modeling_vljepa  # noqa: F401  makes VL-JEPA known to AutoModel and AutoProcessor
 from space.ask import EXAMPLES, Asker
 from training.demo_data.babyai import play
 from training.demo_data.babyai_splits import NARRATE
@@ -155,7 +156,10 @@ def accuracies(folders: list[Path]) -> dict[str, float]:
 
 def main(folders: list[Path]) -> None:
     tested = accuracies(folders)
-    askers = [Asker(*load_model(str(folder))) for folder in folders]
+    askers = [
+        Asker(*(auto.from_pretrained(folder) for auto in (AutoModel, AutoProcessor)))
+        for folder in folders
+    ]
     shutil.rmtree(EXAMPLES, ignore_errors=True)
     EXAMPLES.mkdir()
     write_chain()
