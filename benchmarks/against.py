@@ -1,6 +1,8 @@
 """The demo's training in this checkout and in another one: `benchmarks.train_step --against`.
 
-Each takes its own recipe, with the same rows.
+Both take the recipe of the other checkout, so that they do the same work: the demonstration has
+another recipe now. A second comparison of steps lets four questions share a clip here
+(`rows_per_clip`), which older revisions cannot do.
 
 | line          | compared                                                                      |
 |---------------|-------------------------------------------------------------------------------|
@@ -11,6 +13,7 @@ Each takes its own recipe, with the same rows.
 | sizes read    | operators in a step whose result's size depends on values, which wait too     |
 | copies        | copies and conversions in a step                                              |
 | demo          | samples per CPU-second of two processes that take steps alternately           |
+| shared clips  | the same, with `rows_per_clip: 4` for the rows of questions here              |
 """
 
 import json
@@ -31,6 +34,7 @@ from training.arguments import read_recipe
 WARM_UP = 4  # steps that do not count
 # Goals of the samples per CPU-second against revision 02ec42d, on a processor with native bf16.
 LEAST = {"fp32": 1.1, "bf16": 1.5}
+QUESTIONS = ("train_vqa", "train_where", "easy_vqa")
 SCRIPT = Path(__file__).with_name("paced_steps.py")
 HERE = Path(__file__).parents[1]
 
@@ -156,6 +160,7 @@ def alternate(
 
 
 def compare_steps(
+    case: str,
     checkouts: dict[str, Path],
     recipes: dict[str, Path],
     folder: Path,
@@ -176,12 +181,24 @@ def compare_steps(
             paced.close()
     here, there = (training.global_batch_size / seconds[name] for name in ("here", "there"))
     report.add(
-        f"demo {precision}, samples per CPU-s",
+        f"{case} {precision}, samples per CPU-s",
         {"there": there, "here": here, "here / there": here / there},
         Goal("here / there", least=LEAST[precision]),
     )
     for kind in counts["here"]:
-        add(report, f"{kind} in a step, {precision}", counts["there"][kind], counts["here"][kind])
+        name = f"{case} {precision}, {kind} in a step"
+        add(report, name, counts["there"][kind], counts["here"][kind])
+
+
+def share_clips(recipe: Path) -> Path:
+    """Write a recipe in which four rows of questions are about one clip; return its path."""
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    for source in settings["data"]["sources"]:
+        if Path(source["rows"]).stem in QUESTIONS:
+            source["rows_per_clip"] = 4
+    path = recipe.with_name("shared.yaml")
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
 
 
 def compare_revisions(other: Path, precisions: list[str], report: Report, steps: int) -> None:
@@ -195,13 +212,15 @@ def compare_revisions(other: Path, precisions: list[str], report: Report, steps:
             recipes = {
                 name: write_demo_recipe(
                     data,
-                    recipes=each / "training" / "recipes",
+                    recipes=other / "training" / "recipes",
                     name=f"{name}.yaml",
                     precision=precision,
                     max_steps=steps,
                 )
-                for name, each in checkouts.items()
+                for name in checkouts
             }
             if precision == precisions[0]:
                 compare_starts(checkouts, recipes, Path(folder), report)
-            compare_steps(checkouts, recipes, Path(folder), report, steps)
+            compare_steps("demo", checkouts, recipes, Path(folder), report, steps)
+            recipes["here"] = share_clips(recipes["here"])
+            compare_steps("shared clips", checkouts, recipes, Path(folder), report, steps)
