@@ -23,7 +23,7 @@ LANGUAGES = {"sh", "python", "json", "yaml", "text"}
 # Commands and Python blocks that are not typed: a pattern, and the reason.
 NOT_TYPED = {
     r"^make (demo|test)\b": "CI runs it",
-    r"^make (full|streams NAME=full|small)\b": "takes hours",
+    r"^make (full|streams NAME=full|small|ablations)\b": "takes hours",
     r"^make pictures\b|demo_data\.pictures": "downloads packages with npm",
     r"runs/pictures-seed": "needs the model of `make pictures`",
     r"runs/(full|small)-seed": "needs a model that takes hours",
