@@ -49,6 +49,7 @@ class PlainModel(nn.Module):
     def __init__(self, model: VLJEPAModel, bf16: bool = False):
         super().__init__()
         config = model.config
+        self.pooling = config.visual_token_pooling
         self.vision = bare(config.vision_config)
         del self.vision.predictor  # a part of V-JEPA 2's own training
         self.predictor = bare(config.predictor_config)
@@ -85,7 +86,13 @@ class PlainModel(nn.Module):
         if pixels.shape[1] % self.vision.config.tubelet_size:
             pixels = torch.cat([pixels, pixels[:, -1:]], dim=1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen[self.vision]):
-            return self.vision(pixels, skip_predictor=True).last_hidden_state
+            tokens = self.vision(pixels, skip_predictor=True).last_hidden_state
+        if self.pooling == 1:
+            return tokens
+        height, width = (edge // self.vision.config.patch_size for edge in pixels.shape[-2:])
+        grid = tokens.unflatten(1, (-1, height, width)).flatten(0, 1).movedim(-1, 1)
+        pooled = F.avg_pool2d(grid, self.pooling).flatten(2).mT  # of each tubelet
+        return pooled.reshape(len(tokens), -1, tokens.shape[-1])
 
     def predict(
         self, visual: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor | None
