@@ -43,7 +43,9 @@ from experiments.report import (
     markdown,
     mean_score,
     number,
+    split_page,
     with_interval,
+    write_page,
 )
 from experiments.results import read_lines
 from training.arguments import RecipeError, check_keys
@@ -465,11 +467,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, compare only")
     args = parser.parse_args(argv)
-    claims, text = read_claims(), PAGE.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ReportError(f"{PAGE}: it needs the lines {BEGIN!r} and {END!r} once each.")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    claims, around = read_claims(), split_page(PAGE, BEGIN, END)
 
     def figure(measured: Measured) -> str:
         claim = measured.claim
@@ -484,12 +482,8 @@ def main(argv: list[str] | None = None) -> None:
                 draw(measured).savefig(path, metadata=metadata)
         return str(path.relative_to(PAGE.parent))
 
-    results_text = page_text([Measured.of(claim) for claim in claims], figure)
-    whole = f"{before}{BEGIN}\n\n{results_text}\n\n{END}{after}"
-    if not args.check:
-        PAGE.write_text(whole, encoding="utf-8")
-    elif whole != text:
-        raise ReportError(f"{PAGE}: not of these results. Run experiments.evidence.")
+    results = page_text([Measured.of(claim) for claim in claims], figure)
+    write_page(PAGE, around, results, check=args.check, command="experiments.evidence")
 
 
 if __name__ == "__main__":

@@ -401,15 +401,44 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def split_page(page: Path, begin: str, end: str) -> tuple[str, str]:
+    """Return a page's text up to the line `begin`, and from the line `end`.
+
+    Raises:
+        ReportError: it has not each of the two lines once.
+    """
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ReportError(f"{page}: it needs the lines {begin!r} and {end!r} once each.")
+    before, rest = text.split(begin)
+    return before + begin, end + rest.split(end)[1]
+
+
+def write_page(
+    page: Path, around: tuple[str, str], results: str, *, check: bool, command: str
+) -> None:
+    """Write results between the two parts of a page, or compare them with what stands there.
+
+    Args:
+        around: parts of `split_page`.
+        check: write nothing.
+        command: module that writes the page, for the error.
+
+    Raises:
+        ReportError: with `check`, the page has other results.
+    """
+    whole = f"{around[0]}\n\n{results}\n\n{around[1]}"
+    if not check:
+        page.write_text(whole, encoding="utf-8")
+    elif whole != page.read_text(encoding="utf-8"):
+        raise ReportError(f"{page}: not of these results. Run {command}.")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     folder, digest = args.folder, digest_of(args.folder)
     grid, page = read_grid(folder / "grid.yaml"), folder / "README.md"
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ReportError(f"{page}: it needs the lines {BEGIN!r} and {END!r} once each.")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    around = split_page(page, BEGIN, END)
 
     def existing(title: str, _: dict) -> str:
         name = figure_name(title)
@@ -422,12 +451,9 @@ def main(argv: list[str] | None = None) -> None:
         return draw(folder, title, grid, found, digest)
 
     results = results_text(folder, grid, existing if args.check else drawn)
-    whole = f"{before}{BEGIN}\n\n{results}\n\n{END}{after}"
+    write_page(page, around, results, check=args.check, command="experiments.report")
     if not args.check:
-        page.write_text(whole, encoding="utf-8")
         print(results)
-    elif whole != text:
-        raise ReportError(f"{page}: not of these results. Run experiments.report.")
 
 
 if __name__ == "__main__":
