@@ -790,10 +790,6 @@ def test_vqa_fetches_addresses_if_the_caller_allows_it(vqa, media, monkeypatch):
         with pytest.raises(ValueError, match="larger than 1000 bytes"):
             vqa(video=f"{address}/wide.mp4", **ask)
         monkeypatch.setattr(fetching, "MAX_URL_BYTES", 10**9)
-        monkeypatch.setattr(fetching, "MAX_URL_SECONDS", 1e-9)
-        with pytest.raises(ValueError, match="cannot be fetched|took longer"):
-            vqa(video=f"{address}/wide.mp4", **ask)
-    monkeypatch.setattr(fetching, "MAX_URL_SECONDS", 60)
     with pytest.raises(ValueError, match="cannot be fetched"):
         vqa(video=f"{address}/wide.mp4", **ask)  # the server has stopped
 
