@@ -19,6 +19,9 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints-cpu.txt
 RUN = $(VENV)/bin/python
+# Training in two processes of one thread. On two cores that is 8 % faster than one process of two
+# threads, and the losses agree. With a GPU it is one process, because two would need two GPUs.
+TWO = $(RUN) $(if $(shell command -v nvidia-smi),,-m torch.distributed.run --standalone --nproc_per_node 2) -m
 export HF_HUB_OFFLINE = 1
 # glibc reuses the memory of a step in the next one: 5 % faster on CPUs, with equal results.
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
@@ -30,7 +33,7 @@ SEED ?= 0
 EPISODES ?= 6000
 EVAL_CLIPS ?= 700
 PRETRAIN_STEPS ?= 1100
-SFT_STEPS ?= 2000
+SFT_STEPS ?= 2300
 TASKS ?= all
 LIMIT ?=
 OUT = runs/$(NAME)-seed$(SEED)
@@ -60,9 +63,9 @@ data: env
 	$(RUN) -m training.demo_data --output data/demo --episodes $(EPISODES) --eval-clips $(EVAL_CLIPS)
 
 train: data
-	$(RUN) -m training.train training/recipes/babyai_pretrain.yaml \
+	$(TWO) training.train training/recipes/babyai_pretrain.yaml \
 		training.seed=$(SEED) training.max_steps=$(PRETRAIN_STEPS) training.output_dir=$(OUT)/pretrain
-	$(RUN) -m training.train training/recipes/babyai_sft.yaml model.checkpoint=$(OUT)/pretrain \
+	$(TWO) training.train training/recipes/babyai_sft.yaml model.checkpoint=$(OUT)/pretrain \
 		training.seed=$(SEED) training.max_steps=$(SFT_STEPS) training.output_dir=$(OUT)/sft
 
 demo full smoke: train
@@ -101,7 +104,6 @@ STAGE2 = $(SMALLER) $(CAPTIONS) data.features=$(OUT)/features \
 SFT = $(SMALLER) $(QUESTIONS) data.features=$(OUT)/features
 CURVE = training.eval_strategy=steps evaluation.tasks=[babyai_val_vqa] \
 	evaluation.benchmarks=eval/validation.yaml evaluation.limit=300
-TWO = $(RUN) -m torch.distributed.run --nproc_per_node 2 -m
 ONE_CARD = training/recipes/small
 
 small: NAME = small
