@@ -19,5 +19,5 @@ with torch.inference_mode():
     print(clip, dict(zip(answers, scores[0].tolist(), strict=True)))
 
     library = processor(videos=clips, text=[model.config.prompts["retrieval"]] * len(clips))
-    wanted = model.encode_target(**processor(targets="pick up the purple key"))
-    print(clips[(model.predict(**library) @ wanted.T).argmax()])  # the true one is val_1000003700
+    wanted = model.encode_target(**processor(targets="pick up the blue key"))
+    print(clips[(model.predict(**library) @ wanted.T).argmax()])  # the true one is val_1000000500
