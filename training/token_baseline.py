@@ -95,6 +95,6 @@ def main(argv: list[str] | None = None) -> TokenTrainer:
 
 if __name__ == "__main__":
     try:
-        main()
+        main().accelerator.end_training()  # closes the connections between processes
     except (FeatureError, OutputError, RecipeError) as error:
         sys.exit(f"error: {error}")

@@ -136,6 +136,6 @@ def main(argv: list[str] | None = None) -> Trainer:
 
 if __name__ == "__main__":
     try:
-        main()
+        main().accelerator.end_training()  # closes the connections between processes
     except (OutputError, RecipeError) as error:
         sys.exit(f"error: {error}")
