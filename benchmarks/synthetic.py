@@ -77,7 +77,8 @@ class Texts:
         return "", self.narration()
 
 
-# The sources of babyai_sft.yaml, in its order: media, rows about each clip or image, and texts.
+# Sources of babyai_sft.yaml, of this revision or an earlier one, by the names of their files;
+# easy-VQA's has that of its folder. Each has its media, its rows about a clip or image, and its texts.
 SOURCES = {
     "train_vqa": ("video", 5, Texts.question),
     "train_where": ("video", 7, Texts.place),
@@ -145,7 +146,9 @@ def write_demo_recipe(
         "tokenizer_rows": [str(folder / f"{each}.jsonl") for each in ("train_vqa", "easy_vqa")],
     }
     recipe["processor"] = start["processor"] | recipe["processor"]
-    for source, each in zip(recipe["data"]["sources"], SOURCES, strict=True):
+    for source in recipe["data"]["sources"]:
+        rows = Path(source["rows"])
+        each = "easy_vqa" if rows.parent.name == "easy_vqa" else rows.stem
         source["rows"] = str(folder / f"{each}.jsonl")
     recipe["data"] |= {"cache_dir": str(folder / "cache"), "num_workers": 1}
     return write_recipe(folder / name, recipe, **training)

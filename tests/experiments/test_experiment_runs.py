@@ -289,7 +289,13 @@ def test_runner_ends_its_training_and_frees_its_lock(folder, number):
     work = Path("runs/experiments/trial")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "experiments.run", str(path)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        # A shell without job control starts its background commands with this signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (work / "plain" / "0" / "log.txt").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
