@@ -78,7 +78,7 @@ class Texts:
 
 
 # Sources of babyai_sft.yaml, of this revision or an earlier one, by the names of their files;
-# easy-VQA's has that of its folder. Each has its media, its rows about a clip or image, and its texts.
+# easy-VQA's has that of its folder. Each has its media, its rows about a clip, and its texts.
 SOURCES = {
     "train_vqa": ("video", 5, Texts.question),
     "train_where": ("video", 7, Texts.place),
