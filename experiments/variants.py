@@ -1,12 +1,12 @@
 """Change a new model, for ablations of its calibration: `python -m experiments.variants INIT ...`.
 
     python -m experiments.variants runs/calibrated --output runs/folded --fold
-    python -m experiments.variants runs/calibrated --output runs/other --projection-of runs/init
+    python -m experiments.variants runs/calibrated --output runs/larger --token-scale 4
     python -m experiments.variants runs/init --output runs/warmer --temperature 0.2
     python -m experiments.variants runs/init --output runs/random --new-text-encoder 0
 
 `--fold` folds the standardisation of the visual tokens into the projection, which then trains.
-`--projection-of` replaces the visual projection. `--temperature` is that of the loss at step 0.
+`--token-scale` multiplies the standardised tokens by a fixed number. `--temperature` is that of the loss at step 0.
 `--new-text-encoder` gives the Y-Encoder random weights of this seed.
 """
 
@@ -32,16 +32,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", help="folder of a model")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument("--fold", action="store_true", help="fold the standardisation")
-    parser.add_argument("--projection-of", metavar="FOLDER", help="model with another projection")
+    parser.add_argument("--token-scale", type=float, help="factor on the standardised tokens")
     parser.add_argument("--temperature", type=float, help="of the loss at step 0")
     parser.add_argument("--new-text-encoder", type=int, metavar="SEED", help="random weights")
     args = parser.parse_args(argv)
     check_output_folder("--output", args.output)
     model = VLJEPAModel.from_pretrained(args.source)
-    if args.projection_of is not None:
-        other = VLJEPAModel.from_pretrained(args.projection_of)
-        projection = other.predictor.visual_projection
-        model.predictor.visual_projection.load_state_dict(projection.state_dict())
+    if args.token_scale is not None:
+        model.predictor.visual_standardization.scale.mul_(args.token_scale)
     if args.fold:
         model.predictor.fold_standardization()
         model.config.standardize_visual_tokens = False

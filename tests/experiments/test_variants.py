@@ -10,15 +10,13 @@ from tests.tiny import tiny_model, tiny_processor
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with a standardisation, and one with another projection."""
+    """A model with a standardisation."""
     folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("calibrated", "other")):
-        model = tiny_model(seed, standardize_visual_tokens=name == "calibrated")
-        if name == "calibrated":
-            model.predictor.visual_standardization.mean.normal_()
-            model.predictor.visual_standardization.scale.uniform_(0.5, 2)
-        model.save_pretrained(folder / name)
-        tiny_processor().save_pretrained(folder / name)
+    model = tiny_model(standardize_visual_tokens=True)
+    model.predictor.visual_standardization.mean.normal_()
+    model.predictor.visual_standardization.scale.uniform_(0.5, 2)
+    model.save_pretrained(folder / "calibrated")
+    tiny_processor().save_pretrained(folder / "calibrated")
     return folder
 
 
@@ -36,15 +34,15 @@ def test_variants_fold_computes_the_same_without_the_standardisation(folder, tmp
     torch.testing.assert_close(folded.predict(**inputs), model.predict(**inputs))
 
 
-def test_variants_take_another_projection_and_temperature_and_nothing_else(folder, tmp_path):
-    options = ("--projection-of", str(folder / "other"), "--temperature", "0.2")
-    model, variant = changed(folder, tmp_path, *options)
-    other = VLJEPAModel.from_pretrained(folder / "other").state_dict()
+def test_variants_scale_the_tokens_and_take_a_temperature_and_change_nothing_else(
+    folder, tmp_path
+):
+    model, variant = changed(folder, tmp_path, "--token-scale", "4", "--temperature", "0.2")
     old, new = model.state_dict(), variant.state_dict()
-    projection = {"predictor.visual_projection.weight", "predictor.visual_projection.bias"}
+    scale = "predictor.visual_standardization.scale"
     differ = {name for name in old if not torch.equal(old[name], new[name])}
-    assert differ <= projection | {"logit_scale.weight"}
-    assert all(torch.equal(new[name], other[name]) for name in projection)
+    assert differ == {scale, "logit_scale.weight"}
+    torch.testing.assert_close(new[scale], 4 * old[scale])
     assert variant.logit_scale().item() == pytest.approx(5.0)
 
 

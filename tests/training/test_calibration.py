@@ -1,4 +1,4 @@
-"""Calibration fits the new projection to both sides, and folds into the projection's weights."""
+"""Calibration fits the visual tokens to both sides, and folds into the projection's weights."""
 
 import copy
 
@@ -58,14 +58,18 @@ def test_calibrate_standardises_tokens_and_matches_the_token_table(rows):
     model, processor = standardized(), tiny_processor()
     table = model.get_input_embeddings().weight.data
     table.mul_(3).add_(0.5)
+    weight = model.predictor.visual_projection.weight.clone()
     measured = measure(model, processor, chosen_rows(str(rows), 256, seed=0))
     calibrate(model, measured)
     assert measured.clips == 4 and not measured.broken
     predictor, tokens = model.predictor, measured.batch["visual_embeds"]
     standard = predictor.visual_standardization
-    expected = (measured.moments.mean(), measured.moments.variance().rsqrt())
-    torch.testing.assert_close(standard.mean.double(), expected[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(standard.scale.double(), expected[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        standard.mean.double(), measured.moments.mean(), rtol=1e-5, atol=1e-6
+    )
+    deviations = standard.scale.double() * measured.moments.variance().sqrt()
+    torch.testing.assert_close(deviations, deviations[:1].expand(48), rtol=1e-4, atol=0)
+    assert torch.equal(predictor.visual_projection.weight, weight)
     projected = predictor.visual_projection(standard(tokens)).flatten(0, 1)
     variance = projected.var(0, correction=0).mean()
     torch.testing.assert_close(variance, table.var(0, correction=0).mean(), rtol=1e-3, atol=0)

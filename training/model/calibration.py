@@ -4,10 +4,14 @@ Towers that were trained apart do not fit at their joints: most of a frozen enco
 common to all its inputs, and its projected tokens are larger than those of the language model's
 table. Calibration measures both sides and sets the joint between them.
 
-| part of the model        | after calibration                                                 |
-|--------------------------|-------------------------------------------------------------------|
-| `visual_standardization` | each dimension of the visual tokens has mean 0 and variance 1     |
-| `visual_projection`      | its output has the mean and the spread of the token table's rows  |
+| part of the model        | after calibration                                                      |
+|--------------------------|------------------------------------------------------------------------|
+| `visual_standardization` | each dimension of the visual tokens has mean 0, and all have one       |
+|                          | variance: that with which the projected tokens have the table's        |
+| `visual_projection`      | its bias is the mean of the table's rows; its new weights are left     |
+
+The weights are left because Adam's steps do not depend on a weight's size: in weights that are
+fitted, and so several times smaller, each step is a several times larger share.
 
 No part of this is in the paper. docs/training.md has its measured effect.
 
@@ -140,9 +144,9 @@ def sample_of(row: dict, tokens: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def calibrate(model: VLJEPAModel, measured: Measured) -> None:
-    """Set the standardisation and the projection of a model whose projection is new."""
-    moments, table = measured.moments, Moments()
-    standard = model.predictor.visual_standardization
+    """Set the standardisation and the projection's bias of a model whose projection is new."""
+    moments, table, projected = measured.moments, Moments(), Moments()
+    standard, projection = model.predictor.visual_standardization, model.predictor.visual_projection
     variance = moments.variance()
     least = (SMALLEST * variance.mean()).clamp_min(torch.finfo(torch.float32).tiny)
     standard.mean.copy_(moments.mean())
@@ -152,12 +156,9 @@ def calibrate(model: VLJEPAModel, measured: Measured) -> None:
     embedding = model.get_input_embeddings()
     for ids in torch.arange(embedding.num_embeddings).split(4096):
         table.add(embedding(ids))
-    projection = model.predictor.visual_projection
-    projected = Moments()
-    tokens = standard(measured.batch["visual_embeds"].to(projection.weight.dtype))
+    tokens = standard(measured.batch["visual_embeds"].to(projection.weight.dtype))  # (B, N, Dx)
     projected.add(tokens @ projection.weight.T)  # (B, N, Dp)
-    ratio = table.variance().mean() / projected.variance().mean()
-    projection.weight.mul_(ratio.sqrt())
+    standard.scale.mul_((table.variance().mean() / projected.variance().mean()).sqrt())
     projection.bias.copy_(table.mean())
 
 
