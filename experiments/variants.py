@@ -6,8 +6,8 @@
     python -m experiments.variants runs/init --output runs/random --new-text-encoder 0
 
 `--fold` folds the standardisation of the visual tokens into the projection, which then trains.
-`--token-scale` multiplies the standardised tokens by a fixed number. `--temperature` is that of the loss at step 0.
-`--new-text-encoder` gives the Y-Encoder random weights of this seed.
+`--token-scale` multiplies the standardised tokens by a fixed number. `--temperature` is that of the
+loss at step 0. `--new-text-encoder` gives the Y-Encoder random weights of this seed.
 """
 
 import argparse

@@ -34,9 +34,7 @@ def test_variants_fold_computes_the_same_without_the_standardisation(folder, tmp
     torch.testing.assert_close(folded.predict(**inputs), model.predict(**inputs))
 
 
-def test_variants_scale_the_tokens_and_take_a_temperature_and_change_nothing_else(
-    folder, tmp_path
-):
+def test_variants_scale_the_tokens_and_take_a_temperature_and_change_nothing_else(folder, tmp_path):
     model, variant = changed(folder, tmp_path, "--token-scale", "4", "--temperature", "0.2")
     old, new = model.state_dict(), variant.state_dict()
     scale = "predictor.visual_standardization.scale"

@@ -4,14 +4,14 @@ Towers that were trained apart do not fit at their joints: most of a frozen enco
 common to all its inputs, and its projected tokens are larger than those of the language model's
 table. Calibration measures both sides and sets the joint between them.
 
-| part of the model        | after calibration                                                      |
-|--------------------------|------------------------------------------------------------------------|
-| `visual_standardization` | each dimension of the visual tokens has mean 0, and all have one       |
-|                          | variance: that with which the projected tokens have the table's        |
-| `visual_projection`      | its bias is the mean of the table's rows; its new weights are left     |
+| part of the model        | after calibration                                                   |
+|--------------------------|---------------------------------------------------------------------|
+| `visual_standardization` | each dimension of the visual tokens has mean 0, and all have one    |
+|                          | variance: that with which the projected tokens have the table's     |
+| `visual_projection`      | its bias is the mean of the table's rows; its new weights stay      |
 
-The weights are left because Adam's steps do not depend on a weight's size: in weights that are
-fitted, and so several times smaller, each step is a several times larger share.
+The weights stay because Adam's steps do not depend on a weight's size: weights scaled to fit are
+several times smaller, and each step would be a larger share of them.
 
 No part of this is in the paper. docs/training.md has its measured effect.
 
