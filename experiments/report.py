@@ -305,7 +305,8 @@ def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], dig
         for index, mean in enumerate(means):
             low, high = 100 * (mean.value - mean.low), 100 * (mean.high - mean.value)
             axes[2].errorbar(100 * mean.value, index, xerr=[[low], [high]], fmt="o", capsize=3)
-        axes[2].set(yticks=range(len(means)), yticklabels=list(measured), xlabel=f"{score}, %")
+        label = f"{score}, %".replace(" ", "\n", 1)  # the benchmark, and its metric below
+        axes[2].set(yticks=range(len(means)), yticklabels=list(measured), xlabel=label)
         axes[2].margins(y=0.2)
         axes[2].invert_yaxis()
         axes[2].grid(axis="x", alpha=0.3)

@@ -9,9 +9,9 @@ These are the parts of the paper's model (arXiv 2512.10942, section 3.1). Each m
 folder, `--vision` also a published `.pt` file of V-JEPA 2.1 or the Perception Encoder, and `--text`
 one of the Perception Encoder. The projections between the parts and the temperature are new.
 
-`--calibrate ROWS` measures the visual tokens of a few hundred clips and fits the new projection to
-the language model's token table (`training/model/calibration.py`). The tokens depend on the frames,
-so give the `--num-frames`, `--image-size` and `--visual-token-pooling` of the training.
+`--calibrate ROWS` measures the visual tokens of a few hundred clips and fits them to the language
+model's token table by two fixed vectors (`training/model/calibration.py`). The tokens depend on the
+frames, so give the `--num-frames`, `--image-size` and `--visual-token-pooling` of the training.
 """
 
 import argparse
