@@ -18,7 +18,8 @@ from training.demo_data.picture_views import picture_of, view_of
 from training.demo_data.pictures import main
 
 GROUPS = ("people-body", "component", "food-drink", "objects", "flags")
-SPLITS = ("train", "val", "test", "val_style", "test_style")
+SPLITS = ("train", "val", "test", "test_unrelated", "val_style", "test_style")
+NAMES_ONLY = ("noto-v1", "emojione")
 BOX = '<rect x="{}" y="{}" width="6" height="6" fill="#{}"/>'
 
 
@@ -54,12 +55,19 @@ def data() -> list[dict]:
 
 
 def icons(style: str) -> tuple[dict, dict, dict]:
-    """Icons without the last flag in one style, whose first two flags are equal."""
+    """Icons without the last flag in one style, whose first two flags are equal.
+
+    Two of the sets have names only. One is that of a label, the others are those of other sets.
+    """
     numbers = [number for number in range(100) if style != "noto" or number != 65]
     drawn = {f"icon-{n}": {"body": body(60 if n == 61 else n, style)} for n in numbers}
     drawn["icon-10"]["width"] = 4  # higher than wide
     codes = {f"1f{number:03x}": f"icon-{number}" for number in numbers}
     codes["1f384"] = "mirrored"  # an alias, which has no drawing of its own
+    if style in NAMES_ONLY:
+        drawn = {"flag-for-62" if name == "icon-62" else name: each for name, each in drawn.items()}
+        drawn["unknown"] = {"body": body(1, style)}
+        codes = {}
     return (
         {"icons": drawn, "width": 12, "height": 12},
         codes,
@@ -131,33 +139,55 @@ def test_picture_splits_share_concepts_and_styles_only_as_stated(made: Path) -> 
     assert styles_of(made, "val_style") == styles_of(made, "test_style") == {"openmoji"}
 
 
-def test_picture_splits_have_a_family_in_one_split_and_no_unseen_flag(made: Path) -> None:
-    labels = {
-        split: {row["target"] for row in rows(made, split, "captions")}
-        for split in ("train", "val", "test")
-    }
-    running = {
-        name: [each for each in found if "running" in each] for name, found in labels.items()
-    }
-    in_training = bool(running.pop("train"))
-    assert [len(found) for found in running.values() if found] == [1] * (not in_training)
+def test_picture_splits_share_no_equal_drawing_and_have_no_unseen_flag(made: Path) -> None:
+    labels = {name: labels_of(made, name) for name in ("train", "val", "test")}
     assert not [each for name in ("val", "test") for each in labels[name] if "flag" in each]
     every = set().union(*labels.values())
     assert not [each for each in every if "tone" in each or "regional" in each]
 
 
+def labels_of(made: Path, split: str) -> set[str]:
+    return {row["target"] for row in rows(made, split, "captions")}
+
+
+def test_unrelated_pictures_are_those_of_the_test_without_a_relative(made: Path) -> None:
+    tested, alone = labels_of(made, "test"), labels_of(made, "test_unrelated")
+    running = {label for label in tested if "running" in label}
+    assert running and any("running" in label for label in labels_of(made, "train"))
+    assert alone == tested - running
+
+
+def test_pictures_of_sets_without_codes_are_found_by_their_names(made: Path) -> None:
+    drawn = {style: codes_in(made, style) for style in SETS}
+    assert drawn["emojione"] == drawn["noto-v1"] == drawn["twemoji"]
+    assert "1F03E" in drawn["emojione"]  # "flag: 62", by its label
+
+
+def codes_in(made: Path, style: str) -> set[str]:
+    return {path.stem for path in (made / "pictures" / style).glob("*.png") if "_" not in path.stem}
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("flag: Åland Islands", "flag-for-aland-islands"),
+        ("man’s shoe", "mans-shoe"),
+        ("keycap: 1", "keycap-1"),
+        ("Mrs. Claus", "mrs-claus"),
+        ("light rail & rain", "light-rail-and-rain"),
+    ],
+)
+def test_names_of_icons_follow_from_labels(label: str, name: str) -> None:
+    assert picture_sets.kebab(label) == name
+
+
 def test_pictures_of_equal_drawings_are_one_group(made: Path) -> None:
     groups = {row["target"]: row["group_id"] for row in rows(made, "train", "captions")}
     assert groups["flag: 60"] == groups["flag: 61"] != groups["flag: 62"]
-    together = [{"flag: 60", "flag: 61"} <= set(labels) for labels in style_labels(made)]
-    assert sorted(together) == [False, True]
-
-
-def style_labels(made: Path) -> list[set[str]]:
-    return [
-        {row["target"] for row in rows(made, split, "captions")}
-        for split in ("val_style", "test_style")
+    together = [
+        {"flag: 60", "flag: 61"} <= labels_of(made, split) for split in ("val_style", "test_style")
     ]
+    assert sorted(together) == [False, True]
 
 
 @pytest.mark.parametrize("split", SPLITS)

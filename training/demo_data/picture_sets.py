@@ -6,6 +6,8 @@
 | @iconify-json/noto 1.2.9              | drawings by Google           | 3.1 MB | Apache-2.0       |
 | @iconify-json/twemoji 1.2.5           | drawings by Twitter          | 1.6 MB | CC-BY-4.0        |
 | @iconify-json/fluent-emoji-flat 1.2.6 | drawings by Microsoft        | 1.2 MB | MIT              |
+| @iconify-json/noto-v1 1.2.5           | older drawings by Google     | 1.6 MB | Apache-2.0       |
+| @iconify-json/emojione 1.2.3          | drawings by EmojiOne         | 0.7 MB | CC-BY-4.0        |
 | @iconify-json/openmoji 1.2.29         | drawings by OpenMoji         | 1.3 MB | CC-BY-SA-4.0     |
 
 `npm pack` downloads them; it reads, checks and stores a package, and runs nothing of it.
@@ -18,6 +20,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +31,8 @@ SETS = {
     "noto": "@iconify-json/noto@1.2.9",
     "twemoji": "@iconify-json/twemoji@1.2.5",
     "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "noto-v1": "@iconify-json/noto-v1@1.2.5",
+    "emojione": "@iconify-json/emojione@1.2.3",
     "openmoji": "@iconify-json/openmoji@1.2.29",
 }
 # The name of a package's file, and the SHA-256 of its content.
@@ -46,6 +52,14 @@ FILES = {
     SETS["fluent"]: (
         "iconify-json-fluent-emoji-flat-1.2.6.tgz",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    ),
+    SETS["noto-v1"]: (
+        "iconify-json-noto-v1-1.2.5.tgz",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+    ),
+    SETS["emojione"]: (
+        "iconify-json-emojione-1.2.3.tgz",
+        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
     ),
     SETS["openmoji"]: (
         "iconify-json-openmoji-1.2.29.tgz",
@@ -73,10 +87,10 @@ class Concept:
         tags: CLDR keywords, as in "fruit".
         group: as in "food & drink".
         subgroup: as in "food fruit".
-        family: equal for emoji that differ in gender or direction only, and for those with equal
-            drawings: a split has all of a family or none.
+        family: equal for emoji that differ in gender or direction only, which are relatives, and
+            for those with equal drawings.
         same: code of the first of the emoji with an equal drawing in one of the sets, as flags of
-            two countries have; its own code for most.
+            two countries have; its own code for most. A split has all of them or none.
     """
 
     code: str
@@ -177,11 +191,34 @@ def read_concepts(path: Path) -> list[Concept]:
     return concepts
 
 
-def read_drawings(package: str, path: Path) -> Drawings:
-    """Return the drawings of an Iconify set."""
-    icons, codes, info = read_json(path, "icons.json", "chars.json", "info.json")
+def kebab(label: str) -> str:
+    """Return a label as the sets name their icons: "flag: Åland" is "flag-for-aland"."""
+    text = label.lower().replace("flag: ", "flag for ").replace("&", "and")
+    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return "-".join(re.sub(r"['.]", "", text).replace(":", " ").split())
+
+
+def read_codes(concepts: Iterable[Concept], paths: Iterable[Path]) -> dict[str, str]:
+    """Return the code of each name that labels and sets give to one emoji only."""
+    named = defaultdict(set)
+    for concept in concepts:
+        named[kebab(concept.label)].add(concept.code)
+    for path in paths:
+        for code, name in read_json(path, "chars.json")[0].items():
+            named[name].add(plain(code))
+    return {name: min(codes) for name, codes in named.items() if len(codes) == 1}
+
+
+def read_drawings(package: str, path: Path, named: Mapping[str, str]) -> Drawings:
+    """Return the drawings of an Iconify set.
+
+    Args:
+        named: code of a name, for sets that have names only.
+    """
+    icons, coded, info = read_json(path, "icons.json", "chars.json", "info.json")
+    names = coded or {named[name]: name for name in sorted(icons["icons"]) if name in named}
     svg = {}
-    for code, name in codes.items():
+    for code, name in names.items():
         icon = icons["icons"].get(name)
         if icon is None:
             continue  # an alias: a mirrored or turned drawing of another emoji
@@ -194,6 +231,13 @@ def read_drawings(package: str, path: Path) -> Drawings:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
         )
     return Drawings(package, info["license"]["spdx"], info["author"]["name"], svg)
+
+
+def read_sets(concepts: list[Concept], folder: Path) -> dict[str, Drawings]:
+    """Return the drawings of all sets, whose packages are downloaded into the folder if missing."""
+    paths = {name: fetch(package, folder) for name, package in SETS.items()}
+    named = read_codes(concepts, paths.values())
+    return {name: read_drawings(SETS[name], path, named) for name, path in paths.items()}
 
 
 class Merged:
@@ -238,5 +282,5 @@ __all__ = [
     "fetch",
     "merge_equal",
     "read_concepts",
-    "read_drawings",
+    "read_sets",
 ]
