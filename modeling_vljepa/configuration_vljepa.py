@@ -41,6 +41,11 @@ class VLJEPAConfig(PreTrainedConfig):
             Edge of the windows of patches whose mean is one visual token, in each frame or tubelet:
             with 2, the Predictor reads a quarter of the tokens. Class and register tokens of an
             image tower are not averaged. The paper pools none. It adds no weights.
+        concatenate_class_token (`bool`, *optional*, defaults to `False`):
+            Give no token to the class token of a frame, and append it to each of the frame's patch
+            tokens, which are then twice as wide: the input of DINOv2's linear evaluation
+            (arXiv 2304.07193). Register tokens are left out. For DINOv2, DINOv3, CLIP and ViT. The
+            paper does not do so.
         standardize_visual_tokens (`bool`, *optional*, defaults to `False`):
             Shift and scale each dimension of the visual tokens before their projection, by two
             fixed vectors that are saved with the weights. `init_checkpoint --calibrate` measures
@@ -152,6 +157,7 @@ class VLJEPAConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     decoder_config: dict | PreTrainedConfig | None = None
     visual_token_pooling: int = 1
+    concatenate_class_token: bool = False
     standardize_visual_tokens: bool = False
     causal_predictor: bool = False
     embedding_dim: int = 1536

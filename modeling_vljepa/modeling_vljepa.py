@@ -227,7 +227,8 @@ class TwoSidedModel(VLJEPAPreTrainedModel):
     def encode_video(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """Encode videos `(V, T, C, H, W)` to visual tokens `(V, N, Dx)`.
 
-        With `config.visual_token_pooling`, the tokens are pooled.
+        With `config.visual_token_pooling`, the tokens are pooled. With
+        `config.concatenate_class_token`, each has the frame's class token behind it.
         """
         return self.x_encoder(pixel_values_videos)
 
@@ -273,7 +274,10 @@ class VLJEPAModel(TwoSidedModel):
     def __init__(self, config: VLJEPAConfig):
         super().__init__(config)
         self.x_encoder = XEncoder(
-            config.vision_config, frozen=config.freeze_vision, pooling=config.visual_token_pooling
+            config.vision_config,
+            frozen=config.freeze_vision,
+            pooling=config.visual_token_pooling,
+            concatenate_class=config.concatenate_class_token,
         )
         self.predictor = Predictor(
             config.predictor_config,

@@ -159,7 +159,10 @@ class VLJEPATokenModel(TwoSidedModel):
     def __init__(self, config: VLJEPATokenConfig):
         super().__init__(config)
         self.x_encoder = XEncoder(
-            config.vision_config, frozen=config.freeze_vision, pooling=config.visual_token_pooling
+            config.vision_config,
+            frozen=config.freeze_vision,
+            pooling=config.visual_token_pooling,
+            concatenate_class=config.concatenate_class_token,
         )
         self.predictor = TokenPredictor(
             config.predictor_config,

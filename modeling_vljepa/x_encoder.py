@@ -19,6 +19,8 @@ VIDEO = (V_JEPA_2, V_JEPA_2_1)  # encoders of tubelets; every other one reads si
 # Convolutional towers, whose tokens are the positions of the last feature map.
 CONVNEXT, RESNET = ("convnext", "convnextv2"), ("bit", "resnet")
 CONVOLUTIONAL = (*CONVNEXT, *RESNET)
+# Image towers whose first token of a frame is a class token.
+WITH_CLASS_TOKEN = ("clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
 
 # Encoders without a table of positions, or whose positions are rotary with the grid of the input or
 # trained to be interpolated from a table: they accept any grid of whole patches. Every other one is
@@ -135,6 +137,16 @@ def pool_patches(tokens: torch.Tensor, height: int, width: int, size: int) -> to
     return torch.cat([tokens[:, :special], pooled.flatten(2).transpose(1, 2)], dim=1)
 
 
+def append_class_token(tokens: torch.Tensor, patches: int) -> torch.Tensor:
+    """Append the first token of each frame `(F, P, Dx)` to its last `patches` tokens.
+
+    Returns:
+        `(F, patches, 2 Dx)`: patch and class token. Other tokens of the frame are left out.
+    """
+    patch_tokens = tokens[:, -patches:]
+    return torch.cat([patch_tokens, tokens[:, :1].expand_as(patch_tokens)], dim=-1)
+
+
 class XEncoder(nn.Module):
     """V-JEPA 2 or 2.1 without the masked-token predictor of its own training (paper section 3.1),
     or an image tower applied to each frame, as in the paper's controlled comparison (section 4.5).
@@ -152,7 +164,8 @@ class XEncoder(nn.Module):
     all stages. ConvNeXt's norm, which follows its average pooling, is left out.
 
     With a `pooling` above 1, each window of `pooling` x `pooling` patches of a frame, or of a
-    tubelet, becomes one visual token: their mean.
+    tubelet, becomes one visual token: their mean. With `concatenate_class`, the class token of a
+    frame is appended to each of them instead of being one.
 
     One frame is repeated to fill a tubelet of V-JEPA 2, as in the paper (section 3.2). V-JEPA 2.1
     has a stem for images, which gives h x w tokens of the frame itself; its configuration's
@@ -162,11 +175,18 @@ class XEncoder(nn.Module):
     on the model around it. That model sets `requires_grad` of the parameters.
     """
 
-    def __init__(self, config: PreTrainedConfig, frozen: bool, pooling: int = 1):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        frozen: bool,
+        pooling: int = 1,
+        concatenate_class: bool = False,
+    ):
         super().__init__()
         self.is_video = config.model_type in VIDEO
         self.pooling = pooling
-        check_config(config, pooling)
+        self.concatenate_class = concatenate_class
+        check_config(config, pooling, concatenate_class)
         self.backbone = build_backbone(config)
         is_newer = config.model_type == V_JEPA_2_1
         self.has_image_stem = is_newer and config.img_temporal_dim_size is not None
@@ -177,6 +197,7 @@ class XEncoder(nn.Module):
             self.output_size = config.hidden_sizes[-1]  # Dx
         else:
             self.output_size = config.output_size if is_newer else config.hidden_size
+        self.output_size *= 1 + concatenate_class
         # The rest of V-JEPA 2 is its predictor, of which nothing is left.
         self.options = {"skip_predictor": True} if config.model_type == V_JEPA_2 else {}
         self.frozen = frozen
@@ -188,7 +209,8 @@ class XEncoder(nn.Module):
     def forward(self, pixel_values_videos: torch.Tensor) -> torch.Tensor:
         """Encode `(B, T, C, H, W)` to `(B, N, Dx)`, for any T.
 
-        Without pooling, N is ceil(T / tubelet) x patches for V-JEPA, T x P for an image tower.
+        Without pooling, N is ceil(T / tubelet) x patches for V-JEPA, T x P for an image tower,
+        and T x patches with `concatenate_class`, which doubles Dx.
 
         Raises:
             ValueError: another layout, or a resolution that the position embeddings do not
@@ -214,6 +236,9 @@ class XEncoder(nn.Module):
                 tokens = tokens[:, self.left_out :]  # (F, P, Dx)
             if self.pooling > 1:
                 tokens = pool_patches(tokens, height, width, self.pooling)  # (F, P', Dx)
+            if self.concatenate_class:
+                patches = -(-height // self.pooling) * -(-width // self.pooling)
+                tokens = append_class_token(tokens, patches)  # (F, patches, 2 Dx)
             return tokens.reshape(batch_size, -1, tokens.shape[-1])  # (B, N, Dx)
 
     def _check(self, pixel_values_videos: torch.Tensor) -> None:
@@ -289,9 +314,16 @@ def unknown_settings(config: PreTrainedConfig) -> list[str]:
     return newer + [name for name in other if name not in newer]
 
 
-def check_config(config: PreTrainedConfig, pooling: int = 1) -> None:
+def check_config(
+    config: PreTrainedConfig, pooling: int = 1, concatenate_class: bool = False
+) -> None:
     """Reject a configuration whose encoder would give wrong visual tokens or none."""
     name = f"vision_config is a {config.model_type!r}"
+    if concatenate_class and config.model_type not in WITH_CLASS_TOKEN:
+        raise ValueError(
+            f"concatenate_class_token is true, but {name}, from which no class token can be taken: "
+            f"set it to false, or take one of {', '.join(WITH_CLASS_TOKEN)}."
+        )
     unknown = unknown_settings(config)
     if unknown and unknown[0] in V_JEPA_2_1_SETTINGS and config.model_type != V_JEPA_2_1:
         raise ValueError(

@@ -80,6 +80,8 @@ def made_with(model: PreTrainedModel, processor: VLJEPAVideoProcessor, num_frame
         "video_processor": pixels,
         "num_frames": num_frames,
     }
+    if model.config.concatenate_class_token:  # older stores have no such fact
+        facts["concatenate_class_token"] = True
     # As JSON returns them, to be equal to stored ones: it turns tuples into lists.
     return json.loads(json.dumps(facts))
 

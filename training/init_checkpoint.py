@@ -68,6 +68,7 @@ def join(
     standardize: bool = False,
     new_layers: bool = False,
     visual_token_pooling: int = 1,
+    concatenate_class_token: bool = False,
     seed: int = 0,
 ) -> VLJEPAModel:
     """Build one model from three pretrained parts.
@@ -82,6 +83,7 @@ def join(
         standardize: add a standardisation of the visual tokens, to be calibrated.
         new_layers: initialise the Predictor's layers at random; its token table is pretrained.
         visual_token_pooling: see `VLJEPAConfig`.
+        concatenate_class_token: see `VLJEPAConfig`.
         seed: seed of the new weights.
 
     Raises:
@@ -101,6 +103,7 @@ def join(
         project_target=project_target,
         standardize_visual_tokens=standardize,
         visual_token_pooling=visual_token_pooling,
+        concatenate_class_token=concatenate_class_token,
         **settings,
     )
     # A model without memory lists the weights it needs: `from_pretrained` below would initialise a
@@ -163,6 +166,11 @@ def main(argv: list[str] | None = None) -> None:
         default=1,
         help="edge of windows of averaged patches",
     )
+    add(
+        "--concatenate-class-token",
+        action="store_true",
+        help="append a frame's class token to each of its patch tokens",
+    )
     add("--calibrate", metavar="ROWS", help="JSONL file of clips and texts to calibrate on")
     add("--calibrate-clips", type=int, default=256, help="number of its clips that are read")
     add("--seed", type=int, default=0, help="seed of the new weights")
@@ -212,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         standardize=args.calibrate is not None,
         new_layers=args.new_layers,
         visual_token_pooling=args.visual_token_pooling,
+        concatenate_class_token=args.concatenate_class_token,
         seed=args.seed,
     )
     if args.calibrate is not None:

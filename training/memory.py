@@ -274,7 +274,12 @@ def waiting_row(
     """
     with torch.device("meta"):
         batch = random_batch(config, 1, frames, *lengths)
-        vision = XEncoder(config.vision_config, True, pooling=config.visual_token_pooling)
+        vision = XEncoder(
+            config.vision_config,
+            frozen=True,
+            pooling=config.visual_token_pooling,
+            concatenate_class=config.concatenate_class_token,
+        )
         tokens = vision(batch["frames"].float()).numel()
     waits = sum(tensor.nbytes for tensor in batch.values())
     if config.freeze_vision:

@@ -89,7 +89,9 @@ class Vectors:
         # Not every text encoder embeds an empty query.
         self.text_index, self.texts = {"": 0}, torch.zeros(1, width)  # (T, D)
         self.clip_index: dict[str, int] = {}
-        self.clips = torch.empty(0, 2 * model.x_encoder.output_size)  # (C, 2 Dx)
+        self.concatenated = model.config.concatenate_class_token
+        inputs = model.x_encoder.output_size * (1 if self.concatenated else 2)
+        self.clips = torch.empty(0, inputs)  # (C, 2 Dx)
 
     def of_texts(self, texts: list[str]) -> torch.Tensor:
         """Return the index of each text."""
@@ -108,8 +110,11 @@ class Vectors:
             self.clip_index |= {key: len(self.clips) + i for i, key in enumerate(new)}
             read = []
             for row in tqdm(new.values(), "features"):
-                tokens = self.features[row].float()  # (N, Dx)
-                read.append(torch.cat([tokens[0], tokens[1:].mean(0)]))
+                tokens = self.features[row].float()  # (N, Dx) or (N, 2 Dx)
+                if self.concatenated:
+                    read.append(tokens.mean(0))
+                else:
+                    read.append(torch.cat([tokens[0], tokens[1:].mean(0)]))
             self.clips = torch.cat([self.clips, torch.stack(read)])
         return torch.tensor([self.clip_index[clip_key(row)] for row in rows])
 

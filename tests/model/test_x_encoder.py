@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModel, VJEPA2Model
 
 from modeling_vljepa import VLJEPAConfig, VLJEPAModel
-from modeling_vljepa.x_encoder import check_config, patch_edge, pool_patches
+from modeling_vljepa.x_encoder import WITH_CLASS_TOKEN, check_config, patch_edge, pool_patches
 from tests.tiny import RESNET, TOWER, tiny_batch, tiny_config, tiny_model
 
 PIXELS = tiny_batch()["pixel_values_videos"]
@@ -132,6 +132,9 @@ TOWERS = (
     "perception_encoder_vision",
     *CONVOLUTIONAL,
 )
+
+
+REGISTERS = dict.fromkeys(WITH_CLASS_TOKEN, 0) | {"dinov2_with_registers": 4}
 
 
 def settings_of(model_type: str) -> dict:
@@ -345,6 +348,35 @@ def test_x_encoder_pools_the_patches_of_each_frame_or_tubelet(model_type):
     # The gradient of the encoder's weights passes the mean.
     found.sum(dim=(0, 1))[0].backward()
     assert any(p.grad is not None and p.grad.abs().sum() for p in pooled.x_encoder.parameters())
+
+
+@pytest.mark.parametrize("pooling", [1, 2])
+@pytest.mark.parametrize("model_type", WITH_CLASS_TOKEN)
+def test_x_encoder_appends_the_class_token_of_a_frame_to_its_patches(model_type, pooling):
+    vision = settings_of(model_type) | {"image_size": 48}
+    pixels = torch.randn(2, 4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    plain = tiny_model(vision_config=vision, visual_token_pooling=pooling)
+    joined = tiny_model(
+        vision_config=vision, visual_token_pooling=pooling, concatenate_class_token=True
+    )
+    joined.x_encoder.load_state_dict(plain.x_encoder.state_dict())
+    patches = 9 if pooling == 1 else 4
+    tokens = plain.encode_video(pixels).unflatten(1, (4, -1))  # (B, T, P, Dx)
+    expected = torch.cat([tokens[:, :, -patches:], tokens[:, :, :1].expand(2, 4, patches, 48)], -1)
+    found = joined.encode_video(pixels)
+    torch.testing.assert_close(found, expected.flatten(1, 2), rtol=0, atol=1e-6)
+    assert found.shape[2] == joined.x_encoder.output_size == 96
+    # The registers of DINOv3 and of DINOv2 are between the two, and are left out.
+    assert tokens.shape[2] - patches == 1 + vision.get("num_register_tokens", REGISTERS[model_type])
+    query = torch.tensor([[5, 6]]).expand(2, -1)
+    assert joined.predict(pixel_values_videos=pixels, input_ids=query).isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", ["vjepa2", "siglip_vision_model", "resnet"])
+def test_x_encoder_rejects_a_class_token_of_a_tower_without_one(model_type):
+    vision = settings_of(model_type) if model_type != "vjepa2" else {}
+    with pytest.raises(ValueError, match="concatenate_class_token is true, but .* set it to false"):
+        tiny_model(vision_config=vision, concatenate_class_token=True)
 
 
 def test_x_encoder_pools_a_grid_that_is_not_square():

@@ -22,10 +22,12 @@ from processing.feature_store import (
     FeatureError,
     FeatureStore,
     from_int8,
+    made_with,
     to_int8,
 )
 from processing.rows import clip_key, content_key, file_stamp, read_rows
 from tests.tiny import (
+    TOWER,
     tiny_model,
     tiny_processor,
     tiny_recipe,
@@ -304,6 +306,15 @@ def test_feature_store_has_pooled_tokens_and_rejects_another_pooling(
     means = store[row].float().unflatten(0, (2, 4)).mean(dim=1)  # 2 tubelets of 2 x 2 patches
     expected = computed(dataset, pooled, processor, 2)
     torch.testing.assert_close(expected, means, rtol=2**-7, atol=1e-2)
+
+
+def test_feature_store_facts_tell_tokens_with_the_class_token_apart(processor):
+    vision = {"model_type": "dinov2", **TOWER}
+    joined = tiny_model(vision_config=vision, concatenate_class_token=True)
+    plain = tiny_model(vision_config=vision)
+    plain.x_encoder.load_state_dict(joined.x_encoder.state_dict())
+    facts = [made_with(model, processor.video_processor, 2) for model in (plain, joined)]
+    assert facts[1] == facts[0] | {"concatenate_class_token": True}
 
 
 def test_feature_store_accepts_a_saved_and_loaded_model(store, model, processor, tmp_path):

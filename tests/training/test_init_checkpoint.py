@@ -336,6 +336,12 @@ def test_init_checkpoint_takes_the_frames_and_the_pooling_of_the_training(parts,
     assert model.config.visual_token_pooling == 2
 
 
+def test_init_checkpoint_rejects_a_class_token_of_an_encoder_without_one(parts, tmp_path):
+    with pytest.raises(RecipeError, match="concatenate_class_token is true, but .*'vjepa2'"):
+        build(parts, tmp_path / "out", "--layers", "1", "--concatenate-class-token")
+    assert not (tmp_path / "out").exists()
+
+
 # -- errors --------------------------------------------------------------------------------
 
 

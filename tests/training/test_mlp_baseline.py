@@ -10,7 +10,7 @@ from PIL import Image
 
 from eval.benchmarks import load_benchmarks
 from processing.rows import clip_key
-from tests.tiny import noise, tiny_model, tiny_processor, tiny_recipe, tiny_rows, write_rows
+from tests.tiny import TOWER, noise, tiny_model, tiny_processor, tiny_recipe, tiny_rows, write_rows
 from training import cache_features, mlp_baseline, train
 from training.arguments import RecipeError, SourceArguments
 from training.data.sources import read_source
@@ -54,7 +54,10 @@ def images(folder: Path) -> list[str]:
     return [f"{number}.png" for number in range(len(ANSWERS))]
 
 
-def test_mlp_baseline_learns_labels_and_questions_of_its_sources(tmp_path: Path) -> None:
+@pytest.mark.parametrize("concatenated", [False, True])
+def test_mlp_baseline_learns_labels_and_questions_of_its_sources(
+    concatenated: bool, tmp_path: Path
+) -> None:
     names = images(tmp_path)
     captions = [{"image": n, "target": each} for n, each in zip(names, ANSWERS, strict=True)]
     # The same question has another answer for each clip, and another question another one.
@@ -67,7 +70,9 @@ def test_mlp_baseline_learns_labels_and_questions_of_its_sources(tmp_path: Path)
     write_rows(tmp_path / "questions.jsonl", questions)
     (tmp_path / "b.yaml").write_text(BENCHMARKS.format(folder=tmp_path))
     retrieval, vqa = load_benchmarks(tmp_path / "b.yaml", ["all"])
-    model, processor = tiny_model(), tiny_processor()
+    vision = {"vision_config": {"model_type": "dinov2", **TOWER}} if concatenated else {}
+    model = tiny_model(concatenate_class_token=concatenated, **vision)
+    processor = tiny_processor()
     sources = [
         read_source(SourceArguments(rows=str(tmp_path / f"{name}.jsonl"), query=query))
         for name, query in (
@@ -77,7 +82,8 @@ def test_mlp_baseline_learns_labels_and_questions_of_its_sources(tmp_path: Path)
     ]
     torch.manual_seed(0)
     rows = [row for source in sources for row in source.rows]
-    features = Features({clip_key(row): torch.randn(5, 48) for row in rows})
+    shape = (4, 96) if concatenated else (5, 48)
+    features = Features({clip_key(row): torch.randn(shape) for row in rows})
     baseline = Baseline(model, processor, features, sources, bf16=False, seed=0)
     before = baseline.measure(vqa).scores["accuracy"].value
     baseline.train(0.3, [retrieval])
