@@ -132,7 +132,7 @@ small: data
 	for model in sft sft_lora sft_lora_again; do \
 		$(RUN) -m eval.evaluate --model $(OUT)/$$model --tasks babyai_vqa || exit 1; done
 
-# Emoji drawn by four teams, with CLDR's texts. One process trains with a thread for each core, so that
+# Emoji drawn by five teams, with CLDR's texts. One process trains with a thread for each core, so that
 # its processor time, which the MLP gets too, is in its facts. All drawings are in one feature store.
 PICTURES = training/recipes/pictures
 PICTURE_FEATURES = data/pictures_features
@@ -146,7 +146,8 @@ pictures: env
 		$(RUN) -m training.init_checkpoint --output $(OUT)/init --vision $(BACKBONES)/dinov2-s \
 		--predictor $(BACKBONES)/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --layers 2 \
 		--pad-token "<|endoftext|>" --text $(BACKBONES)/minilm --no-target-projection \
-		--image-size 112 --visual-token-pooling 8 --calibrate data/pictures/train_captions.jsonl \
+		--image-size 112 --visual-token-pooling 8 --concatenate-class-token \
+		--calibrate data/pictures/train_captions.jsonl \
 		--seed $(SEED)
 	$(TWO) training.cache_features $(PICTURES)_stage2.yaml model.checkpoint=$(OUT)/init \
 		"data.sources=[{rows: data/pictures/*_captions.jsonl}]" --output $(PICTURE_FEATURES)
