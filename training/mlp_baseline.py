@@ -4,7 +4,8 @@
         --benchmarks eval/pictures.yaml --validation eval/pictures_validation.yaml
 
 A Predictor must be better than this baseline to be worth its time. The MLP reads the first visual
-token of a clip (DINOv2's class token), the mean of the others and the embedding of the query. It
+token of a clip (DINOv2's class token), the mean of the others and the embedding of the query; the
+mean of all visual tokens, if the class token is part of each (`concatenate_class_token`). It
 predicts the embedding of the target with the same loss, from the sources of the model's last recipe
 with their weights, in the processor time of all of the model's trainings. It keeps the weights with
 the best retrieval on validation data. The Y-Encoder of the model embeds all texts.

@@ -10,7 +10,7 @@ downloads seven packages, 16 MB (`picture_sets.py` lists their licences). The ou
 
 | split      | concepts         | drawn by    |
 |------------|------------------|-------------|
-| train      | 1,500 of 1,900   | four teams  |
+| train      | 1,400 of 1,900   | four teams  |
 | val, test  | not in training  | five teams  |
 | val_style, test_style | those of training | the fifth team |
 
