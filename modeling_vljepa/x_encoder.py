@@ -234,11 +234,10 @@ class XEncoder(nn.Module):
                 if self.is_convolutional:
                     tokens = tokens.flatten(2).transpose(1, 2)  # (F, Dx, h, w) to (F, P, Dx)
                 tokens = tokens[:, self.left_out :]  # (F, P, Dx)
+            if self.concatenate_class:
+                tokens = append_class_token(tokens, height * width)  # (F, h w, 2 Dx)
             if self.pooling > 1:
                 tokens = pool_patches(tokens, height, width, self.pooling)  # (F, P', Dx)
-            if self.concatenate_class:
-                patches = -(-height // self.pooling) * -(-width // self.pooling)
-                tokens = append_class_token(tokens, patches)  # (F, patches, 2 Dx)
             return tokens.reshape(batch_size, -1, tokens.shape[-1])  # (B, N, Dx)
 
     def _check(self, pixel_values_videos: torch.Tensor) -> None:
