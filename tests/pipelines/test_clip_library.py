@@ -301,7 +301,18 @@ def test_library_save_writes_all_or_nothing(tmp_path, monkeypatch):
 # -- several processes, killed processes, a full disk ----------------------------------------
 
 
+def own_progress_lock() -> None:
+    """Give this process a lock for progress bars of its own.
+
+    tqdm's is shared by a process and its copies. A copy that is killed with the lock, or made while
+    another thread has it, leaves others waiting for ever.
+    """
+    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        bar.set_lock(RLock())
+
+
 def outcome(folder: Path, clips: list[str], pipe: Numbers, results) -> None:
+    own_progress_lock()
     try:
         results.put(len(build(folder, clips, pipe).dataset))
     except ValueError as error:
@@ -341,10 +352,7 @@ def two_builds(folder: Path, clips: list[str]) -> None:
 
 
 def build_to_be_killed(folder: Path, clips: list[str], pipe: Numbers) -> None:
-    """Build with a lock for progress bars of its own: tqdm's is shared with the parent process,
-    which would wait forever for a process that was killed with the lock."""
-    for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
-        bar.set_lock(RLock())
+    own_progress_lock()
     build(folder, clips, pipe)
 
 
