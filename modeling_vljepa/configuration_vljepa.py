@@ -63,6 +63,13 @@ class VLJEPAConfig(PreTrainedConfig):
         project_target (`bool`, *optional*, defaults to `True`):
             Give the target side its own projection (section 3.1). Without one, the shared space is
             the Y-Encoder's (the paper's 7c), and `embedding_dim` its width.
+        target_adapter_size (`int`, *optional*):
+            Hidden width of two layers between the Y-Encoder and that projection, whose output is
+            added to their input: CLIP-Adapter (arXiv 2110.04544). A new one adds 0. For a frozen
+            Y-Encoder, whose space it adapts; the paper has none.
+        visual_dropout (`float`, *optional*, defaults to 0.0):
+            Share of the values of the visual tokens that are set to 0 in training, before their
+            projection. For small data; the paper has none.
         decoder_prefix_tokens (`int`, *optional*, defaults to 4):
             Number of tokens as which the Y-Decoder reads an embedding. The paper does not state
             it. Its product with the decoder's width should reach `embedding_dim`; otherwise the
@@ -164,6 +171,8 @@ class VLJEPAConfig(PreTrainedConfig):
     text_pooling: str = "mean"
     text_dense: list[dict] = field(default_factory=list)
     project_target: bool = True
+    target_adapter_size: int | None = None
+    visual_dropout: float = 0.0
     decoder_prefix_tokens: int = 4
     decoder_reads_query: bool = False
     decoder_reads_previous: bool = False
@@ -192,8 +201,8 @@ class VLJEPAConfig(PreTrainedConfig):
         self.predictor_config.is_causal = self.causal_predictor
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Complete `prompts` and `target_prompts`; raise ValueError for an invalid value of these
-        or of `visual_token_pooling`."""
+        """Complete `prompts` and `target_prompts`; raise ValueError for an invalid value of these,
+        of `visual_token_pooling` or of `target_adapter_size`."""
         if name == "prompts":
             value = complete_prompts(value, vars(self).get(name))
         elif name == "target_prompts":
@@ -201,6 +210,12 @@ class VLJEPAConfig(PreTrainedConfig):
         elif name == "visual_token_pooling" and (type(value) is not int or value < 1):
             raise ValueError(
                 f"visual_token_pooling is {value!r}: give a whole number, 1 or more; 1 pools none."
+            )
+        elif name == "target_adapter_size" and (
+            value is not None and (type(value) is not int or value < 1)
+        ):
+            raise ValueError(
+                f"target_adapter_size is {value!r}: give a whole number, 1 or more, or None."
             )
         super().__setattr__(name, value)
         if name == "causal_predictor" and isinstance(self.predictor_config, PreTrainedConfig):

@@ -21,6 +21,27 @@ def masked_mean(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
     return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that is 0 in a new model (`VLJEPAPreTrainedModel._init_weights`)."""
+
+
+class ResidualAdapter(nn.Module):
+    """Two linear layers whose output is added to their input: CLIP-Adapter (arXiv 2110.04544).
+
+    A new adapter adds 0, so training starts in the space of the frozen encoder before it.
+    """
+
+    def __init__(self, hidden_size: int, adapter_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, adapter_size)
+        self.fc2 = ZeroLinear(adapter_size, hidden_size)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Return `(B, H)` of about unit variance from `(B, H)` of any length."""
+        scaled = F.rms_norm(pooled, pooled.shape[-1:])  # (B, H)
+        return scaled + self.fc2(F.gelu(self.fc1(scaled)))  # (B, H)
+
+
 class EmbeddingHead(nn.Module):
     """Projection of a pooled state to the unit sphere; both sides of the loss use this class.
 
@@ -29,15 +50,25 @@ class EmbeddingHead(nn.Module):
         embedding_dim: width of the shared space.
         project: without a projection (the paper's 7c, on the target side), the shared space is the
             encoder's own.
+        adapter_size: hidden width of a `ResidualAdapter` before the projection; default: none.
     """
 
-    def __init__(self, hidden_size: int, embedding_dim: int, project: bool = True):
+    def __init__(
+        self,
+        hidden_size: int,
+        embedding_dim: int,
+        project: bool = True,
+        adapter_size: int | None = None,
+    ):
         super().__init__()
         if not project and hidden_size != embedding_dim:
             raise ValueError(
                 f"project_target is false, so the shared space is the Y-Encoder's own of "
                 f"{hidden_size} dimensions, but embedding_dim is {embedding_dim}: make them equal."
             )
+        self.adapter = nn.Identity()
+        if adapter_size is not None:
+            self.adapter = ResidualAdapter(hidden_size, adapter_size)
         self.projection = nn.Linear(hidden_size, embedding_dim) if project else nn.Identity()
 
     def forward(self, pooled: torch.Tensor, truncate_dim: int | None = None) -> torch.Tensor:
@@ -49,7 +80,8 @@ class EmbeddingHead(nn.Module):
         # The loss multiplies similarities by up to 100, and with them the rounding error of bf16.
         # In fp32, one vector per sample costs little, so the head disables autocast.
         with torch.autocast(pooled.device.type, enabled=False):
-            embeds = self.projection(pooled.to(self.dtype)).float()  # (B, D)
+            adapted = self.adapter(pooled.to(self.dtype))  # (B, H)
+            embeds = self.projection(adapted).float()  # (B, D)
             if truncate_dim is not None and not 1 <= truncate_dim <= embeds.shape[-1]:
                 raise ValueError(
                     f"truncate_dim is {truncate_dim}, but an embedding has "
@@ -59,8 +91,8 @@ class EmbeddingHead(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the projection's weights; fp32 without a projection."""
+        """The dtype of the head's weights; fp32 if it has none."""
         return next((weight.dtype for weight in self.parameters()), torch.float32)
 
 
-__all__ = ["EmbeddingHead", "masked_mean"]
+__all__ = ["EmbeddingHead", "ResidualAdapter", "ZeroLinear", "masked_mean"]

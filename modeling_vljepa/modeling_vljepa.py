@@ -27,7 +27,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_vljepa import VLJEPAConfig
-from .embedding_head import EmbeddingHead, masked_mean
+from .embedding_head import EmbeddingHead, ZeroLinear, masked_mean
 from .input_checks import check_labels, check_shape, check_tokens
 from .losses import info_nce
 from .predictor import Predictor, VisualStandardization
@@ -161,6 +161,7 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
     |-------------------------------------------------------------|-----------------------------|
     | backbones: x_encoder, predictor, y_encoder, y_decoder       | pretrained, or as their own |
     | visual_projection, prefix_projection and those of the heads | normal, `initializer_range` |
+    | an adapter's second layer, so that the adapter adds 0       | 0                           |
     | logit_scale                                                 | `logit_scale_init_value`    |
     | logit_bias, if the model has one                            | `logit_bias_init_value`     |
     """
@@ -193,6 +194,10 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+            return
         super()._init_weights(module)
         if isinstance(module, LogitScale | LogitBias):
             init.constant_(module.weight, module.init_value)
@@ -283,6 +288,7 @@ class VLJEPAModel(TwoSidedModel):
             config.predictor_config,
             visual_hidden_size=self.x_encoder.output_size,
             standardize=config.standardize_visual_tokens,
+            visual_dropout=config.visual_dropout,
         )
         self.predictor_head = EmbeddingHead(
             config.predictor_config.hidden_size, config.embedding_dim
@@ -294,7 +300,10 @@ class VLJEPAModel(TwoSidedModel):
             dense=tuple(config.text_dense),
         )
         self.y_head = EmbeddingHead(
-            self.y_encoder.output_size, config.embedding_dim, project=config.project_target
+            self.y_encoder.output_size,
+            config.embedding_dim,
+            project=config.project_target,
+            adapter_size=config.target_adapter_size,
         )
         self.logit_scale = LogitScale(config.logit_scale_init_value)
         self.logit_bias = None

@@ -97,12 +97,18 @@ class Predictor(nn.Module):
     auto_class = AutoModel
 
     def __init__(
-        self, config: PreTrainedConfig, visual_hidden_size: int, *, standardize: bool = False
+        self,
+        config: PreTrainedConfig,
+        visual_hidden_size: int,
+        *,
+        standardize: bool = False,
+        visual_dropout: float = 0.0,
     ):
         super().__init__()
         self.visual_standardization = nn.Identity()
         if standardize:
             self.visual_standardization = VisualStandardization(visual_hidden_size)
+        self.visual_dropout = nn.Dropout(visual_dropout)
         self.visual_projection = nn.Linear(visual_hidden_size, config.hidden_size)
         self.backbone = from_config(self.auto_class, config)
 
@@ -117,7 +123,7 @@ class Predictor(nn.Module):
         The arguments are those of `forward`.
         """
         visual = self.visual_standardization(visual_embeds)  # (V, N, Dx)
-        visual = self.visual_projection(visual)  # (V, N, Dp)
+        visual = self.visual_projection(self.visual_dropout(visual))  # (V, N, Dp)
         visual = one_for_each(visual, input_ids, visual_index)  # (B, N, Dp)
         query = self.backbone.get_input_embeddings()(input_ids).to(visual.dtype)  # (B, L, Dp)
         return torch.cat([visual, query], dim=1)

@@ -168,6 +168,7 @@ class VLJEPATokenModel(TwoSidedModel):
             config.predictor_config,
             visual_hidden_size=self.x_encoder.output_size,
             standardize=config.standardize_visual_tokens,
+            visual_dropout=config.visual_dropout,
         )
         self.predictor_head = self.y_encoder = self.y_head = None
         self.logit_scale = self.logit_bias = None
@@ -182,7 +183,10 @@ class VLJEPATokenModel(TwoSidedModel):
                 dense=tuple(config.text_dense),
             )
             self.y_head = EmbeddingHead(
-                self.y_encoder.output_size, config.embedding_dim, project=config.project_target
+                self.y_encoder.output_size,
+                config.embedding_dim,
+                project=config.project_target,
+                adapter_size=config.target_adapter_size,
             )
             self.logit_scale = LogitScale(config.logit_scale_init_value)
             if config.logit_bias_init_value is not None:

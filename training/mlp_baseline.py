@@ -8,7 +8,8 @@ token of a clip (DINOv2's class token), the mean of the others and the embedding
 mean of all visual tokens, if the class token is part of each (`concatenate_class_token`). It
 predicts the embedding of the target with the same loss, from the sources of the model's last recipe
 with their weights, in the processor time of all of the model's trainings. It keeps the weights with
-the best retrieval on validation data. The Y-Encoder of the model embeds all texts.
+the best retrieval on validation data. Texts are the Y-Encoder's own embeddings, without
+what the model's head learnt to add to them.
 
 The output has the files of `eval.evaluate`, so `python -m eval.compare` compares it with the model.
 """
@@ -38,6 +39,7 @@ from eval.results import TaskResult
 from eval.task import Benchmark, Task
 from eval.tasks import TASKS
 from modeling_vljepa import VLJEPAModel
+from modeling_vljepa.embedding_head import EmbeddingHead
 from modeling_vljepa.losses import info_nce
 from processing import VLJEPAProcessor
 from processing.feature_store import FeatureError, FeatureStore
@@ -82,11 +84,15 @@ class MLP(nn.Module):
 
 
 class Vectors:
-    """Vectors of clips and of texts, each computed once and known by its index."""
+    """Vectors of clips and of texts, each computed once and known by its index.
+
+    The model's Y head is removed.
+    """
 
     def __init__(self, model: VLJEPAModel, processor: VLJEPAProcessor, features: FeatureStore):
+        width = model.y_encoder.output_size
+        model.y_head = EmbeddingHead(width, width, project=False)
         self.model, self.processor, self.features = model, processor, features
-        width = model.config.embedding_dim
         # Not every text encoder embeds an empty query.
         self.text_index, self.texts = {"": 0}, torch.zeros(1, width)  # (T, D)
         self.clip_index: dict[str, int] = {}
@@ -212,7 +218,7 @@ class Baseline:
         clips, queries = torch.cat([each.columns[:2] for each in self.sources], dim=1)
         few = torch.randperm(len(clips))[: 8 * BATCH]
         inputs = self.vectors.inputs(clips[few], queries[few])
-        self.mlp = MLP(inputs, model.config.embedding_dim)
+        self.mlp = MLP(inputs, self.vectors.texts.shape[1])
         self.steps, self.best = 0, -math.inf
 
     def measure(self, benchmark: Benchmark) -> TaskResult:

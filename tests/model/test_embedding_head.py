@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_vljepa import VLJEPAConfig
 from modeling_vljepa.embedding_head import EmbeddingHead, masked_mean
+from tests.tiny import tiny_model
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 0]])
 
@@ -96,3 +98,38 @@ def test_embedding_head_without_projection_keeps_the_encoders_space(states):
     torch.testing.assert_close(head(pooled), expected, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="Y-Encoder's own of 8 dimensions, but embedding_dim is 6"):
         EmbeddingHead(8, 6, project=False)
+
+
+def test_embedding_head_adds_the_adapters_output_to_its_input(states):
+    pooled = masked_mean(states, MASK).detach()
+    torch.manual_seed(0)
+    head = EmbeddingHead(8, 6, adapter_size=5)
+    fc1, fc2 = head.adapter.fc1, head.adapter.fc2
+    scaled = pooled / pooled.square().mean(1, keepdim=True).sqrt()
+    inner = scaled @ fc1.weight.T + fc1.bias
+    inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+    expected = head.projection(scaled + inner @ fc2.weight.T + fc2.bias)
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(head(pooled), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(head(50 * pooled), expected, rtol=0, atol=1e-6)
+    without = torch.nn.functional.normalize(head.projection(scaled), dim=1)
+    assert (expected - without).abs().max() > 0.01  # the adapter has an effect
+
+
+def test_new_adapter_leaves_the_encoders_space_as_it_is():
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    size = tiny_model().y_encoder.output_size
+    plain = tiny_model(project_target=False, embedding_dim=size)
+    adapted = tiny_model(project_target=False, embedding_dim=size, target_adapter_size=7)
+    adapted.y_encoder.load_state_dict(plain.y_encoder.state_dict())
+    expected = plain.encode_target(ids)
+    torch.testing.assert_close(adapted.encode_target(ids), expected, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        adapted.y_head.adapter.fc2.weight.normal_()
+    assert (adapted.encode_target(ids) - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "2"])
+def test_config_rejects_an_adapter_size_that_is_no_whole_number(value):
+    with pytest.raises(ValueError, match=f"target_adapter_size is {value!r}: give a whole number"):
+        VLJEPAConfig(target_adapter_size=value)

@@ -161,3 +161,23 @@ def test_predictor_config_is_always_bidirectional(tmp_path):
     assert '"is_causal": false' in path.read_text()
     path.write_text(path.read_text().replace('"is_causal": false', '"is_causal": true'))
     assert type(config).from_pretrained(tmp_path).predictor_config.is_causal is False
+
+
+def test_predictor_drops_values_of_visual_tokens_in_training_only(visual_embeds, input_ids):
+    model = tiny_model(visual_dropout=0.25).predictor
+    with torch.no_grad():
+        model.visual_projection.weight.copy_(torch.eye(*model.visual_projection.weight.shape))
+        model.visual_projection.bias.zero_()
+    kept = model.eval().join(visual_embeds, input_ids)
+    plain = tiny_model().predictor
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(kept, plain.train().join(visual_embeds, input_ids))
+    torch.manual_seed(0)
+    tokens, width = visual_embeds.shape[1], min(model.visual_projection.weight.shape)
+    dropped = model.train().join(visual_embeds, input_ids)[:, :tokens, :width]
+    kept = kept[:, :tokens, :width]
+    share = (dropped == 0).float().mean()
+    assert share == pytest.approx(0.25, abs=0.06)
+    torch.testing.assert_close(dropped[dropped != 0], kept[dropped != 0] / 0.75)
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
+        tiny_model(visual_dropout=1.5)

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from eval.benchmarks import load_benchmarks
+from eval.embed import embed_texts
 from processing.rows import clip_key
 from tests.tiny import TOWER, noise, tiny_model, tiny_processor, tiny_recipe, tiny_rows, write_rows
 from training import cache_features, mlp_baseline, train
@@ -85,6 +86,13 @@ def test_mlp_baseline_learns_labels_and_questions_of_its_sources(
     shape = (4, 96) if concatenated else (5, 48)
     features = Features({clip_key(row): torch.randn(shape) for row in rows})
     baseline = Baseline(model, processor, features, sources, bf16=False, seed=0)
+    # Texts without the model's projection, which has learnt.
+    width = model.y_encoder.output_size
+    plain = tiny_model(project_target=False, embedding_dim=width)
+    plain.y_encoder = model.y_encoder
+    found = baseline.vectors.texts[baseline.vectors.of_texts(["red"])]
+    expected = embed_texts(plain, processor, ["red"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     before = baseline.measure(vqa).scores["accuracy"].value
     baseline.train(0.3, [retrieval])
     assert baseline.best == 1

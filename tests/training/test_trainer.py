@@ -896,6 +896,21 @@ def test_load_checkpoint_adds_a_bias_and_ignores_the_decoder(tmp_path):
         assert name.startswith("logit_bias") or torch.equal(value, expected[name]), name
 
 
+def test_load_checkpoint_adds_an_adapter_that_adds_nothing_yet(tmp_path):
+    changes = {"target_adapter_size": 9, "visual_dropout": 0.5}
+    arguments = ModelArguments(checkpoint=saved(tiny_model(), tmp_path), config=changes)
+    model, _ = load_checkpoint(arguments, ProcessorArguments())
+    adapter = model.y_head.adapter
+    assert adapter.fc1.weight.std() > 0.01 and (adapter.fc2.weight == 0).all()
+    expected = tiny_model().encode_target(torch.tensor([[5, 6, 7]]))
+    found = model.eval().encode_target(torch.tensor([[5, 6, 7]]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert model.predictor.visual_dropout.p == 0.5
+    without(tmp_path, "y_head.projection")  # the adapter alone is new
+    with pytest.raises(RecipeError, match="lacks y_head.projection.*would be random"):
+        load_checkpoint(arguments, ProcessorArguments())
+
+
 def test_cached_targets_do_not_change_the_losses(recipe):
     frozen = "model.config.freeze_text=true"
     plain = losses(main([str(recipe), frozen]))

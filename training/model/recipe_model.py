@@ -33,7 +33,11 @@ from training.model.checkpoint_files import load
 # Llama 3's names: a new predictor gets a tokenizer in the form of a pretrained one's.
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 # Settings that, changed with a checkpoint, add weights that it does not have; their prefixes.
-ADDED = {"logit_bias_init_value": "logit_bias", "project_target": "y_head."}
+ADDED = {
+    "logit_bias_init_value": "logit_bias",
+    "project_target": "y_head.projection.",
+    "target_adapter_size": "y_head.adapter.",
+}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
