@@ -9,7 +9,8 @@ mean of all visual tokens, if the class token is part of each (`concatenate_clas
 predicts the embedding of the target with the same loss, from the sources of the model's last recipe
 with their weights, in the processor time of all of the model's trainings. It keeps the weights with
 the best retrieval on validation data. Texts are the Y-Encoder's own embeddings, without
-what the model's head learnt to add to them.
+what the model's head learnt to add to them; with `--adapter`, the MLP trains an adapter of its own
+for them, as large as the model's.
 
 The output has the files of `eval.evaluate`, so `python -m eval.compare` compares it with the model.
 """
@@ -64,9 +65,10 @@ class MLP(nn.Module):
     Args:
         inputs: examples of inputs `(R, n)`, which give mean and scale.
         width: size of an output.
+        adapter_size: hidden width of an adapter of the target texts; default: none.
     """
 
-    def __init__(self, inputs: torch.Tensor, width: int):
+    def __init__(self, inputs: torch.Tensor, width: int, adapter_size: int | None = None):
         super().__init__()
         self.register_buffer("mean", inputs.mean(0))
         self.register_buffer("scale", 1 / inputs.std(0).clamp_min(1e-6))
@@ -76,6 +78,10 @@ class MLP(nn.Module):
             nn.Dropout(DROPOUT),
             nn.Linear(HIDDEN, width),
         )
+        self.text_head = EmbeddingHead(width, width, project=False, adapter_size=adapter_size)
+        for name, weight in self.text_head.named_parameters():
+            if "fc2" in name:
+                nn.init.zeros_(weight)  # as a new model's adapter
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -184,10 +190,11 @@ class MLPTask(Task):
         embeds = self.mlp.eval()(self.vectors.inputs(clips, texts))
         return Predictions(rows, queries, embeds, broken={})
 
+    @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Embed texts with the model's Y-Encoder: unit vectors `(len(texts), D)`."""
         indices = self.vectors.of_texts(texts)
-        return self.vectors.texts[indices]
+        return self.mlp.eval().text_head(self.vectors.texts[indices])
 
 
 class Baseline:
@@ -198,6 +205,7 @@ class Baseline:
         features: its feature store.
         sources: rows to learn from.
         bf16: compute in bf16, as the model's training did.
+        adapter_size: see [`MLP`].
     """
 
     def __init__(
@@ -209,6 +217,7 @@ class Baseline:
         *,
         bf16: bool,
         seed: int,
+        adapter_size: int | None = None,
     ):
         self.model, self.processor, self.features, self.bf16 = model, processor, features, bf16
         self.vectors = Vectors(model, processor, features)
@@ -218,7 +227,7 @@ class Baseline:
         clips, queries = torch.cat([each.columns[:2] for each in self.sources], dim=1)
         few = torch.randperm(len(clips))[: 8 * BATCH]
         inputs = self.vectors.inputs(clips[few], queries[few])
-        self.mlp = MLP(inputs, self.vectors.texts.shape[1])
+        self.mlp = MLP(inputs, self.vectors.texts.shape[1], adapter_size)
         self.steps, self.best = 0, -math.inf
 
     def measure(self, benchmark: Benchmark) -> TaskResult:
@@ -265,8 +274,8 @@ class Baseline:
         clips, queries, targets, target_ids, group_ids = source.draw(BATCH)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             predicted = self.mlp.train()(self.vectors.inputs(clips, queries))
+        wanted = self.mlp.text_head(self.vectors.texts[targets])
         scale = self.mlp.logit_scale.exp().clamp(max=100)
-        wanted = self.vectors.texts[targets]
         loss = info_nce(predicted, wanted, scale, target_ids, group_ids).loss
         optimizer.zero_grad()
         loss.backward()
@@ -286,6 +295,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--benchmarks", type=Path, required=True, help="file of the benchmarks to measure")
     add("--validation", type=Path, required=True, help="file with retrieval on validation data")
     add("--cpu-seconds", type=float, help="processor time; default: that of the model's trainings")
+    add("--adapter", action="store_true", help="an adapter of texts, as large as the model's")
     add("--seed", type=int, default=0)
     add("--output", type=Path, help="folder to write; default: MODEL/mlp")
     return parser.parse_args(argv)
@@ -312,7 +322,11 @@ def main(argv: list[str] | None = None) -> None:
     features = FeatureStore.open(args.features, model.base_model, processor.video_processor)
 
     # 2. Training
+    adapter_size = model.config.target_adapter_size
+    if args.adapter and adapter_size is None:
+        raise RecipeError(f"--adapter: {args.model} has no adapter (target_adapter_size).")
     options = {"bf16": runs[-1]["precision"] == "bf16", "seed": args.seed}
+    options["adapter_size"] = adapter_size if args.adapter else None
     baseline = Baseline(model.base_model, processor, features, sources, **options)
     baseline.train(cpu_seconds, validation)
     rows = baseline.steps * BATCH
@@ -326,6 +340,7 @@ def main(argv: list[str] | None = None) -> None:
             results.append(baseline.measure(benchmark))
             write_items(output / FILE, benchmark.name, results[-1].items, append=len(results) > 1)
         facts = {"mlp_of": args.model.name, "cpu_seconds": cpu_seconds, "rows": rows}
+        facts["adapter_size"] = options["adapter_size"]
         write_results(output / "results.json", "mlp", results, features, facts)
         write_report(output / "report.html", "mlp", results, output / "trainer_state.json")
     print(text_tables(results))

@@ -55,9 +55,9 @@ def images(folder: Path) -> list[str]:
     return [f"{number}.png" for number in range(len(ANSWERS))]
 
 
-@pytest.mark.parametrize("concatenated", [False, True])
+@pytest.mark.parametrize(("concatenated", "adapter"), [(False, None), (True, None), (True, 8)])
 def test_mlp_baseline_learns_labels_and_questions_of_its_sources(
-    concatenated: bool, tmp_path: Path
+    concatenated: bool, adapter: int | None, tmp_path: Path
 ) -> None:
     names = images(tmp_path)
     captions = [{"image": n, "target": each} for n, each in zip(names, ANSWERS, strict=True)]
@@ -85,7 +85,8 @@ def test_mlp_baseline_learns_labels_and_questions_of_its_sources(
     rows = [row for source in sources for row in source.rows]
     shape = (4, 96) if concatenated else (5, 48)
     features = Features({clip_key(row): torch.randn(shape) for row in rows})
-    baseline = Baseline(model, processor, features, sources, bf16=False, seed=0)
+    options = {"bf16": False, "seed": 0, "adapter_size": adapter}
+    baseline = Baseline(model, processor, features, sources, **options)
     # Texts without the model's projection, which has learnt.
     width = model.y_encoder.output_size
     plain = tiny_model(project_target=False, embedding_dim=width)
@@ -98,6 +99,9 @@ def test_mlp_baseline_learns_labels_and_questions_of_its_sources(
     assert baseline.best == 1
     assert baseline.measure(retrieval).scores["text to image R@1"].value == 1
     assert before < 0.5 < baseline.measure(vqa).scores["accuracy"].value
+    with torch.no_grad():
+        moved = (baseline.mlp.text_head(found) - found).abs().max()
+    assert moved > 1e-3 if adapter else moved < 1e-6
 
 
 @pytest.mark.slow
@@ -125,6 +129,8 @@ def test_mlp_baseline_reads_a_trained_model_and_writes_what_evaluate_writes(
     assert (tmp_path / "out/mlp/items.jsonl").is_file()
     assert "validation" in capsys.readouterr().out
 
+    with pytest.raises(RecipeError, match="--adapter: .*out has no adapter"):
+        main([str(tmp_path / "out"), *options, "--adapter"])
     entry = yaml.safe_load(BENCHMARKS.format(folder=tmp_path))["asked"]
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"asked": entry}))
     with pytest.raises(RecipeError, match="has no retrieval benchmark"):
