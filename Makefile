@@ -184,7 +184,8 @@ bench: env
 	$(RUN) -m benchmarks.report $(BENCH_LINES)
 
 # One process per core, each with one thread: more threads than cores wait for each other.
-PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+# torch compiles in the test's own process: its pool of processes would compete too, and can hang.
+PYTEST = OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 test: env
 	$(PYTEST)
