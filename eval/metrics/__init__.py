@@ -23,7 +23,8 @@ def cosines(embeds: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Return the cosine of each unit vector `(R, D)` with each other one `(C, D)`: `(R, C)`.
 
     Equal vectors, such as those of equal texts, have equal cosines. A plain product of matrices
-    rounds a number by its position, and rounding would decide such ties.
+    rounds a number by its position, and rounding would decide such ties. Evaluation during training
+    runs under autocast, which is off here: in bf16 different texts would tie.
     """
     rows, row_of = embeds.unique(dim=0, return_inverse=True)
     columns, column_of = others.unique(dim=0, return_inverse=True)
@@ -31,7 +32,8 @@ def cosines(embeds: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         rows, row_of = embeds, slice(None)
     if len(columns) == len(others):
         columns, column_of = others, slice(None)
-    return (rows @ columns.T)[row_of][:, column_of]
+    with torch.autocast(embeds.device.type, enabled=False):
+        return (rows @ columns.T)[row_of][:, column_of]
 
 
 def first_relevant_ranks(similarity: torch.Tensor, relevant: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,16 @@ def test_cosines_of_equal_vectors_are_equal_in_every_position():
     assert torch.equal(cosines(vectors, vectors), vectors @ vectors.T)  # none equal
 
 
+def test_cosines_under_autocast_tell_apart_what_bf16_does_not():
+    embeds = torch.nn.functional.normalize(torch.tensor([[1.0, 1.0], [1.0, 1.002]]), dim=1)
+    other = embeds[1:]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = embeds @ other.T
+        found = cosines(embeds, other)
+    assert rounded.dtype == torch.bfloat16 and rounded[0] == rounded[1]  # what it must not do
+    assert found.dtype == torch.float32 and found[0] < found[1]
+
+
 def test_ranks_count_the_better_candidates():
     similarity = torch.tensor([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5], [0.9, 0.1, 0.5]])
     assert first_relevant_ranks(similarity, torch.eye(3).bool()).tolist() == [1, 3, 2]
