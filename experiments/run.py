@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -41,6 +42,9 @@ from training.hub.training_facts import read_runs
 LAST_LINES = 3  # of a log, in an error
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 SECONDS_TO_END = 5  # of a process after SIGTERM, before SIGKILL
+# Between two looks at what has ended. A signal that arrives just before a blocking call does not
+# wake it, so no call blocks for longer.
+SECONDS_TO_LOOK = 0.2
 CURVE = {"step": "step", "loss": "loss", "chance": "chance_loss", "grad_norm": "grad_norm"}
 
 
@@ -51,6 +55,7 @@ class RunError(RuntimeError):
 # -- processes -------------------------------------------------------------------------------
 
 RUNNING: set[subprocess.Popen] = set()
+ENDING = threading.Event()  # commands that start from now on are ended at once
 
 
 def in_own_process(words: list[str], log: Path, cpu_seconds: int) -> float:
@@ -81,8 +86,12 @@ def in_own_process(words: list[str], log: Path, cpu_seconds: int) -> float:
         )
         RUNNING.add(process)
         try:
+            if ENDING.is_set():
+                end_processes()
             # `Popen.wait` would not return the processor time of this child alone.
-            _, status, usage = os.wait4(process.pid, 0)
+            while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+                time.sleep(SECONDS_TO_LOOK)
+            _, status, usage = ended
         except BaseException:  # of a preparation, which the main thread waits for
             end_processes()
             raise
@@ -436,6 +445,7 @@ def run_all(grid: Grid, folder: Path, todo: list[Run], jobs: int) -> int:
     """
     failed: set[tuple[str | None, int]] = set()
     waiting, started = list(todo), {}
+    ENDING.clear()
     with (
         tqdm(total=len(todo), desc=grid.name, unit="run", dynamic_ncols=True) as progress,
         ThreadPoolExecutor(jobs) as pool,
@@ -448,7 +458,7 @@ def run_all(grid: Grid, folder: Path, todo: list[Run], jobs: int) -> int:
                 for run in ready:
                     task = execute if (run.before, run.seed) not in failed else refuse
                     started[pool.submit(task, grid, folder, run)] = run
-                done, _ = wait(started, return_when=FIRST_COMPLETED)
+                done, _ = wait(started, SECONDS_TO_LOOK, return_when=FIRST_COMPLETED)
                 for future in done:
                     run = started.pop(future)
                     line = {"setting": run.setting, "seed": run.seed, "settings": run.settings}
@@ -462,6 +472,8 @@ def run_all(grid: Grid, folder: Path, todo: list[Run], jobs: int) -> int:
                     append_line(folder, line | {"prepared": made(grid, run)})
                     progress.update()
         except BaseException:  # Ctrl-C and SIGTERM, too
+            ENDING.set()
+            end_processes()  # also that of a run that is not in `started` yet
             pool.shutdown(wait=False, cancel_futures=True)
             end_runs(started)
             raise

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -299,12 +300,55 @@ def test_runner_ends_its_training_and_frees_its_lock(folder, number):
     deadline = time.monotonic() + 120
     while not (work / "plain" / "0" / "log.txt").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
-    with pytest.raises(GridError, match="another command runs"), run.only_runner(work):
-        pass
-    process.send_signal(number)
-    assert process.wait(30) == 128 + number
+    try:
+        with pytest.raises(GridError, match="another command runs"), run.only_runner(work):
+            pass
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    finally:  # a training that lived on would take a core from the other tests
+        process.terminate()
+        process.wait(30)
     with run.only_runner(work):  # a training that lived on would have it
         pass
+
+
+def test_run_all_ends_a_command_that_starts_while_it_is_interrupted(folder, monkeypatch):
+    (folder.parent / "endless.py").write_text("import time\ntime.sleep(600)")
+    log, grid = folder / "log.txt", read_grid(write_grid(folder))
+
+    def execute(*_):
+        run.ENDING.wait(60)  # the command is not in RUNNING when `end_runs` looks
+        time.sleep(0.2)
+        run.in_own_process(["endless"], log, 60)
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args):
+            super().submit(*args)
+            raise KeyboardInterrupt  # before its future is known
+
+    monkeypatch.setattr(run, "execute", execute)
+    monkeypatch.setattr(run, "ThreadPoolExecutor", Pool)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run.run_all(grid, folder, [a_run("plain")], 1)
+    assert time.monotonic() - start < 60 and not run.RUNNING
+
+
+def test_runner_looks_up_from_its_waits(folder, monkeypatch):
+    # A signal that arrives just before a blocking call does not wake it.
+    grid, limits = read_grid(write_grid(folder)), []
+
+    def wait(futures, timeout=None, **more):
+        limits.append(timeout)
+        return run_wait(futures, timeout, **more)
+
+    run_wait = run.wait
+    monkeypatch.setattr(run, "wait", wait)
+    monkeypatch.setattr(run, "execute", lambda *_: time.sleep(1) or line("plain", 0))
+    monkeypatch.setattr(run, "summary", lambda *_: "")
+    monkeypatch.setattr(run, "made", lambda *_: {})
+    assert run.run_all(grid, folder, [a_run("plain")], 1) == 0
+    assert len(limits) > 2 and max(limits) <= 1
 
 
 def test_unfinished_skips_equal_settings_and_repeats_failed_runs():
