@@ -84,8 +84,8 @@ streams: env
 
 # The recipes for one GPU with smaller batches and fewer steps: once in full, once with adapters. In a
 # frame of 112 pixels, each tile of a room is one patch; the Predictor reads means of 2 x 2 patches.
-# Both encoders are frozen, so their outputs are stored once for all runs. Rates, shares and steps
-# follow trials on validation clips: docs/training.md, "On one card".
+# Both encoders are frozen, so their outputs are stored once for all runs. The rates
+# and the captions before questions follow trials: docs/training.md, "When it learns slowly".
 SMALL_STAGE2_STEPS ?= 600
 SMALL_SFT_STEPS ?= 2000
 SMALL_LORA_STEPS ?= 300
@@ -96,12 +96,13 @@ QUESTIONS = "data.sources=[{rows: data/demo/babyai/train_vqa.jsonl, weight: 4}, 
 	{rows: data/demo/babyai/train_where.jsonl, weight: 2}, \
 	{$(DESCRIBED), query: Describe this video in one sentence., weight: 2}]"
 SMALLER = processor.image_size=112 processor.shortest_edge=112 processor.num_frames=4 \
-	model.config.freeze_text=true model.config.target_adapter_size=1024 data.cache_targets=true \
-	data.features=$(OUT)/features training.global_batch_size=64 training.gradient_cache_rows=null \
+	model.config.freeze_text=true model.config.target_adapter_size=1024 \
+	training.global_batch_size=64 training.gradient_cache_rows=null \
 	training.activation_checkpointing=false training.dataloader_num_workers=0 \
 	training.dataloader_prefetch_factor=null training.precision=auto \
 	training.learning_rate=5.0e-4 training.new_learning_rate_scale=2 training.warmup_steps=0.05 \
 	training.save_strategy='"no"' training.seed=$(SEED)
+STORED = $(SMALLER) data.features=$(OUT)/features data.cache_targets=true
 CURVE = training.eval_strategy=steps evaluation.tasks=[babyai_val_vqa] \
 	evaluation.benchmarks=eval/validation.yaml evaluation.limit=300
 ONE_CARD = training/recipes/small
@@ -116,20 +117,18 @@ small: data
 		--num-frames 4 --image-size 112 --visual-token-pooling 2 \
 		--calibrate data/demo/babyai/train_captions.jsonl --seed $(SEED)
 	$(TWO) training.cache_features $(ONE_CARD)/stage2_24gb.yaml model.checkpoint=$(OUT)/init \
-		$(SMALLER) data.features=null data.cache_targets=false \
-		"data.sources=[{$(DESCRIBED)}, {rows: data/demo/babyai/val_captions.jsonl}]" \
-		--output $(OUT)/features
+		$(SMALLER) $(CAPTIONS) --output $(OUT)/features
 	$(TWO) training.train $(ONE_CARD)/stage2_24gb.yaml model.checkpoint=$(OUT)/init \
-		training.output_dir=$(OUT)/stage2 $(SMALLER) $(CAPTIONS) \
+		training.output_dir=$(OUT)/stage2 $(STORED) $(CAPTIONS) \
 		training.global_batch_size=128 training.max_steps=$(SMALL_STAGE2_STEPS)
 	$(TWO) training.train $(ONE_CARD)/sft_24gb.yaml model.checkpoint=$(OUT)/stage2 \
-		training.output_dir=$(OUT)/sft $(SMALLER) $(QUESTIONS) \
+		training.output_dir=$(OUT)/sft $(STORED) $(QUESTIONS) \
 		training.max_steps=$(SMALL_SFT_STEPS) $(CURVE) training.eval_steps=0.25
 	$(TWO) training.train $(ONE_CARD)/stage2_lora_16gb.yaml model.checkpoint=$(OUT)/init \
-		training.output_dir=$(OUT)/stage2_lora $(SMALLER) $(CAPTIONS) \
+		training.output_dir=$(OUT)/stage2_lora $(STORED) $(CAPTIONS) \
 		training.max_steps=$(SMALL_LORA_STEPS)
 	$(TWO) training.train $(ONE_CARD)/sft_lora_24gb.yaml model.checkpoint=$(OUT)/stage2_lora \
-		training.output_dir=$(OUT)/sft_lora $(SMALLER) $(QUESTIONS) \
+		training.output_dir=$(OUT)/sft_lora $(STORED) $(QUESTIONS) \
 		training.max_steps=$(SMALL_LORA_STEPS)
 	for model in sft sft_lora; do \
 		$(RUN) -m eval.evaluate --model $(OUT)/$$model --tasks babyai_vqa || exit 1; done

@@ -117,8 +117,11 @@ def end_processes(number: int = signal.SIGTERM) -> None:
 def end_runs(futures: Iterable[Future]) -> None:
     """End the commands of runs, and wait until the runs have noticed.
 
-    More than once: a run can start its next command while its first one is ended.
+    A command that starts meanwhile is ended at once (`ENDING`): that of a run which is not among
+    the futures yet, or the next one of a run whose first one was ended.
     """
+    ENDING.set()
+    end_processes()
     start = time.monotonic()
     while not all(future.done() for future in futures):
         has_time = time.monotonic() - start < SECONDS_TO_END
@@ -472,8 +475,6 @@ def run_all(grid: Grid, folder: Path, todo: list[Run], jobs: int) -> int:
                     append_line(folder, line | {"prepared": made(grid, run)})
                     progress.update()
         except BaseException:  # Ctrl-C and SIGTERM, too
-            ENDING.set()
-            end_processes()  # also that of a run that is not in `started` yet
             pool.shutdown(wait=False, cancel_futures=True)
             end_runs(started)
             raise
