@@ -329,7 +329,7 @@ def digest_of(folder: Path) -> str:
 
 
 def facts(lines: list[dict]) -> str:
-    """Return revision, processor and versions of the results."""
+    """Return revision, processor, precision and versions of the results."""
 
     def all_of(values: Sequence[str]) -> str:
         return "; ".join(sorted(set(values)))
@@ -341,11 +341,12 @@ def facts(lines: list[dict]) -> str:
         for line in lines
         if "versions" in line
     ]
+    devices = [f"{line['device']}, {line['precision']}" for line in lines]
     minutes = sum(sum(line["process_cpu_seconds"].values()) for line in lines) / 60
     return (
         f"{len(lines)} runs, {minutes:.0f} CPU-minutes of training and evaluation. "
         f"Revision {all_of([line['revision'] for line in lines])}; "
-        f"{all_of([line['device'] for line in lines])}; {all_of(versions)}."
+        f"{all_of(devices)}; {all_of(versions)}."
     )
 
 

@@ -38,6 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_output_folder("--output", args.output)
     model = VLJEPAModel.from_pretrained(args.source)
+    if (args.fold or args.token_scale is not None) and not model.config.standardize_visual_tokens:
+        parser.error(
+            f"{args.source} does not standardise its visual tokens, which --fold and --token-scale "
+            "change. Make it with training.init_checkpoint --calibrate."
+        )
     if args.token_scale is not None:
         model.predictor.visual_standardization.scale.mul_(args.token_scale)
     if args.fold:

@@ -52,3 +52,13 @@ def test_variants_new_text_encoder_has_other_weights_and_changes_nothing_else(fo
         assert torch.equal(new, again.state_dict()[name])
         is_new = name.startswith("y_encoder.backbone.") and "norm" not in name
         assert torch.equal(new, weight) != is_new, name
+
+
+@pytest.mark.parametrize("options", [["--fold"], ["--token-scale", "4"]])
+def test_variants_refuse_a_model_without_a_standardisation(options, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "plain")
+    tiny_processor().save_pretrained(tmp_path / "plain")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "plain"), "--output", str(tmp_path / "new"), *options])
+    assert "does not standardise its visual tokens" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
