@@ -425,7 +425,7 @@ def draw_differences(measured: Measured) -> Figure:
     """Draw the differences of all statements, an axis for each score."""
     claim = measured.claim
     names = list(dict.fromkeys(name for scores in claim.scores.values() for name in scores))
-    height = 1.2 + 0.45 * len(claim.statements)
+    height = 1.2 + 0.5 * len(claim.statements)
     figure = Figure(figsize=(2.2 + 2.9 * len(names), height), layout="constrained")
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for index, data in enumerate(claim.scores):
@@ -447,9 +447,10 @@ def draw_differences(measured: Measured) -> Figure:
         axis.set(title=name, xlabel="difference, points")
         axis.grid(axis="x", alpha=0.3)
     axes[0].set(
-        yticks=range(len(claim.statements)), yticklabels=[row.text for row in claim.statements]
+        yticks=range(len(claim.statements)),
+        yticklabels=[row.text for row in claim.statements],
+        ylim=(len(claim.statements) - 0.5, -0.5),  # the first statement is on top
     )
-    axes[0].invert_yaxis()
     handles = [Line2D([], [], color=f"C{n}", marker="o") for n in range(len(claim.scores))]
     handles.append(Line2D([], [], color="black", marker="x", linestyle=""))
     figure.legend(handles, [*claim.scores, "paper"], loc="outside lower center", ncols=len(handles))
