@@ -424,7 +424,9 @@ def draw_curves(claim: Claim, found: dict[str, list[dict]]) -> Figure:
 def draw_differences(measured: Measured) -> Figure:
     """Draw the differences of all statements, an axis for each score."""
     claim = measured.claim
-    names = list(dict.fromkeys(name for scores in claim.scores.values() for name in scores))
+    found = {each.score for rows, _ in measured.differences.values() for each in rows}
+    named = dict.fromkeys(name for scores in claim.scores.values() for name in scores)
+    names = [name for name in named if name in found]
     height = 1.2 + 0.5 * len(claim.statements)
     figure = Figure(figsize=(2.2 + 2.9 * len(names), height), layout="constrained")
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
