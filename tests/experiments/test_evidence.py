@@ -104,6 +104,14 @@ def test_evidence_writes_verdicts_costs_and_figures_of_the_results(page):
         evidence.main(["--check"])
 
 
+def test_figure_has_an_axis_for_each_score_with_results_and_a_row_for_each_statement(page):
+    (claim,) = evidence.read_claims()
+    (axis,) = evidence.draw(evidence.Measured.of(claim)).axes
+    assert axis.get_title() == "VQA"
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["new instead of old"]
+    assert axis.get_ylim() == (0.5, -0.5)
+
+
 def test_query_table_has_the_last_measurement(tmp_path):
     assert evidence.query_table(tmp_path) == ""
     lines = [
