@@ -39,6 +39,7 @@ def line(folder, setting: str, seed: int, losses: list[float], values: list[floa
         "scores": scores,
         "items": pack_all(folder, {("vqa", "accuracy"): column(values)}, set(scores)),
         "device": "a processor",
+        "precision": "fp32",
         "revision": "abc",
         "versions": {"python": "3", "torch": "2", "transformers": "5"},
         **more,
@@ -167,7 +168,8 @@ def test_report_writes_hand_computed_tables(folder, capsys):
     )
     assert "with its interval below 0 in 0; every seed reaches" in text
     assert "in at most half of the steps in 0." in text
-    assert "4 runs, 6 CPU-minutes of training and evaluation. Revision abc; a processor;" in text
+    assert "4 runs, 6 CPU-minutes of training and evaluation. " in text
+    assert "Revision abc; a processor, fp32; python 3, torch 2" in text
     svg = (folder / "figures" / "all-settings.svg").read_text()
     assert report.digest_of(folder) in svg and "![All settings" in text
     report.main([str(folder)])
