@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import av
 import numpy as np
@@ -261,12 +263,21 @@ def write_clip(path: Path, frames: np.ndarray, rotation: int = 0, **options: str
     return path
 
 
+@cache
+def tiny_clips() -> dict[str, bytes]:
+    """Encode the clips of `tiny_rows`, once for all tests of a process."""
+    with TemporaryDirectory() as folder:
+        wide = write_clip(Path(folder, "wide.mp4"), noise(6, 48, 64, 3))
+        tall = write_clip(Path(folder, "tall.mkv"), 255 - noise(9, 64, 40, 3))
+        return {clip.name: clip.read_bytes() for clip in (wide, tall)}
+
+
 def tiny_rows(folder: Path) -> Path:
     """Write two images and two clips of different sizes, and a JSONL file with a row for each."""
     Image.fromarray(noise(40, 60, 3)).save(folder / "wide.png")
     Image.fromarray(255 - noise(70, 50, 3)).save(folder / "tall.jpg")
-    write_clip(folder / "wide.mp4", noise(6, 48, 64, 3))
-    write_clip(folder / "tall.mkv", 255 - noise(9, 64, 40, 3))
+    for name, content in tiny_clips().items():
+        (folder / name).write_bytes(content)
     rows = [
         {"image": "wide.png", "query": "what is it ?", "target": "a cat"},
         {"image": "tall.jpg", "query": "what color is it ?", "target": "red"},

@@ -265,6 +265,7 @@ def test_processes_share_targets_groups_and_hard_negatives(results):
         assert result["info_nce", None]["chance"].item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_torchrun_trains_like_one_process(tmp_path):
     recipe = tiny_recipe(tiny_rows(tmp_path), world_size_expected=2, max_steps=3)
     done = subprocess.run(

@@ -362,6 +362,7 @@ def test_origin_url_is_a_web_address_without_secrets(address, url, tmp_path, mon
     assert publishing.origin_url() == url
 
 
+@pytest.mark.slow
 def test_verify_raises_for_a_changed_weight(trained, tmp_path):
     """Positive control of every 'off by' above."""
     write_probe(str(trained), tmp_path / "probe.safetensors")
@@ -634,6 +635,7 @@ def test_hub_task_depends_on_the_medium(task, frames, name):
     assert hub_task({"task": task, "protocol": {"frames": frames}}) == name
 
 
+@pytest.mark.slow
 def test_model_card_snippets_run_and_print_what_the_card_states(card, published, tmp_path):
     hub, home, _ = published
     snippets = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
