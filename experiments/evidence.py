@@ -22,6 +22,7 @@ Without a figure in the paper, the verdict is "higher", "lower", "cannot tell" o
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,7 @@ class Claim:
             by the names of `Statement.paper`.
         statements (`list`): see [`Statement`].
         about (`str`): Markdown below the table: question, protocol, limits.
+        short (`str`): the result in one sentence, for the list above the table.
         curves (`dict[str, list[str]]`): settings of growing budgets by the model's name, to draw
             over the rows seen; default: the differences are drawn.
         cost (`list[str]`): settings whose parameters and processor time are listed.
@@ -98,6 +100,7 @@ class Claim:
     scores: dict
     statements: list
     about: str
+    short: str = ""
     curves: dict = field(default_factory=dict)
     cost: list = field(default_factory=list)
 
@@ -345,6 +348,15 @@ def baselines_table(claim: Claim, found: dict[str, list[dict]]) -> str:
     return markdown(["setting", "score", "% or CIDEr x 100", "baselines"], rows) if rows else ""
 
 
+def in_short(each: Measured) -> str:
+    """Return a line with the claim, its result and the number of each verdict."""
+    verdicts = [one.verdict for rows, _ in each.differences.values() for one in rows]
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(Counter(verdicts).items()))
+    texts = [f"- **[{each.claim.name}](#{each.claim.name.lower()}) {each.claim.title}.**"]
+    texts += [each.claim.short, f"({counts or NOT_RUN})"]
+    return " ".join(filter(None, texts))
+
+
 def page_text(measured: list[Measured], figure: Callable[[Measured], str]) -> str:
     """Return the Markdown between the markers.
 
@@ -354,7 +366,7 @@ def page_text(measured: list[Measured], figure: Callable[[Measured], str]) -> st
     rows, counts = table(measured)
     total = sum(counts.values())
     listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    parts = [rows]
+    parts = ["\n".join(map(in_short, measured)), rows]
     parts.append(
         f"Comparisons: {total} ({listed}), none corrected for their number: of 20 differences that "
         "are 0, one interval on average excludes it."
@@ -388,11 +400,17 @@ def draw(measured: Measured) -> Figure:
 
 
 def draw_curves(claim: Claim, found: dict[str, list[dict]]) -> Figure:
-    """Draw each score over the rows seen, a row of axes for each data set."""
-    width = max(len(scores) for scores in claim.scores.values())
-    figure = Figure(figsize=(3.2 * width, 2.9 * len(claim.scores)), layout="constrained")
-    axes = figure.subplots(len(claim.scores), width, squeeze=False)
-    for row, (data, scores) in zip(axes, claim.scores.items(), strict=True):
+    """Draw each score over the rows seen, a row of axes for each data set with results."""
+    names = [name for settings in claim.curves.values() for name in settings]
+    shown = {
+        data: scores
+        for data, scores in claim.scores.items()
+        if any(f"{data}-{name}" in found for name in names)
+    }
+    width = max(len(scores) for scores in shown.values())
+    figure = Figure(figsize=(3.2 * width, 2.9 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), width, squeeze=False)
+    for row, (data, scores) in zip(axes, shown.items(), strict=True):
         longest = max(claim.curves.values(), key=len)
         same = [found[f"{data}-{name}"] for name in longest if f"{data}-{name}" in found]
         budgets = [lines[0]["rows"] for lines in same]

@@ -55,6 +55,7 @@ def page(tmp_path, monkeypatch) -> Path:
             {"text": "new instead of old", "pair": ["old", "new"], "paper": {"VQA": -3}}
         ],
         "about": "Why.",
+        "short": "It is worse.",
         "cost": ["new"],
     }
     (tmp_path / "experiments" / "claims.yaml").write_text(yaml.safe_dump([claim]))
@@ -86,6 +87,7 @@ def test_evidence_writes_verdicts_costs_and_figures_of_the_results(page):
     command = "`python -m experiments.run experiments/c9/grid.yaml --only x-old x-new`"
     assert measured.endswith(f"| VQA: does not hold | 0.1 | {command} |")
     assert "| y | VQA -3.0 | not run yet | not run yet | – |" in missing
+    assert "\n- **[C9](#c9) New is better.** It is worse. (1 does not hold)\n" in text
     assert "Comparisons: 1 (1 does not hold)" in text
     assert (
         "## C9\n\n**New is better.**\n\nWhy.\n\n![C9: New is better](figures/evidence/c9.svg)"
@@ -110,6 +112,16 @@ def test_figure_has_an_axis_for_each_score_with_results_and_a_row_for_each_state
     assert axis.get_title() == "VQA"
     assert [label.get_text() for label in axis.get_yticklabels()] == ["new instead of old"]
     assert axis.get_ylim() == (0.5, -0.5)
+
+
+def test_curves_have_a_row_of_axes_for_each_data_set_with_results(page):
+    path = page.parents[1] / "experiments" / "claims.yaml"
+    (given,) = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump([given | {"curves": {"both": ["old", "new"]}}]))
+    (claim,) = evidence.read_claims()
+    axes = evidence.draw(evidence.Measured.of(claim)).axes
+    assert [axis.get_title() for axis in axes] == ["x: VQA", "x: other"]
+    assert [len(axis.containers) for axis in axes] == [1, 0]  # "other" has no result
 
 
 def test_query_table_has_the_last_measurement(tmp_path):
