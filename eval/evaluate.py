@@ -99,7 +99,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--validation",
         nargs="+",
         metavar="NAME",
-        help="benchmarks of validation data, on which the form is chosen for each kind",
+        help="benchmarks of validation data, on which the form is chosen for each kind; TEST=NAME "
+        "chooses that of the benchmark TEST alone, such as one with other candidates",
     )
     parser.add_argument(
         "--validation-benchmarks",
@@ -186,36 +187,68 @@ def open_features(
 
 
 def chosen_likelihoods(
-    args: argparse.Namespace, model: Model, processor: VLJEPAProcessor, store: EmbeddingStore
+    args: argparse.Namespace,
+    model: Model,
+    processor: VLJEPAProcessor,
+    store: EmbeddingStore,
+    tests: list[Benchmark],
 ) -> dict[str, tuple[str, str]]:
-    """Return the form of the likelihood for each kind in `--validation`, and why it is this one.
+    """Return the form of each test benchmark's likelihood, and why it is this one.
 
-    Of the three forms, the one with the highest first score of the kind's validation benchmarks.
+    Of the three forms, the one with the highest first score of the validation benchmarks that are
+    given for this test, or else for its kind.
+
+    Raises:
+        ValueError: a name of `--validation` has no test of its kind.
     """
-    benchmarks = load_benchmarks(args.validation_benchmarks, args.validation, args.data)
+    words = [word.rpartition("=") for word in args.validation]
+    known = load_benchmarks(args.validation_benchmarks, [name for *_, name in words], args.data)
+    by_name = {benchmark.name: benchmark for benchmark in known}
+    given: dict[tuple[str, str], list[Benchmark]] = {}  # by kind and test, "" for all of a kind
+    for test, equals, name in words:
+        kind = by_name[name].task
+        if not any(kind == one.task and test in ("", one.name) for one in tests):
+            raise ValueError(
+                f"--validation {test}{equals}{name} is of the kind {kind}, and --tasks has no such "
+                f"benchmark{test and f' named {test}'}. It has: {', '.join(t.name for t in tests)}"
+            )
+        given.setdefault((kind, test), []).append(by_name[name])
+    forms = {key: best_form(args, model, processor, store, own) for key, own in given.items()}
     found = {}
-    for kind in dict.fromkeys(benchmark.task for benchmark in benchmarks):
-        own = [benchmark for benchmark in benchmarks if benchmark.task == kind]
-        means = {}
-        for form in LIKELIHOODS:
-            scores = []
-            for benchmark in own:
-                task = Task(
-                    model,
-                    processor,
-                    benchmark,
-                    batch_size=args.batch_size,
-                    features=open_features(args, benchmark, model, processor),
-                    store=store,
-                    likelihood=form,
-                )
-                scores.append(next(iter(TASKS[kind].evaluate(task).scores.values())).value)
-            means[form] = sum(scores) / len(scores)
-        names = ", ".join(benchmark.name for benchmark in own)
-        listed = ", ".join(f"{form} {mean:.4f}" for form, mean in means.items())
-        found[kind] = max(means, key=means.get), f"validation on {names}: {listed}"
-        print(f"{kind}: likelihood {found[kind][0]}, {found[kind][1]}")
+    for test in tests:
+        chosen = forms.get((test.task, test.name)) or forms.get((test.task, ""))
+        if chosen is not None:
+            found[test.name] = chosen
+            print(f"{test.name}: likelihood {', '.join(chosen)}")
     return found
+
+
+def best_form(
+    args: argparse.Namespace,
+    model: Model,
+    processor: VLJEPAProcessor,
+    store: EmbeddingStore,
+    benchmarks: list[Benchmark],
+) -> tuple[str, str]:
+    """Return the form with the highest mean of the benchmarks' first scores, and all means."""
+    means = {}
+    for form in LIKELIHOODS:
+        scores = []
+        for benchmark in benchmarks:
+            task = Task(
+                model,
+                processor,
+                benchmark,
+                batch_size=args.batch_size,
+                features=open_features(args, benchmark, model, processor),
+                store=store,
+                likelihood=form,
+            )
+            scores.append(next(iter(TASKS[benchmark.task].evaluate(task).scores.values())).value)
+        means[form] = sum(scores) / len(scores)
+    names = ", ".join(benchmark.name for benchmark in benchmarks)
+    listed = ", ".join(f"{form} {mean:.4f}" for form, mean in means.items())
+    return max(means, key=means.get), f"validation on {names}: {listed}"
 
 
 def check_likelihood(args: argparse.Namespace, model: Model) -> None:
@@ -251,14 +284,14 @@ def measure(args: argparse.Namespace, team: Team) -> None:
     facts = model_facts(args, weights)
     forms = {}
     if args.validation is not None:
-        forms = chosen_likelihoods(args, model, processor, store)
+        forms = chosen_likelihoods(args, model, processor, store, benchmarks)
 
     # 3. one benchmark after the other; results are written after each, so none is lost
     results, features = [], None
     for benchmark in benchmarks:
         print(f"{benchmark.name}: {benchmark.description}")
         features = open_features(args, benchmark, model, processor)
-        likelihood, reason = forms.get(benchmark.task, (args.likelihood, None))
+        likelihood, reason = forms.get(benchmark.name, (args.likelihood, None))
         task = Task(
             model,
             processor,

@@ -85,7 +85,7 @@ class Options:
             checks: those that need the Y-Decoder.
         cached (`bool`): the evaluation reads `data.features`, too, which then has its clips.
         validation (`list[str]`): benchmarks of validation data, on which the form of a token
-            model's likelihood is chosen.
+            model's likelihood is chosen for each kind; TEST=NAME for the benchmark TEST alone.
         validation_benchmarks (`str`, *optional*): the file of their entries.
     """
 
@@ -335,7 +335,10 @@ def benchmarks(recipe: dict, options: Options | None) -> list[dict]:
     entries = []
     for path, names in (
         (evaluation.get("benchmarks", EvaluationArguments.benchmarks), tasks),
-        (options.validation_benchmarks, options.validation),
+        (
+            options.validation_benchmarks,
+            [name.rpartition("=")[2] for name in options.validation],
+        ),
     ):
         if not names:
             continue

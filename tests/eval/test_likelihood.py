@@ -194,9 +194,31 @@ def test_evaluate_chooses_the_likelihood_on_validation_data(
     assert protocol["likelihood"] == max(expected, key=expected.get)
     listed = ", ".join(f"{form} {value:.4f}" for form, value in expected.items())
     assert protocol["likelihood_from"] == f"validation on val: {listed}"
-    assert f"classification: likelihood {protocol['likelihood']}, validation" in (
-        capsys.readouterr().out
+    assert f"labels: likelihood {protocol['likelihood']}, validation" in capsys.readouterr().out
+
+
+def test_evaluate_chooses_the_likelihood_of_one_benchmark_on_its_own_validation_data(
+    model, processor, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(data)
+    keys = "task: classification, rows: rows.jsonl, description: L."
+    (data / "b.yaml").write_text(f"plain: {{{keys}}}\nother: {{{keys}}}\n")
+    (data / "v.yaml").write_text(
+        f"all: {{{keys}}}\nown: {{{keys}}}\n"
+        f"asked: {{{keys.replace('classification', 'vqa')}, candidates: [a cat, red]}}\n"
     )
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    options = ["--benchmarks", "b.yaml", "--model", str(tmp_path / "model")]
+    options += ["--tasks", "plain", "other", "--validation-benchmarks", "v.yaml", "--validation"]
+    main([*options, "other=own", "all"])
+    results = json.loads((tmp_path / "model/eval/results.json").read_text())["benchmarks"]
+    reasons = {name: one["protocol"]["likelihood_from"] for name, one in results.items()}
+    assert reasons["plain"].startswith("validation on all: ")
+    assert reasons["other"].startswith("validation on own: ")
+    for word in ("wrong=own", "other=asked", "asked"):
+        with pytest.raises(ValueError, match=f"^--validation {word} is of the kind "):
+            main([*options, word])
 
 
 def test_evaluate_refuses_likelihoods_of_a_model_of_embeddings(
