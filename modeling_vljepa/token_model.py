@@ -424,17 +424,17 @@ class VLJEPATokenModel(TwoSidedModel):
         is_text = text_labels != IGNORED
         texts = text_labels.masked_fill(~is_text, 0)  # (C, Ly)
         scores = first[:, texts[:, 0]]  # (B, C)
-        if texts.shape[1] == 1:
-            return scores
-        pairs = torch.cartesian_prod(
-            torch.arange(len(prefix), device=texts.device),
-            torch.arange(len(texts), device=texts.device),
-        )
-        later = []
-        for rows, columns in (chunk.unbind(dim=1) for chunk in pairs.split(batch_size)):
+        # A pass has texts of about one length, so that little of it is padding.
+        lengths = is_text.sum(dim=1)
+        rows_of = torch.arange(len(prefix), device=texts.device)
+        pairs = torch.cartesian_prod(lengths.argsort(), rows_of)
+        for columns, rows in (chunk.unbind(dim=1) for chunk in pairs.split(batch_size)):
+            longest = int(lengths[columns].max())
+            if longest == 1:
+                continue
             cache = copy.deepcopy(read.past_key_values)  # a pass appends to it
             cache.batch_select_indices(rows)
-            tokens = texts[columns]  # (K, Ly)
+            tokens = texts[columns, :longest]  # (K, L)
             known = torch.cat([mask[rows], torch.ones_like(tokens[:, 1:])], dim=1)
             logits = language_model(
                 input_ids=tokens[:, :-1],
@@ -442,10 +442,11 @@ class VLJEPATokenModel(TwoSidedModel):
                 position_ids=positions(known)[:, mask.shape[1] :],
                 past_key_values=cache,
                 use_cache=True,
-            ).logits.float()  # (K, Ly - 1, vocabulary)
+            ).logits.float()  # (K, L - 1, vocabulary)
             found = logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2)
-            later.append(found.masked_fill(~is_text[columns, 1:], 0).sum(dim=1))  # (K,)
-        return scores + torch.cat(later).view_as(scores)
+            found = found.masked_fill(~is_text[columns, 1:longest], 0)
+            scores[rows, columns] += found.sum(dim=1)
+        return scores
 
     @torch.no_grad()
     def generate(
