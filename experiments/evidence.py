@@ -248,11 +248,11 @@ def cpu_hours(lines: list[dict]) -> float:
     return sum(sum(line["process_cpu_seconds"].values()) for line in lines) / 3600
 
 
-def table(measured: list[Measured]) -> tuple[str, dict[str, int]]:
-    """Return the table of all claims, and the number of each verdict."""
+def table(measured: list[Measured]) -> str:
+    """Return the table of all claims."""
     head = ["claim", "data (seeds)", "the paper's difference, points", "ours (95 % interval)"]
     head += ["verdict", "CPU-hours", "command"]
-    rows, counts = [], {}
+    rows = []
     for each in measured:
         claim = each.claim
         command = f"python -m experiments.run experiments/{claim.folder}/grid.yaml --only"
@@ -264,8 +264,6 @@ def table(measured: list[Measured]) -> tuple[str, dict[str, int]]:
                     f"{one.score} {with_interval(one.mean, sign='+')}" for one in found
                 )
                 verdicts = "<br>".join(f"{one.score}: {one.verdict}" for one in found)
-                for one in found:
-                    counts[one.verdict] = counts.get(one.verdict, 0) + 1
                 rows.append(
                     [
                         f"[{claim.name}](#{claim.name.lower()}) {statement.text}",
@@ -277,7 +275,15 @@ def table(measured: list[Measured]) -> tuple[str, dict[str, int]]:
                         f"`{command} {' '.join(f'{data}-{name}' for name in statement.pair)}`",
                     ]
                 )
-    return markdown(head, rows), counts
+    return markdown(head, rows)
+
+
+def count_verdicts(measured: list[Measured]) -> tuple[int, str]:
+    """Return the number of verdicts, and that of each kind, such as "2 holds, 1 open"."""
+    counts = Counter(
+        one.verdict for each in measured for rows, _ in each.differences.values() for one in rows
+    )
+    return counts.total(), ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 def cost_table(claim: Claim, found: dict[str, list[dict]]) -> str:
@@ -350,8 +356,7 @@ def baselines_table(claim: Claim, found: dict[str, list[dict]]) -> str:
 
 def in_short(each: Measured) -> str:
     """Return a line with the claim, its result and the number of each verdict."""
-    verdicts = [one.verdict for rows, _ in each.differences.values() for one in rows]
-    counts = ", ".join(f"{count} {name}" for name, count in sorted(Counter(verdicts).items()))
+    _, counts = count_verdicts([each])
     texts = [f"- **[{each.claim.name}](#{each.claim.name.lower()}) {each.claim.title}.**"]
     texts += [each.claim.short, f"({counts or NOT_RUN})"]
     return " ".join(filter(None, texts))
@@ -363,10 +368,8 @@ def page_text(measured: list[Measured], figure: Callable[[Measured], str]) -> st
     Args:
         figure: draws a claim's figure, or checks it, and returns its path from `docs`.
     """
-    rows, counts = table(measured)
-    total = sum(counts.values())
-    listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    parts = ["\n".join(map(in_short, measured)), rows]
+    total, listed = count_verdicts(measured)
+    parts = ["\n".join(map(in_short, measured)), table(measured)]
     parts.append(
         f"Comparisons: {total} ({listed}), none corrected for their number: of 20 differences that "
         "are 0, one interval on average excludes it."

@@ -426,8 +426,8 @@ class VLJEPATokenModel(TwoSidedModel):
         scores = first[:, texts[:, 0]]  # (B, C)
         # A pass has texts of about one length, so that little of it is padding.
         lengths = is_text.sum(dim=1)
-        rows_of = torch.arange(len(prefix), device=texts.device)
-        pairs = torch.cartesian_prod(lengths.argsort(), rows_of)
+        queries = torch.arange(len(prefix), device=texts.device)
+        pairs = torch.cartesian_prod(lengths.argsort(stable=True), queries)
         for columns, rows in (chunk.unbind(dim=1) for chunk in pairs.split(batch_size)):
             longest = int(lengths[columns].max())
             if longest == 1:

@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Take what is imported out of garbage collections: each training ends with one, and a quarter
-    of such a test's time was spent on the libraries' objects."""
+    """Take what is imported out of garbage collections: each training ends with one, and a fifth of
+    `test_trainer.py`'s time was spent on the libraries' objects."""
     gc.freeze()
 
 
