@@ -14,6 +14,7 @@ A grid is a YAML file, `experiments/NAME/grid.yaml`:
 | `prepare`     | steps that run once: `folder`, `command` and the file `complete`                |
 | `groups`      | titles of tables and figures, each with its settings; default: one of all       |
 | `compare`     | pairs of settings; the report computes second - first                           |
+| `same_loss`   | false if the pairs train different losses, whose values are not to be compared  |
 | `scores`      | those to report, such as `babyai_val_vqa accuracy`; default: all                |
 
 A recipe's section `evaluation` names the benchmarks to measure after training. `{seed}` in a text
@@ -159,6 +160,7 @@ class Grid:
     prepare: list = field(default_factory=list)
     groups: dict = field(default_factory=dict)
     compare: list = field(default_factory=list)
+    same_loss: bool = True
     scores: list[str] = field(default_factory=list)
 
     def __post_init__(self):

@@ -36,7 +36,7 @@ BEGIN = "<!-- results: written by experiments.report -->"
 END = "<!-- end of results -->"
 # 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; scipy.stats.t.ppf(0.975, n)
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-SHARE_OF_STEPS = 0.5  # counted among comparisons: the baseline's loss in at most half the steps
+SHARE_OF_ROWS = 0.5  # counted among comparisons: the baseline's loss in at most half of its rows
 
 
 class ReportError(ValueError):
@@ -213,20 +213,19 @@ def reached(a: list[dict], b: list[dict]) -> tuple[str, str, bool]:
     """Return when each seed of B reaches the final loss of A with that seed.
 
     Returns:
-        The shares of B's steps; the processor time until then as shares of A's; and True if every
-        seed needs at most half of its steps.
+        The rows and the processor time until then, as shares of A's; and True if every seed needs
+        at most half of A's rows.
     """
-    shares = [share_to_reach(other, final_loss(one)) for one, other in zip(a, b, strict=True)]
-    costs = [
-        None if share is None else share * other["cpu_seconds"] / one["cpu_seconds"]
-        for share, one, other in zip(shares, a, b, strict=True)
-    ]
+    rows, costs = [], []
+    for one, other in zip(a, b, strict=True):
+        share = share_to_reach(other, final_loss(one))  # of B's run, which may be the shorter one
+        rows.append(None if share is None else share * other["rows"] / one["rows"])
+        costs.append(None if share is None else share * other["cpu_seconds"] / one["cpu_seconds"])
     texts = (
         ", ".join("never" if each is None else f"{100 * each:.0f} %" for each in values)
-        for values in (shares, costs)
+        for values in (rows, costs)
     )
-    is_fast = all(share is not None and share <= SHARE_OF_STEPS for share in shares)
-    return *texts, is_fast
+    return *texts, all(share is not None and share <= SHARE_OF_ROWS for share in rows)
 
 
 def comparison_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> str:
@@ -238,35 +237,33 @@ def comparison_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> 
         if not seeds:
             continue
         a, b = ([lines[seed] for seed in seeds] for lines in by_seed)
-        differences = [final_loss(y) - final_loss(x) for x, y in zip(a, b, strict=True)]
-        loss, (shares, costs, is_fast) = mean_over_seeds(differences), reached(a, b)
-        lower += loss.value < 0
-        surely += loss.high is not None and loss.high < 0
-        fast += is_fast
+        row = [f"{first} → {second}", str(len(seeds))]
+        if grid.same_loss:
+            differences = [final_loss(y) - final_loss(x) for x, y in zip(a, b, strict=True)]
+            loss, (shares, costs, is_fast) = mean_over_seeds(differences), reached(a, b)
+            lower += loss.value < 0
+            surely += loss.high is not None and loss.high < 0
+            fast += is_fast
+            row += [with_interval(loss, sign="+", digits=3), shares, costs]
         scores = [
             f"{name} {with_interval(difference_of_scores(folder, a, b, name), 100, '+')}"
             for name in scores_of(grid, [*a, *b])
         ]
-        rows.append(
-            [
-                f"{first} → {second}",
-                str(len(seeds)),
-                with_interval(loss, sign="+", digits=3),
-                shares,
-                costs,
-                "<br>".join(scores) or "–",
-            ]
-        )
+        rows.append([*row, "<br>".join(scores) or "–"])
     if not rows:
         return ""
-    head = ["settings", "seeds", "difference of loss"]
-    head += ["share of steps to reach the first one's loss", "processor time until then"]
+    head, counted = ["settings", "seeds"], ""
+    if grid.same_loss:
+        head += ["difference of loss", "share of the first one's rows to reach its loss"]
+        head += ["of its processor time"]
+        counted = (
+            f" The loss is lower on average in {lower}, and with its interval below 0 in {surely}; "
+            f"every seed reaches the first setting's loss in at most half of its rows in {fast}."
+        )
     head += ["difference of scores, points"]
     return (
         f"{markdown(head, rows)}\n\n"
-        f"Comparisons: {len(rows)}, not corrected for their number. The loss is lower on average "
-        f"in {lower}, and with its interval below 0 in {surely}; every seed reaches the first "
-        f"setting's loss in at most half of the steps in {fast}."
+        f"Comparisons: {len(rows)}, not corrected for their number.{counted}"
     )
 
 

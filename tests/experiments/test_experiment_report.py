@@ -144,8 +144,19 @@ def folder(tmp_path, monkeypatch):
         for seed in (0, 1):
             made = line(folder, name, seed, losses[name][seed], values[name][seed])
             made["cpu_seconds"] = {"plain": 50.0, "fast": 40.0}[name]
+            made["rows"] = {"plain": 400, "fast": 200}[name]
             append_line(folder, made | {"settings": hashes[name, seed]})
     return folder
+
+
+def test_other_losses_are_not_compared(folder):
+    file = folder / "grid.yaml"
+    file.write_text(file.read_text() + "same_loss: false\n")
+    report.main([str(folder)])
+    text = (folder / "README.md").read_text()
+    rows = [each for each in text.splitlines() if each.startswith("| ")]
+    assert rows[-1].startswith("| plain → fast | 2 | vqa accuracy +40.0 (")
+    assert "Comparisons: 1, not corrected for their number.\n" in text
 
 
 def test_report_writes_hand_computed_tables(folder, capsys):
@@ -156,10 +167,10 @@ def test_report_writes_hand_computed_tables(folder, capsys):
     assert rows[2].startswith("| plain | 2 | 2.10 (0.83 to 3.37) (4.00) | 30.0 (")
     assert rows[2].endswith("| 1.50 M | 400 | 8 | 50 |")
     assert rows[3].startswith("| fast | 2 | 1.20 (-1.34 to 3.74) (4.00) | 70.0 (")
-    # Differences are -1 and -0.8; plain's losses are reached at steps 20 and 30 of 40, after 20
-    # and 30 CPU-seconds of plain's 50.
+    # Differences are -1 and -0.8; plain's losses are reached at steps 20 and 30 of 40, after 100
+    # and 150 rows of plain's 400, and 20 and 30 CPU-seconds of its 50.
     assert rows[-1].startswith(
-        "| plain → fast | 2 | -0.900 (-2.171 to +0.371) | 50 %, 75 % | 40 %, 60 % | vqa"
+        "| plain → fast | 2 | -0.900 (-2.171 to +0.371) | 25 %, 38 % | 40 %, 60 % | vqa"
     )
     for part in ("vqa accuracy +40.0 (", "vqa where +33.3 ("):
         assert part in rows[-1]
@@ -167,7 +178,7 @@ def test_report_writes_hand_computed_tables(folder, capsys):
         "Comparisons: 1, not corrected for their number. The loss is lower on average in 1" in text
     )
     assert "with its interval below 0 in 0; every seed reaches" in text
-    assert "in at most half of the steps in 0." in text
+    assert "in at most half of its rows in 1." in text
     assert "4 runs, 6 CPU-minutes of training and evaluation. " in text
     assert "Revision abc; a processor, fp32; python 3, torch 2" in text
     svg = (folder / "figures" / "all-settings.svg").read_text()
