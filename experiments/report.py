@@ -255,7 +255,7 @@ def comparison_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> 
     head, counted = ["settings", "seeds"], ""
     if grid.same_loss:
         head += ["difference of loss", "share of the first one's rows to reach its loss"]
-        head += ["of its processor time"]
+        head += ["share of its processor time"]
         counted = (
             f" The loss is lower on average in {lower}, and with its interval below 0 in {surely}; "
             f"every seed reaches the first setting's loss in at most half of its rows in {fast}."
