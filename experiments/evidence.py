@@ -461,11 +461,14 @@ def draw_differences(measured: Measured) -> Figure:
                 axis.errorbar(
                     mean.value, place + shift, xerr=spread, fmt="o", capsize=3, color=f"C{index}"
                 )
+    handles = {
+        data: Line2D([], [], color=f"C{n}", marker="o") for n, data in enumerate(claim.scores)
+    }
     for axis, name in zip(axes, names, strict=True):
         for place, statement in enumerate(claim.statements):
             given = statement.paper.get(name)
             if isinstance(given, int | float):
-                axis.plot(given, place, "kx")
+                handles["paper"] = axis.plot(given, place, "kx")[0]
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=name, xlabel="difference, points")
         axis.grid(axis="x", alpha=0.3)
@@ -474,9 +477,7 @@ def draw_differences(measured: Measured) -> Figure:
         yticklabels=[row.text for row in claim.statements],
         ylim=(len(claim.statements) - 0.5, -0.5),  # the first statement is on top
     )
-    handles = [Line2D([], [], color=f"C{n}", marker="o") for n in range(len(claim.scores))]
-    handles.append(Line2D([], [], color="black", marker="x", linestyle=""))
-    figure.legend(handles, [*claim.scores, "paper"], loc="outside lower center", ncols=len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure
 
 
