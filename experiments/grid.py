@@ -59,6 +59,15 @@ class GridError(ValueError):
     """An invalid grid; the message names the key, the fault and the cure."""
 
 
+def is_named(folder: str, texts: list[str]) -> bool:
+    """Return whether one of the texts names a folder, not as a part of another name.
+
+    init-2 is not init-2-calibrated.
+    """
+    name = re.compile(rf"(?<![\w./-]){re.escape(folder)}(?![\w.-])")
+    return any(name.search(text) for text in texts)
+
+
 @dataclass(frozen=True)
 class Step:
     """A preparation that runs once.
@@ -214,14 +223,15 @@ class Grid:
         """
         texts, needed = [json.dumps(recipe), json.dumps(benchmarks(recipe, options))], []
         for step in reversed(self.steps(seed)):
-            # Not a part of another name: init-2 is not init-2-calibrated.
-            folder = re.compile(rf"(?<![\w./-]){re.escape(step.folder)}(?![\w.-])")
-            if any(folder.search(text) for text in texts):
+            if is_named(step.folder, texts):
                 needed.append(step)
-                texts.append(step.command)
-                for setting in RECIPE_OF.findall(step.command):
-                    texts.append(json.dumps(self.recipe_of(setting, seed)))
+                texts += self.texts_of(step, seed)
         return needed[::-1]
+
+    def texts_of(self, step: Step, seed: int) -> list[str]:
+        """Return the texts that name the folders which a step needs: its command and recipes."""
+        settings = RECIPE_OF.findall(step.command)
+        return [step.command, *(json.dumps(self.recipe_of(each, seed)) for each in settings)]
 
     def recipe_of(self, setting: str, seed: int) -> dict:
         """Return the whole recipe of a setting with a seed.

@@ -1,11 +1,12 @@
 """Run a grid of trainings: `python -m experiments.run experiments/NAME/grid.yaml`.
 
-Preparations run once. Then each run trains in a process of its own, with one thread and a limit of
-processor time, is evaluated, and appends one line to `experiments/NAME/results.jsonl`. The same
-command continues: finished runs are skipped. A run whose settings have changed since is refused, or
-repeated with `--again`. The weights are deleted, except those that another setting starts from;
-logs, recipe and items stay in `runs/experiments/NAME`. Ctrl-C, SIGTERM and SIGHUP end the trainings
-with the command. `experiments/grid.py` lists the keys of a grid.
+Preparations run once, each after those that it needs. Then each run trains in a process of its own,
+with one thread and a limit of processor time, is evaluated, and appends one line to
+`experiments/NAME/results.jsonl`. The same command continues: finished runs are skipped. A run whose
+settings have changed since is refused, or repeated with `--again`. The weights are deleted, except
+those that another setting starts from; logs, recipe and items stay in `runs/experiments/NAME`.
+Ctrl-C, SIGTERM and SIGHUP end the trainings with the command. `experiments/grid.py` lists the keys
+of a grid.
 """
 
 import argparse
@@ -21,11 +22,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from safetensors import safe_open
 from tqdm import tqdm
@@ -33,7 +36,7 @@ from tqdm import tqdm
 from eval.evaluate import at_least_one
 from eval.items import FILE as ITEMS_FILE
 from eval.items import read_items
-from experiments.grid import RECIPE_OF, WORK, Grid, GridError, Run, Step, read_grid
+from experiments.grid import RECIPE_OF, WORK, Grid, GridError, Run, Step, is_named, read_grid
 from experiments.results import append_line, pack_all, read_lines
 from processing.output import check_output_folder
 from training.arguments import Recipe, RecipeError
@@ -92,9 +95,6 @@ def in_own_process(words: list[str], log: Path, cpu_seconds: int) -> float:
             while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
                 time.sleep(SECONDS_TO_LOOK)
             _, status, usage = ended
-        except BaseException:  # of a preparation, which the main thread waits for
-            end_processes()
-            raise
         finally:
             RUNNING.discard(process)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -129,6 +129,35 @@ def end_runs(futures: Iterable[Future]) -> None:
         time.sleep(0.1)
 
 
+def in_order(
+    tasks: dict[Any, tuple[set, Callable[[], Any]]], jobs: int
+) -> Iterator[tuple[Any, Future]]:
+    """Run functions in threads, `jobs` at a time; yield the key and the future of each that ends.
+
+    An exception, in the caller as well if it closes the iterator, ends the commands that run.
+
+    Args:
+        tasks: functions, each with the keys of those that must have ended before. Keys that are
+            not among the tasks do not count.
+    """
+    waiting, started = dict(tasks), {}
+    ENDING.clear()
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while waiting or started:
+                coming = {*waiting, *started.values()}
+                for key in [each for each in waiting if not waiting[each][0] & coming]:
+                    _, function = waiting.pop(key)
+                    started[pool.submit(function)] = key
+                done, _ = wait(started, SECONDS_TO_LOOK, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield started.pop(future), future
+        except BaseException:  # Ctrl-C and SIGTERM, too
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_runs(started)
+            raise
+
+
 # -- preparation -----------------------------------------------------------------------------
 
 
@@ -136,32 +165,39 @@ def digest(path: Path) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
-def prepare(grid: Grid, runs: list[Run]) -> None:
-    """Run the preparations that runs need and that do not exist yet.
+def prepare(grid: Grid, runs: list[Run], jobs: int) -> None:
+    """Run the preparations that runs need and that do not exist yet, `jobs` at a time.
 
     Raises:
         GridError: a folder was made by another command of this grid.
         RunError: a command failed.
     """
-    steps = {}
+    steps: dict[str, tuple[Step, int]] = {}
     for run in runs:
-        steps |= {
-            step.folder: (step, run) for step in grid.needed(run.recipe, run.seed, run.options)
-        }
+        needed = grid.needed(run.recipe, run.seed, run.options)
+        steps |= {step.folder: (step, run.seed) for step in needed}
     made_by = WORK / grid.name / "prepared.json"
     commands = json.loads(made_by.read_text(encoding="utf-8")) if made_by.is_file() else {}
-    for folder, (step, run) in tqdm(steps.items(), "prepare", unit="step"):
-        if Path(folder, step.complete).is_file():
-            if commands.get(folder, step.command) != step.command:
-                raise GridError(
-                    f"prepare: {folder} was made by {commands[folder]!r}. Delete it, and the next "
-                    "run makes it anew."
-                )
-            continue
-        tqdm.write(f"prepare: {step.command}")
-        make(grid, step, run.seed)
-        commands[folder] = step.command
-        made_by.write_text(json.dumps(commands, indent=2) + "\n", encoding="utf-8")
+    tasks: dict[str, tuple[set[str], Callable[[], None]]] = {}
+    for folder, (step, seed) in steps.items():
+        if not Path(folder, step.complete).is_file():
+            texts = grid.texts_of(step, seed)
+            before = {each for each in tasks if is_named(each, texts)}
+            tasks[folder] = before, partial(make, grid, step, seed)
+        elif commands.get(folder, step.command) != step.command:
+            raise GridError(
+                f"prepare: {folder} was made by {commands[folder]!r}. Delete it, and the next "
+                "run makes it anew."
+            )
+    with (
+        tqdm(total=len(tasks), desc="prepare", unit="step", dynamic_ncols=True) as progress,
+        closing(in_order(tasks, jobs)) as ended,
+    ):
+        for folder, future in ended:
+            future.result()
+            commands[folder] = steps[folder][0].command
+            made_by.write_text(json.dumps(commands, indent=2) + "\n", encoding="utf-8")
+            progress.update()
 
 
 def make(grid: Grid, step: Step, seed: int) -> None:
@@ -176,8 +212,9 @@ def make(grid: Grid, step: Step, seed: int) -> None:
         run.write_recipe()
         return str(run.recipe_file)
 
+    tqdm.write(f"prepare: {step.command}")
     words = shlex.split(RECIPE_OF.sub(recipe_file, step.command))[2:]
-    log = WORK / grid.name / "prepare.log"
+    log = WORK / grid.name / "prepare" / f"{step.folder.replace('/', '-')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     in_own_process(words, log, cpu_seconds=10**6)
     if not Path(step.folder, step.complete).is_file():
@@ -412,7 +449,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("grid", type=Path, help="such as experiments/calibration/grid.yaml")
-    parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time; one per core")
+    parser.add_argument(
+        "--jobs", type=at_least_one, default=1, help="processes at a time; one per core"
+    )
     parser.add_argument("--only", nargs="+", metavar="SETTING", help="only these settings")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the grid's")
     parser.add_argument("--again", action="store_true", help="repeat runs that have changed")
@@ -437,7 +476,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{grid.name}: {len(runs)} runs, {len(runs) - len(todo)} of them finished before")
 
         # 2. Data, models and features, then the runs
-        prepare(grid, todo)
+        prepare(grid, todo, args.jobs)
         return run_all(grid, folder, todo, args.jobs)
 
 
@@ -447,47 +486,31 @@ def run_all(grid: Grid, folder: Path, todo: list[Run], jobs: int) -> int:
     A run waits for the one that it starts from, and fails with it.
     """
     failed: set[tuple[str | None, int]] = set()
-    waiting, started = list(todo), {}
-    ENDING.clear()
+
+    def task(run: Run) -> dict:
+        if (run.before, run.seed) in failed:
+            raise RunError(f"it starts from the model of {run.before}, which failed")
+        return execute(grid, folder, run)
+
+    runs = {(run.setting, run.seed): run for run in todo}
+    tasks = {key: ({(run.before, run.seed)}, partial(task, run)) for key, run in runs.items()}
     with (
-        tqdm(total=len(todo), desc=grid.name, unit="run", dynamic_ncols=True) as progress,
-        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(runs), desc=grid.name, unit="run", dynamic_ncols=True) as progress,
+        closing(in_order(tasks, jobs)) as ended,
     ):
-        try:
-            while waiting or started:
-                coming = {(run.setting, run.seed) for run in [*waiting, *started.values()]}
-                ready = [run for run in waiting if (run.before, run.seed) not in coming]
-                waiting = [run for run in waiting if run not in ready]
-                for run in ready:
-                    task = execute if (run.before, run.seed) not in failed else refuse
-                    started[pool.submit(task, grid, folder, run)] = run
-                done, _ = wait(started, SECONDS_TO_LOOK, return_when=FIRST_COMPLETED)
-                for future in done:
-                    run = started.pop(future)
-                    line = {"setting": run.setting, "seed": run.seed, "settings": run.settings}
-                    try:
-                        line = future.result()
-                        tqdm.write(f"{run.setting} {run.seed}: {summary(grid, line)}")
-                    except RunError as error:
-                        failed.add((run.setting, run.seed))
-                        line["error"] = str(error)
-                        tqdm.write(f"{run.setting} {run.seed}: FAILED: {error}")
-                    append_line(folder, line | {"prepared": made(grid, run)})
-                    progress.update()
-        except BaseException:  # Ctrl-C and SIGTERM, too
-            pool.shutdown(wait=False, cancel_futures=True)
-            end_runs(started)
-            raise
+        for key, future in ended:
+            run = runs[key]
+            line = {"setting": run.setting, "seed": run.seed, "settings": run.settings}
+            try:
+                line = future.result()
+                tqdm.write(f"{run.setting} {run.seed}: {summary(grid, line)}")
+            except RunError as error:
+                failed.add(key)
+                line["error"] = str(error)
+                tqdm.write(f"{run.setting} {run.seed}: FAILED: {error}")
+            append_line(folder, line | {"prepared": made(grid, run)})
+            progress.update()
     return len(failed)
-
-
-def refuse(grid: Grid, folder: Path, run: Run) -> dict:
-    """Raise the error of a run whose start has failed.
-
-    Raises:
-        RunError: always.
-    """
-    raise RunError(f"it starts from the model of {run.before}, which failed")
 
 
 def summary(grid: Grid, line: dict) -> str:

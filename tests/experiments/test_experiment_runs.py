@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,6 +88,63 @@ def test_grid_prepares_only_what_a_run_needs_for_its_seed(folder):
     steps[0]["command"] += " --more"
     other = read_grid(write_grid(folder, prepare=steps, settings=settings, compare=[]))
     assert other.run("plain", 1).settings != plain.settings
+
+
+def two_inits(folder: Path, command: str) -> Path:
+    """Write a grid whose settings start from two models, which both need the same data."""
+    steps = [
+        {"folder": "made/data", "command": "python -m x", "complete": "done"},
+        *(
+            {"folder": f"made/{name}", "command": f"python -m {command}", "complete": "done"}
+            for name in ("one", "two")
+        ),
+    ]
+    settings = {name: {"model.checkpoint": f"made/{name}"} for name in ("one", "two")}
+    return write_grid(folder, seeds=[0], prepare=steps, settings=settings, compare=[])
+
+
+def test_prepare_runs_steps_at_the_same_time_but_after_what_they_need(folder, monkeypatch):
+    grid = read_grid(two_inits(folder, "x made/data"))
+    both, order = threading.Barrier(2, timeout=60), []
+
+    def make(grid, step, seed):
+        if step.folder == "made/data":
+            time.sleep(0.2)  # the others would begin meanwhile
+        else:
+            assert Path("made/data/done").is_file()
+            both.wait()  # fails if one is alone
+        order.append(step.folder)
+        Path(step.folder).mkdir(parents=True)
+        Path(step.folder, step.complete).touch()
+
+    monkeypatch.setattr(run, "make", make)
+    (run.WORK / grid.name).mkdir(parents=True)
+    run.prepare(grid, list(grid.runs()), jobs=2)
+    assert order[0] == "made/data" and set(order[1:]) == {"made/one", "made/two"}
+    made_by = json.loads((run.WORK / grid.name / "prepared.json").read_text())
+    assert made_by == {step.folder: step.command for step in grid.steps(0)}
+    run.prepare(grid, list(grid.runs()), jobs=2)
+    assert len(order) == 3
+
+
+def test_prepare_ends_its_other_commands_when_one_fails(folder, monkeypatch):
+    (folder.parent / "endless.py").write_text("import time\ntime.sleep(60)")
+    grid = read_grid(two_inits(folder, "endless"))
+    own = run.make
+
+    def make(grid, step, seed):
+        if step.folder == "made/one":
+            own(grid, step, seed)
+        while not run.RUNNING:
+            time.sleep(0.01)
+        raise run.RunError("no space")
+
+    monkeypatch.setattr(run, "make", make)
+    with run.only_runner(run.WORK / grid.name), pytest.raises(run.RunError, match="no space"):
+        run.prepare(grid, list(grid.runs()), jobs=2)
+    assert not run.RUNNING
+    log = run.WORK / grid.name / "prepare/made-one.txt"
+    assert log.read_text() == "$ python -m endless\n"
 
 
 TWO_STAGES = {
