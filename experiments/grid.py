@@ -31,6 +31,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -229,9 +230,15 @@ class Grid:
         return needed[::-1]
 
     def texts_of(self, step: Step, seed: int) -> list[str]:
-        """Return the texts that name the folders which a step needs: its command and recipes."""
-        settings = RECIPE_OF.findall(step.command)
-        return [step.command, *(json.dumps(self.recipe_of(each, seed)) for each in settings)]
+        """Return the texts that name the folders which a step needs: its command and recipes.
+
+        Raises:
+            GridError: the command names a YAML file that cannot be read.
+        """
+        files = [word for word in shlex.split(step.command) if word.endswith(".yaml")]
+        recipes = [yaml_of("prepare", each) for each in files]
+        recipes += [self.recipe_of(each, seed) for each in RECIPE_OF.findall(step.command)]
+        return [step.command, *(json.dumps(each) for each in recipes)]
 
     def recipe_of(self, setting: str, seed: int) -> dict:
         """Return the whole recipe of a setting with a seed.

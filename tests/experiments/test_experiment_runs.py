@@ -75,16 +75,22 @@ def test_grid_prepares_only_what_a_run_needs_for_its_seed(folder):
         step("init-seed{seed}", "x made/data --seed {seed}"),
         step("init", "x"),
         step("features", "x {recipe plain}"),
+        step("rows", "x"),
+        step("stored", "x rows.yaml"),  # the file names the rows
     ]
+    Path("rows.yaml").write_text("data: {sources: [{rows: made/rows/train.jsonl}]}")
     settings = {
         "plain": {"model.checkpoint": "made/init-seed{seed}"},
         "cached": {"data.features": "made/features", "model.checkpoint": "elsewhere/made/init"},
+        "stored": {"data.features": "made/stored"},
     }
     grid = read_grid(write_grid(folder, prepare=steps, settings=settings, compare=[]))
-    plain, cached = (grid.run(name, 1) for name in settings)
+    plain, cached, stored = (grid.run(name, 1) for name in settings)
     needed = [each.folder for each in grid.needed(plain.recipe, 1)]
     assert needed == ["made/data", "made/init-seed1"]
     assert [each.folder for each in grid.needed(cached.recipe, 1)] == [*needed, "made/features"]
+    needed = [each.folder for each in grid.needed(stored.recipe, 1)]
+    assert needed == ["made/rows", "made/stored"]
     steps[0]["command"] += " --more"
     other = read_grid(write_grid(folder, prepare=steps, settings=settings, compare=[]))
     assert other.run("plain", 1).settings != plain.settings
