@@ -32,7 +32,7 @@ from eval.team import Team
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.feature_store import NO_PIXELS, differences
-from processing.output import OutputError, complete_file, writing
+from processing.output import OutputError, complete_file, incomplete_files, writing
 
 FACTS = "facts.json"
 FORMAT = 1  # of the keys and parts
@@ -197,7 +197,7 @@ class EmbeddingStore:
             report_others(folder, facts)
         with writing(folder, NOTHING_LOST):
             own.mkdir(parents=True, exist_ok=True)
-            for path in own.glob("incomplete-*"):
+            for path in incomplete_files(own):
                 # Left by a killed run; a newer one may be written by another run at this moment.
                 if path.stat().st_mtime < time.time() - OLD:
                     path.unlink(missing_ok=True)

@@ -92,4 +92,21 @@ def complete_file(path: Path) -> Iterator[Path]:
     written.rename(path)
 
 
-__all__ = ["OutputError", "check_output_file", "check_output_folder", "complete_file", "writing"]
+def incomplete_files(folder: Path) -> list[Path]:
+    """List the files in `folder` that `complete_file` has not renamed: of a run that was killed,
+    or of one that is writing now.
+
+    safetensors writes to `.tmp` and six further characters before it renames that file to the name
+    it was given, so a kill may leave such a file, too.
+    """
+    return sorted([*folder.glob("incomplete-*"), *folder.glob(".tmp??????")])
+
+
+__all__ = [
+    "OutputError",
+    "check_output_file",
+    "check_output_folder",
+    "complete_file",
+    "incomplete_files",
+    "writing",
+]

@@ -20,7 +20,7 @@ from eval.items import FILE, PREDICTIONS
 from eval.team import Team
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor, read_rows
-from processing.output import OutputError
+from processing.output import OutputError, incomplete_files
 from tests.tiny import HANG_SECONDS, tiny_model, tiny_processor, tiny_rows, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -175,19 +175,22 @@ def test_predict_rows_continues_after_a_kill(
         with pytest.raises(KeyboardInterrupt):
             store = opened(tmp_path, model, processor)
             predict_rows(model, processor, rows, batch_size=1, store=store)
-    # A kill while a part is written leaves a file of another name.
-    half = [store.writer.folder / f"incomplete-host-{n}-a.safetensors" for n in "12"]
-    for path in half:
+    # A kill while a part is written leaves files of other names: ours, and safetensors' own.
+    folder = store.writer.folder
+    old = [folder / "incomplete-host-1-a.safetensors", folder / ".tmpAbC123"]
+    new = [folder / "incomplete-host-2-a.safetensors", folder / ".tmpAbC124"]
+    for path in old + new:
         path.write_bytes(b"half")
-    os.utime(half[0], (0, 0))
+    for path in old:
+        os.utime(path, (0, 0))
     encoded.clear()
     store = opened(tmp_path, model, processor)
     found = predict_rows(model, processor, rows, batch_size=1, store=store)
     assert encoded == [1, 1]
     assert found.rows == expected.rows and found.queries == expected.queries
     torch.testing.assert_close(found.embeds, expected.embeds, atol=1e-5, rtol=0)
-    # The second file may belong to a run that writes it now.
-    assert list(store.writer.folder.glob("incomplete-*")) == half[1:]
+    # The new files may belong to a run that writes them now.
+    assert incomplete_files(folder) == sorted(new)
 
 
 # -- damage --------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from processing.feature_store import (
     shard_path,
     to_int8,
 )
-from processing.output import complete_file, writing
+from processing.output import complete_file, incomplete_files, writing
 from processing.rows import clip_key, content_key, file_stamp, key_number, media_file, size_key
 from training.data.collator import to_pixel_values
 from training.data.dataset import ContrastiveDataset
@@ -224,8 +224,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    others = [path for path in folder.iterdir() if not path.match("incomplete-*")]
-    if {path.name for path in others} - {LOCK} and not (folder / PLAN).is_file():
+    others = {*folder.iterdir()} - {folder / LOCK, *incomplete_files(folder)}
+    if others and not (folder / PLAN).is_file():
         raise FeatureError(f"{folder}: the folder has other files. Give an empty folder.")
     with open(folder / LOCK, "w") as file:
         try:
@@ -237,7 +237,7 @@ def only_writer(folder: Path) -> Iterator[None]:
                 f"{folder}: another run is writing to this folder. Wait until it ends, or give "
                 "another folder."
             ) from error
-        for path in folder.glob("incomplete-*"):  # left by a killed run
+        for path in incomplete_files(folder):  # left by a killed run
             path.unlink()
         yield
 
