@@ -16,7 +16,9 @@ A difference is paired by seed and item, with the interval of `experiments/repor
 | contains 0, within 2 points of it | cannot tell: a difference, if there is one, is this small |
 | contains 0, and is wider          | open: more seeds or items are needed                      |
 
-Without a figure in the paper, the verdict is "higher", "lower", "cannot tell" or "open".
+The paper's sign counts if its difference is at least a point: its runs are single ones. Without it,
+the verdict is "higher", "lower", "cannot tell" or "open". A difference of one seed has no verdict:
+its interval does not cover what another seed would change.
 """
 
 import argparse
@@ -58,6 +60,8 @@ FIGURES = Path("docs/figures/evidence")
 BEGIN = "<!-- evidence: written by experiments.evidence -->"
 END = "<!-- end of evidence -->"
 WITHIN = 2.0  # points: "cannot tell" only if the whole interval is within them
+SIGNED = 1.0  # points: a smaller difference of the paper has no sign
+ONE_SEED = "one seed"
 NOT_RUN = "not run yet"
 
 
@@ -69,7 +73,7 @@ class Statement:
         text (`str`): what is compared, as "second instead of first".
         pair (`list[str]`): both settings, without the data set's prefix.
         paper (`dict`): the paper's difference in points by the name of the score; a sign in quotes,
-            "+" or "-", for a direction without a figure.
+            "+" or "-", for a direction without a number.
     """
 
     text: str
@@ -89,6 +93,7 @@ class Claim:
         statements (`list`): see [`Statement`].
         about (`str`): Markdown below the table: question, protocol, limits.
         short (`str`): the result in one sentence, for the list above the table.
+        data (`dict[str, str]`): the name of each data set for readers, by its prefix.
         curves (`dict[str, list[str]]`): settings of growing budgets by the model's name, to draw
             over the rows seen; default: the differences are drawn.
         cost (`list[str]`): settings whose parameters and processor time are listed.
@@ -101,8 +106,13 @@ class Claim:
     statements: list
     about: str
     short: str = ""
+    data: dict = field(default_factory=dict)
     curves: dict = field(default_factory=dict)
     cost: list = field(default_factory=list)
+
+    def name_of(self, data: str) -> str:
+        """Return the name of a data set for readers."""
+        return self.data.get(data, data)
 
 
 @dataclass(frozen=True)
@@ -194,12 +204,15 @@ def in_points(mean: Mean) -> Mean:
     return Mean(100 * mean.value, 100 * mean.low, 100 * mean.high)
 
 
-def verdict(mean: Mean, sign: int | None) -> str:
+def verdict(mean: Mean, sign: int | None, seeds: int) -> str:
     """Return the verdict on a difference in points; see the module.
 
     Args:
         sign: the paper's, 1 or -1; None without a claim.
+        seeds: the number that the difference is of.
     """
+    if seeds == 1:
+        return ONE_SEED
     if mean.low > 0 or mean.high < 0:
         found = 1 if mean.low > 0 else -1
         if sign is None:
@@ -209,8 +222,8 @@ def verdict(mean: Mean, sign: int | None) -> str:
 
 
 def sign_of(given: float | str | None) -> int | None:
-    """Return the sign of a paper's difference, a number or "+" or "-"."""
-    if given is None:
+    """Return the sign of a paper's difference, a number or "+" or "-"; None below a point."""
+    if given is None or (isinstance(given, int | float) and abs(given) < SIGNED):
         return None
     return -1 if str(given).startswith("-") else 1
 
@@ -228,7 +241,8 @@ def differences(
     for name, score in claim.scores[data].items():
         if seeds and all(score in line["items"] for line in [*a, *b]):
             mean = in_points(difference_of_scores(FOLDER / claim.folder, a, b, score))
-            measured.append(Found(name, mean, verdict(mean, sign_of(statement.paper.get(name)))))
+            sign = sign_of(statement.paper.get(name))
+            measured.append(Found(name, mean, verdict(mean, sign, len(seeds))))
     return measured, [*a, *b]
 
 
@@ -267,7 +281,7 @@ def table(measured: list[Measured]) -> str:
                 rows.append(
                     [
                         f"[{claim.name}](#{claim.name.lower()}) {statement.text}",
-                        f"{data} ({seeds})" if seeds else data,
+                        claim.name_of(data) + (f" ({seeds})" if seeds else ""),
                         paper_text(statement.paper),
                         ours or NOT_RUN,
                         verdicts or NOT_RUN,
@@ -278,12 +292,17 @@ def table(measured: list[Measured]) -> str:
     return markdown(head, rows)
 
 
-def count_verdicts(measured: list[Measured]) -> tuple[int, str]:
-    """Return the number of verdicts, and that of each kind, such as "2 holds, 1 open"."""
+def count_verdicts(measured: list[Measured]) -> tuple[int, int, str]:
+    """Count the differences of several seeds, those of one seed, and the verdicts on the first.
+
+    The last is a text, such as "2 holds, 1 open".
+    """
     counts = Counter(
         one.verdict for each in measured for rows, _ in each.differences.values() for one in rows
     )
-    return counts.total(), ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    single = counts.pop(ONE_SEED, 0)
+    listed = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return counts.total(), single, listed
 
 
 def cost_table(claim: Claim, found: dict[str, list[dict]]) -> str:
@@ -356,7 +375,9 @@ def baselines_table(claim: Claim, found: dict[str, list[dict]]) -> str:
 
 def in_short(each: Measured) -> str:
     """Return a line with the claim, its result and the number of each verdict."""
-    _, counts = count_verdicts([each])
+    several, single, counts = count_verdicts([each])
+    if single:
+        counts += f"{'; ' if several else ''}{single} of one seed"
     texts = [f"- **[{each.claim.name}](#{each.claim.name.lower()}) {each.claim.title}.**"]
     texts += [each.claim.short, f"({counts or NOT_RUN})"]
     return " ".join(filter(None, texts))
@@ -368,12 +389,13 @@ def page_text(measured: list[Measured], figure: Callable[[Measured], str]) -> st
     Args:
         figure: draws a claim's figure, or checks it, and returns its path from `docs`.
     """
-    total, listed = count_verdicts(measured)
+    several, single, listed = count_verdicts(measured)
     parts = ["\n".join(map(in_short, measured)), table(measured)]
     parts.append(
-        f"Comparisons: {total} ({listed}), none corrected for their number: of 20 differences that "
-        "are 0, one interval on average excludes it."
-        if total
+        f"Comparisons: {several} of several seeds ({listed or 'no verdict'}), and {single} of one "
+        "seed. None is corrected for their number: of 20 differences of several seeds that are 0, "
+        "one interval on average excludes it."
+        if several or single
         else "Comparisons: none yet."
     )
     for each in measured:
@@ -430,7 +452,7 @@ def draw_curves(claim: Claim, found: dict[str, list[dict]]) -> Figure:
                 spread = np.abs(values[:, 1:] - values[:, :1]).T  # (2, budgets)
                 seen = [same[0]["rows"] for same in lines]
                 axis.errorbar(seen, values[:, 0], spread, marker="o", capsize=3, color=f"C{color}")
-            axis.set(title=f"{data}: {name}", xlabel="rows seen", xscale="log")
+            axis.set(title=f"{claim.name_of(data)}: {name}", xlabel="rows seen", xscale="log")
             axis.minorticks_off()
             axis.set_xticks(budgets, [f"{rows:,}" for rows in budgets])
             axis.grid(alpha=0.3)
@@ -442,8 +464,14 @@ def draw_curves(claim: Claim, found: dict[str, list[dict]]) -> Figure:
     return figure
 
 
+def marker(color: int, verdict: str) -> dict:
+    """Return the marker of a difference: hollow for one seed."""
+    fill = "white" if verdict == ONE_SEED else f"C{color}"
+    return {"color": f"C{color}", "marker": "o", "markerfacecolor": fill}
+
+
 def draw_differences(measured: Measured) -> Figure:
-    """Draw the differences of all statements, an axis for each score."""
+    """Draw the differences of all statements, an axis for each score; those of one seed hollow."""
     claim = measured.claim
     found = {each.score for rows, _ in measured.differences.values() for each in rows}
     named = dict.fromkeys(name for scores in claim.scores.values() for name in scores)
@@ -458,12 +486,14 @@ def draw_differences(measured: Measured) -> Figure:
                 mean = each.mean
                 spread = [[mean.value - mean.low], [mean.high - mean.value]]
                 axis = axes[names.index(each.score)]
-                axis.errorbar(
-                    mean.value, place + shift, xerr=spread, fmt="o", capsize=3, color=f"C{index}"
-                )
-    handles = {
-        data: Line2D([], [], color=f"C{n}", marker="o") for n, data in enumerate(claim.scores)
-    }
+                look = marker(index, each.verdict)
+                axis.errorbar(mean.value, place + shift, xerr=spread, capsize=3, **look)
+    handles = {}
+    for (_, data), (rows, _) in measured.differences.items():
+        for each in rows:
+            look = marker([*claim.scores].index(data), each.verdict)
+            name = claim.name_of(data) + (f" ({ONE_SEED})" if each.verdict == ONE_SEED else "")
+            handles[name] = Line2D([], [], **look)
     for axis, name in zip(axes, names, strict=True):
         for place, statement in enumerate(claim.statements):
             given = statement.paper.get(name)

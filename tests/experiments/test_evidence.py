@@ -29,11 +29,14 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_verdict_is_by_the_interval_and_the_papers_sign(low, high, sign, expected):
-    assert evidence.verdict(Mean((low + high) / 2, low, high), sign) == expected
+    mean = Mean((low + high) / 2, low, high)
+    assert evidence.verdict(mean, sign, seeds=2) == expected
+    assert evidence.verdict(mean, sign, seeds=1) == "one seed"
 
 
-def test_sign_of_reads_numbers_and_directions():
-    assert [evidence.sign_of(each) for each in (3.2, -0.1, "+", "-", None)] == [1, -1, 1, -1, None]
+def test_sign_of_reads_directions_and_numbers_of_a_point_or_more():
+    given = (3.2, -1.0, "+", "-", None, 0.9, -0.1, 0.0)
+    assert [evidence.sign_of(each) for each in given] == [1, -1, 1, -1, None, None, None, None]
 
 
 @pytest.fixture
@@ -57,6 +60,7 @@ def page(tmp_path, monkeypatch) -> Path:
         "about": "Why.",
         "short": "It is worse.",
         "cost": ["new"],
+        "data": {"x": "The X"},
     }
     (tmp_path / "experiments" / "claims.yaml").write_text(yaml.safe_dump([claim]))
     hashes = {
@@ -82,13 +86,13 @@ def test_evidence_writes_verdicts_costs_and_figures_of_the_results(page):
     evidence.main([])
     text = page.read_text()
     measured, missing = [row for row in text.splitlines() if row.startswith("| [C9]")]
-    assert "| x (2) | VQA -3.0 | VQA +80.0 (" in measured
+    assert "| The X (2) | VQA -3.0 | VQA +80.0 (" in measured
     # Four runs of 90 CPU-seconds
     command = "`python -m experiments.run experiments/c9/grid.yaml --only x-old x-new`"
     assert measured.endswith(f"| VQA: does not hold | 0.1 | {command} |")
     assert "| y | VQA -3.0 | not run yet | not run yet | – |" in missing
     assert "\n- **[C9](#c9) New is better.** It is worse. (1 does not hold)\n" in text
-    assert "Comparisons: 1 (1 does not hold)" in text
+    assert "Comparisons: 1 of several seeds (1 does not hold), and 0 of one seed." in text
     assert (
         "## C9\n\n**New is better.**\n\nWhy.\n\n![C9: New is better](figures/evidence/c9.svg)"
         in text
@@ -114,13 +118,30 @@ def test_figure_has_an_axis_for_each_score_with_results_and_a_row_for_each_state
     assert axis.get_ylim() == (0.5, -0.5)
 
 
+def test_difference_of_one_seed_has_no_verdict_and_a_hollow_marker(page):
+    results = page.parents[1] / "experiments" / "c9" / "results.jsonl"
+    lines = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(each for each in lines if json.loads(each)["seed"] == 0))
+    evidence.main([])
+    text = page.read_text()
+    assert "| The X (1) | VQA -3.0 | VQA +80.0 (" in text and "| VQA: one seed |" in text
+    assert "It is worse. (1 of one seed)\n" in text
+    assert "Comparisons: 0 of several seeds (no verdict), and 1 of one seed." in text
+    (claim,) = evidence.read_claims()
+    figure = evidence.draw(evidence.Measured.of(claim))
+    (bars,) = figure.axes[0].containers
+    assert bars.lines[0].get_markerfacecolor() == "white"
+    (legend,) = figure.legends
+    assert [each.get_text() for each in legend.get_texts()] == ["The X (one seed)", "paper"]
+
+
 def test_curves_have_a_row_of_axes_for_each_data_set_with_results(page):
     path = page.parents[1] / "experiments" / "claims.yaml"
     (given,) = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump([given | {"curves": {"both": ["old", "new"]}}]))
     (claim,) = evidence.read_claims()
     axes = evidence.draw(evidence.Measured.of(claim)).axes
-    assert [axis.get_title() for axis in axes] == ["x: VQA", "x: other"]
+    assert [axis.get_title() for axis in axes] == ["The X: VQA", "The X: other"]
     assert [len(axis.containers) for axis in axes] == [1, 0]  # "other" has no result
 
 
