@@ -30,7 +30,7 @@ def load_benchmarks(path: Path, names: list[str], data: Path = DATA) -> list[Ben
     Raises: `ValueError` for a file that holds no benchmarks, for unknown names, tasks and keys, and
         for values of a wrong type; `FileNotFoundError` for missing files.
     """
-    entries = _entries(path)
+    entries = read_entries(path)
     if names != ["all"]:
         if unknown := [name for name in names if name not in entries]:
             known = ", ".join(map(str, entries))
@@ -49,7 +49,7 @@ def load_benchmarks(path: Path, names: list[str], data: Path = DATA) -> list[Ben
     return found
 
 
-def _entries(path: Path) -> dict[str, Any]:
+def read_entries(path: Path) -> dict[str, Any]:
     """Return the entries of a file, or of all files of a folder, by name."""
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
     if not files:
@@ -185,4 +185,4 @@ def _value(
     return folder / value
 
 
-__all__ = ["DATA", "load_benchmarks", "measurable"]
+__all__ = ["DATA", "load_benchmarks", "measurable", "read_entries"]

@@ -46,6 +46,8 @@ from experiments.report import (
     markdown,
     mean_score,
     number,
+    of_stage_before,
+    settings_of,
     split_page,
     with_interval,
     write_page,
@@ -195,7 +197,7 @@ def results(claim: Claim) -> dict[str, list[dict]]:
     expected = {(run.setting, run.seed): run.settings for run in grid.runs()}
     found: dict[str, list[dict]] = {}
     for key, line in sorted(lines.items(), key=lambda item: item[0][1]):
-        if "error" not in line and expected.get(key, line["settings"]) == line["settings"]:
+        if "error" not in line and settings_of(grid, expected, key) == line["settings"]:
             found.setdefault(key[0], []).append(line)
     return found
 
@@ -259,7 +261,12 @@ def paper_text(given: dict) -> str:
 
 
 def cpu_hours(lines: list[dict]) -> float:
-    return sum(sum(line["process_cpu_seconds"].values()) for line in lines) / 3600
+    """Return the processor time of runs and of those that they started from, in hours."""
+    seconds = [
+        sum(line["process_cpu_seconds"].values()) + of_stage_before(line, "cpu_seconds")
+        for line in lines
+    ]
+    return sum(seconds) / 3600
 
 
 def table(measured: list[Measured]) -> str:

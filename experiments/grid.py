@@ -30,15 +30,18 @@ import copy
 import functools
 import hashlib
 import json
+import math
+import os
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from eval.benchmarks import read_entries
 from training.arguments import (
     EvaluationArguments,
     Recipe,
@@ -50,7 +53,7 @@ from training.arguments import (
 from training.tokens.recipe import read_recipe as read_token_recipe
 
 WORK = Path("runs/experiments")
-NAME = re.compile(r"[\w.-]+")
+NAME = re.compile(r"\w[\w.-]*")
 RECIPE_OF = re.compile(r"\{recipe ([\w.-]+)\}")
 MODEL_OF = re.compile(r"\{model ([\w.-]+)\}")
 TRAINERS = {"train": read_recipe, "token_baseline": read_token_recipe}
@@ -63,10 +66,21 @@ class GridError(ValueError):
 def is_named(folder: str, texts: list[str]) -> bool:
     """Return whether one of the texts names a folder, not as a part of another name.
 
-    init-2 is not init-2-calibrated.
+    init-2 is not init-2-calibrated. A path may begin with `./` or with the working directory.
     """
     name = re.compile(rf"(?<![\w./-]){re.escape(folder)}(?![\w.-])")
-    return any(name.search(text) for text in texts)
+    return any(name.search(relative(text)) for text in texts)
+
+
+def relative(text: str) -> str:
+    """Return a text whose paths have no working directory, no `./` and no double slash."""
+    text = text.replace(f"{Path.cwd()}/", "")
+    return re.sub(r"(?<![\w.])\./|(?<=[^:/]/)/+", "", text)
+
+
+def as_text(value: Any) -> str:
+    """Return a YAML value as a text in which its folders can be looked for."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -175,11 +189,25 @@ class Grid:
 
     def __post_init__(self):
         for name in self.settings:
-            if not NAME.fullmatch(str(name)):
-                raise GridError(f"settings: {name!r}: use letters, digits, '.', '_' and '-' only.")
+            # YAML reads 0.1 as a number and `on` as true; in quotes both are names.
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise GridError(
+                    f"settings: {name!r}: give a name of letters, digits, '.', '_' and '-'; put a "
+                    "number or a word such as on into quotes."
+                )
             self.settings[name] = self.settings[name] or {}
+            if not isinstance(self.settings[name], dict):
+                raise GridError(f"settings: {name}: {self.settings[name]!r} is not a mapping.")
         if not self.settings or not self.seeds:
             raise GridError("settings and seeds: give at least one of each.")
+        if not 0 < self.cpu_minutes < math.inf:
+            raise GridError(f"cpu_minutes: {self.cpu_minutes} is not a positive number.")
+        for title, names in self.groups.items():
+            if not isinstance(names, list):
+                raise GridError(f"groups: {title}: {names!r} is not a list of settings.")
+        for pair in self.compare:
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise GridError(f"compare: {pair} is not a pair of settings.")
         self.groups = self.groups or {"All settings": list(self.settings)}
         named = [name for group in self.groups.values() for name in group]
         named += [name for pair in self.compare for name in pair]
@@ -187,11 +215,17 @@ class Grid:
             self.check_setting("groups and compare", name)
         for name, seeds in self.seeds_of.items():
             self.check_setting("seeds_of", name)
-            if not isinstance(seeds, list) or not set(seeds) < set(self.seeds):
+            if not isinstance(seeds, list) or not seeds or not set(seeds) <= set(self.seeds):
                 raise GridError(f"seeds_of: {name}: {seeds} are not some of the seeds.")
-        for pair in self.compare:
-            if len(pair) != 2:
-                raise GridError(f"compare: {pair} is not a pair of settings.")
+        for name in self.settings:
+            if (first := self.before(name)) is None:
+                continue
+            own, its = (self.seeds_of.get(each, self.seeds) for each in (name, first))
+            if missing := set(own) - set(its):
+                raise GridError(
+                    f"seeds_of: {name} starts from {first}, which is left out for seed "
+                    f"{min(missing)}."
+                )
 
     def check_setting(self, where: str, name: str) -> None:
         """Raise `GridError` if the grid lacks a setting."""
@@ -205,9 +239,12 @@ class Grid:
         names = {each.name for each in fields(Step)}
         steps = []
         for given in self.prepare:
-            if set(given) != names:
+            if not isinstance(given, dict) or set(given) != names:
                 raise GridError(f"prepare: give {', '.join(sorted(names))}; found {given}.")
             step = Step(**with_seed(given, seed))
+            step = replace(step, folder=relative(os.path.normpath(step.folder)))
+            if step.folder in [each.folder for each in steps]:
+                raise GridError(f"prepare: two steps make {step.folder}; give one.")
             for setting in RECIPE_OF.findall(step.command):
                 self.check_setting("prepare", setting)
             if step.command.split()[:2] != ["python", "-m"]:
@@ -222,7 +259,9 @@ class Grid:
         Raises:
             GridError: there is no such benchmark.
         """
-        texts, needed = [json.dumps(recipe), json.dumps(benchmarks(recipe, options))], []
+        texts, needed = [as_text(recipe), *map(as_text, benchmarks(recipe, options).values())], []
+        if options is not None and options.decoder is not None:
+            texts.append(as_text(yaml_of("decoder", options.decoder)))
         for step in reversed(self.steps(seed)):
             if is_named(step.folder, texts):
                 needed.append(step)
@@ -235,10 +274,16 @@ class Grid:
         Raises:
             GridError: the command names a YAML file that cannot be read.
         """
-        files = [word for word in shlex.split(step.command) if word.endswith(".yaml")]
-        recipes = [yaml_of("prepare", each) for each in files]
+        try:
+            words = shlex.split(step.command)
+        except ValueError as error:
+            raise GridError(f"prepare: {step.command!r}: {error}.") from error
+        files = [word for word in words if word.endswith(".yaml")]
+        # A step may write such a file, and then it cannot be read yet.
+        made = tuple(f"{each.folder}/" for each in self.steps(seed))
+        recipes = [yaml_of("prepare", each) for each in files if not is_in(each, made)]
         recipes += [self.recipe_of(each, seed) for each in RECIPE_OF.findall(step.command)]
-        return [step.command, *(json.dumps(each) for each in recipes)]
+        return [step.command, *map(as_text, recipes)]
 
     def recipe_of(self, setting: str, seed: int) -> dict:
         """Return the whole recipe of a setting with a seed.
@@ -279,14 +324,14 @@ class Grid:
             GridError: it starts from more than one, or from one that the grid lacks or that
                 starts from a third.
         """
-        found = set(MODEL_OF.findall(json.dumps({**self.overrides, **self.settings[setting]})))
+        found = set(MODEL_OF.findall(as_text({**self.overrides, **self.settings[setting]})))
         if not found:
             return None
         first, *others = found
         if others:
             raise GridError(f"{setting}: it names {len(found)} models of settings; name one.")
         self.check_setting(f"{setting}: model", first)
-        if MODEL_OF.search(json.dumps(self.settings[first])):
+        if MODEL_OF.search(as_text(self.settings[first])):
             raise GridError(f"{setting}: {first} starts from a model itself; two stages at most.")
         return first
 
@@ -343,28 +388,36 @@ def is_of_recipe(key: str) -> bool:
     return "." in key
 
 
-def benchmarks(recipe: dict, options: Options | None) -> list[dict]:
+def is_in(path: str, folders: tuple[str, ...]) -> bool:
+    return relative(os.path.normpath(path)).startswith(folders)
+
+
+def benchmarks(recipe: dict, options: Options | None) -> dict[str, dict]:
     """Return the entries of the benchmarks of a recipe and of its options.
+
+    Those of validation data have "validation " before their names.
 
     Raises:
         GridError: there is no such benchmark.
     """
-    evaluation, options = recipe.get("evaluation", {}), options or Options()
-    tasks = [*evaluation.get("tasks", []), *options.more_tasks]
-    entries = []
-    for path, names in (
-        (evaluation.get("benchmarks", EvaluationArguments.benchmarks), tasks),
+    evaluation, options = recipe.get("evaluation") or {}, options or Options()
+    tasks = [*(evaluation.get("tasks") or []), *options.more_tasks]
+    entries = {}
+    for path, names, prefix in (
+        (evaluation.get("benchmarks", EvaluationArguments.benchmarks), tasks, ""),
         (
             options.validation_benchmarks,
             [name.rpartition("=")[2] for name in options.validation],
+            "validation ",
         ),
     ):
         if not names:
             continue
-        known = yaml_of("benchmarks", path)
+        is_folder = Path(path).is_dir()
+        known = read_entries(Path(path)) if is_folder else yaml_of("benchmarks", path)
         if unknown := [name for name in names if name not in known]:
             raise GridError(f"benchmarks: {path} has no {', '.join(unknown)}.")
-        entries += [known[name] for name in names]
+        entries |= {f"{prefix}{name}": known[name] for name in names}
     return entries
 
 
@@ -372,11 +425,17 @@ def yaml_of(key: str, path: str) -> Any:
     """Return the content of a YAML file that a grid names.
 
     Raises:
-        GridError: it is missing.
+        GridError: it is missing, or not a YAML file of a mapping.
     """
     if not Path(path).is_file():
-        raise GridError(f"{key}: {path} is missing; the command runs in the repository.")
-    return copy.deepcopy(parsed(Path(path).read_text(encoding="utf-8")))
+        raise GridError(f"{key}: {path} is not a file; the command runs in the repository.")
+    try:
+        content = copy.deepcopy(parsed(Path(path).read_text(encoding="utf-8")))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise GridError(f"{key}: {path} is not a YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise GridError(f"{key}: {path} is empty or not a mapping.")
+    return content
 
 
 @functools.cache
@@ -402,13 +461,13 @@ def read_grid(path: Path) -> Grid:
     """
     if not path.is_file():
         raise GridError(f"{path}: no such grid.")
+    given, name = yaml_of("grid", str(path)), path.resolve().parent.name
+    own = path.with_name("recipe.yaml")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise GridError(f"{path}: not a YAML file: {error}") from error
-    name = path.resolve().parent.name
-    try:
-        return Grid(**check_keys({"name": name} | (given or {}), Grid, ""))
+        grid = Grid(**check_keys({"name": name} | given, Grid, ""))
+        if own.is_file() and not (Path(grid.recipe).is_file() and own.samefile(grid.recipe)):
+            raise GridError(f"recipe: {grid.recipe} is not the {own} of this grid. Name that one.")
+        return grid
     except (GridError, RecipeError) as error:
         raise GridError(f"{path}: {error}") from error
 
@@ -421,6 +480,7 @@ __all__ = [
     "Options",
     "Run",
     "Step",
+    "as_text",
     "benchmarks",
     "read_grid",
 ]

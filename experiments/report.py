@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 from eval.intervals import difference_interval, mean_interval
 from experiments.grid import Grid, GridError, read_grid
-from experiments.results import FILE, read_lines, unpack
+from experiments.results import BENCHMARK, FILE, read_lines, unpack
 
 BEGIN = "<!-- results: written by experiments.report -->"
 END = "<!-- end of results -->"
@@ -107,12 +107,20 @@ def items_of(folder: Path, lines: list[dict], score: str) -> tuple[np.ndarray, n
     """Return the values `(S, n)` of a score's items, and their clusters `(n,)`.
 
     Raises:
-        ReportError: the lines were measured on different items.
+        ReportError: the lines were measured on different items, or by different entries of the
+            benchmark.
     """
+    named = ", ".join(f"{line['setting']} {line['seed']}" for line in lines)
     if len({line["items"][score]["items"] for line in lines}) > 1:
-        named = ", ".join(f"{line['setting']} {line['seed']}" for line in lines)
         raise ReportError(
             f"{score}: {named} were measured on different items. Repeat them on the same data."
+        )
+    entry = f"{BENCHMARK}{score.split()[0]}"
+    entries = {line["prepared"][entry] for line in lines if entry in line["prepared"]}
+    if len(entries) > 1:
+        raise ReportError(
+            f"{score}: the benchmark's entry has changed between the runs of {named}. Repeat them "
+            "by the same entry, with --again."
         )
     values, (clusters, *_) = zip(*(unpack(folder, line, score) for line in lines), strict=True)
     return np.stack(values), clusters
@@ -170,9 +178,14 @@ def scores_of_any(grid: Grid, found: dict[str, list[dict]]) -> list[str]:
     return sorted(set(names), key=grid.scores.index) if grid.scores else list(dict.fromkeys(names))
 
 
+def of_stage_before(line: dict, name: str) -> float:
+    """Return `rows` or `cpu_seconds` of the run that a run started from; 0 without one."""
+    return line.get("before", {}).get(name, 0)
+
+
 def of_all_stages(line: dict, name: str) -> float:
     """Return `rows` or `cpu_seconds` of a run, with those of the run that it started from."""
-    return line[name] + line.get("before", {}).get(name, 0)
+    return line[name] + of_stage_before(line, name)
 
 
 def settings_table(folder: Path, grid: Grid, found: dict[str, list[dict]]) -> str:
@@ -213,14 +226,15 @@ def reached(a: list[dict], b: list[dict]) -> tuple[str, str, bool]:
     """Return when each seed of B reaches the final loss of A with that seed.
 
     Returns:
-        The rows and the processor time until then, as shares of A's; and True if every seed needs
-        at most half of A's rows.
+        The rows and the processor time until then, those of a stage before included, as shares of
+        A's; and True if every seed needs at most half of A's rows.
     """
     rows, costs = [], []
     for one, other in zip(a, b, strict=True):
-        share = share_to_reach(other, final_loss(one))  # of B's run, which may be the shorter one
-        rows.append(None if share is None else share * other["rows"] / one["rows"])
-        costs.append(None if share is None else share * other["cpu_seconds"] / one["cpu_seconds"])
+        share = share_to_reach(other, final_loss(one))  # of B's last stage
+        for shares, name in ((rows, "rows"), (costs, "cpu_seconds")):
+            used = None if share is None else share * other[name] + of_stage_before(other, name)
+            shares.append(None if used is None else used / of_all_stages(one, name))
     texts = (
         ", ".join("never" if each is None else f"{100 * each:.0f} %" for each in values)
         for values in (rows, costs)
@@ -284,13 +298,12 @@ def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], dig
         losses = np.array([line["curve"]["loss"] for line in same])  # (S, points)
         steps = np.array(same[0]["curve"]["step"])
         share = steps / steps[-1]
-        for axis, whole in (
-            (axes[0], same[0]["rows"]),
-            (axes[1], average(same, lambda line: line["cpu_seconds"])),
-        ):
-            (drawn,) = axis.plot(share * whole, losses.mean(0), label=name)
+        for axis, kind in zip(axes, ("rows", "cpu_seconds"), strict=False):
+            first = average(same, lambda line, kind=kind: of_stage_before(line, kind))
+            used = first + share * average(same, lambda line, kind=kind: line[kind])
+            (drawn,) = axis.plot(used, losses.mean(0), label=name)
             axis.fill_between(
-                share * whole, losses.min(0), losses.max(0), color=drawn.get_color(), alpha=0.2
+                used, losses.min(0), losses.max(0), color=drawn.get_color(), alpha=0.2
             )
     for axis, label in zip(axes, ("rows seen", "CPU-seconds"), strict=False):
         axis.set(xlabel=label, ylabel="loss")
@@ -347,6 +360,20 @@ def facts(lines: list[dict]) -> str:
     )
 
 
+def settings_of(
+    grid: Grid, expected: dict[tuple[str, int], str], key: tuple[str, int]
+) -> str | None:
+    """Return the hash of a setting and seed, which may be a seed that the grid does not list; None
+    if the grid has no such setting.
+
+    Args:
+        expected: those of the grid's own runs.
+    """
+    if key[0] not in grid.settings:
+        return None
+    return expected[key] if key in expected else grid.run(*key).settings
+
+
 def results_text(
     folder: Path, grid: Grid, figure: Callable[[str, dict[str, list[dict]]], str]
 ) -> str:
@@ -357,19 +384,17 @@ def results_text(
     """
     expected = {(run.setting, run.seed): run.settings for run in grid.runs()}
     lines = read_lines(folder)
+    is_valid = {
+        key: line["settings"] == settings_of(grid, expected, key) for key, line in lines.items()
+    }
     failed = [
         f"{name} {seed}: {each['error']}" for (name, seed), each in lines.items() if "error" in each
     ]
-    other = [
-        f"{name} {seed}"
-        for (name, seed), line in lines.items()
-        if expected.get((name, seed), line["settings"]) != line["settings"]
-        or name not in grid.settings
-    ]
+    other = [f"{name} {seed}" for (name, seed), is_same in is_valid.items() if not is_same]
     valid = [
         line
         for (name, seed), line in sorted(lines.items(), key=lambda item: item[0][1])
-        if "error" not in line and f"{name} {seed}" not in other
+        if "error" not in line and is_valid[name, seed]
     ]
     found = {name: [line for line in valid if line["setting"] == name] for name in grid.settings}
     found = {name: same for name, same in found.items() if same}
@@ -381,7 +406,14 @@ def results_text(
     if compared := comparison_table(folder, grid, found):
         parts += ["### Comparisons", compared]
     missing = [f"{name} {seed}" for name, seed in expected if (name, seed) not in lines]
-    notes = {"not run yet": missing, "failed": failed, "left out, of other settings": other}
+    measured = scores_of_any(grid, found)
+    without = [name for name in grid.scores if name not in measured]
+    notes = {
+        "not run yet": missing,
+        "failed": failed,
+        "left out, of other settings": other,
+        "in `scores` without a result": without,
+    }
     parts += [
         f"{len(each)} {note}: {', '.join(each)}." for note, each in notes.items() if each and valid
     ]

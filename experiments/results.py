@@ -14,6 +14,7 @@ import numpy as np
 from eval.items import Column
 
 FILE, ITEMS = "results.jsonl", "items"
+BENCHMARK = "benchmark "  # before a benchmark's name, in a line's "prepared"
 
 
 def read_lines(folder: Path) -> dict[tuple[str, int], dict]:
@@ -25,7 +26,8 @@ def read_lines(folder: Path) -> dict[tuple[str, int], dict]:
     path, lines = folder / FILE, {}
     if not path.is_file():
         return lines
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    texts = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    for number, text in enumerate(texts if texts != [""] else [], start=1):
         try:
             line = json.loads(text)
             lines[line["setting"], line["seed"]] = line
@@ -35,9 +37,16 @@ def read_lines(folder: Path) -> dict[tuple[str, int], dict]:
 
 
 def append_line(folder: Path, line: dict) -> None:
-    """Append a line to the results."""
-    with (folder / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    """Append a line to the results, below one that was cut off."""
+    path = folder / FILE
+    content = path.read_bytes() if path.is_file() else b""
+    is_cut = content != b"" and not content.endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * is_cut + json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def digest_of(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def pack(folder: Path, column: Column) -> dict[str, Any]:
@@ -47,16 +56,20 @@ def pack(folder: Path, column: Column) -> dict[str, Any]:
     """
     names = sorted(column.values)
     values = [round(column.values[name], 4) for name in names]
-    digest = hashlib.blake2b(json.dumps(names).encode(), digest_size=8).hexdigest()
+    numbers: dict[int, int] = {}
+    clusters = [column.clusters[name] for name in names]
+    facts = {"clusters": [numbers.setdefault(each, len(numbers)) for each in clusters]}
+    if column.types:
+        facts["types"] = [column.types[name] for name in names]
+    text = json.dumps(facts) + "\n"
+    digest = digest_of(json.dumps(names))
     path = folder / ITEMS / f"{digest}.json"
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        numbers: dict[int, int] = {}
-        clusters = [column.clusters[name] for name in names]
-        facts = {"clusters": [numbers.setdefault(each, len(numbers)) for each in clusters]}
-        if column.types:
-            facts["types"] = [column.types[name] for name in names]
-        path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        # The same items with other clusters or types, such as corrected ones
+        digest = digest_of(json.dumps(names) + text)
+        path = folder / ITEMS / f"{digest}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
     if set(values) <= {0, 1}:
         values = "".join(str(int(value)) for value in values)
     return {"items": digest, "values": values}
@@ -97,4 +110,4 @@ def unpack(folder: Path, line: dict, score: str) -> tuple[np.ndarray, np.ndarray
     return values, clusters
 
 
-__all__ = ["FILE", "append_line", "pack_all", "read_lines", "unpack"]
+__all__ = ["BENCHMARK", "FILE", "append_line", "pack_all", "read_lines", "unpack"]

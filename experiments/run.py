@@ -28,7 +28,7 @@ from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import safe_open
 from tqdm import tqdm
@@ -36,10 +36,21 @@ from tqdm import tqdm
 from eval.evaluate import at_least_one
 from eval.items import FILE as ITEMS_FILE
 from eval.items import read_items
-from experiments.grid import RECIPE_OF, WORK, Grid, GridError, Run, Step, is_named, read_grid
-from experiments.results import append_line, pack_all, read_lines
+from experiments.grid import (
+    RECIPE_OF,
+    WORK,
+    Grid,
+    GridError,
+    Run,
+    Step,
+    benchmarks,
+    is_named,
+    read_grid,
+)
+from experiments.results import BENCHMARK, append_line, pack_all, read_lines
 from processing.output import check_output_folder
 from training.arguments import Recipe, RecipeError
+from training.decoder.recipe import read_recipe as read_decoder_recipe
 from training.hub.training_facts import read_runs
 
 LAST_LINES = 3  # of a log, in an error
@@ -161,43 +172,86 @@ def in_order(
 # -- preparation -----------------------------------------------------------------------------
 
 
-def digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+def digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def prepare(grid: Grid, runs: list[Run], jobs: int) -> None:
     """Run the preparations that runs need and that do not exist yet, `jobs` at a time.
 
     Raises:
-        GridError: a folder was made by another command of this grid.
+        GridError: a folder was made by another command.
         RunError: a command failed.
     """
     steps: dict[str, tuple[Step, int]] = {}
     for run in runs:
         needed = grid.needed(run.recipe, run.seed, run.options)
         steps |= {step.folder: (step, run.seed) for step in needed}
-    made_by = WORK / grid.name / "prepared.json"
-    commands = json.loads(made_by.read_text(encoding="utf-8")) if made_by.is_file() else {}
     tasks: dict[str, tuple[set[str], Callable[[], None]]] = {}
     for folder, (step, seed) in steps.items():
-        if not Path(folder, step.complete).is_file():
-            texts = grid.texts_of(step, seed)
-            before = {each for each in tasks if is_named(each, texts)}
-            tasks[folder] = before, partial(make, grid, step, seed)
-        elif commands.get(folder, step.command) != step.command:
-            raise GridError(
-                f"prepare: {folder} was made by {commands[folder]!r}. Delete it, and the next "
-                "run makes it anew."
-            )
+        if is_made(step):
+            continue
+        texts = grid.texts_of(step, seed)
+        before = {each for each in tasks if is_named(each, texts)}
+        tasks[folder] = before, partial(make_alone, grid, step, seed)
     with (
         tqdm(total=len(tasks), desc="prepare", unit="step", dynamic_ncols=True) as progress,
         closing(in_order(tasks, jobs)) as ended,
     ):
-        for folder, future in ended:
+        for _, future in ended:
             future.result()
-            commands[folder] = steps[folder][0].command
-            made_by.write_text(json.dumps(commands, indent=2) + "\n", encoding="utf-8")
             progress.update()
+
+
+def note_of(step: Step, ending: str) -> Path:
+    """Return a file about a prepared folder, which all grids share."""
+    return WORK / "prepared" / f"{step.folder.replace('/', '-')}.{ending}"
+
+
+def is_made(step: Step) -> bool:
+    """Return whether a step's folder is complete.
+
+    Raises:
+        GridError: another command made it.
+    """
+    if not Path(step.folder, step.complete).is_file():
+        return False
+    note = note_of(step, "txt")  # none for a folder that was made without a grid
+    command = note.read_text(encoding="utf-8") if note.is_file() else step.command
+    if command != step.command:
+        raise GridError(
+            f"prepare: {step.folder} was made by {command!r}. Delete it, and the next run makes it "
+            "anew; or name another folder."
+        )
+    return True
+
+
+def make_alone(grid: Grid, step: Step, seed: int) -> None:
+    """Run a preparation, or wait until another grid has run it.
+
+    Raises:
+        GridError: see `is_made`.
+        RunError: see `make`.
+    """
+    lock = note_of(step, "lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        while not is_locked(file):
+            if ENDING.is_set():
+                raise RunError(f"{step.folder}: ended while another grid prepared it")
+            time.sleep(SECONDS_TO_LOOK)
+        if not is_made(step):
+            make(grid, step, seed)
+            note_of(step, "txt").write_text(step.command, encoding="utf-8")
+
+
+def is_locked(file: TextIO) -> bool:
+    """Try to lock a file; return False if another process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def make(grid: Grid, step: Step, seed: int) -> None:
@@ -222,16 +276,58 @@ def make(grid: Grid, step: Step, seed: int) -> None:
 
 
 def made(grid: Grid, run: Run) -> dict[str, str]:
-    """Return a hash of the file that completes each preparation of a run.
+    """Return a hash of the file that completes each preparation of a run, and of the entry of each
+    of its benchmarks.
 
-    It differs if the same command has made other data, or if a folder of other data was there.
+    The first differs if the same command has made other data, or if a folder of other data was
+    there.
     """
     steps = grid.needed(run.recipe, run.seed, run.options)
     paths = {step.folder: Path(step.folder, step.complete) for step in steps}
-    return {folder: digest(path) for folder, path in paths.items() if path.is_file()}
+    entries = benchmarks(run.recipe, run.options)
+    return {
+        **{folder: digest(path.read_bytes()) for folder, path in paths.items() if path.is_file()},
+        **{
+            f"{BENCHMARK}{name}": digest(json.dumps(entry, sort_keys=True).encode())
+            for name, entry in entries.items()
+        },
+    }
 
 
 # -- runs ------------------------------------------------------------------------------------
+
+
+def check(run: Run, recipe: Recipe) -> None:
+    """Check what a run's commands would refuse after its training.
+
+    Raises:
+        GridError: an option or a value of the recipe.
+        RecipeError: the recipe of its Y-Decoder.
+    """
+    options, training = run.options, recipe.training
+    if training.logging_steps > training.max_steps:
+        raise GridError(
+            f"{run.setting}: training.logging_steps ({training.logging_steps:g}) is above "
+            f"max_steps ({training.max_steps}), so no loss would be logged. Give less."
+        )
+    if options.cached and recipe.data.features is None:
+        raise GridError(f"{run.setting}: cached: the recipe has no data.features to read.")
+    if options.validation and options.trainer != "token_baseline":
+        raise GridError(
+            f"{run.setting}: validation: it chooses the form of a likelihood, and only the "
+            "trainer token_baseline has one. Leave it out."
+        )
+    if options.decoder is not None:
+        read_decoder_recipe(options.decoder, decoder_options(run))
+
+
+def decoder_options(run: Run) -> list[str]:
+    """Return what a run changes in the recipe of its Y-Decoder."""
+    paths = {
+        "model.checkpoint": run.folder / "model",
+        "training.output_dir": run.folder / "decoder",
+    }
+    return [*(f"{key}={path}" for key, path in paths.items()), f"training.seed={run.seed}"]
 
 
 def execute(grid: Grid, folder: Path, run: Run) -> dict:
@@ -252,8 +348,7 @@ def execute(grid: Grid, folder: Path, run: Run) -> dict:
     measured = model
     if run.options.decoder is not None:
         measured = run.folder / "decoder"
-        words = ["training.train_decoder", run.options.decoder, f"model.checkpoint={model}"]
-        words += [f"training.output_dir={measured}", f"training.seed={run.seed}"]
+        words = ["training.train_decoder", run.options.decoder, *decoder_options(run)]
         used["decoder"] = in_own_process(words, log, limit)
     if recipe.evaluation.tasks:
         words = evaluation(run, recipe, measured)
@@ -377,14 +472,23 @@ def only_runner(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         os.set_inheritable(file.fileno(), True)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not is_locked(file):
             raise GridError(
                 f"{folder}: another command runs this grid, or a training of one that was killed. "
                 "Wait until it ends, or end it."
-            ) from error
+            )
         yield
+
+
+def check_owner(path: Path, folder: Path) -> None:
+    """Raise `GridError` if another grid of the same name works in a folder; else note the grid."""
+    note, own = folder / "grid.txt", os.path.relpath(path.resolve())
+    owner = note.read_text(encoding="utf-8") if note.is_file() else own
+    if owner != own:
+        raise GridError(
+            f"{folder}: it belongs to {owner}, a grid of the same name. Rename the folder of {own}."
+        )
+    note.write_text(own, encoding="utf-8")
 
 
 # -- the command -----------------------------------------------------------------------------
@@ -428,8 +532,13 @@ def unfinished(
         if "error" in line:
             todo.append(run)
             continue
+        # Older lines have no benchmarks.
         before = line["prepared"]
-        other = [name for name in now if before.get(name) != now[name]]
+        other = [
+            name
+            for name in now
+            if before.get(name, now[name] if name.startswith(BENCHMARK) else None) != now[name]
+        ]
         if line["settings"] != run.settings or other:
             named = f" ({', '.join(other)})" if other else ""
             changed.append(f"{run.setting} {run.seed}{named}")
@@ -466,10 +575,11 @@ def main(argv: list[str] | None = None) -> int:
     check_output_folder("runs", WORK / grid.name)
 
     with only_runner(WORK / grid.name):
+        check_owner(args.grid, WORK / grid.name)
         # 1. All settings are checked before the first run, which may take hours
         runs = list(grid.runs(args.only, args.seeds))
         for run in {run.setting: run for run in runs}.values():
-            run.write_recipe()
+            check(run, run.write_recipe())
         data = [made(grid, run) for run in runs]
         todo = unfinished(runs, read_lines(folder), data, args.again)
         todo = with_models(runs, todo)
@@ -503,12 +613,14 @@ def run_all(grid: Grid, folder: Path, todo: list[Run], jobs: int) -> int:
             line = {"setting": run.setting, "seed": run.seed, "settings": run.settings}
             try:
                 line = future.result()
-                tqdm.write(f"{run.setting} {run.seed}: {summary(grid, line)}")
-            except RunError as error:
+                text = summary(grid, line)
+            except Exception as error:  # of one run; the others go on
                 failed.add(key)
-                line["error"] = str(error)
-                tqdm.write(f"{run.setting} {run.seed}: FAILED: {error}")
+                kind = "" if isinstance(error, RunError) else f"{type(error).__name__}: "
+                line["error"] = f"{kind}{error}"
+                text = f"FAILED: {line['error']}"
             append_line(folder, line | {"prepared": made(grid, run)})
+            tqdm.write(f"{run.setting} {run.seed}: {text}")
             progress.update()
     return len(failed)
 

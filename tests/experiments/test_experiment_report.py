@@ -42,6 +42,7 @@ def line(folder, setting: str, seed: int, losses: list[float], values: list[floa
         "precision": "fp32",
         "revision": "abc",
         "versions": {"python": "3", "torch": "2", "transformers": "5"},
+        "prepared": {},
         **more,
     }
 
@@ -66,6 +67,18 @@ def test_pack_keeps_values_clusters_and_types(tmp_path):
     values, clusters = unpack(tmp_path, made, "vqa where")
     assert (values.tolist(), clusters.tolist()) == ([1, 1, 0], [0, 1, 2])
     assert pack(tmp_path, column([0.12345, 1, 0, 0, 0]))["values"] == [0.1235, 1, 0, 0, 0]
+
+
+def test_pack_keeps_other_types_of_the_same_items_apart(tmp_path):
+    first = pack(tmp_path, column([1, 0, 1, 1, 0]))
+    assert pack(tmp_path, column([0, 0, 0, 0, 0]))["items"] == first["items"]
+    corrected = column([1, 0, 1, 1, 0])
+    corrected.types["item0"] = "what"
+    second = pack(tmp_path, corrected)
+    assert second["items"] != first["items"]
+    assert pack(tmp_path, column([1, 0, 1, 1, 0])) == first
+    types = json.loads((tmp_path / "items" / f"{second['items']}.json").read_text())["types"]
+    assert types == ["what", "what", "where", "what", "where"]
 
 
 def test_mean_score_adds_both_intervals_in_quadrature(tmp_path):
@@ -96,6 +109,11 @@ def test_difference_of_scores_is_paired_by_seed_and_item(tmp_path):
         other = line(tmp_path, "b", 0, [1.0], [1, 1, 1, 0, 1])
         other["items"]["vqa accuracy"]["items"] = "0" * 16
         report.difference_of_scores(tmp_path, a[:1], [other], "vqa accuracy")
+    changed = [a[0] | {"prepared": {"benchmark vqa": "1"}}, b[0]]  # b has none: an old line
+    report.difference_of_scores(tmp_path, changed[:1], changed[1:], "vqa accuracy")
+    changed[1] |= {"prepared": {"benchmark vqa": "2"}}
+    with pytest.raises(report.ReportError, match="entry has changed between the runs of a 0, b 0"):
+        report.difference_of_scores(tmp_path, changed[:1], changed[1:], "vqa accuracy")
 
 
 def test_of_all_stages_adds_what_a_run_started_from():
@@ -111,6 +129,19 @@ def test_of_all_stages_adds_what_a_run_started_from():
 def test_share_to_reach_is_that_of_the_first_line_at_most_the_loss():
     curve = {"curve": {"step": [10, 20, 30, 40], "loss": [3.0, 2.0, 1.5, 1.0]}}
     assert [report.share_to_reach(curve, loss) for loss in (2.0, 1.6, 0.5)] == [0.5, 0.75, None]
+
+
+def test_reached_counts_the_stage_before_on_both_sides():
+    def run(rows: int, losses: list[float], before: int) -> dict:
+        curve = {"step": [1, 2], "loss": losses}
+        first = {"before": {"rows": before, "cpu_seconds": before / 10}} if before else {}
+        return {"curve": curve, "rows": rows, "cpu_seconds": rows / 10, **first}
+
+    a, b = run(200, [3.0, 2.0], 0), run(100, [2.0, 1.0], 120)
+    # B has 120 rows before, and half of its 100 until the loss of 2: 170 of 200.
+    assert report.reached([a], [b]) == ("85 %", "85 %", False)
+    assert report.reached([b], [run(400, [1.0, 0.5], 0)]) == ("91 %", "91 %", False)  # 200 of 220
+    assert report.reached([a], [run(100, [2.0, 1.0], 0)]) == ("25 %", "25 %", True)
 
 
 @pytest.fixture
@@ -192,13 +223,15 @@ def test_report_names_missing_failed_and_changed_runs(folder):
     lines = [json.loads(each) for each in (folder / "results.jsonl").read_text().splitlines()]
     (folder / "results.jsonl").unlink()
     failed = {"setting": "plain", "seed": 0, "settings": lines[0]["settings"], "error": "limit"}
-    for each in (failed, lines[2], lines[3] | {"settings": "other"}):
+    not_listed = lines[3] | {"seed": 5, "settings": "other"}  # a seed that the grid does not list
+    for each in (failed, lines[2], lines[3] | {"settings": "other"}, not_listed):
         append_line(folder, each)
     report.main([str(folder)])
     text = (folder / "README.md").read_text()
     assert "1 not run yet: plain 1." in text
     assert "1 failed: plain 0: limit." in text
-    assert "1 left out, of other settings: fast 1." in text
+    assert "2 left out, of other settings: fast 1, fast 5." in text
+    assert "1 in `scores` without a result: none." in text
     assert "Comparisons" not in text
 
 

@@ -16,11 +16,10 @@ import pytest
 import yaml
 
 from experiments import report, run
-from experiments.grid import GridError, Run, benchmarks, read_grid
+from experiments.grid import GridError, Run, as_text, benchmarks, is_named, read_grid
 from experiments.results import append_line, read_lines
 from tests.tiny import tiny_recipe, tiny_rows
 from training.arguments import RecipeError
-from training.decoder.recipe import read_recipe as read_decoder_recipe
 
 ROOT = Path(__file__).parents[2]
 GRIDS = sorted((ROOT / "experiments").glob("*/grid.yaml"))
@@ -124,13 +123,58 @@ def test_prepare_runs_steps_at_the_same_time_but_after_what_they_need(folder, mo
         Path(step.folder, step.complete).touch()
 
     monkeypatch.setattr(run, "make", make)
-    (run.WORK / grid.name).mkdir(parents=True)
     run.prepare(grid, list(grid.runs()), jobs=2)
     assert order[0] == "made/data" and set(order[1:]) == {"made/one", "made/two"}
-    made_by = json.loads((run.WORK / grid.name / "prepared.json").read_text())
-    assert made_by == {step.folder: step.command for step in grid.steps(0)}
     run.prepare(grid, list(grid.runs()), jobs=2)
     assert len(order) == 3
+    # Another grid with another command for the same folder
+    (folder.parent / "other").mkdir()
+    other = read_grid(two_inits(folder.parent / "other", "x --more made/data"))
+    with pytest.raises(GridError, match="made/one was made by 'python -m x made/data'. Delete it"):
+        run.prepare(other, list(other.runs()), jobs=2)
+
+
+def test_prepare_waits_for_another_grid_that_makes_the_same_folder(folder, monkeypatch):
+    grid = read_grid(two_inits(folder, "x"))
+    step = grid.steps(0)[1]
+    monkeypatch.setattr(run, "make", lambda *_: pytest.fail("made twice"))
+    lock = run.note_of(step, "lock")
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        assert run.is_locked(file)
+        waiting = threading.Thread(target=run.make_alone, args=(grid, step, 0))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        Path(step.folder).mkdir(parents=True)
+        Path(step.folder, step.complete).touch()
+    waiting.join(60)
+    assert not waiting.is_alive() and not run.note_of(step, "txt").exists()
+
+
+@pytest.mark.parametrize("named", ["made/é", "./made/é", "made//é", "{here}/made/é", "a=made/é"])
+def test_is_named_finds_a_folder_however_its_path_begins(folder, named):
+    named = named.replace("{here}", str(folder.parent))
+    assert is_named("made/é", [as_text({"data": named})])
+    assert not is_named("made/é", [as_text({"data": f"{named}-2"})])
+    assert not is_named("made/é", [as_text({"data": "other/made/é"})])
+
+
+def test_grid_needs_what_a_decoder_or_a_file_of_an_earlier_step_names(folder):
+    def step(name: str, command: str) -> dict:
+        return {"folder": f"made/{name}", "command": f"python -m {command}", "complete": "done"}
+
+    steps = [
+        step("texts/", "x"),
+        step("config", "x --write made/config/own.yaml"),
+        step("init", "x made/config/own.yaml"),  # there is no such file yet
+    ]
+    Path("decoder.yaml").write_text("data: {sources: [{rows: ./made/texts/train.jsonl}]}")
+    settings = {"plain": {"decoder": "decoder.yaml", "model.checkpoint": "made/init"}}
+    grid = read_grid(write_grid(folder, prepare=steps, settings=settings, compare=[]))
+    (plain,) = grid.runs(seeds=[0])
+    needed = grid.needed(plain.recipe, 0, plain.options)
+    assert [each.folder for each in needed] == ["made/texts", "made/config", "made/init"]
 
 
 def test_prepare_ends_its_other_commands_when_one_fails(folder, monkeypatch):
@@ -214,10 +258,35 @@ def test_evaluation_has_the_options_of_its_setting(folder):
         )
 
 
+STEP = {"folder": "made", "command": "python -m x", "complete": "y"}
+USES_STEP = {"model.checkpoint": "made/model"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"settings": {"a b": None}}, "settings: 'a b': use letters"),
+        ({"settings": {"a b": None}}, "settings: 'a b': give a name of letters"),
+        ({"settings": {"..": None}}, "settings: '..': give a name of letters"),
+        ({"settings": {0.1: None}}, "settings: 0.1: give a name .* into quotes"),
+        ({"settings": {"plain": 3}}, "settings: plain: 3 is not a mapping"),
+        ({"cpu_minutes": float("inf")}, "cpu_minutes: inf is not a positive number"),
+        ({"cpu_minutes": -1}, "cpu_minutes: -1.0 is not a positive number"),
+        ({"groups": {"all": None}}, "groups: all: None is not a list"),
+        ({"compare": [3]}, "compare: 3 is not a pair"),
+        ({"prepare": [None]}, "prepare: give command, complete, folder; found None"),
+        ({"prepare": [STEP, {**STEP, "folder": "./made/"}]}, "two steps make made; give one"),
+        (
+            {"prepare": [{**STEP, "command": "python -m x 'a"}], "overrides": USES_STEP},
+            "prepare: .*No closing quotation",
+        ),
+        ({"seeds_of": {"plain": []}}, "seeds_of: plain: .. are not some of the seeds"),
+        (
+            {
+                "settings": {"plain": None, "fast": {"model.checkpoint": "{model plain}"}},
+                "seeds_of": {"plain": [1]},
+            },
+            "seeds_of: fast starts from plain, which is left out for seed 0",
+        ),
         ({"seeds": []}, "give at least one"),
         ({"seeds_of": {"plain": [2]}}, "seeds_of: plain: .2. are not some of the seeds"),
         ({"compare": [["plain", "none"]]}, "'none': no such setting; there are plain, fast"),
@@ -228,7 +297,7 @@ def test_evaluation_has_the_options_of_its_setting(folder):
         ({"settings": {"plain": {"trainer": "x"}, "fast": None}}, "'x' is not one of train, to"),
         ({"settings": {"plain": {"cached": 1}, "fast": None}}, "plain: cached: "),
         ({"settings": {"plain": {"validation": ["x"]}, "fast": None}}, "give validation_bench"),
-        ({"settings": {"plain": {"decoder": "x"}, "fast": None}}, "decoder: x is missing"),
+        ({"settings": {"plain": {"decoder": "x"}, "fast": None}}, "decoder: x is not a file"),
         (
             {"settings": {"plain": {"model.checkpoint": "{model none}"}, "fast": None}},
             "'none': no such setting",
@@ -254,6 +323,62 @@ def test_grid_names_what_is_wrong(folder, changes, message):
         list(read_grid(write_grid(folder, **changes)).runs())
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty or not a mapping"),
+        (b"- a", "is empty or not a mapping"),
+        (b"a: [", "is not a YAML file"),
+        (b"\xff", "is not a YAML file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["trial/grid.yaml", "recipe.yaml", "v.yaml"])
+def test_grid_names_an_unreadable_file(folder, name, content, message):
+    evaluation = {"evaluation.benchmarks": "v.yaml", "evaluation.tasks": ["vqa"]}
+    path = write_grid(folder, overrides=evaluation)
+    Path("v.yaml").write_text("vqa: {task: vqa}")
+    Path(name).write_bytes(content)
+    with pytest.raises(GridError, match=f"{name} {message}"):
+        list(read_grid(path).runs())
+
+
+def test_grid_refuses_the_recipe_of_another_grid_instead_of_its_own(folder):
+    (folder / "recipe.yaml").write_text(Path("recipe.yaml").read_text())
+    with pytest.raises(GridError, match="recipe.yaml is not the .*trial/recipe.yaml of this grid"):
+        read_grid(write_grid(folder))
+    assert read_grid(write_grid(folder, recipe="./trial/recipe.yaml")).name == "trial"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.logging_steps": 20}, r"logging_steps \(20\) is above max_steps \(2\)"),
+        ({"cached": True}, "fast: cached: the recipe has no data.features"),
+        (
+            {"validation": ["vqa"], "validation_benchmarks": "v.yaml"},
+            "fast: validation: .*Leave it out",
+        ),
+        ({"decoder": "wrong.yaml"}, "model.nothing: no such key"),
+    ],
+)
+def test_run_checks_the_options_of_every_setting_before_the_first_run(folder, changes, message):
+    Path("v.yaml").write_text("vqa: {task: vqa}")
+    Path("wrong.yaml").write_text("{model: {nothing: 1}, data: {}, training: {}}")
+    with pytest.raises((GridError, RecipeError), match=message):
+        run.main([str(write_grid(folder, settings={"plain": None, "fast": changes}))])
+
+
+def test_run_refuses_two_grids_of_one_name(folder):
+    other = folder.parent / "elsewhere" / "trial"
+    other.mkdir(parents=True)
+    work = run.WORK / "trial"
+    work.mkdir(parents=True)
+    for _ in range(2):
+        run.check_owner(write_grid(folder), work)
+    with pytest.raises(GridError, match="it belongs to trial/grid.yaml, a grid of the same name"):
+        run.check_owner(write_grid(other), work)
+
+
 def test_run_checks_every_recipe_before_the_first_run(folder):
     settings = {"plain": None, "wrong": {"training.learning_rates": 1}}
     with pytest.raises(RecipeError, match="wrong: training.learning_rates: no such key"):
@@ -271,12 +396,11 @@ def test_shipped_grids_have_valid_recipes_and_a_report_of_their_results(
     rows = set()
     for each in grid.runs(seeds=grid.seeds[:1]):
         recipe = each.write_recipe()
+        run.check(each, recipe)
         made = {step.folder for step in grid.needed(each.recipe, each.seed, each.options)}
         starts = {recipe.data.features} | ({recipe.model.checkpoint} if not each.before else set())
         assert starts - {None} <= made  # None: random weights, or nothing cached
-        if each.options.decoder is not None:
-            read_decoder_recipe(each.options.decoder)
-        rows |= {entry["rows"] for entry in benchmarks(each.recipe, None)}
+        rows |= {entry["rows"] for entry in benchmarks(each.recipe, None).values()}
     # Nothing is chosen by test data: grids that measure them are on a claim.
     assert any("test" in name for name in rows) == (path.parent.name in CLAIMS)
     for step in grid.steps(grid.seeds[0]):
@@ -313,7 +437,7 @@ def test_run_all_trains_the_model_that_a_run_starts_from_first(folder, monkeypat
     def execute(grid, folder, this):
         order.append(this.setting)
         if this.setting == "wrong":
-            raise run.RunError("limit")
+            raise KeyError("value")  # of any kind: the other runs go on
         return line(this.setting, this.seed, curve={"loss": [1.0]}, cpu_seconds=1.0, scores={})
 
     monkeypatch.setattr(run, "execute", execute)
@@ -322,6 +446,7 @@ def test_run_all_trains_the_model_that_a_run_starts_from_first(folder, monkeypat
     runs += [a_run("wrong"), a_run("first")]
     assert run.run_all(grid, folder, runs, 1) == 2
     assert order == ["wrong", "first", "second"]
+    assert read_lines(folder)["wrong", 0]["error"] == "KeyError: 'value'"
     message = "it starts from the model of wrong, which failed"
     assert read_lines(folder)["third", 0]["error"] == message
 
@@ -442,12 +567,38 @@ def test_unfinished_refuses_changed_settings_or_data_unless_again(settings, data
     assert run.unfinished(*arguments, again=True) == arguments[0]
 
 
+def test_unfinished_repeats_a_run_whose_benchmark_has_another_entry():
+    lines = {("done", 0): line("done", 0)}  # a line without entries is an old one
+    data = [{"data": "1", "benchmark vqa": "1"}]
+    assert run.unfinished([a_run("done")], lines, data, again=False) == []
+    lines["done", 0]["prepared"] = {"data": "1", "benchmark vqa": "2"}
+    with pytest.raises(GridError, match=r"done 0 \(benchmark vqa\)"):
+        run.unfinished([a_run("done")], lines, data, again=False)
+
+
+def test_made_has_the_entry_of_each_benchmark(folder):
+    def made() -> dict[str, str]:
+        grid = read_grid(path)
+        return run.made(grid, grid.run("plain", 0))
+
+    evaluation = {"evaluation.benchmarks": "v.yaml", "evaluation.tasks": ["vqa"]}
+    path = write_grid(folder, overrides=evaluation)
+    Path("v.yaml").write_text("vqa: {task: vqa}\nother: {task: vqa}")
+    first = made()
+    assert first.keys() == {"benchmark vqa"}
+    Path("v.yaml").write_text("vqa: {task: vqa}\nother: {task: no}")
+    assert made() == first
+    Path("v.yaml").write_text("vqa: {task: vqa, query: What}")
+    assert made() != first
+
+
 def test_read_lines_takes_the_last_line_of_a_run_and_names_a_torn_one(tmp_path):
     for loss in (2, 1):
-        append_line(tmp_path, line("done", 0, loss=loss))
+        append_line(tmp_path, line("done", 0, loss=loss, text="a\u2028b"))
     assert read_lines(tmp_path)["done", 0]["loss"] == 1
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"setting": "do')
+    append_line(tmp_path, line("next", 0))  # on a line of its own
     with pytest.raises(ValueError, match="results.jsonl: line 3 is not a result; delete it"):
         read_lines(tmp_path)
 
