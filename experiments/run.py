@@ -2,11 +2,11 @@
 
 Preparations run once, each after those that it needs. Then each run trains in a process of its own,
 with one thread and a limit of processor time, is evaluated, and appends one line to
-`experiments/NAME/results.jsonl`. The same command continues: finished runs are skipped. A run whose
-settings have changed since is refused, or repeated with `--again`. The weights are deleted, except
-those that another setting starts from; logs, recipe and items stay in `runs/experiments/NAME`.
-Ctrl-C, SIGTERM and SIGHUP end the trainings with the command. `experiments/grid.py` lists the keys
-of a grid.
+`experiments/NAME/results.jsonl`. The same command continues: finished runs are skipped, and a run
+that was killed or failed in its evaluation does not train again. A run whose settings have changed
+since is refused, or repeated with `--again`. The weights are deleted, except those that another
+setting starts from; logs, recipe and items stay in `runs/experiments/NAME`. Ctrl-C, SIGTERM and
+SIGHUP end the trainings with the command. `experiments/grid.py` lists the keys of a grid.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from experiments.grid import (
     read_grid,
 )
 from experiments.results import BENCHMARK, append_line, pack_all, read_lines
-from processing.output import check_output_folder
+from processing.output import check_output_folder, complete_file
 from training.arguments import Recipe, RecipeError
 from training.decoder.recipe import read_recipe as read_decoder_recipe
 from training.hub.training_facts import read_runs
@@ -333,27 +333,41 @@ def decoder_options(run: Run) -> list[str]:
 def execute(grid: Grid, folder: Path, run: Run) -> dict:
     """Train and evaluate one run; return its line.
 
+    A run that was killed or failed continues after its last finished command.
+
     Args:
         folder: where the results are, for the items.
 
     Raises:
         RunError: a command failed, or reached the limit of processor time.
     """
-    shutil.rmtree(run.folder, ignore_errors=True)  # of a run that was killed
+    note, state = run.folder / "commands.json", {"settings": run.settings} | made(grid, run)
+    found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    used = found["used"] if found.get("state") == state else {}  # CPU-seconds of each command
+    if not used:
+        shutil.rmtree(run.folder, ignore_errors=True)
     recipe = run.write_recipe()
     model, log = run.folder / "model", run.folder / "log.txt"
-    limit = round(60 * grid.cpu_minutes)
-    trainer = f"training.{run.options.trainer}"
-    used = {"training": in_own_process([trainer, str(run.recipe_file)], log, limit)}
+    commands = {"training": [f"training.{run.options.trainer}", str(run.recipe_file)]}
     measured = model
     if run.options.decoder is not None:
         measured = run.folder / "decoder"
-        words = ["training.train_decoder", run.options.decoder, *decoder_options(run)]
-        used["decoder"] = in_own_process(words, log, limit)
+        commands["decoder"] = [
+            "training.train_decoder",
+            run.options.decoder,
+            *decoder_options(run),
+        ]
+        if "decoder" not in used:
+            shutil.rmtree(measured, ignore_errors=True)
     if recipe.evaluation.tasks:
-        words = evaluation(run, recipe, measured)
-        used["evaluation"] = in_own_process(words, log, limit)
+        commands["evaluation"] = evaluation(run, recipe, measured)
+    for name, words in commands.items():
+        if name not in used:
+            used[name] = in_own_process(words, log, round(60 * grid.cpu_minutes))
+            with complete_file(note) as path:
+                path.write_text(json.dumps({"state": state, "used": used}), encoding="utf-8")
     line = collect(grid, folder, run, recipe, measured)
+    note.unlink()  # before the weights: without them, nothing can continue
     for pattern in WEIGHTS:
         for path in run.folder.rglob(pattern):
             if run.setting not in grid.kept or model not in path.parents:

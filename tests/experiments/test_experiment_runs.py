@@ -430,6 +430,54 @@ def test_with_models_repeats_a_run_whose_weights_are_needed_and_missing(tmp_path
     assert run.with_models(runs, runs[2:]) == runs[2:]
 
 
+def test_execute_continues_after_the_last_finished_command(folder, monkeypatch):
+    Path("v.yaml").write_text("vqa: {task: vqa}")
+    Path("decoder.yaml").write_text("{model: {checkpoint: x}, data: {sources: [x]}}")
+    evaluation = {"evaluation.benchmarks": "v.yaml", "evaluation.tasks": ["vqa"]}
+    path = write_grid(folder, overrides={**evaluation, "decoder": "decoder.yaml"})
+    train, decode, measure = "training.train", "training.train_decoder", "eval.evaluate"
+    calls, failing = [], {decode, measure}
+
+    def command(words: list[str], log: Path, cpu_seconds: int) -> float:
+        calls.append(words[0])
+        made = log.parent / ("model" if words[0] == train else "decoder")
+        if words[0] != measure:
+            made.mkdir()  # fails if half of a model is left
+            (made / "model.safetensors").touch()
+        if words[0] in failing:
+            failing.remove(words[0])
+            raise run.RunError("killed")
+        return 1.0
+
+    monkeypatch.setattr(run, "in_own_process", command)
+    monkeypatch.setattr(run, "collect", lambda *_: {})
+
+    def execute() -> dict:
+        grid = read_grid(path)
+        return run.execute(grid, folder, grid.run("plain", 0))
+
+    with pytest.raises(run.RunError):
+        execute()
+    assert calls == [train, decode]
+    with pytest.raises(run.RunError):
+        execute()
+    assert calls[2:] == [decode, measure]
+    assert execute() == {
+        "process_cpu_seconds": {"training": 1.0, "decoder": 1.0, "evaluation": 1.0}
+    }
+    assert calls[4:] == [measure]
+    assert not list(Path("runs").rglob("*.safetensors"))
+    execute()  # a finished run is trained again
+    assert calls[5:] == [train, decode, measure]
+    failing.add(measure)
+    with pytest.raises(run.RunError):
+        execute()
+    write_grid(folder, overrides={**evaluation, "training.max_steps": 3})
+    calls.clear()
+    execute()  # other settings
+    assert calls == [train, measure]
+
+
 def test_run_all_trains_the_model_that_a_run_starts_from_first(folder, monkeypatch):
     grid = read_grid(write_grid(folder))
     order = []
