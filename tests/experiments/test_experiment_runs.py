@@ -649,6 +649,9 @@ def test_read_lines_takes_the_last_line_of_a_run_and_names_a_torn_one(tmp_path):
     append_line(tmp_path, line("next", 0))  # on a line of its own
     with pytest.raises(ValueError, match="results.jsonl: line 3 is not a result; delete it"):
         read_lines(tmp_path)
+    lines = (tmp_path / "results.jsonl").read_text().split("\n")
+    (tmp_path / "results.jsonl").write_text("\n".join(lines[:2] + lines[3:]))
+    assert [*read_lines(tmp_path)] == [("done", 0), ("next", 0)]
 
 
 def test_only_runner_refuses_a_second_one(tmp_path):
