@@ -25,6 +25,7 @@ from tests.tiny import (
     tiny_tokenizer,
     write_rows,
 )
+from training import train
 from training.arguments import RecipeError
 from training.data.collator import to_pixel_values
 from training.data.mixture import MixtureSampler
@@ -227,6 +228,40 @@ def test_hybrid_loss_is_the_weighted_sum_of_both(recipe):
         VLJEPATrainer.check(later.model, later.args)
     with pytest.raises(RecipeError, match="^--model: .* predicts tokens, and model cards describe"):
         load_trained(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("training.train", "training.token_baseline"),
+        ("training.train", "hybrid"),
+        ("training.token_baseline", "training.train"),
+        ("hybrid", "training.train"),
+    ],
+)
+def test_resume_refuses_a_checkpoint_of_another_command(recipe, tmp_path, first, second):
+    options = [f"training.output_dir={tmp_path}", "training.save_strategy=steps"]
+    options += ["training.save_steps=1", "training.max_steps=1"]
+    started = {
+        "training.train": train.main,
+        "training.token_baseline": main,
+        "hybrid": lambda given: main([*given, "training.token_loss_weight=0.5"]),
+    }
+    started[first]([str(recipe), *options])
+    names = [name.replace("hybrid", "training.token_baseline") for name in (first, second)]
+    message = "checkpoint-1 is a checkpoint of {}, which {} cannot continue. Give one of {}"
+    options.append("training.max_steps=2")
+    for resume in ("true", tmp_path / "checkpoint-1"):
+        with pytest.raises(RecipeError, match=message.format(*names, names[1])):
+            started[second]([str(recipe), *options, f"training.resume_from_checkpoint={resume}"])
+
+
+def test_resume_refuses_a_hybrid_for_the_baseline(recipe, tmp_path):
+    options = [f"training.output_dir={tmp_path}", "training.save_strategy=steps"]
+    options += ["training.save_steps=1", "training.resume_from_checkpoint=true"]
+    trainer_of(recipe, *options, "training.token_loss_weight=0.5", "training.max_steps=1")
+    with pytest.raises(RecipeError, match="token_loss_weight is 1.0 and was 0.5. Set them back"):
+        trainer_of(recipe, *options)
 
 
 def test_gradient_accumulation_keeps_the_mean_over_the_tokens_of_a_step(recipe):
