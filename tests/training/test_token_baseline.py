@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.likelihood import LIKELIHOODS
-from eval.models import load_model
+from eval.models import TokenModelError, load_model
 from eval.task import Task
 from eval.tasks import captioning, classification
 from modeling_vljepa import VLJEPATokenModel
@@ -226,7 +228,7 @@ def test_hybrid_loss_is_the_weighted_sum_of_both(recipe):
         start(further)
     with pytest.raises(RecipeError, match="predicts tokens; train it with training.token_baseline"):
         VLJEPATrainer.check(later.model, later.args)
-    with pytest.raises(RecipeError, match="^--model: .* predicts tokens, and model cards describe"):
+    with pytest.raises(TokenModelError, match="^--model: .* predicts tokens, and model cards"):
         load_trained(str(folder))
 
 
@@ -290,6 +292,54 @@ def test_training_flops_counts_the_targets_and_the_output_layer():
     encoder = [m.weight.numel() for m in model.x_encoder.modules() if isinstance(m, products)]
     expected += 2 * 3 * visual * sum(encoder) + 2 * 2 * 2 * 3 * visual * visual * 48
     assert training_flops(model, inputs) == expected
+
+
+# -- commands that need a VL-JEPA ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(recipe) -> Path:
+    folder = recipe.parent / "trained"
+    trainer_of(recipe, f"training.output_dir={folder}", "training.max_steps=1")
+    entry = "found: {task: retrieval, description: d, rows: rows.jsonl}"
+    (recipe.parent / "retrieval.yaml").write_text(entry)
+    decoder = {
+        "model": {"checkpoint": str(folder), "config": {"decoder_config": {"hidden_size": 32}}},
+        "data": {"sources": [{"rows": str(recipe.parent / "rows.jsonl")}]},
+        "training": {"output_dir": str(recipe.parent / "decoder"), "max_steps": 1, "use_cpu": True},
+    }
+    (recipe.parent / "decoder.yaml").write_text(yaml.safe_dump(decoder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "purpose"),
+    [
+        ("training.export --model trained --output new", "--model", "the two towers are"),
+        ("training.publish --model trained --repo a/b --output new", "--model", "model cards"),
+        ("training.train_decoder decoder.yaml", "model.checkpoint", "a Y-Decoder decodes"),
+        (
+            "training.mlp_baseline trained --features f --benchmarks retrieval.yaml --validation "
+            "retrieval.yaml",
+            "MODEL",
+            "the MLP predicts embeddings",
+        ),
+        ("eval.watch --model trained --source 0.mp4 --candidates a b", "--model", "captions are"),
+        ("experiments.variants trained --output new", "source", "variants change a VL-JEPA"),
+    ],
+    ids=lambda value: value.split()[0],
+)
+def test_commands_of_a_vljepa_refuse_a_token_model(trained, monkeypatch, command, key, purpose):
+    monkeypatch.chdir(trained.parent)
+    name, *words = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(name, run_name="__main__")
+    path = str(trained) if name == "training.train_decoder" else "trained"
+    assert stopped.value.code.startswith(f"error: {key}: {path} predicts tokens, and {purpose}")
+    assert stopped.value.code.endswith("; give a model of training.train.")
+    assert not (trained.parent / "new").exists()
 
 
 # -- learning ------------------------------------------------------------------------------------
