@@ -178,7 +178,8 @@ def candidate_facts(
     }
     if task.scoring is not None:
         facts["likelihood"] = task.scoring
-        facts["likelihood_from"] = task.likelihood_from or "the default, the paper's"
+        reason = "the default, the paper's" if task.likelihood is None else "--likelihood"
+        facts["likelihood_from"] = task.likelihood_from or reason
     if len(templates) == 1:
         return facts | {"template": templates[0]}
     return facts | {"templates": len(templates), "templates_sha256": texts_sha256(templates)}

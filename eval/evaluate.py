@@ -72,7 +72,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, help="default: MODEL/eval, for an ablation MODEL/eval_ABLATION"
     )
     parser.add_argument("--batch-size", type=at_least_one, default=64)
-    parser.add_argument("--limit", type=at_least_one, help="only the first LIMIT rows, for a trial")
+    parser.add_argument(
+        "--limit",
+        type=at_least_one,
+        help="only the first LIMIT rows of each benchmark, those of --validation, too; for a trial",
+    )
     parser.add_argument(
         "--features",
         type=Path,
@@ -100,7 +104,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         help="benchmarks of validation data, on which the form is chosen for each kind; TEST=NAME "
-        "chooses that of the benchmark TEST alone, such as one with other candidates",
+        "chooses that of the benchmark TEST alone, such as one with other candidates; of equally "
+        f"good forms, the first of {', '.join(LIKELIHOODS)} is chosen",
     )
     parser.add_argument(
         "--validation-benchmarks",
@@ -230,7 +235,10 @@ def best_form(
     store: EmbeddingStore,
     benchmarks: list[Benchmark],
 ) -> tuple[str, str]:
-    """Return the form with the highest mean of the benchmarks' first scores, and all means."""
+    """Return the form with the highest mean of the benchmarks' first scores, and all means.
+
+    Of equal means, that of the first form counts.
+    """
     means = {}
     for form in LIKELIHOODS:
         scores = []
@@ -240,6 +248,7 @@ def best_form(
                 processor,
                 benchmark,
                 batch_size=args.batch_size,
+                limit=args.limit,
                 features=open_features(args, benchmark, model, processor),
                 store=store,
                 likelihood=form,

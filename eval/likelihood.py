@@ -10,8 +10,9 @@ query, in one of three forms:
 | `ratio` | the sum less that of the unconditional likelihood, without which common candidates  |
 |         | are favoured (PMI; Holtzman et al. 2021, arXiv 2104.08315)                          |
 
-The unconditional likelihood is measured on a grey clip, and is the mean over the benchmark's
-queries. The best form depends on the candidates, so it is chosen on validation data.
+The unconditional likelihood is measured on a grey clip with as many frames as the row's clip, and
+is the mean over the benchmark's queries. The best form depends on the candidates, so it is chosen
+on validation data.
 
 Shapes: B queries, R rows, C candidates, N visual tokens, Dx visual width, L tokens.
 """
@@ -147,7 +148,8 @@ def normalized(
 
     Args:
         lengths (`torch.LongTensor` of shape `(C,)`): tokens of each candidate.
-        prior (`torch.FloatTensor` of shape `(C,)`, *optional*): see [`unconditional`]; for "ratio".
+        prior (`torch.FloatTensor` of shape `(R, C)`, *optional*): see [`unconditional`]; for
+            "ratio".
     """
     if form == "mean":
         return scores / lengths

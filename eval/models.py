@@ -3,6 +3,7 @@
 import textwrap
 from pathlib import Path
 
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -16,6 +17,10 @@ from modeling_vljepa import (
 from processing import VLJEPAProcessor
 
 Model = VLJEPAModel | VLJEPAForConditionalGeneration | VLJEPATokenModel
+
+
+class TokenModelError(ValueError):
+    """A model that predicts tokens, given where a VL-JEPA is needed; the message names both."""
 
 
 def load_model(path: str, revision: str | None = None) -> tuple[Model, VLJEPAProcessor]:
@@ -65,6 +70,23 @@ def model_class(path: str, revision: str | None) -> type[Model]:
     config = VLJEPAConfig.from_pretrained(path, revision=revision)
     has_decoder = config.decoder_config is not None
     return VLJEPAForConditionalGeneration if has_decoder else VLJEPAModel
+
+
+def check_vljepa(
+    key: str, path: str, config: PreTrainedConfig, purpose: str, *, takes_hybrids: bool = False
+) -> None:
+    """Raise [`TokenModelError`] for a model that predicts tokens.
+
+    Args:
+        key: the option or setting that named the model.
+        purpose: the use of the model, such as "mteb measures embeddings".
+        takes_hybrids: accept a model that predicts embeddings, too.
+    """
+    if not isinstance(config, VLJEPATokenConfig) or (takes_hybrids and config.predicts_embeddings):
+        return
+    raise TokenModelError(
+        f"{key}: {path} predicts tokens, and {purpose}; give a model of training.train."
+    )
 
 
 def abilities(model: Model) -> dict[str, bool]:

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from eval.embed import check_finite
 from eval.embedding_store import weights_digest
-from eval.models import hub_commit, load_model
-from modeling_vljepa import VLJEPAModel, VLJEPATokenModel
+from eval.models import check_vljepa, hub_commit, load_model
+from modeling_vljepa import VLJEPAModel
 from modeling_vljepa.pipelines.embedding import target_embeds
 from processing import VLJEPAProcessor
 from processing.rows import Media
@@ -155,8 +155,7 @@ def get_model(
         predicts tokens.
     """
     whole, processor = load_model(model_name, revision)
-    if isinstance(whole, VLJEPATokenModel):
-        raise ValueError(f"{model_name} predicts tokens, and mteb measures embeddings")
+    check_vljepa("model_name", model_name, whole.config, "mteb measures embeddings")
     model = whole.base_model  # without the Y-Decoder
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # mteb asks for "organization/model", and stores results under the name and the revision.

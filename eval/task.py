@@ -223,7 +223,8 @@ class Task:
         likelihood (`str`, *optional*): form of the likelihoods that rank texts, of a model that
             predicts tokens; a name in `LIKELIHOODS`. By default the paper's, and for a hybrid its
             embeddings.
-        likelihood_from (`str`, *optional*): why it is this form, for the protocol.
+        likelihood_from (`str`, *optional*): why it is this form, for the protocol. By default
+            `--likelihood` if `likelihood` is given, and else that it is the paper's.
     """
 
     model: VLJEPAModel | VLJEPAForConditionalGeneration | VLJEPATokenModel
@@ -341,8 +342,11 @@ class Task:
         lengths = (self.processor.text_labels(texts) >= 0).sum(dim=1)  # (C,)
         prior = None
         if self.scoring == "ratio":
-            queries, frames = predictions.queries, self.frames_of(predictions.rows[0])
-            prior = unconditional(self.vljepa, self.processor, reader, queries, frames)  # (C,)
+            # A grey image has other likelihoods than a grey video.
+            frames = [self.frames_of(row) for row in predictions.rows]
+            given = (self.vljepa, self.processor, reader, predictions.queries)
+            priors = {count: unconditional(*given, count) for count in set(frames)}
+            prior = torch.stack([priors[count] for count in frames])  # (R, C)
         return predictions, normalized(predictions.embeds, lengths, prior, self.scoring)
 
     def frames_of(self, row: dict) -> int:

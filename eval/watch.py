@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from eval.annotated_streams import embed_stored
-from eval.models import load_model
+from eval.models import check_vljepa, load_model
 from eval.subtitles import clock, one_line, write_subtitles
 from eval.timeline import timeline
 from modeling_vljepa import (
@@ -281,6 +281,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output is not None:  # a live stream cannot be watched again
         check_output_folder("--output", args.output)
     model, processor = load_model(args.model)
+    purpose = "captions are chosen by embeddings"
+    check_vljepa("--model", args.model, model.config, purpose, takes_hybrids=True)
     windows = open_source(args, processor)
     seconds = seconds_of(windows.frames)
     stored = None

@@ -16,11 +16,14 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
+from eval.models import TokenModelError, check_vljepa
 from modeling_vljepa import VLJEPAModel
 from processing import VLJEPAProcessor
 from processing.output import OutputError, check_output_folder, writing
+from training.arguments import RecipeError
+from training.model.checkpoint_files import load
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new-text-encoder", type=int, metavar="SEED", help="random weights")
     args = parser.parse_args(argv)
     check_output_folder("--output", args.output)
-    model = VLJEPAModel.from_pretrained(args.source)
+    config = load(AutoConfig, "source", args.source)
+    check_vljepa("source", args.source, config, "variants change a VL-JEPA")
+    model = load(VLJEPAModel, "source", args.source)
     if (args.fold or args.token_scale is not None) and not model.config.standardize_visual_tokens:
         parser.error(
             f"{args.source} does not standardise its visual tokens, which --fold and --token-scale "
@@ -65,5 +70,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except OutputError as error:
+    except (OutputError, RecipeError, TokenModelError) as error:
         sys.exit(f"error: {error}")

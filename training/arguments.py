@@ -14,7 +14,7 @@ import sys
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -608,7 +608,10 @@ class VLJEPATrainingArguments(TrainingArguments):
             process. Default: see `loader_defaults`.
         dataloader_pin_memory: read batches into pinned memory, and move them to the device without
             waiting. Default: see `loader_defaults`.
+        command: the command of the recipe. No key.
     """
+
+    command: ClassVar[str] = "training.train"
 
     output_dir: str = field()  # `field()`: or the parent's default would make it optional
     max_steps: int = field()

@@ -21,6 +21,7 @@ from torch import nn
 from torch.export import Dim
 from transformers import AutoModel, AutoProcessor
 
+from eval.models import TokenModelError, check_vljepa
 from modeling_vljepa import VLJEPAModel
 from processing.output import OutputError, check_output_folder, writing
 from training.arguments import RecipeError
@@ -134,6 +135,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
     check_output_folder("--output", args.output)
     model = load(AutoModel, "--model", args.model).eval()
+    check_vljepa("--model", args.model, model.config, "the two towers are a VL-JEPA's")
     model.fold_standardization()
     processor = load(AutoProcessor, "--model", args.model)
     frames = processor.video_processor.num_frames
@@ -165,5 +167,5 @@ def main(argv: list[str] | None = None) -> list[Path]:
 if __name__ == "__main__":
     try:
         main()
-    except (OutputError, RecipeError) as error:
+    except (OutputError, RecipeError, TokenModelError) as error:
         sys.exit(f"error: {error}")

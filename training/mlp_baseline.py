@@ -34,7 +34,7 @@ from eval.benchmarks import load_benchmarks
 from eval.embed import EMBEDDING, Predictions, Reader, embed_texts
 from eval.evaluate import write_results
 from eval.items import FILE, write_items
-from eval.models import load_model
+from eval.models import check_vljepa, load_model
 from eval.report import text_tables, write_report
 from eval.results import TaskResult
 from eval.task import Benchmark, Task
@@ -319,6 +319,8 @@ def main(argv: list[str] | None = None) -> None:
     recipe = yaml.safe_load((args.model / "recipes.yaml").read_text(encoding="utf-8"))[-1]
     sources = [read_source(SourceArguments(**each)) for each in recipe["data"]["sources"]]
     model, processor = load_model(str(args.model))
+    purpose = "the MLP predicts embeddings of a Y-Encoder"
+    check_vljepa("MODEL", str(args.model), model.config, purpose, takes_hybrids=True)
     features = FeatureStore.open(args.features, model.base_model, processor.video_processor)
 
     # 2. Training

@@ -15,6 +15,7 @@ an interruption continues the upload.
 import argparse
 import sys
 
+from eval.models import TokenModelError
 from processing.output import OutputError
 from training.arguments import RecipeError
 from training.hub.publishing import publish
@@ -67,5 +68,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OutputError, RecipeError) as error:
+    except (OutputError, RecipeError, TokenModelError) as error:
         sys.exit(f"error: {error}")

@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from eval.models import TokenModelError
 from processing.output import OutputError, check_output_folder, writing
 from training.arguments import RecipeError, precision_line, save_recipes
 from training.decoder.model import with_decoder
@@ -137,5 +138,5 @@ def main(argv: list[str] | None = None) -> Trainer:
 if __name__ == "__main__":
     try:
         main().accelerator.end_training()  # closes the connections between processes
-    except (OutputError, RecipeError) as error:
+    except (OutputError, RecipeError, TokenModelError) as error:
         sys.exit(f"error: {error}")

@@ -180,7 +180,7 @@ def decoded(task: Task, rows: list[dict], train_texts: list[str]) -> Captions:
 def generated(task: Task, rows: list[dict]) -> Captions:
     """Generate the caption of each clip with a model that predicts tokens.
 
-    The unconditional caption is that of a grey clip.
+    The unconditional caption is that of a grey clip with as many frames.
 
     Args:
         rows: all rows, of which each clip has one or more.
@@ -189,10 +189,15 @@ def generated(task: Task, rows: list[dict]) -> Captions:
     reader = TextReader(task.benchmark.num_beams)
     predictions = task.predict(one_row_per_clip(rows), reader=reader)
     written = reader.decode(processor, predictions.embeds)
-    grey = grey_clip(model, processor, task.frames_of(predictions.rows[0]))
-    usual = reader.decode(processor, reader.read(model, processor, grey, predictions.queries[:1]))
+    frames = [task.frames_of(row) for row in predictions.rows]
+    usual = {}  # by number of frames: a grey image can have another caption than a grey video
+    for count in set(frames):
+        grey = grey_clip(model, processor, count)
+        tokens = reader.read(model, processor, grey, predictions.queries[:1])
+        [usual[count]] = reader.decode(processor, tokens)
+    others = {"unconditional": [usual[count] for count in frames]}
     facts = {"beams": task.benchmark.num_beams, "written_by": "the language model, token by token"}
-    return Captions(predictions, written, {"unconditional": usual * len(written)}, facts)
+    return Captions(predictions, written, others, facts)
 
 
 def evaluate(task: Task) -> TaskResult:

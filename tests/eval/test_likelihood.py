@@ -21,6 +21,7 @@ from processing import VLJEPAProcessor
 from tests.tiny import tiny_model, tiny_processor, tiny_rows, tiny_token_model, write_rows
 
 TEXTS = ["a cat", "red", "he rides a bike", "the door opens"]
+KINDS = ("image", "video")
 LABELS = classification.ClassificationBenchmark
 
 
@@ -69,14 +70,18 @@ def test_compare_equals_a_loop_of_single_forward_passes(model, processor, labels
     predictions, scores = compare(task, rows, TEXTS, ["{}"])
     assert predictions.rows == rows
     lengths = [len(processor.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in TEXTS]
-    grey = grey_frame(processor)  # the first row is an image: one frame
+    grey = grey_frame(processor)
+    frames = {kind: 1 if kind == "image" else 4 for row in rows for kind in row if kind in KINDS}
+    assert len(frames) == 2
     for column, text in enumerate(TEXTS):
-        prior = 0.0
-        if form == "ratio":
-            found = [log_likelihood(model, processor, grey, row["query"], text) for row in rows]
-            prior = math.log(np.exp(found).mean())
+        priors = dict.fromkeys(frames, 0.0)
+        for kind in frames if form == "ratio" else ():
+            clip = grey.expand(-1, frames[kind], -1, -1, -1)
+            found = [log_likelihood(model, processor, clip, row["query"], text) for row in rows]
+            priors[kind] = math.log(np.exp(found).mean())
         for index, row in enumerate(rows):
             pixels = pixels_of(processor, row)
+            prior = priors["image" if "image" in row else "video"]
             expected = log_likelihood(model, processor, pixels, row["query"], text) - prior
             if form == "mean":
                 expected /= lengths[column] + 1  # the end token
@@ -137,6 +142,23 @@ def test_captioning_scores_the_texts_that_a_token_model_generates(
         assert written == processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
     assert result.scores["CIDEr"].baselines.keys() == {"unconditional"}
     assert result.protocol["written_by"] == "the language model, token by token"
+
+
+def test_captioning_compares_with_the_caption_of_a_grey_clip_of_the_same_kind(processor, data):
+    model = tiny_token_model(seed=3)  # writes another text about a grey image than a grey video
+    model.predictor.backbone.generation_config.max_new_tokens = 5
+    benchmark = captioning.CaptioningBenchmark(
+        "clips", "captioning", data / "rows.jsonl", "Captions.", "what is it ?"
+    )
+    task = Task(model, processor, benchmark)
+    found = captioning.generated(task, task.rows())
+    grey, expected = grey_frame(processor), []
+    for row in found.predictions.rows:
+        pixels = grey.expand_as(pixels_of(processor, row))
+        tokens = model.generate(pixels, **processor(text=["what is it ?"]))
+        expected += processor.batch_decode(tokens, skip_special_tokens=True)
+    assert len(set(expected)) == 2
+    assert found.others["unconditional"] == [text.strip() for text in expected]
 
 
 def test_hybrid_is_measured_by_embeddings_or_by_likelihood(processor, labels):
@@ -219,6 +241,40 @@ def test_evaluate_chooses_the_likelihood_of_one_benchmark_on_its_own_validation_
     for word in ("wrong=own", "other=asked", "asked"):
         with pytest.raises(ValueError, match=f"^--validation {word} is of the kind "):
             main([*options, word])
+
+
+@pytest.mark.parametrize("is_hybrid", [False, True], ids=["tokens", "hybrid"])
+def test_evaluate_states_that_the_user_chose_the_likelihood(
+    processor, data, tmp_path, monkeypatch, is_hybrid
+):
+    monkeypatch.chdir(data)
+    (data / "b.yaml").write_text("labels: {task: classification, rows: rows.jsonl, description: L}")
+    tiny_token_model(predicts_embeddings=is_hybrid).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    options = ["--benchmarks", "b.yaml", "--tasks", "labels", "--model", str(tmp_path / "model")]
+    main([*options, "--likelihood", "sum"])
+    results = json.loads((tmp_path / "model/eval/results.json").read_text())
+    protocol = results["benchmarks"]["labels"]["protocol"]
+    assert (protocol["likelihood"], protocol["likelihood_from"]) == ("sum", "--likelihood")
+
+
+def test_evaluate_limits_the_rows_of_validation_data(
+    model, processor, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(data)
+    row = json.loads((data / "rows.jsonl").read_text().splitlines()[0])
+    # One of the three targets of a clip is chosen, so all rows give 1/3.
+    write_rows(data / "same.jsonl", [row | {"target": text} for text in TEXTS[:3]])
+    (data / "b.yaml").write_text("same: {task: classification, rows: same.jsonl, description: L}")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    options = ["--benchmarks", "b.yaml", "--tasks", "same", "--model", str(tmp_path / "model")]
+    options += ["--validation", "same", "--validation-benchmarks", "b.yaml"]
+    main(options)
+    assert "sum 0.3333, mean 0.3333, ratio 0.3333" in capsys.readouterr().out
+    main([*options, "--limit", "1"])
+    printed = capsys.readouterr().out
+    assert "same: likelihood " in printed and "sum 0.3333" not in printed
 
 
 def test_evaluate_refuses_likelihoods_of_a_model_of_embeddings(

@@ -28,6 +28,51 @@ def test_sample_rows_are_evenly_spaced_and_find_their_media(tmp_path):
     assert len((tmp_path / "all" / "babyai_test.jsonl").read_text().splitlines()) == 10
 
 
+def test_sample_rows_keep_addresses_and_characters_that_are_no_ends_of_lines(tmp_path):
+    given = [
+        {"image": "https://host/a.png", "target": "a\u2028b"},
+        {"image": "zip://p.png::/data/p.zip", "target": "c\u0085d\u2029"},
+        {"video": "hf://datasets/a/b/c.mp4", "target": "e"},
+    ]
+    lines = [json.dumps(each, ensure_ascii=False) for each in given]
+    rows = tmp_path / "in" / "test.jsonl"
+    rows.parent.mkdir()
+    rows.write_bytes("\n\r\n".join(lines).encode("utf-8-sig"))  # blank lines are no rows
+    sample_rows.main([str(rows), "--output", str(tmp_path / "out")])
+    found = (tmp_path / "out" / "in_test.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(each) for each in found if each] == given
+
+
+def test_sample_rows_refuse_two_files_of_one_name(tmp_path):
+    paths = [tmp_path / folder / "x" / "test.jsonl" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_text('{"image": "a.png", "target": "a"}\n')
+    message = f"^{paths[0]} and {paths[1]}: the sample of each would be x_test.jsonl; give them"
+    with pytest.raises(ValueError, match=message):
+        sample_rows.main([*map(str, paths), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"[1]", r"not a JSON object; correct"),
+        (b'{"image": ', r"not valid JSON \(.*\); correct"),
+        (b'{"image": "\xff"}', r"not valid JSON \(.*\); correct"),
+    ],
+)
+def test_sample_rows_name_a_line_that_is_no_row(tmp_path, line, reason):
+    good = tmp_path / "good" / "test.jsonl"
+    bad = tmp_path / "bad" / "test.jsonl"
+    for path, last in ((good, b'{"image": "b.png"}'), (bad, line)):
+        path.parent.mkdir()
+        path.write_bytes(b'{"image": "a.png", "target": "a"}\n\n' + last)
+    with pytest.raises(ValueError, match=f"^{bad}:3: {reason} or remove the line.$"):
+        sample_rows.main([str(good), str(bad), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_small_language_model_has_its_layers_and_reads_the_texts(tmp_path):
     rows = tiny_rows(tmp_path)
     for name in ("lm", "again"):

@@ -387,6 +387,19 @@ def test_compare_applies_what_a_run_can_follow(tmp_path, changes, applied):
             compare(str(tmp_path), now)
 
 
+def test_compare_accepts_a_checkpoint_without_a_command(tmp_path):
+    """Earlier versions did not state it."""
+    recipe = read_recipe(str(tiny_recipe(tmp_path / "rows.jsonl")))
+    now = fingerprint(recipe, [["4 rows", "hash"]])
+    assert now["command"] == "training.train"
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    write_fingerprint(tmp_path, {key: now[key] for key in now if key != "command"})
+    assert compare(str(tmp_path), now) == ""
+    write_fingerprint(tmp_path, now | {"command": "training.train_decoder"})
+    with pytest.raises(RecipeError, match="is a checkpoint of training.train_decoder, which"):
+        compare(str(tmp_path), now)
+
+
 def test_resume_continues_with_moved_files_and_without_secrets(half, tmp_path, capsys):
     (tmp_path / "moved.jsonl").write_bytes((tmp_path / "rows.jsonl").read_bytes())
     capsys.readouterr()

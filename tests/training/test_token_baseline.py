@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.likelihood import LIKELIHOODS
-from eval.models import load_model
+from eval.models import TokenModelError, load_model
 from eval.task import Task
 from eval.tasks import captioning, classification
 from modeling_vljepa import VLJEPATokenModel
@@ -25,6 +27,7 @@ from tests.tiny import (
     tiny_tokenizer,
     write_rows,
 )
+from training import train
 from training.arguments import RecipeError
 from training.data.collator import to_pixel_values
 from training.data.mixture import MixtureSampler
@@ -225,8 +228,42 @@ def test_hybrid_loss_is_the_weighted_sum_of_both(recipe):
         start(further)
     with pytest.raises(RecipeError, match="predicts tokens; train it with training.token_baseline"):
         VLJEPATrainer.check(later.model, later.args)
-    with pytest.raises(RecipeError, match="^--model: .* predicts tokens, and model cards describe"):
+    with pytest.raises(TokenModelError, match="^--model: .* predicts tokens, and model cards"):
         load_trained(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("training.train", "training.token_baseline"),
+        ("training.train", "hybrid"),
+        ("training.token_baseline", "training.train"),
+        ("hybrid", "training.train"),
+    ],
+)
+def test_resume_refuses_a_checkpoint_of_another_command(recipe, tmp_path, first, second):
+    options = [f"training.output_dir={tmp_path}", "training.save_strategy=steps"]
+    options += ["training.save_steps=1", "training.max_steps=1"]
+    started = {
+        "training.train": train.main,
+        "training.token_baseline": main,
+        "hybrid": lambda given: main([*given, "training.token_loss_weight=0.5"]),
+    }
+    started[first]([str(recipe), *options])
+    names = [name.replace("hybrid", "training.token_baseline") for name in (first, second)]
+    message = "checkpoint-1 is a checkpoint of {}, which {} cannot continue. Give one of {}"
+    options.append("training.max_steps=2")
+    for resume in ("true", tmp_path / "checkpoint-1"):
+        with pytest.raises(RecipeError, match=message.format(*names, names[1])):
+            started[second]([str(recipe), *options, f"training.resume_from_checkpoint={resume}"])
+
+
+def test_resume_refuses_a_hybrid_for_the_baseline(recipe, tmp_path):
+    options = [f"training.output_dir={tmp_path}", "training.save_strategy=steps"]
+    options += ["training.save_steps=1", "training.resume_from_checkpoint=true"]
+    trainer_of(recipe, *options, "training.token_loss_weight=0.5", "training.max_steps=1")
+    with pytest.raises(RecipeError, match="token_loss_weight is 1.0 and was 0.5. Set them back"):
+        trainer_of(recipe, *options)
 
 
 def test_gradient_accumulation_keeps_the_mean_over_the_tokens_of_a_step(recipe):
@@ -255,6 +292,54 @@ def test_training_flops_counts_the_targets_and_the_output_layer():
     encoder = [m.weight.numel() for m in model.x_encoder.modules() if isinstance(m, products)]
     expected += 2 * 3 * visual * sum(encoder) + 2 * 2 * 2 * 3 * visual * visual * 48
     assert training_flops(model, inputs) == expected
+
+
+# -- commands that need a VL-JEPA ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(recipe) -> Path:
+    folder = recipe.parent / "trained"
+    trainer_of(recipe, f"training.output_dir={folder}", "training.max_steps=1")
+    entry = "found: {task: retrieval, description: d, rows: rows.jsonl}"
+    (recipe.parent / "retrieval.yaml").write_text(entry)
+    decoder = {
+        "model": {"checkpoint": str(folder), "config": {"decoder_config": {"hidden_size": 32}}},
+        "data": {"sources": [{"rows": str(recipe.parent / "rows.jsonl")}]},
+        "training": {"output_dir": str(recipe.parent / "decoder"), "max_steps": 1, "use_cpu": True},
+    }
+    (recipe.parent / "decoder.yaml").write_text(yaml.safe_dump(decoder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "purpose"),
+    [
+        ("training.export --model trained --output new", "--model", "the two towers are"),
+        ("training.publish --model trained --repo a/b --output new", "--model", "model cards"),
+        ("training.train_decoder decoder.yaml", "model.checkpoint", "a Y-Decoder decodes"),
+        (
+            "training.mlp_baseline trained --features f --benchmarks retrieval.yaml --validation "
+            "retrieval.yaml",
+            "MODEL",
+            "the MLP predicts embeddings",
+        ),
+        ("eval.watch --model trained --source 0.mp4 --candidates a b", "--model", "captions are"),
+        ("experiments.variants trained --output new", "source", "variants change a VL-JEPA"),
+    ],
+    ids=lambda value: value.split()[0],
+)
+def test_commands_of_a_vljepa_refuse_a_token_model(trained, monkeypatch, command, key, purpose):
+    monkeypatch.chdir(trained.parent)
+    name, *words = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(name, run_name="__main__")
+    path = str(trained) if name == "training.train_decoder" else "trained"
+    assert stopped.value.code.startswith(f"error: {key}: {path} predicts tokens, and {purpose}")
+    assert stopped.value.code.endswith("; give a model of training.train.")
+    assert not (trained.parent / "new").exists()
 
 
 # -- learning ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from eval.models import check_vljepa
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from processing import VLJEPAProcessor
 from training.arguments import RecipeError
@@ -83,9 +84,12 @@ def with_decoder(
 
     Raises:
         RecipeError: the checkpoint or decoder does not load, or the settings do not fit it.
+        TokenModelError: the checkpoint predicts tokens.
     """
     config = check_decoder_config(arguments)
     path = arguments.checkpoint
+    saved = load(AutoConfig, "model.checkpoint", path)
+    check_vljepa("model.checkpoint", path, saved, "a Y-Decoder decodes a VL-JEPA's embeddings")
     processor = load(VLJEPAProcessor, "model.checkpoint", path)
     if arguments.decoder is None and "decoder_config" not in config:
         return load_decoder(path, config), processor

@@ -1,6 +1,7 @@
 """Recipes of Y-Decoders: their keys, defaults and checks."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -128,8 +129,10 @@ class DecoderTrainingArguments(TrainingArguments):
     """The section `training`: `transformers.TrainingArguments`, counted in steps.
 
     Attributes:
-        precision, resume_from_checkpoint: see `VLJEPATrainingArguments`.
+        precision, resume_from_checkpoint, command: see `VLJEPATrainingArguments`.
     """
+
+    command: ClassVar[str] = "training.train_decoder"
 
     output_dir: str = field()  # `field()`: or the parent's default would make it optional
     max_steps: int = field()

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel, VLJEPATokenModel
+from eval.models import check_vljepa
+from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPAModel
 from modeling_vljepa.hub_files import write_hub_files
 from processing import VLJEPAProcessor, read_rows
 from processing.output import check_output_folder, writing
@@ -74,11 +75,7 @@ def load_trained(
     An adapter's folder gives the base model with the adapter, without a Y-Decoder.
     """
     model = load(AutoModel, "--model", path)
-    if isinstance(model, VLJEPATokenModel):
-        raise RecipeError(
-            f"--model: {path} predicts tokens, and model cards describe a VL-JEPA; give a model of "
-            "training.train."
-        )
+    check_vljepa("--model", path, model.config, "model cards describe a VL-JEPA")
     is_adapter = (Path(path) / "adapter_config.json").is_file()
     if model.config.decoder_config is not None and not is_adapter:
         model = load(AutoModelForImageTextToText, "--model", path)
@@ -400,6 +397,7 @@ def publish(
         OutputError: the folder cannot be written.
         RecipeError: the model does not load, an argument is invalid, or the published model gives
             other embeddings.
+        TokenModelError: the model predicts tokens.
     """
     check_arguments(
         source, repo, output=output, base_repo=base_repo, code_url=code_url, space=space

@@ -2,6 +2,7 @@
 
 | difference               | what happens                                               |
 |--------------------------|------------------------------------------------------------|
+| in `COMMAND`             | it is refused: the checkpoint is of another kind of model  |
 | in `FREE`                | it is applied: it does not change what is trained          |
 | in `APPLIED` or `PLACES` | it is applied, and reported in one line                    |
 | any other                | it is refused: the checkpoint's states mean something else |
@@ -19,6 +20,7 @@ from training.arguments import Recipe, RecipeError, words
 from training.data.sources import Source, StreamedSource
 
 FINGERPRINT = "recipe.json"
+COMMAND = "command"  # key of the command that trains
 Fingerprint = dict[str, Any]  # a setting's key in the recipe -> its value
 
 # Settings of logging, evaluation, saving, publishing and the machine. `hub_token` is a secret, so a
@@ -107,7 +109,7 @@ def fingerprint(recipe: Recipe, contents: list[list], lanes: int | None = None) 
     """Return the settings of a run that decide what it trains.
 
     Args:
-        recipe: a recipe of `training.train` or `training.train_decoder`.
+        recipe: a recipe of a command that trains.
         contents: size and hash of each source.
         lanes: number of lanes, if a source is streamed.
     """
@@ -119,7 +121,8 @@ def fingerprint(recipe: Recipe, contents: list[list], lanes: int | None = None) 
             data.pop(f"{name}.shuffle_rows", None)  # nothing reads it
     if lanes is not None:
         data["data.lanes"] = lanes
-    settings = data | section("training", recipe.training, FREE)
+    settings = {COMMAND: recipe.training.command}
+    settings |= data | section("training", recipe.training, FREE)
     for name in ("model", "processor"):
         if name in vars(recipe):  # a Y-Decoder's recipe has no section `processor`
             settings |= section(name, vars(recipe)[name])
@@ -139,12 +142,20 @@ def compare(folder: str | None, now: Fingerprint) -> str:
         folder: the checkpoint to resume from; `None` to start from the beginning.
         now: the settings of this run.
     Raises:
-        RecipeError: a setting differs that the checkpoint's states depend on.
+        RecipeError: another command trained the checkpoint, or a setting differs that its states
+            depend on.
     """
     if folder is None:
         return ""
     before = json.loads(Path(folder, FINGERPRINT).read_text(encoding="utf-8"))
     steps = json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))
+    # Checkpoints of earlier versions do not state their command.
+    if before.get(COMMAND, now[COMMAND]) != now[COMMAND]:
+        raise RecipeError(
+            f"training.resume_from_checkpoint: {folder} is a checkpoint of {before[COMMAND]}, "
+            f"which {now[COMMAND]} cannot continue. Give one of {now[COMMAND]}, or another "
+            "training.output_dir."
+        )
     cure = "or start a new run from its weights with model.checkpoint."
     counts = [sum(key.endswith("].content") for key in each) for each in (before, now)]
     if counts[0] != counts[1]:

@@ -1,6 +1,7 @@
 """Recipes of the token baseline: those of VL-JEPA, with two more keys."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from training.arguments import ModelArguments, Recipe, RecipeError, VLJEPATrainingArguments
 from training.arguments import read_recipe as read_any
@@ -34,7 +35,10 @@ class TokenTrainingArguments(VLJEPATrainingArguments):
     Attributes:
         token_loss_weight: share of the token loss; the rest is that of `objective`. 1 is the
             baseline, which has no Y-Encoder; less is a hybrid.
+        command: see `VLJEPATrainingArguments`.
     """
+
+    command: ClassVar[str] = "training.token_baseline"
 
     token_loss_weight: float = 1.0
 
