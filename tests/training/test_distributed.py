@@ -208,6 +208,7 @@ def off(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> d
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_rows", [None, 1, 3])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_processes_have_the_loss_and_gradient_of_one_process(results, setting, cache_rows):
@@ -226,6 +227,7 @@ def test_processes_have_the_loss_and_gradient_of_one_process(results, setting, c
     assert {name.split(".")[0] for name in distances} == expected_modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_rows", [None, 1])
 def test_sharded_weights_have_the_gradient_of_one_process(results, cache_rows):
     expected = step(Objective(), new_model("info_nce"))
@@ -242,6 +244,7 @@ def test_cached_step_equals_the_whole_batch(setting, rows):
     assert max(off(found, expected).values()) <= 1e-5
 
 
+@pytest.mark.slow
 def test_gather_with_local_gradient_would_be_wrong(results):
     """Positive control: if the backward of the gather returns the local slice only, the loss is
     correct and the encoders' gradients are not."""
@@ -254,6 +257,7 @@ def test_gather_with_local_gradient_would_be_wrong(results):
         assert min(d for name, d in distances.items() if name.startswith("y_")) > 0.1
 
 
+@pytest.mark.slow
 def test_processes_share_targets_groups_and_hard_negatives(results):
     """Two rows share text 5 and two share group 9, across processes. Hard negatives of other
     processes count too, except for rows whose own text they are."""

@@ -925,6 +925,7 @@ def test_cached_targets_do_not_change_the_losses(recipe):
 # -- the command ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_command_trains_on_images_and_clips_of_any_size(tmp_path):
     recipe = tiny_recipe(tiny_rows(tmp_path))
     done = subprocess.run(
