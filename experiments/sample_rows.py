@@ -13,7 +13,7 @@ from pathlib import Path
 from eval.evaluate import at_least_one
 from processing.media import scheme_of
 from processing.output import OutputError, check_output_folder, writing
-from processing.rows import BYTE_ORDER_MARK
+from processing.rows import BLANK, RowError, parse_object
 
 MEDIA = ("image", "video")
 
@@ -26,8 +26,8 @@ def sample(path: Path, count: int, folder: Path) -> list[dict]:
         ValueError: a line among them is not a JSON object.
     """
     # Not `str.splitlines`: a JSON text may hold U+2028 and other characters that end a line there.
-    lines = path.read_bytes().removeprefix(BYTE_ORDER_MARK).split(b"\n")
-    numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    lines = path.read_bytes().split(b"\n")
+    numbers = [number for number, line in enumerate(lines, start=1) if line.strip(BLANK)]
     count = min(count, len(numbers))
     chosen = [numbers[index * len(numbers) // count] for index in range(count)]
     rows = [parse(lines[number - 1], f"{path}:{number}") for number in chosen]
@@ -48,14 +48,9 @@ def parse(line: bytes, where: str) -> dict:
         ValueError: it is not a JSON object.
     """
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(
-            f"{where}: not valid JSON ({error}); correct or remove the line."
-        ) from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a JSON object; correct or remove the line.")
-    return row
+        return parse_object(line)
+    except RowError as error:
+        raise ValueError(f"{where}: {error}; correct or remove the line.") from error
 
 
 def output_names(paths: list[Path]) -> dict[str, Path]:

@@ -90,6 +90,7 @@ LIST_KINDS = {
 # By the first bytes of a file: its name may say nothing.
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BLANK = BYTE_ORDER_MARK + b" \t\r\n"  # the bytes of a line without a row
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def read_rows(
     try:
         with open_rows(path) as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.strip(BYTE_ORDER_MARK + b" \t\r\n"):  # blank, or only the mark
+                if not line.strip(BLANK):
                     continue
                 try:
                     rows += parse_line(line, path.parent, (str(path), number), row_fields)
@@ -375,17 +376,13 @@ class RowError(ValueError):
     """Reason why a line or an example is not a valid sample."""
 
 
-def parse_line(
-    line: bytes, folder: Path, where: tuple[str, int], row_fields: RowFields | None = None
-) -> list[dict]:
-    """Return the samples of one line of a JSONL file in `folder`.
+def parse_object(line: bytes) -> dict:
+    """Return the JSON object of one line of a JSONL file.
 
-    Args:
-        where: the file's name and the line's number.
     Raises: `RowError`.
     """
     try:
-        row = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        row = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError("not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -396,7 +393,19 @@ def parse_line(
         raise RowError(f"not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise RowError(f"not a JSON object but a {type(row).__name__}")
-    return samples_of(row, where, folder, row_fields)
+    return row
+
+
+def parse_line(
+    line: bytes, folder: Path, where: tuple[str, int], row_fields: RowFields | None = None
+) -> list[dict]:
+    """Return the samples of one line of a JSONL file in `folder`.
+
+    Args:
+        where: the file's name and the line's number.
+    Raises: `RowError`.
+    """
+    return samples_of(parse_object(line), where, folder, row_fields)
 
 
 def samples_of(
@@ -543,6 +552,7 @@ def _check_negatives(row: dict) -> None:
 
 
 __all__ = [
+    "BLANK",
     "BadRow",
     "Media",
     "RowError",
@@ -556,6 +566,7 @@ __all__ = [
     "media_name",
     "media_of",
     "parse_line",
+    "parse_object",
     "read_rows",
     "samples_of",
     "size_key",

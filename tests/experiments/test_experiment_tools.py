@@ -57,9 +57,9 @@ def test_sample_rows_refuse_two_files_of_one_name(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"[1]", r"not a JSON object; correct"),
+        (b"[1]", r"not a JSON object but a list; correct"),
         (b'{"image": ', r"not valid JSON \(.*\); correct"),
-        (b'{"image": "\xff"}', r"not valid JSON \(.*\); correct"),
+        (b'{"image": "\xff"}', r"not UTF-8; correct"),
     ],
 )
 def test_sample_rows_name_a_line_that_is_no_row(tmp_path, line, reason):
