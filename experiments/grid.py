@@ -28,7 +28,6 @@ of the runner, which `Options` lists; `overrides` may have both for all settings
 
 import copy
 import functools
-import hashlib
 import json
 import math
 import os
@@ -42,6 +41,7 @@ from typing import Any
 import yaml
 
 from eval.benchmarks import read_entries
+from experiments.results import digest
 from training.arguments import (
     EvaluationArguments,
     Recipe,
@@ -259,8 +259,9 @@ class Grid:
         Raises:
             GridError: there is no such benchmark.
         """
-        texts, needed = [as_text(recipe), *map(as_text, benchmarks(recipe, options).values())], []
-        if options is not None and options.decoder is not None:
+        options, needed = options or Options(), []
+        texts = [as_text(recipe), *map(as_text, benchmarks(recipe, options).values())]
+        if options.decoder is not None:
             texts.append(as_text(yaml_of("decoder", options.decoder)))
         for step in reversed(self.steps(seed)):
             if is_named(step.folder, texts):
@@ -360,8 +361,7 @@ class Grid:
             parts.append(yaml_of("decoder", options.decoder))
         if before is not None:
             parts.append(self.run(before, seed).settings)
-        text = json.dumps(parts, sort_keys=True)
-        settings = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        settings = digest(json.dumps(parts, sort_keys=True).encode())
         folder, changes = self.folder_of(setting, seed), self.settings[setting]
         return Run(setting, seed, changes, recipe, folder, settings, options, before)
 

@@ -17,7 +17,6 @@ Shapes: S seeds, n items.
 """
 
 import argparse
-import hashlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 
 from eval.intervals import difference_interval, mean_interval
 from experiments.grid import Grid, GridError, read_grid
-from experiments.results import BENCHMARK, FILE, read_lines, unpack
+from experiments.results import BENCHMARK, FILE, digest, read_lines, unpack
 
 BEGIN = "<!-- results: written by experiments.report -->"
 END = "<!-- end of results -->"
@@ -335,7 +334,7 @@ def digest_of(folder: Path) -> str:
     """Return a hash of the results, which the figures contain."""
     path = folder / FILE
     content = path.read_bytes() if path.is_file() else b""
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
+    return digest(content)
 
 
 def facts(lines: list[dict]) -> str:

@@ -45,8 +45,9 @@ def append_line(folder: Path, line: dict) -> None:
         file.write("\n" * is_cut + json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def digest_of(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def digest(content: bytes) -> str:
+    """Return a hash of settings, data or results, as 16 hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def pack(folder: Path, column: Column) -> dict[str, Any]:
@@ -62,17 +63,18 @@ def pack(folder: Path, column: Column) -> dict[str, Any]:
     if column.types:
         facts["types"] = [column.types[name] for name in names]
     text = json.dumps(facts) + "\n"
-    digest = digest_of(json.dumps(names))
-    path = folder / ITEMS / f"{digest}.json"
+    items = digest(json.dumps(names).encode())
+    path = folder / ITEMS / f"{items}.json"
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         # The same items with other clusters or types, such as corrected ones
-        digest = digest_of(json.dumps(names) + text)
-        path = folder / ITEMS / f"{digest}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+        items = digest((json.dumps(names) + text).encode())
+        path = folder / ITEMS / f"{items}.json"
+    if not path.is_file():  # written once: a kill never damages what other lines read
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     if set(values) <= {0, 1}:
         values = "".join(str(int(value)) for value in values)
-    return {"items": digest, "values": values}
+    return {"items": items, "values": values}
 
 
 def pack_all(folder: Path, columns: dict[tuple[str, str], Column], scores: set[str]) -> dict:
@@ -110,4 +112,4 @@ def unpack(folder: Path, line: dict, score: str) -> tuple[np.ndarray, np.ndarray
     return values, clusters
 
 
-__all__ = ["BENCHMARK", "FILE", "append_line", "pack_all", "read_lines", "unpack"]
+__all__ = ["BENCHMARK", "FILE", "append_line", "digest", "pack_all", "read_lines", "unpack"]

@@ -11,7 +11,6 @@ SIGHUP end the trainings with the command. `experiments/grid.py` lists the keys 
 
 import argparse
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -47,7 +46,7 @@ from experiments.grid import (
     is_named,
     read_grid,
 )
-from experiments.results import BENCHMARK, append_line, pack_all, read_lines
+from experiments.results import BENCHMARK, append_line, digest, pack_all, read_lines
 from processing.output import check_output_folder, complete_file
 from training.arguments import Recipe, RecipeError
 from training.decoder.recipe import read_recipe as read_decoder_recipe
@@ -170,10 +169,6 @@ def in_order(
 
 
 # -- preparation -----------------------------------------------------------------------------
-
-
-def digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def prepare(grid: Grid, runs: list[Run], jobs: int) -> None:

@@ -51,6 +51,11 @@ def write_grid(folder: Path, **changes) -> Path:
 # -- the grid --------------------------------------------------------------------------------
 
 
+def step(name: str, command: str) -> dict:
+    """Return a preparation as in a grid's file."""
+    return {"folder": f"made/{name}", "command": f"python -m {command}", "complete": "done"}
+
+
 def test_grid_runs_have_recipes_with_the_changes_of_all_and_of_their_setting(folder):
     runs = list(read_grid(write_grid(folder)).runs())
     assert [(each.setting, each.seed) for each in runs] == [
@@ -66,9 +71,6 @@ def test_grid_runs_have_recipes_with_the_changes_of_all_and_of_their_setting(fol
 
 
 def test_grid_prepares_only_what_a_run_needs_for_its_seed(folder):
-    def step(name: str, command: str) -> dict:
-        return {"folder": f"made/{name}", "command": f"python -m {command}", "complete": "done"}
-
     steps = [
         step("data", "x"),
         step("init-seed{seed}", "x made/data --seed {seed}"),
@@ -98,11 +100,8 @@ def test_grid_prepares_only_what_a_run_needs_for_its_seed(folder):
 def two_inits(folder: Path, command: str) -> Path:
     """Write a grid whose settings start from two models, which both need the same data."""
     steps = [
-        {"folder": "made/data", "command": "python -m x", "complete": "done"},
-        *(
-            {"folder": f"made/{name}", "command": f"python -m {command}", "complete": "done"}
-            for name in ("one", "two")
-        ),
+        step("data", "x"),
+        *(step(name, command) for name in ("one", "two")),
     ]
     settings = {name: {"model.checkpoint": f"made/{name}"} for name in ("one", "two")}
     return write_grid(folder, seeds=[0], prepare=steps, settings=settings, compare=[])
@@ -136,20 +135,20 @@ def test_prepare_runs_steps_at_the_same_time_but_after_what_they_need(folder, mo
 
 def test_prepare_waits_for_another_grid_that_makes_the_same_folder(folder, monkeypatch):
     grid = read_grid(two_inits(folder, "x"))
-    step = grid.steps(0)[1]
+    one = grid.steps(0)[1]
     monkeypatch.setattr(run, "make", lambda *_: pytest.fail("made twice"))
-    lock = run.note_of(step, "lock")
+    lock = run.note_of(one, "lock")
     lock.parent.mkdir(parents=True)
     with lock.open("w") as file:
         assert run.is_locked(file)
-        waiting = threading.Thread(target=run.make_alone, args=(grid, step, 0))
+        waiting = threading.Thread(target=run.make_alone, args=(grid, one, 0))
         waiting.start()
         waiting.join(0.5)
         assert waiting.is_alive()
-        Path(step.folder).mkdir(parents=True)
-        Path(step.folder, step.complete).touch()
+        Path(one.folder).mkdir(parents=True)
+        Path(one.folder, one.complete).touch()
     waiting.join(60)
-    assert not waiting.is_alive() and not run.note_of(step, "txt").exists()
+    assert not waiting.is_alive() and not run.note_of(one, "txt").exists()
 
 
 @pytest.mark.parametrize("named", ["made/é", "./made/é", "made//é", "{here}/made/é", "a=made/é"])
@@ -161,9 +160,6 @@ def test_is_named_finds_a_folder_however_its_path_begins(folder, named):
 
 
 def test_grid_needs_what_a_decoder_or_a_file_of_an_earlier_step_names(folder):
-    def step(name: str, command: str) -> dict:
-        return {"folder": f"made/{name}", "command": f"python -m {command}", "complete": "done"}
-
     steps = [
         step("texts/", "x"),
         step("config", "x --write made/config/own.yaml"),
