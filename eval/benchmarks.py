@@ -10,6 +10,7 @@ import yaml
 from eval.sources import Source
 from eval.task import Benchmark, Paper
 from eval.tasks import TASKS
+from eval.yaml_text import parse_yaml
 from modeling_vljepa.prompts import PROMPTS
 
 PROMPT_NAMES = (*PROMPTS, "retrieval")
@@ -57,7 +58,7 @@ def read_entries(path: Path) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for file in files:
         try:
-            found = yaml.safe_load(file.read_text(encoding="utf-8"))
+            found = parse_yaml(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file}: not a YAML file: {error}") from error
         if not isinstance(found, dict):

@@ -31,10 +31,10 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from eval.yaml_text import parse_yaml
 from experiments.cost import FILE as COST
 from experiments.grid import GridError, read_grid
 from experiments.report import (
@@ -138,7 +138,7 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
         ReportError: an unknown or missing key, setting or score.
     """
     claims = []
-    for given in yaml.safe_load(path.read_text(encoding="utf-8")):
+    for given in parse_yaml(path.read_text(encoding="utf-8")):
         try:
             claim = Claim(**check_keys(given, Claim, given.get("name", "claim")))
             rows = [Statement(**check_keys(row, Statement, claim.name)) for row in claim.statements]

@@ -41,6 +41,7 @@ from typing import Any
 import yaml
 
 from eval.benchmarks import read_entries
+from eval.yaml_text import parse_yaml
 from experiments.results import digest
 from training.arguments import (
     EvaluationArguments,
@@ -441,7 +442,7 @@ def yaml_of(key: str, path: str) -> Any:
 @functools.cache
 def parsed(text: str) -> Any:
     """Return a YAML text's content; each of a grid's runs reads the same few files."""
-    return yaml.safe_load(text)
+    return parse_yaml(text)
 
 
 def with_seed(value: Any, seed: int) -> Any:

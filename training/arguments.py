@@ -23,6 +23,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available
 
+from eval.yaml_text import parse_yaml
 from modeling_vljepa.attention import cpu_has_bf16
 from modeling_vljepa.losses import LOSSES
 from modeling_vljepa.prompts import complete_prompts, complete_target_prompts
@@ -913,7 +914,7 @@ def read_sections(path: str, overrides: list[str], cls: type, optional: set[str]
     if not Path(path).is_file():
         raise RecipeError(f"{path}: no such recipe.")
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        given = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(given, dict):

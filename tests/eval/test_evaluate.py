@@ -531,6 +531,7 @@ def test_tasks_has_one_kind_per_module_under_its_own_name():
         ("", "b.yaml: benchmarks are entries `name: {task: …}`, found None"),
         ("- 1", "b.yaml: benchmarks are entries .* found .1."),
         ("a: [1", "b.yaml: not a YAML file: "),
+        ("a: {}\na: {}", "b.yaml: not a YAML file: 'a' stands twice"),
     ],
 )
 def test_load_benchmarks_names_a_file_without_benchmarks(tmp_path, content, message):

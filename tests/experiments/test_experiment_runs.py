@@ -325,6 +325,7 @@ def test_grid_names_what_is_wrong(folder, changes, message):
         (b"", "is empty or not a mapping"),
         (b"- a", "is empty or not a mapping"),
         (b"a: [", "is not a YAML file"),
+        (b"a: {b: 1, c: 2, b: 3}", "is not a YAML file: 'b' stands twice"),
         (b"\xff", "is not a YAML file"),
     ],
 )

@@ -338,6 +338,10 @@ def test_read_recipe_names_a_missing_key(recipe, section, key, message):
     ("content", "message"),
     [
         (b"a: [", "recipe.yaml: not a YAML file"),
+        (
+            b"data: {}\nmodel: {}\ndata: {}",
+            "(?s)not a YAML file: 'data' stands twice.*line 3",
+        ),
         (b"\xff\xfe\x00", "recipe.yaml: not a YAML file"),
         (b"", "a recipe needs the sections model, processor, data, training, evaluation"),
         (b"- 1", "a recipe needs the sections"),

@@ -17,9 +17,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
+from eval.yaml_text import parse_yaml
 from processing.annotations import read_annotations
 from processing.columns import ColumnError, Columns, ExampleError
 from processing.rows import BadRow, bad_rows_report
@@ -54,7 +54,7 @@ def read_entry(name: str, entry: Mapping[str, Any]) -> PublicSet:
 
 def public_sets() -> dict[str, PublicSet]:
     """Read every entry, by name."""
-    entries = yaml.safe_load(ENTRIES.read_text(encoding="utf-8"))
+    entries = parse_yaml(ENTRIES.read_text(encoding="utf-8"))
     return {name: read_entry(name, entry) for name, entry in entries.items()}
 
 
