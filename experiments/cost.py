@@ -48,7 +48,9 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 def pixels_of(recipe: Recipe, processor: VLJEPAProcessor, rows: list[dict]) -> torch.Tensor:
     """Return a grey clip `(1, T, 3, h, w)` with the frames of the rows' kind of media."""
-    frames = recipe.processor.num_frames if "video" in rows[0] else 1
+    frames = 1
+    if "video" in rows[0]:
+        frames = recipe.processor.num_frames or processor.video_processor.num_frames
     return grey_frame(processor).expand(-1, frames, -1, -1, -1)
 
 

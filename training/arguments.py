@@ -108,12 +108,13 @@ class ProcessorArguments:
             frames to; `vision_config.crop_size` of a new model.
         shortest_edge: length of the shortest edge in pixels after the resize, before the centre
             crop. Default: V-JEPA 2's ratio, 256/224 of the crop.
-        num_frames: frames sampled from a video, its first and last included.
+        num_frames: frames sampled from a video, its first and last included. Default: those of the
+            checkpoint, 8 of a new model.
     """
 
     image_size: int | None = None
     shortest_edge: int | None = None
-    num_frames: int = 8
+    num_frames: int | None = None
 
     def __post_init__(self):
         check_least(self, "processor", image_size=1, shortest_edge=1, num_frames=1)

@@ -397,6 +397,19 @@ def test_load_processor_squashes_to_the_image_size_of_a_recipe(saved, tmp_path):
     assert (pixels[..., :20] == 1).all() and (pixels[..., -20:] == -1).all()  # nothing is cropped
 
 
+@pytest.mark.parametrize("frames", [4, 2])
+def test_load_processor_keeps_the_frames_of_a_checkpoint_unless_the_recipe_has_some(
+    tmp_path, frames
+):
+    processor = tiny_processor()
+    processor.video_processor.num_frames = 4
+    processor.save_pretrained(tmp_path)
+    arguments = ProcessorArguments() if frames == 4 else ProcessorArguments(num_frames=frames)
+    video = load_processor(ModelArguments(checkpoint=str(tmp_path)), arguments).video_processor
+    pixels = video(torch.zeros(9, 3, 30, 40, dtype=torch.uint8), return_tensors="pt")
+    assert pixels["pixel_values_videos"].shape[1] == frames
+
+
 def test_read_vision_hierarchical_refuses_a_perception_encoder(tmp_path):
     source = write(tmp_path / "a.pt", VISION)
     with pytest.raises(RecipeError, match="only V-JEPA 2.1 has levels"):

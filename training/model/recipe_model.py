@@ -80,10 +80,12 @@ def new_processor(
         text: pretrained Y-Encoder, whose tokenizer is used for targets; without one, targets use a
             copy of the query tokenizer.
     """
-    size = {} if arguments.image_size is None else {"crop_size": arguments.image_size}
+    options = {} if arguments.num_frames is None else {"num_frames": arguments.num_frames}
+    if arguments.image_size is not None:
+        options["crop_size"] = arguments.image_size
     if arguments.shortest_edge is not None:
-        size["size"] = {"shortest_edge": arguments.shortest_edge}
-    video_processor = VLJEPAVideoProcessor(num_frames=arguments.num_frames, **size)
+        options["size"] = {"shortest_edge": arguments.shortest_edge}
+    video_processor = VLJEPAVideoProcessor(**options)
     if text is None:
         return VLJEPAProcessor(video_processor, tokenizer, copy.deepcopy(tokenizer))
     return VLJEPAProcessor(
@@ -250,7 +252,8 @@ def load_processor(arguments: ModelArguments, processing: ProcessorArguments) ->
     """Load the processor of `checkpoint`, with the recipe's changes."""
     processor = load(AutoProcessor, "model.checkpoint", arguments.checkpoint)
     video = processor.video_processor
-    video.num_frames = processing.num_frames
+    if processing.num_frames is not None:
+        video.num_frames = processing.num_frames
     if processing.image_size is not None:
         video.crop_size = {"height": processing.image_size, "width": processing.image_size}
         if not video.size.shortest_edge:  # squashed frames, of which nothing is cut off
