@@ -1,6 +1,6 @@
 # make demo       environment, data, training, evaluation, report: 15 minutes on two cores
 # make test       environment and the default test suite
-# make full       the full recipe, one seed: make full SEED=1
+# make full       the full recipe, one seed: make full SEED=1; its data replaces that of make demo
 # make streams    train the trained model on streams, and measure selective decoding
 # make pictures   real pictures, pretrained towers, and an MLP for comparison: half an hour, 2 cores
 # make small      the one-GPU recipes (stage 2, SFT) with small pretrained backbones, two processes
@@ -12,8 +12,8 @@
 # make smoke      all steps of make demo in two minutes, too short to learn; its data is small and
 #                 replaces that of make demo
 #
-# The constraints pin the versions with which the numbers in this repository were measured, with
-# torch for CPUs. With a GPU, use your own file: make demo CONSTRAINTS=mine.txt
+# The constraints pin the versions with which the numbers in this repository were measured, on CPUs.
+# With a GPU, use your own file, a list of `package==version`: make demo CONSTRAINTS=mine.txt
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +23,7 @@ RUN = $(VENV)/bin/python
 # threads, and the losses agree. With a GPU it is one process, because two would need two GPUs.
 TWO = $(RUN) $(if $(shell command -v nvidia-smi),,-m torch.distributed.run --standalone --nproc_per_node 2) -m
 export HF_HUB_OFFLINE = 1
-# glibc reuses the memory of a step in the next one: 5 % faster on CPUs, with equal results.
+# glibc reuses the memory of a step in the next one: 3 to 4 % faster on CPUs, with equal results.
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 export MALLOC_MMAP_THRESHOLD_ = 8589934592
 
@@ -82,10 +82,11 @@ streams: env
 		model.checkpoint=$(OUT)/streams training.seed=$(SEED) training.output_dir=$(OUT)/watcher
 	$(RUN) -m eval.evaluate --model $(OUT)/watcher --benchmarks eval/streams.yaml --tasks all
 
-# The recipes for one GPU with smaller batches and fewer steps: once in full, once with adapters. In a
+# The recipes for one GPU with smaller batches and fewer steps: once in full, once with LoRA. In a
 # frame of 112 pixels, each tile of a room is one patch; the Predictor reads means of 2 x 2 patches.
-# Both encoders are frozen, so their outputs are stored once for all runs. The rates
-# and the captions before questions follow trials: docs/training.md, "When it learns slowly".
+# Both encoders are frozen, so their outputs are stored once for all runs. The rates of the full training
+# and the captions before questions follow trials: docs/training.md, "When it learns slowly". LoRA has
+# the same rates, not those of its own trials.
 SMALL_STAGE2_STEPS ?= 600
 SMALL_SFT_STEPS ?= 2000
 SMALL_LORA_STEPS ?= 300

@@ -1,6 +1,6 @@
 """Check that each part of a new VL-JEPA is pretrained.
 
-    python -m eval.backbones --model runs/small --language-model data/backbones/smollm2/FILE.gguf
+    python -m eval.backbones --model runs/joined --language-model data/backbones/smollm2/FILE.gguf
 
 Each part is tested on the task of its pretraining, and so is a copy with random weights:
 
