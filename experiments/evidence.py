@@ -358,26 +358,59 @@ def query_table(folder: Path) -> str:
     return f"{table}\n\n{line['device']}; rows of {line['rows']}."
 
 
-def baselines_table(claim: Claim, found: dict[str, list[dict]]) -> str:
-    """Return scores and baselines of a claim's `cost` settings; "" without results.
+def scores_table(claim: Claim, data: str, found: dict[str, list[dict]]) -> str:
+    """Return the scores of a claim's settings on a data set, with their baselines; "" without
+    results.
 
     A baseline without the clip, such as "question only", shows what a model has learnt from clips.
+    One that is equal for all settings has a row of its own.
     """
+    names = dict.fromkeys(f"{data}-{name}" for row in claim.statements for name in row.pair)
+    measured = {name: found[name] for name in names if name in found}
+    lines = [line for of_setting in measured.values() for line in of_setting]
+    scores = {name: key for name, key in claim.scores[data].items() if has_items(lines, key)}
+    if not scores:
+        return ""
+    baselines = {name: baselines_of(lines, key) for name, key in scores.items()}
+    equal = {
+        name: {each for each, values in of.items() if are_equal(values, len(lines))}
+        for name, of in baselines.items()
+    }
     rows = []
-    for data, scores in claim.scores.items():
-        for setting in claim.cost:
-            same = found.get(f"{data}-{setting}", [])
-            for name, score in scores.items():
-                if not same or score not in same[0]["items"]:
-                    continue
-                mean = in_points(mean_score(FOLDER / claim.folder, same, score))
-                given = [line["scores"][score]["baselines"] for line in same]
-                means = {each: 100 * np.mean([one[each] for one in given]) for each in given[0]}
-                listed = [f"{each} {value:.1f}" for each, value in means.items()]
-                rows.append(
-                    [f"{data}-{setting}", name, with_interval(mean), ", ".join(listed) or "–"]
-                )
-    return markdown(["setting", "score", "% or CIDEr x 100", "baselines"], rows) if rows else ""
+    for setting, of_setting in measured.items():
+        cells = []
+        for name, key in scores.items():
+            mean = in_points(mean_score(FOLDER / claim.folder, of_setting, key))
+            own = baselines_of(of_setting, key)
+            texts = [f"{each} {100 * np.mean(own[each]):.1f}" for each in own.keys() - equal[name]]
+            cells.append("<br>".join([with_interval(mean), *sorted(texts)]))
+        rows.append([setting, str(len(of_setting)), *cells])
+    for baseline in dict.fromkeys(each for name in scores for each in sorted(equal[name])):
+        values = [
+            f"{100 * baselines[name][baseline][0]:.1f}" if baseline in equal[name] else "–"
+            for name in scores
+        ]
+        rows.append([f"*{baseline}*", "", *values])
+    table = markdown(["setting", "seeds", *scores], rows)
+    return f"Scores on {claim.name_of(data)} in % (CIDEr x 100), and baselines:\n\n{table}"
+
+
+def has_items(lines: list[dict], score: str) -> bool:
+    return bool(lines) and all(score in line["items"] for line in lines)
+
+
+def baselines_of(lines: list[dict], score: str) -> dict[str, list[float]]:
+    """Return the values of each baseline of a score in the lines that have it."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line["scores"][score]["baselines"].items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def are_equal(values: list[float], number: int) -> bool:
+    """Return whether there are as many values as `number`, and all are the same."""
+    return len(values) == number and max(values) - min(values) < 1e-9
 
 
 def in_short(each: Measured) -> str:
@@ -413,7 +446,8 @@ def page_text(measured: list[Measured], figure: Callable[[Measured], str]) -> st
         else:
             parts.append(f"Figure: {NOT_RUN}.")
         tables = [cost_table(claim, found), query_table(FOLDER / claim.folder)]
-        parts += filter(None, [*tables, baselines_table(claim, found)])
+        tables += [scores_table(claim, data, found) for data in claim.scores]
+        parts += filter(None, tables)
     return "\n\n".join(parts)
 
 

@@ -458,13 +458,24 @@ def collect(grid: Grid, folder: Path, run: Run, recipe: Recipe, measured: Path) 
 
 
 def revision() -> str:
-    """Return the commit of the code, with "-dirty" if files differ from it; "" without git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    here = Path(__file__).resolve().parent
+    """Return the commit of the code, with "-dirty" if tracked files differ from it; "" without git.
+
+    Results are no code: a grid adds to them while it runs.
+    """
+    results = (":(top)", ":(top,exclude)experiments/*/results.jsonl")
+    results += (":(top,exclude)experiments/*/items",)
     try:
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        commit = git("describe", "--always", "--exclude=*")
+        return commit + ("-dirty" if git("diff", "--name-only", "HEAD", "--", *results) else "")
     except FileNotFoundError:
         return ""
+
+
+def git(*words: str) -> str:
+    """Return the output of a git command in this repository; "" if it fails."""
+    here = Path(__file__).resolve().parent
+    command = ["git", *words]
+    found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     return found.stdout.strip()
 
 

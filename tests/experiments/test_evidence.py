@@ -1,6 +1,7 @@
 """Verdicts on the paper's claims, and the page of hand-made results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,8 @@ def page(tmp_path, monkeypatch) -> Path:
                 "parameters": {"x_encoder": 7_000_000, "predictor": 2_000_000, "y_encoder": 30_000}
             }
             made = line(folder, name, seed, [1.0], each, **more)
-            made["scores"]["vqa accuracy"] = {"baselines": {"question only": 0.25 + 0.5 * seed}}
+            baselines = {"question only": 0.25 + 0.5 * seed, "chance": 0.1}
+            made["scores"]["vqa accuracy"] = {"baselines": baselines}
             append_line(folder, made | {"settings": hashes[name, seed]})
     page = tmp_path / "docs" / "evidence.md"
     page.parent.mkdir()
@@ -98,7 +100,10 @@ def test_evidence_writes_verdicts_costs_and_figures_of_the_results(page):
         in text
     )
     assert "| x-new | 1.50 M | 2.00 M | 0.03 M | 0.00 M | 400 | 60 | 0 | 30 |" in text
-    assert "| x-new | VQA | 100.0 (" in text and ") | question only 50.0 |" in text
+    scores = text[text.index("Scores on The X") :]
+    assert "| setting | seeds | VQA |" in scores and "Scores on y" not in text
+    assert re.search(r"\n\| x-new \| 2 \| 100\.0 \(.*\)<br>question only 50\.0 \|\n", scores)
+    assert "\n| *chance* |  | 10.0 |\n" in scores  # equal for both settings
     assert text.endswith("After.\n")
     evidence.main(["--check"])
     svg = page.parent / "figures" / "evidence" / "c9.svg"

@@ -319,6 +319,29 @@ def test_grid_names_what_is_wrong(folder, changes, message):
         list(read_grid(write_grid(folder, **changes)).runs())
 
 
+def test_revision_is_dirty_by_changed_code_and_not_by_results(tmp_path, monkeypatch):
+    def git(*words):
+        author = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *author, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    files = [tmp_path / f"experiments/{name}" for name in ("run.py", "c9/results.jsonl")]
+    files[1].parent.mkdir(parents=True)
+    monkeypatch.setattr(run, "__file__", str(files[0]))
+    for file in files:
+        file.write_text("a")
+    assert run.revision() == ""  # no repository
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    clean = run.revision()
+    assert clean and not clean.endswith("-dirty")
+    files[1].write_text("b")
+    (files[0].parent / "new.txt").write_text("untracked")
+    assert run.revision() == clean
+    files[0].write_text("b")
+    assert run.revision() == f"{clean}-dirty"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
