@@ -56,6 +56,7 @@ LONG = {
     r"^(torchrun|accelerate) ": "several processes; tests of training start them",
     r"benchmarks\.": "a benchmark at the paper's size",
     r"^python -m experiments\.": "trains for hours",
+    r"^rm experiments/|^git diff docs/evidence": "is a part of measuring a row anew",
     r"runs/tokens": "trains twice as long as the demonstration",
 }
 HUB = "user/name"
