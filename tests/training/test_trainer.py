@@ -810,7 +810,7 @@ def test_load_checkpoint_converts_to_fp32_and_applies_changes(overfit, tmp_path)
     assert not model.predictor.backbone.config.is_causal
     assert isinstance(processor, VLJEPAProcessor)
     assert processor.video_processor.crop_size == {"height": 48, "width": 48}
-    assert processor.video_processor.num_frames == 8
+    assert processor.video_processor.num_frames == 4  # the checkpoint's
     with pytest.raises(RecipeError, match="model.config.freeze_visio: no such setting"):
         load_checkpoint(
             ModelArguments(checkpoint=str(tmp_path), config={"freeze_visio": True}),
