@@ -889,7 +889,7 @@ def apply_override(recipe: dict, override: str) -> None:
     if isinstance(recipe, list):
         raise RecipeError(f"{override!r}: name a key of an item, as in data.sources.0.rows=FILE.")
     try:
-        recipe[key] = yaml.safe_load(value)
+        recipe[key] = parse_yaml(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"{override!r}: not a YAML value: {error}") from error
 

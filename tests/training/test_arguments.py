@@ -180,6 +180,7 @@ def test_apply_override_reads_values_as_yaml(recipe):
         ("data.sources.rows=a", "name a key of an item, as in data.sources.0.rows=FILE"),
         ("training.max_steps.x=a", "the recipe has no keys below 'max_steps'"),
         ("training.seed=[1", "'training.seed=.1': not a YAML value"),
+        ("data.sources=[{rows: a, rows: b}]", "(?s)not a YAML value: 'rows' stands twice"),
     ],
 )
 def test_read_recipe_names_a_wrong_value(recipe, override, message):
