@@ -49,6 +49,8 @@ class PlainModel(nn.Module):
     def __init__(self, model: VLJEPAModel, bf16: bool = False):
         super().__init__()
         config = model.config
+        if config.predictor_pooling != "mean":
+            raise ValueError("predictor_pooling: PlainModel pools by the mean alone.")
         self.pooling = config.visual_token_pooling
         self.vision = bare(config.vision_config)
         del self.vision.predictor  # a part of V-JEPA 2's own training

@@ -566,7 +566,7 @@ def unfinished(
     if changed and not again:
         raise GridError(
             f"results of other settings or data: {', '.join(changed)}. Repeat them with --again, "
-            "or give the new settings new names."
+            "leave them out with --only and --seeds, or give the new settings new names."
         )
     return todo
 

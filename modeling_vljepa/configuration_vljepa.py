@@ -15,6 +15,7 @@ from .vjepa21 import VJEPA21Config
 
 # Configurations that transformers does not know, by model type.
 OWN_CONFIGS = {each.model_type: each for each in (VJEPA21Config, PerceptionEncoderVisionConfig)}
+PREDICTOR_POOLINGS = ("mean", "query", "attention")
 
 
 class VLJEPAConfig(PreTrainedConfig):
@@ -52,6 +53,11 @@ class VLJEPAConfig(PreTrainedConfig):
             them. The paper mentions none.
         causal_predictor (`bool`, *optional*, defaults to `False`):
             Keep the language model's causal mask in the Predictor (the paper's ablation 7d).
+        predictor_pooling (`str`, *optional*, defaults to `"mean"`):
+            Pooling of the Predictor's states: `"mean"` over all real positions, visual tokens and
+            query (section 3.1: "non-[PAD]"); `"query"`, the mean over the query's tokens alone, or
+            over the visual tokens if the query has none; or `"attention"`, a mean over all real
+            positions with weights from a learnt vector.
         embedding_dim (`int`, *optional*, defaults to 1536):
             Width of the shared embedding space (section 3.1).
         text_pooling (`str`, *optional*, defaults to `"mean"`):
@@ -167,6 +173,7 @@ class VLJEPAConfig(PreTrainedConfig):
     concatenate_class_token: bool = False
     standardize_visual_tokens: bool = False
     causal_predictor: bool = False
+    predictor_pooling: str = "mean"
     embedding_dim: int = 1536
     text_pooling: str = "mean"
     text_dense: list[dict] = field(default_factory=list)
@@ -202,7 +209,7 @@ class VLJEPAConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Complete `prompts` and `target_prompts`; raise ValueError for an invalid value of these,
-        of `visual_token_pooling` or of `target_adapter_size`."""
+        of `visual_token_pooling`, `predictor_pooling` or `target_adapter_size`."""
         if name == "prompts":
             value = complete_prompts(value, vars(self).get(name))
         elif name == "target_prompts":
@@ -210,6 +217,11 @@ class VLJEPAConfig(PreTrainedConfig):
         elif name == "visual_token_pooling" and (type(value) is not int or value < 1):
             raise ValueError(
                 f"visual_token_pooling is {value!r}: give a whole number, 1 or more; 1 pools none."
+            )
+        elif name == "predictor_pooling" and value not in PREDICTOR_POOLINGS:
+            raise ValueError(
+                f"predictor_pooling is {value!r}: give {', '.join(PREDICTOR_POOLINGS[:-1])} or "
+                f"{PREDICTOR_POOLINGS[-1]}."
             )
         elif name == "target_adapter_size" and (
             value is not None and (type(value) is not int or value < 1)

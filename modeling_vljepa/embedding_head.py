@@ -1,6 +1,6 @@
-"""Embedding head: token states to a unit vector in the shared space.
+"""Embedding heads: token states to a unit vector in the shared space.
 
-Shapes: B batch, L tokens, H hidden size, D embedding size.
+Shapes: B batch, N visual tokens, L tokens, H hidden size, D embedding size.
 """
 
 import torch
@@ -95,4 +95,73 @@ class EmbeddingHead(nn.Module):
         return next((weight.dtype for weight in self.parameters()), torch.float32)
 
 
-__all__ = ["EmbeddingHead", "ResidualAdapter", "ZeroLinear", "masked_mean"]
+def query_mask(mask: torch.Tensor, visual_tokens: int) -> torch.Tensor:
+    """Return the mask `(B, N + L)` of the query's tokens alone.
+
+    A row whose query has no token keeps its mask: it has no states but those of the video.
+    """
+    query = mask.clone()
+    query[:, :visual_tokens] = 0
+    return torch.where(query.any(dim=1, keepdim=True), query, mask)
+
+
+class AttentionPooling(nn.Module):
+    """Mean of the states, weighted by the softmax of their products with a learnt vector.
+
+    The vector of a new model is 0, so training starts with the plain mean.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.vector = ZeroLinear(hidden_size, 1, bias=False)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Pool the real tokens of `(B, L, H)`, by the mask `(B, L)`, in fp32 to `(B, H)`."""
+        states = states.float()
+        scores = F.linear(states, self.vector.weight.float())  # (B, L, 1)
+        if mask is not None:
+            scores = scores.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf)
+        return (states * scores.softmax(dim=1)).sum(dim=1)  # (B, H)
+
+
+class PredictorHead(EmbeddingHead):
+    """Pooling of the Predictor's states over [visual tokens ; query], then the projection.
+
+    Args:
+        hidden_size: width of the states.
+        embedding_dim: width of the shared space.
+        pooling: `config.predictor_pooling`.
+    """
+
+    def __init__(self, hidden_size: int, embedding_dim: int, pooling: str = "mean"):
+        super().__init__(hidden_size, embedding_dim)
+        self.pools_query = pooling == "query"
+        self.attention = AttentionPooling(hidden_size) if pooling == "attention" else None
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        mask: torch.Tensor | None,
+        visual_tokens: int,
+        truncate_dim: int | None = None,
+    ) -> torch.Tensor:
+        """Return fp32 unit vectors `(B, D)` of states `(B, N + L, H)`.
+
+        Args:
+            mask: `(B, N + L)`, 1 for the positions to pool; with `None`, all.
+            visual_tokens: N.
+            truncate_dim: see `EmbeddingHead.forward`.
+        """
+        if self.pools_query:
+            if mask is None:
+                mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+            mask = query_mask(mask, visual_tokens)  # (B, N + L)
+        if self.attention is None:
+            pooled = masked_mean(states, mask)  # (B, H)
+        else:
+            with torch.autocast(states.device.type, enabled=False):
+                pooled = self.attention(states, mask)  # (B, H)
+        return super().forward(pooled, truncate_dim)  # (B, D)
+
+
+__all__ = ["EmbeddingHead", "PredictorHead", "ResidualAdapter", "ZeroLinear", "masked_mean"]

@@ -27,7 +27,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_vljepa import VLJEPAConfig
-from .embedding_head import EmbeddingHead, ZeroLinear, masked_mean
+from .embedding_head import EmbeddingHead, PredictorHead, ZeroLinear
 from .input_checks import check_labels, check_shape, check_tokens
 from .losses import info_nce
 from .predictor import Predictor, VisualStandardization
@@ -162,6 +162,7 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
     | backbones: x_encoder, predictor, y_encoder, y_decoder       | pretrained, or as their own |
     | visual_projection, prefix_projection and those of the heads | normal, `initializer_range` |
     | an adapter's second layer, so that the adapter adds 0       | 0                           |
+    | the learnt vector of `"attention"` pooling                  | 0                           |
     | logit_scale                                                 | `logit_scale_init_value`    |
     | logit_bias, if the model has one                            | `logit_bias_init_value`     |
     """
@@ -195,8 +196,8 @@ class VLJEPAPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ZeroLinear):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
+            for weight in module.parameters():
+                init.zeros_(weight)
             return
         super()._init_weights(module)
         if isinstance(module, LogitScale | LogitBias):
@@ -290,8 +291,8 @@ class VLJEPAModel(TwoSidedModel):
             standardize=config.standardize_visual_tokens,
             visual_dropout=config.visual_dropout,
         )
-        self.predictor_head = EmbeddingHead(
-            config.predictor_config.hidden_size, config.embedding_dim
+        self.predictor_head = PredictorHead(
+            config.predictor_config.hidden_size, config.embedding_dim, config.predictor_pooling
         )
         self.y_encoder = YEncoder(
             config.text_config,
@@ -383,8 +384,10 @@ class VLJEPAModel(TwoSidedModel):
         states, mask = self.predictor(
             visual_embeds, input_ids, attention_mask, visual_index, **kwargs
         )  # (B, N + L, Dp), (B, N + L)
-        pooled = masked_mean(states.last_hidden_state, mask)  # (B, Dp)
-        return self.predictor_head(pooled, truncate_dim), states  # (B, D)
+        embeds = self.predictor_head(
+            states.last_hidden_state, mask, visual_embeds.shape[1], truncate_dim
+        )  # (B, D)
+        return embeds, states
 
     def check_values(
         self,

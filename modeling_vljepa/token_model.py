@@ -25,7 +25,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_vljepa import VLJEPAConfig
-from .embedding_head import EmbeddingHead, masked_mean
+from .embedding_head import EmbeddingHead, PredictorHead
 from .input_checks import IGNORED, check_labels, check_shape, check_tokens
 from .modeling_vljepa import (
     LogitBias,
@@ -173,8 +173,8 @@ class VLJEPATokenModel(TwoSidedModel):
         self.predictor_head = self.y_encoder = self.y_head = None
         self.logit_scale = self.logit_bias = None
         if config.predicts_embeddings:
-            self.predictor_head = EmbeddingHead(
-                config.predictor_config.hidden_size, config.embedding_dim
+            self.predictor_head = PredictorHead(
+                config.predictor_config.hidden_size, config.embedding_dim, config.predictor_pooling
             )
             self.y_encoder = YEncoder(
                 config.text_config,
@@ -301,8 +301,8 @@ class VLJEPATokenModel(TwoSidedModel):
         # No mask: later positions, and so padding on the right, are hidden from real ones.
         states = self.predictor.backbone.base_model(inputs_embeds=joined, use_cache=False)
         visual = joined[:, : joined.shape[1] - input_ids.shape[1]]
-        pooled = masked_mean(states.last_hidden_state, join_masks(visual, attention_mask))  # (B, H)
-        return self.predictor_head(pooled, truncate_dim)
+        mask = join_masks(visual, attention_mask)  # (B, N + L)
+        return self.predictor_head(states.last_hidden_state, mask, visual.shape[1], truncate_dim)
 
     def encode_target(
         self,
@@ -368,7 +368,8 @@ class VLJEPATokenModel(TwoSidedModel):
         if is_hybrid:
             visual = joined[:, : joined.shape[1] - ids.shape[1]]
             mask = join_masks(visual, is_query.long())  # (B, N + L + Ly), without the target
-            predicted_embeds = self.predictor_head(masked_mean(output.hidden_states[-1], mask))
+            states = output.hidden_states[-1]  # (B, N + L + Ly, H)
+            predicted_embeds = self.predictor_head(states, mask, visual.shape[1])
             if target_input_ids is not None or target_pooler_output is not None:
                 target_embeds = self.encode_target(
                     target_input_ids, target_attention_mask, target_pooler_output

@@ -2,14 +2,18 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments import cost, sample_rows, small_language_model
+from experiments import cost, read_gguf, sample_rows, small_language_model
 from processing import read_rows
 from tests.tiny import tiny_rows
+from training.arguments import RecipeError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_sample_rows_are_evenly_spaced_and_find_their_media(tmp_path):
@@ -90,6 +94,33 @@ def test_small_language_model_has_its_layers_and_reads_the_texts(tmp_path):
     assert max(ids) < model.config.vocab_size == len(tokenizer)
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
     assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
+@pytest.mark.slow
+def test_read_gguf_writes_what_transformers_reads(tmp_path):
+    path = ROOT / "data/backbones/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.exists():
+        pytest.skip("needs `python -m training.demo_data.backbones` (270 MB)")
+    read_gguf.main([str(path), "--output", str(tmp_path / "lm")])
+    given = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    expected = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "lm", dtype=torch.float32)
+    found = model.state_dict()
+    assert found.keys() == expected.state_dict().keys()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight, found[name]), name
+    text = "A <|im_start|> red ball, 2 boxes\n and naïve café"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm")
+    assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(**given)(text)["input_ids"]
+
+
+def test_read_gguf_refuses_another_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        read_gguf.main([str(tmp_path / "model.safetensors"), "--output", str(tmp_path / "lm")])
+    assert "model.safetensors is not a .gguf file" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="source: cannot load"):
+        read_gguf.main([str(tmp_path / "none.gguf"), "--output", str(tmp_path / "lm")])
+    assert not (tmp_path / "lm").exists()
 
 
 def test_cost_is_the_median_time_without_the_first_call(monkeypatch):

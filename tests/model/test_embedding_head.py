@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from modeling_vljepa import VLJEPAConfig
-from modeling_vljepa.embedding_head import EmbeddingHead, masked_mean
+from modeling_vljepa.embedding_head import EmbeddingHead, PredictorHead, masked_mean
 from tests.tiny import tiny_model
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 0]])
@@ -133,3 +133,68 @@ def test_new_adapter_leaves_the_encoders_space_as_it_is():
 def test_config_rejects_an_adapter_size_that_is_no_whole_number(value):
     with pytest.raises(ValueError, match=f"target_adapter_size is {value!r}: give a whole number"):
         VLJEPAConfig(target_adapter_size=value)
+
+
+def test_attention_pooling_equals_the_loop(states):
+    torch.manual_seed(0)
+    head = PredictorHead(8, 6, "attention")
+    vector = head.attention.vector.weight.detach().numpy()[0]
+    expected = np.zeros((3, 8))
+    for row in range(3):
+        real = [states[row, token].numpy() for token in range(5) if MASK[row, token]]
+        weights = np.exp([state @ vector for state in real])
+        for weight, state in zip(weights / weights.sum(), real, strict=True):
+            expected[row] += weight * state
+    pooled = head.attention(states, MASK).detach()
+    np.testing.assert_allclose(pooled.numpy(), expected, rtol=0, atol=1e-6)
+    assert (pooled - masked_mean(states, MASK)).abs().max() > 0.01
+    embeds = torch.nn.functional.normalize(head.projection(pooled), dim=1)
+    torch.testing.assert_close(head(states, MASK, 2), embeds, rtol=0, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(head(states, MASK, 2), embeds, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [MASK, None])
+def test_predictor_head_of_the_query_pools_no_visual_token(states, mask):
+    """Row 1 has real tokens at 0 and 1 alone, so with 2 visual tokens its query is empty."""
+    torch.manual_seed(0)
+    head, visual = PredictorHead(8, 6, "query"), 2
+    pooled = masked_mean(states[:, visual:], None if mask is None else mask[:, visual:])
+    if mask is not None:
+        pooled[1] = states[1, :visual].mean(0)
+    expected = torch.nn.functional.normalize(head.projection(pooled), dim=1)
+    torch.testing.assert_close(head(states, mask, visual), expected, rtol=0, atol=1e-6)
+    torch.manual_seed(0)
+    mean = PredictorHead(8, 6)  # positive control: the same weights
+    moved = (mean(states, mask, visual) - expected).norm(dim=1)
+    assert moved[[0, 2]].min() > 0.05
+
+
+def test_predictor_pooling_of_a_model():
+    """A new learnt vector is 0, so its model equals the one that pools by the mean."""
+    video = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    given = {"pixel_values_videos": video, "input_ids": ids, "attention_mask": mask}
+    plain = tiny_model()
+    expected = plain.predict(**given)
+    for name in ("query", "attention"):
+        model = tiny_model(predictor_pooling=name)
+        info = model.load_state_dict(plain.state_dict(), strict=False)
+        new = ["predictor_head.attention.vector.weight"] if name == "attention" else []
+        assert (info.missing_keys, info.unexpected_keys) == (new, [])
+        embeds = model.predict(**given)
+        torch.testing.assert_close(model.predict(video), plain.predict(video), rtol=0, atol=1e-6)
+        if name == "query":
+            assert (embeds - expected).abs().max() > 0.01
+            continue
+        torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-6)
+        targets = {"target_input_ids": ids[:, :2], "return_loss": True}
+        loss = model(**given, **targets).loss
+        loss.backward()
+        assert model.predictor_head.attention.vector.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("value", ["max", "", None, True])
+def test_config_rejects_a_pooling_that_it_does_not_know(value):
+    with pytest.raises(ValueError, match=f"predictor_pooling is {value!r}: give mean, query or"):
+        VLJEPAConfig(predictor_pooling=value)

@@ -158,8 +158,17 @@ def test_token_model_generates_the_greedy_text_of_every_row(model, llama, inputs
 # -- the hybrid ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pooling", ["mean", "query", "attention"])
 @torch.no_grad()
-def test_hybrid_predicts_the_embedding_without_reading_the_target(hybrid, inputs):
+def test_hybrid_predicts_the_embedding_without_reading_the_target(hybrid, inputs, pooling):
+    if pooling != "mean":
+        by_mean = hybrid.predict(**inputs)
+        weights = hybrid.state_dict()
+        hybrid = tiny_token_model(predicts_embeddings=True, predictor_pooling=pooling)
+        hybrid.load_state_dict(weights, strict=False)
+        if pooling == "attention":
+            hybrid.predictor_head.attention.vector.weight.normal_()
+        assert (hybrid.predict(**inputs) - by_mean).abs().max() > 0.01
     predicted = hybrid.predict(**inputs)
     first = hybrid(**inputs, labels=LABELS)
     second = hybrid(**inputs, labels=LABELS.flip(0))

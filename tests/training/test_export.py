@@ -43,12 +43,14 @@ MODELS = {
     "gemma_wide_perception": {
         "text_config": {"sliding_window": 512},
         "vision_config": PERCEPTION,
+        "predictor_pooling": "attention",
     },
     # 3 x 3 patches: windows at the edges are incomplete.
     "bert_pooled_vjepa21": {
         "text_config": BERT,
         "vision_config": VJEPA21 | {"crop_size": 48},
         "visual_token_pooling": 2,
+        "predictor_pooling": "query",
     },
 }
 

@@ -896,12 +896,13 @@ def test_load_checkpoint_adds_a_bias_and_ignores_the_decoder(tmp_path):
         assert name.startswith("logit_bias") or torch.equal(value, expected[name]), name
 
 
-def test_load_checkpoint_adds_an_adapter_that_adds_nothing_yet(tmp_path):
-    changes = {"target_adapter_size": 9, "visual_dropout": 0.5}
+def test_load_checkpoint_adds_parts_that_change_nothing_yet(tmp_path):
+    changes = {"target_adapter_size": 9, "visual_dropout": 0.5, "predictor_pooling": "attention"}
     arguments = ModelArguments(checkpoint=saved(tiny_model(), tmp_path), config=changes)
     model, _ = load_checkpoint(arguments, ProcessorArguments())
     adapter = model.y_head.adapter
     assert adapter.fc1.weight.std() > 0.01 and (adapter.fc2.weight == 0).all()
+    assert (model.predictor_head.attention.vector.weight == 0).all()
     expected = tiny_model().encode_target(torch.tensor([[5, 6, 7]]))
     found = model.eval().encode_target(torch.tensor([[5, 6, 7]]))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

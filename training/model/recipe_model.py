@@ -35,6 +35,7 @@ BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id
 # Settings that, changed with a checkpoint, add weights that it does not have; their prefixes.
 ADDED = {
     "logit_bias_init_value": "logit_bias",
+    "predictor_pooling": "predictor_head.attention.",
     "project_target": "y_head.projection.",
     "target_adapter_size": "y_head.adapter.",
 }
