@@ -87,7 +87,9 @@ def measurable(
     """
     cures = {
         "embeddings": "embeddings, and this model predicts tokens alone. Leave it out.",
-        "Y-Decoder": "a Y-Decoder, and this model has none. Train one with "
+        "Y-Decoder": "a Y-Decoder, which a hybrid cannot have. Leave this benchmark out."
+        if has_tokens
+        else "a Y-Decoder, and this model has none. Train one with "
         "`python -m training.train_decoder`.",
     }
     needy: dict[str, list[str]] = {}  # names of benchmarks, by the model's missing part

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from eval.benchmarks import read_entries
 
 FOLDER = Path(__file__).with_name("paper")
 # Keys of an entry, and of its sources, whose values are files in the user's folder of data
@@ -34,12 +34,11 @@ def table() -> str:
         "| entry | name in the paper | pool | score | data | where from, terms |",
         "|---|---|---|---|---|---|",
     ]
-    for file in sorted(FOLDER.glob("*.yaml")):
-        for name, entry in yaml.safe_load(file.read_text(encoding="utf-8")).items():
-            paper = entry["paper"]
-            pool = "not stated" if paper.get("pool") is None else f"{paper['pool']:,}"
-            cells = f"`{name}`", paper["name"], pool, paper["metric"], place_of(entry)
-            lines.append(f"| {' | '.join((*cells, paper['terms']))} |")
+    for name, entry in read_entries(FOLDER).items():
+        paper = entry["paper"]
+        pool = "not stated" if paper.get("pool") is None else f"{paper['pool']:,}"
+        cells = f"`{name}`", paper["name"], pool, paper["metric"], place_of(entry)
+        lines.append(f"| {' | '.join((*cells, paper['terms']))} |")
     return "\n".join(lines)
 
 

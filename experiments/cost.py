@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from eval.embed import grey_frame
 from eval.evaluate import at_least_one
+from eval.models import TokenModelError
 from experiments.grid import GridError, read_grid
 from modeling_vljepa import VLJEPAForConditionalGeneration, VLJEPATokenModel
 from processing import VLJEPAProcessor, read_rows
@@ -165,5 +166,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (GridError, OSError, RecipeError) as error:
+    except (GridError, OSError, RecipeError, TokenModelError) as error:
         sys.exit(f"error: {error}")

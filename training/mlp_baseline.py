@@ -40,7 +40,7 @@ from eval.results import TaskResult
 from eval.task import Benchmark, Task
 from eval.tasks import TASKS
 from modeling_vljepa import VLJEPAModel
-from modeling_vljepa.embedding_head import EmbeddingHead
+from modeling_vljepa.embedding_head import EmbeddingHead, ZeroLinear
 from modeling_vljepa.losses import info_nce
 from processing import VLJEPAProcessor
 from processing.feature_store import FeatureError, FeatureStore
@@ -79,9 +79,10 @@ class MLP(nn.Module):
             nn.Linear(HIDDEN, width),
         )
         self.text_head = EmbeddingHead(width, width, project=False, adapter_size=adapter_size)
-        for name, weight in self.text_head.named_parameters():
-            if "fc2" in name:
-                nn.init.zeros_(weight)  # as a new model's adapter
+        for module in self.text_head.modules():
+            if isinstance(module, ZeroLinear):  # as a new model's adapter
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -180,6 +180,9 @@ def test_captioning_and_measurable_need_a_decoder(processor, data, monkeypatch, 
     assert capsys.readouterr().out.strip().endswith("has no Y-Decoder: clips")
     with pytest.raises(ValueError, match="clips needs a Y-Decoder, and this model has none"):
         measurable([captions], ["clips"], has_decoder=False)
+    stream = Benchmark("streams", "streaming", data / "rows.jsonl", "Streams.")
+    with pytest.raises(ValueError, match="streams needs a Y-Decoder, which a hybrid cannot have"):
+        measurable([captions, stream], ["streams"], has_decoder=False, has_tokens=True)
 
 
 def test_evaluate_measures_all_kinds_on_one_model_with_a_decoder(
