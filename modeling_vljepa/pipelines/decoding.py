@@ -24,7 +24,8 @@ def decode_texts(
         model ([`VLJEPAForConditionalGeneration`]): the model.
         processor ([`VLJEPAProcessor`]): its processor.
         queries, previous (`list[str]` of length B, *optional*): the query of each embedding, and
-            the text of the segment before it; ignored by a decoder that does not read them.
+            the text of the segment before it; ignored by a decoder that does not read them. Texts
+            that are not given are empty.
         kwargs: arguments of `generate`. With `num_return_sequences=n`, B * n texts are returned,
             first the n texts of the first embedding.
     """
