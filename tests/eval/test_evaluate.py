@@ -471,7 +471,7 @@ def test_load_benchmarks_reads_the_shipped_files(monkeypatch):
     monkeypatch.setattr(Path, "is_file", lambda path: True)
     folder = Path(__file__).parents[2] / "eval"
     names = ("benchmarks.yaml", "streams.yaml", "pictures.yaml", "mteb.yaml")
-    names += ("pictures_validation.yaml",)
+    names += ("validation.yaml", "pictures_validation.yaml")
     benchmarks = [each for name in names for each in load_benchmarks(folder / name, ["all"])]
     kinds = {"anticipation", "captioning", "classification", "retrieval", "streaming", "vqa"}
     kinds |= {"world_prediction"}
