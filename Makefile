@@ -5,7 +5,8 @@
 # make pictures   real pictures, pretrained towers, and an MLP for comparison: half an hour, 2 cores
 # make small      the one-GPU recipes (stage 2, SFT) with small pretrained backbones, two processes
 # make app        the trained model in a browser: ask, search, watch; make app-test tests it
-# make ablations  the paper's Table 7, small: 8 CPU-hours; JOBS=4 runs four trainings at a time
+# make ablations  the paper's Table 7, small: 8 CPU-hours; JOBS=4 runs four trainings at a time; results in
+#                 the repository are not measured again: rm experiments/c*/results.jsonl
 # make bench      speed and memory against plain loops of transformers modules, 20 minutes at most;
 #                 appends a section to benchmarks/RESULTS.md
 # make test-docs  type every command of README and docs, after make demo

@@ -204,7 +204,7 @@ def chosen_likelihoods(
     given for this test, or else for its kind.
 
     Raises:
-        ValueError: a name of `--validation` has no test of its kind.
+        ValueError: a name of `--validation` has no test of its kind, or has the rows of a test.
     """
     words = [word.rpartition("=") for word in args.validation]
     known = load_benchmarks(args.validation_benchmarks, [name for *_, name in words], args.data)
@@ -217,6 +217,13 @@ def chosen_likelihoods(
                 f"--validation {test}{equals}{name} is of the kind {kind}, and --tasks has no such "
                 f"benchmark{test and f' named {test}'}. It has: {', '.join(t.name for t in tests)}"
             )
+        rows = by_name[name].rows
+        for one in tests:
+            if rows is not None and one.rows is not None and rows.samefile(one.rows):
+                raise ValueError(
+                    f"--validation {name} has the rows of the test {one.name} ({rows}): choose the "
+                    "form of the likelihood on other rows"
+                )
         given.setdefault((kind, test), []).append(by_name[name])
     forms = {key: best_form(args, model, processor, store, own) for key, own in given.items()}
     found = {}

@@ -153,7 +153,10 @@ def main(argv: list[str] | None = None) -> None:
         "embedding": cost_of_embedding(writer.eval(), processor, pixels, query, texts, args.repeats)
     }
 
-    recipe = grid.run(args.tokens, grid.seeds[0]).write_recipe()
+    run = grid.run(args.tokens, grid.seeds[0])
+    if run.options.trainer != "token_baseline":
+        raise GridError(f"--tokens: {args.tokens} trains no token model.")
+    recipe = run.write_recipe()
     model, processor = start_token_model(recipe, [])
     costs["tokens"] = cost_of_tokens(model.eval(), processor, pixels, query, texts, args.repeats)
 

@@ -19,6 +19,9 @@ A difference is paired by seed and item, with the interval of `experiments/repor
 The paper's sign counts if its difference is at least a point: its runs are single ones. Without it,
 the verdict is "higher", "lower", "cannot tell" or "open". A difference of one seed has no verdict:
 its interval does not cover what another seed would change.
+
+A setting has learnt from clips if the interval of its score is above the best baseline without the
+clip (`BLIND`). A difference is marked if one of its settings, or both, are not.
 """
 
 import argparse
@@ -26,11 +29,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import yaml
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -52,7 +56,7 @@ from experiments.report import (
     with_interval,
     write_page,
 )
-from experiments.results import read_lines
+from experiments.results import FILE, digest, read_lines
 from training.arguments import RecipeError, check_keys
 
 FOLDER = Path("experiments")
@@ -62,9 +66,12 @@ FIGURES = Path("docs/figures/evidence")
 BEGIN = "<!-- evidence: written by experiments.evidence -->"
 END = "<!-- end of evidence -->"
 WITHIN = 2.0  # points: "cannot tell" only if the whole interval is within them
+MOST_DIGITS = 3
 SIGNED = 1.0  # points: a smaller difference of the paper has no sign
 ONE_SEED = "one seed"
 NOT_RUN = "not run yet"
+BLIND = ("chance", "majority", "question only", "unconditional")  # baselines without the clip
+MARKS = ("", "†", "‡")  # by the number of settings that are not above them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +131,21 @@ class Found:
     Attributes:
         score (`str`), mean ([`Mean`]): of second - first, in points.
         verdict (`str`)
+        mark (`str`): see `MARKS`.
     """
 
     score: str
     mean: Mean
     verdict: str
+    mark: str = ""
+
+    @property
+    def text(self) -> str:
+        """The difference for the table; more digits where rounding would hide the verdict."""
+        digits = 1
+        while hides_verdict(self.mean, digits) and digits < MOST_DIGITS:
+            digits += 1
+        return f"{self.score} {with_interval(self.mean, sign='+', digits=digits)}{self.mark}"
 
 
 def read_claims(path: Path = CLAIMS) -> list[Claim]:
@@ -138,12 +155,21 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
         ReportError: an unknown or missing key, setting or score.
     """
     claims = []
-    for given in parse_yaml(path.read_text(encoding="utf-8")):
+    try:
+        listed = parse_yaml(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ReportError(f"{path}: not a YAML file: {error}") from error
+    for given in listed:
+        if not isinstance(given, dict):
+            raise ReportError(f"{path}: {given!r} is not a claim: give a mapping with its keys.")
         try:
             claim = Claim(**check_keys(given, Claim, given.get("name", "claim")))
             rows = [Statement(**check_keys(row, Statement, claim.name)) for row in claim.statements]
         except RecipeError as error:
             raise ReportError(f"{path}: {error}") from error
+        for row in rows:
+            if len(row.pair) != 2:
+                raise ReportError(f"{path}: {claim.name}: {row.pair} is not a pair of settings.")
         claim.statements[:] = rows
         grid = read_grid(FOLDER / claim.folder / "grid.yaml")
         for data in claim.scores:
@@ -223,6 +249,28 @@ def verdict(mean: Mean, sign: int | None, seeds: int) -> str:
     return "cannot tell" if mean.low >= -WITHIN and mean.high <= WITHIN else "open"
 
 
+def hides_verdict(mean: Mean, digits: int) -> bool:
+    """Return whether a rounded end of an interval is on another side of 0 or of two points."""
+
+    bounds = (-WITHIN, 0, WITHIN) if mean.low <= 0 <= mean.high else (0,)
+
+    def sides(value: float) -> tuple[bool, ...]:
+        return tuple(value > bound for bound in bounds)
+
+    def is_moved(value: float) -> bool:
+        rounded = round(value, digits)
+        return value != 0 and (rounded == 0 or sides(value) != sides(rounded))
+
+    return is_moved(mean.low) or is_moved(mean.high)
+
+
+def is_above_blind(folder: Path, lines: list[dict], score: str) -> bool:
+    """Return whether the interval of a setting's score is above its best baseline without clip."""
+    baselines = baselines_of(lines, score)
+    best = max((float(np.mean(baselines[name])) for name in BLIND if name in baselines), default=0)
+    return mean_score(folder, lines, score).low > best
+
+
 def sign_of(given: float | str | None) -> int | None:
     """Return the sign of a paper's difference, a number or "+" or "-"; None below a point."""
     if given is None or (isinstance(given, int | float) and abs(given) < SIGNED):
@@ -244,7 +292,9 @@ def differences(
         if seeds and all(score in line["items"] for line in [*a, *b]):
             mean = in_points(difference_of_scores(FOLDER / claim.folder, a, b, score))
             sign = sign_of(statement.paper.get(name))
-            measured.append(Found(name, mean, verdict(mean, sign, len(seeds))))
+            below = [not is_above_blind(FOLDER / claim.folder, lines, score) for lines in (a, b)]
+            mark = MARKS[sum(below)]
+            measured.append(Found(name, mean, verdict(mean, sign, len(seeds)), mark))
     return measured, [*a, *b]
 
 
@@ -269,6 +319,16 @@ def cpu_hours(lines: list[dict]) -> float:
     return sum(seconds) / 3600
 
 
+def hours_of_all() -> float:
+    """Return the processor time of all runs of the claims' folders, in hours.
+
+    With the runs that were repeated, and with the searches of learning rates.
+    """
+    texts = [path.read_text(encoding="utf-8") for path in FOLDER.glob(f"c[0-9]*/{FILE}")]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    return sum(sum(line.get("process_cpu_seconds", {}).values()) for line in lines) / 3600
+
+
 def table(measured: list[Measured]) -> str:
     """Return the table of all claims."""
     head = ["claim", "data (seeds)", "the paper's difference, points", "ours (95 % interval)"]
@@ -281,9 +341,7 @@ def table(measured: list[Measured]) -> str:
             for data in claim.scores:
                 found, lines = each.differences[statement.text, data]
                 seeds = len({line["seed"] for line in lines})
-                ours = "<br>".join(
-                    f"{one.score} {with_interval(one.mean, sign='+')}" for one in found
-                )
+                ours = "<br>".join(one.text for one in found)
                 verdicts = "<br>".join(f"{one.score}: {one.verdict}" for one in found)
                 rows.append(
                     [
@@ -313,15 +371,21 @@ def count_verdicts(measured: list[Measured]) -> tuple[int, int, str]:
 
 
 def cost_table(claim: Claim, found: dict[str, list[dict]]) -> str:
-    """Return parameters and processor time of a claim's `cost` settings; "" without results."""
+    """Return parameters and processor time of a claim's `cost` settings; "" without results.
+
+    The times are those of the seeds that all these settings have, because processors differ.
+    """
     head = ["setting", "trained parameters", "all, without X- and Y-Encoder", "Y-Encoder"]
     head += ["Y-Decoder", "rows seen", "training, CPU-s", "Y-Decoder's training, CPU-s"]
     head += ["evaluation, CPU-s"]
     rows = []
-    for name in (f"{data}-{setting}" for data in claim.scores for setting in claim.cost):
-        same = found.get(name, [])
+    names = [f"{data}-{setting}" for data in claim.scores for setting in claim.cost]
+    by_setting = [found[name] for name in names if name in found]
+    seeds = set.intersection(*({line["seed"] for line in same} for same in by_setting or [[]]))
+    for same in ([line for line in same if line["seed"] in seeds] for same in by_setting):
         if not same:
             continue
+        name, parts = same[0]["setting"], same[0]["parameters"]
         parts = same[0]["parameters"]
         own = sum(parts.values()) - parts.get("x_encoder", 0) - parts.get("y_encoder", 0)
         own -= parts.get("y_decoder", 0)
@@ -340,7 +404,11 @@ def cost_table(claim: Claim, found: dict[str, list[dict]]) -> str:
                 ),
             ]
         )
-    return markdown(head, rows) if rows else ""
+    if not rows:
+        return ""
+    devices = {line["device"] for same in by_setting for line in same if line["seed"] in seeds}
+    listed = ", ".join(map(str, sorted(seeds)))
+    return f"{markdown(head, rows)}\n\nTimes of the seeds {listed} on {'; '.join(sorted(devices))}."
 
 
 def query_table(folder: Path) -> str:
@@ -433,10 +501,14 @@ def page_text(measured: list[Measured], figure: Callable[[Measured], str]) -> st
     parts = ["\n".join(map(in_short, measured)), table(measured)]
     parts.append(
         f"Comparisons: {several} of several seeds ({listed or 'no verdict'}), and {single} of one "
-        "seed. None is corrected for their number: of 20 differences of several seeds that are 0, "
-        "one interval on average excludes it."
+        "seed. None is corrected for their number: a 95 % interval excludes a difference of 0 once "
+        "in 20 comparisons on average, and more often where seeds were added to open ones."
         if several or single
         else "Comparisons: none yet."
+    )
+    parts.append(
+        f"All runs of the claims and of their searches of rates, each counted once, took "
+        f"{hours_of_all():.1f} CPU-hours; preparations are not counted."
     )
     for each in measured:
         claim, found = each.claim, each.found
@@ -567,14 +639,16 @@ def main(argv: list[str] | None = None) -> None:
 
     def figure(measured: Measured) -> str:
         claim = measured.claim
-        path, digest = figure_path(claim), digest_of(FOLDER / claim.folder)
+        shown = replace(claim, about="", short="")
+        drawn_from = f"{digest_of(FOLDER / claim.folder)} {digest(repr(shown).encode())}"
+        path = figure_path(claim)
         if args.check:
-            if not path.is_file() or digest not in path.read_text(encoding="utf-8"):
+            if not path.is_file() or drawn_from not in path.read_text(encoding="utf-8"):
                 raise ReportError(f"{path}: not of these results. Run experiments.evidence.")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             with matplotlib.rc_context({"svg.hashsalt": "experiments"}):
-                metadata = {"Date": None, "Description": digest}
+                metadata = {"Date": None, "Description": drawn_from}
                 draw(measured).savefig(path, metadata=metadata)
         return str(path.relative_to(PAGE.parent))
 
@@ -585,5 +659,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (GridError, ReportError, ValueError) as error:
+    except (GridError, OSError, ReportError, ValueError) as error:
         sys.exit(f"error: {error}")

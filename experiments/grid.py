@@ -199,11 +199,16 @@ class Grid:
             self.settings[name] = self.settings[name] or {}
             if not isinstance(self.settings[name], dict):
                 raise GridError(f"settings: {name}: {self.settings[name]!r} is not a mapping.")
+            for key in self.settings[name]:
+                if not isinstance(key, str):
+                    raise GridError(f"settings: {name}: {key!r} is not the name of a setting.")
         if not self.settings or not self.seeds:
             raise GridError("settings and seeds: give at least one of each.")
         if not 0 < self.cpu_minutes < math.inf:
             raise GridError(f"cpu_minutes: {self.cpu_minutes} is not a positive number.")
         for title, names in self.groups.items():
+            if not isinstance(title, str):
+                raise GridError(f"groups: {title!r}: put the title into quotes.")
             if not isinstance(names, list):
                 raise GridError(f"groups: {title}: {names!r} is not a list of settings.")
         for pair in self.compare:
@@ -216,7 +221,7 @@ class Grid:
             self.check_setting("groups and compare", name)
         for name, seeds in self.seeds_of.items():
             self.check_setting("seeds_of", name)
-            if not isinstance(seeds, list) or not seeds or not set(seeds) <= set(self.seeds):
+            if not isinstance(seeds, list) or not seeds or any(s not in self.seeds for s in seeds):
                 raise GridError(f"seeds_of: {name}: {seeds} are not some of the seeds.")
         for name in self.settings:
             if (first := self.before(name)) is None:
@@ -240,8 +245,11 @@ class Grid:
         names = {each.name for each in fields(Step)}
         steps = []
         for given in self.prepare:
-            if not isinstance(given, dict) or set(given) != names:
-                raise GridError(f"prepare: give {', '.join(sorted(names))}; found {given}.")
+            is_step = isinstance(given, dict) and set(given) == names
+            if not is_step or not all(isinstance(value, str) for value in given.values()):
+                raise GridError(
+                    f"prepare: give {', '.join(sorted(names))}, each a text; found {given}."
+                )
             step = Step(**with_seed(given, seed))
             step = replace(step, folder=relative(os.path.normpath(step.folder)))
             if step.folder in [each.folder for each in steps]:

@@ -288,8 +288,12 @@ def figure_name(title: str) -> str:
     return f"figures/{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}.svg"
 
 
-def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], digest: str) -> str:
-    """Draw one group of settings; return the name of the SVG file in `folder`."""
+def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], origin: str) -> str:
+    """Draw one group of settings; return the name of the SVG file in `folder`.
+
+    Args:
+        origin: hashes that the file contains.
+    """
     scores = scores_of_any(grid, found)[:1]
     figure = Figure(figsize=(9 + 4 * len(scores), 3.6), layout="constrained")
     axes = figure.subplots(1, 2 + len(scores))
@@ -323,7 +327,7 @@ def draw(folder: Path, title: str, grid: Grid, found: dict[str, list[dict]], dig
     path.parent.mkdir(exist_ok=True)
     # The hash makes the ids in the file equal in every run; a date would change it, too.
     with matplotlib.rc_context({"svg.hashsalt": "experiments"}):
-        figure.savefig(path, metadata={"Date": None, "Description": digest})
+        figure.savefig(path, metadata={"Date": None, "Description": origin})
     return figure_name(title)
 
 
@@ -466,19 +470,24 @@ def write_page(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    folder, digest = args.folder, digest_of(args.folder)
+    folder = args.folder
     grid, page = read_grid(folder / "grid.yaml"), folder / "README.md"
     around = split_page(page, BEGIN, END)
 
-    def existing(title: str, _: dict) -> str:
+    def drawn_from(found: dict) -> str:
+        """Return hashes of the results and of the settings and scores that a figure shows."""
+        shown = repr((list(found), grid.scores))
+        return f"{digest_of(folder)} {digest(shown.encode())}"
+
+    def existing(title: str, found: dict) -> str:
         name = figure_name(title)
         path = folder / name
-        if not path.is_file() or digest not in path.read_text(encoding="utf-8"):
+        if not path.is_file() or drawn_from(found) not in path.read_text(encoding="utf-8"):
             raise ReportError(f"{path}: not of these results. Run experiments.report.")
         return name
 
     def drawn(title: str, found: dict) -> str:
-        return draw(folder, title, grid, found, digest)
+        return draw(folder, title, grid, found, drawn_from(found))
 
     results = results_text(folder, grid, existing if args.check else drawn)
     write_page(page, around, results, check=args.check, command="experiments.report")
@@ -489,5 +498,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (GridError, ReportError, ValueError) as error:
+    except (GridError, OSError, ReportError, ValueError) as error:
         sys.exit(f"error: {error}")

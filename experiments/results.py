@@ -30,6 +30,8 @@ def read_lines(folder: Path) -> dict[tuple[str, int], dict]:
     for number, text in enumerate(texts if texts != [""] else [], start=1):
         try:
             line = json.loads(text)
+            if "error" not in line and not line.keys() >= {"settings", "prepared", "items"}:
+                raise KeyError(text)
             lines[line["setting"], line["seed"]] = line
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: line {number} is not a result; delete it.") from error

@@ -339,6 +339,8 @@ def execute(grid: Grid, folder: Path, run: Run) -> dict:
     note, state = run.folder / "commands.json", {"settings": run.settings} | made(grid, run)
     found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     used = found["used"] if found.get("state") == state else {}  # CPU-seconds of each command
+    # That of the training: while a run trains, its code may be committed or changed.
+    code = found.get("revision", "") if used else revision()
     if not used:
         shutil.rmtree(run.folder, ignore_errors=True)
     recipe = run.write_recipe()
@@ -358,10 +360,12 @@ def execute(grid: Grid, folder: Path, run: Run) -> dict:
         commands["evaluation"] = evaluation(run, recipe, measured)
     for name, words in commands.items():
         if name not in used:
-            used[name] = in_own_process(words, log, round(60 * grid.cpu_minutes))
+            left = max(1, round(60 * grid.cpu_minutes - sum(used.values())))
+            used[name] = in_own_process(words, log, left)
+            done = {"state": state, "used": used, "revision": code}
             with complete_file(note) as path:
-                path.write_text(json.dumps({"state": state, "used": used}), encoding="utf-8")
-    line = collect(grid, folder, run, recipe, measured)
+                path.write_text(json.dumps(done), encoding="utf-8")
+    line = collect(grid, folder, run, recipe, measured) | {"revision": code}
     note.unlink()  # before the weights: without them, nothing can continue
     for pattern in WEIGHTS:
         for path in run.folder.rglob(pattern):
@@ -428,7 +432,6 @@ def collect(grid: Grid, folder: Path, run: Run, recipe: Recipe, measured: Path) 
         "items": {},
         "device": facts["device"],
         "precision": facts["precision"],
-        "revision": revision(),
     }
     if run.before is not None:
         first = read_lines(folder)[run.before, run.seed]

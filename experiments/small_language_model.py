@@ -20,6 +20,8 @@ from processing import read_rows
 from processing.output import OutputError, check_output_folder, writing
 from training.model.recipe_model import train_tokenizer
 
+HEAD = 32  # width of an attention head
+
 
 def texts_of(paths: list[str]) -> list[str]:
     """Return the distinct queries and targets of JSONL files, sorted."""
@@ -41,11 +43,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--rows", required=True, nargs="+", help="JSONL files whose texts train the tokenizer")
     add("--vocab-size", type=at_least_one, default=1000)
     add("--layers", type=at_least_one, default=6)
-    add("--width", type=at_least_one, default=128, help="32 for each attention head")
+    add("--width", type=at_least_one, default=128, help=f"{HEAD} for each attention head")
     # That of training/recipes/babyai_pretrain.yaml: with 0.02, training stalls at this width.
     add("--initializer-range", type=float, default=0.08)
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.width % HEAD:
+        parser.error(f"--width {args.width}: give a multiple of {HEAD}, the width of a head")
     check_output_folder("--output", args.output)
     tokenizer = train_tokenizer(texts_of(args.rows), args.vocab_size)
     config = LlamaConfig(
@@ -53,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         hidden_size=args.width,
         intermediate_size=3 * args.width,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 32,
-        num_key_value_heads=args.width // 32,
-        head_dim=32,
+        num_attention_heads=args.width // HEAD,
+        num_key_value_heads=args.width // HEAD,
+        head_dim=HEAD,
         initializer_range=args.initializer_range,
         max_position_embeddings=1024,
         tie_word_embeddings=True,

@@ -17,7 +17,7 @@ from eval.likelihood import LIKELIHOODS
 from eval.task import Benchmark, Task
 from eval.tasks import captioning, classification
 from modeling_vljepa import VLJEPATokenModel
-from processing import VLJEPAProcessor
+from processing import VLJEPAProcessor, read_rows
 from tests.tiny import tiny_model, tiny_processor, tiny_rows, tiny_token_model, write_rows
 
 TEXTS = ["a cat", "red", "he rides a bike", "the door opens"]
@@ -225,9 +225,11 @@ def test_evaluate_chooses_the_likelihood_of_one_benchmark_on_its_own_validation_
     monkeypatch.chdir(data)
     keys = "task: classification, rows: rows.jsonl, description: L."
     (data / "b.yaml").write_text(f"plain: {{{keys}}}\nother: {{{keys}}}\n")
+    write_rows(data / "val.jsonl", read_rows(data / "rows.jsonl")[0])
+    ours = keys.replace("rows.jsonl", "val.jsonl")
     (data / "v.yaml").write_text(
-        f"all: {{{keys}}}\nown: {{{keys}}}\n"
-        f"asked: {{{keys.replace('classification', 'vqa')}, candidates: [a cat, red]}}\n"
+        f"all: {{{ours}}}\nown: {{{ours}}}\ntested: {{{keys}}}\n"
+        f"asked: {{{ours.replace('classification', 'vqa')}, candidates: [a cat, red]}}\n"
     )
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -241,6 +243,8 @@ def test_evaluate_chooses_the_likelihood_of_one_benchmark_on_its_own_validation_
     for word in ("wrong=own", "other=asked", "asked"):
         with pytest.raises(ValueError, match=f"^--validation {word} is of the kind "):
             main([*options, word])
+    with pytest.raises(ValueError, match="^--validation tested has the rows of the test plain"):
+        main([*options, "tested"])
 
 
 @pytest.mark.parametrize("is_hybrid", [False, True], ids=["tokens", "hybrid"])
@@ -264,12 +268,14 @@ def test_evaluate_limits_the_rows_of_validation_data(
     monkeypatch.chdir(data)
     row = json.loads((data / "rows.jsonl").read_text().splitlines()[0])
     # One of the three targets of a clip is chosen, so all rows give 1/3.
-    write_rows(data / "same.jsonl", [row | {"target": text} for text in TEXTS[:3]])
-    (data / "b.yaml").write_text("same: {task: classification, rows: same.jsonl, description: L}")
+    for name in ("same", "val"):
+        write_rows(data / f"{name}.jsonl", [row | {"target": text} for text in TEXTS[:3]])
+        entry = f"{name}: {{task: classification, rows: {name}.jsonl, description: L}}"
+        (data / f"{name}.yaml").write_text(entry)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    options = ["--benchmarks", "b.yaml", "--tasks", "same", "--model", str(tmp_path / "model")]
-    options += ["--validation", "same", "--validation-benchmarks", "b.yaml"]
+    options = ["--benchmarks", "same.yaml", "--tasks", "same", "--model", str(tmp_path / "model")]
+    options += ["--validation", "val", "--validation-benchmarks", "val.yaml"]
     main(options)
     assert "sum 0.3333, mean 0.3333, ratio 0.3333" in capsys.readouterr().out
     main([*options, "--limit", "1"])

@@ -40,6 +40,21 @@ def test_sign_of_reads_directions_and_numbers_of_a_point_or_more():
     assert [evidence.sign_of(each) for each in given] == [1, -1, 1, -1, None, None, None, None]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1.23, 4.56, "x +2.9 (+1.2 to +4.6)"),
+        (0.04, 4.5, "x +2.27 (+0.04 to +4.50)"),  # not +0.0
+        (-1.9, 2.04, "x +0.07 (-1.90 to +2.04)"),  # not +2.0
+        (1.99, 4.5, "x +3.2 (+2.0 to +4.5)"),
+        (-4.0, 0.0, "x -2.0 (-4.0 to +0.0)"),
+    ],
+)
+def test_found_shows_the_digits_that_its_verdict_needs(low, high, expected):
+    mean = Mean((low + high) / 2, low, high)
+    assert evidence.Found("x", mean, "").text == expected
+
+
 @pytest.fixture
 def page(tmp_path, monkeypatch) -> Path:
     """A repository with a claim on two data sets, of which one has results of two seeds."""
@@ -89,6 +104,7 @@ def test_evidence_writes_verdicts_costs_and_figures_of_the_results(page):
     text = page.read_text()
     measured, missing = [row for row in text.splitlines() if row.startswith("| [C9]")]
     assert "| The X (2) | VQA -3.0 | VQA +80.0 (" in measured
+    assert ")‡ |" in measured  # neither is above the question alone, 50 %, by its interval
     # Four runs of 90 CPU-seconds
     command = "`python -m experiments.run experiments/c9/grid.yaml --only x-old x-new`"
     assert measured.endswith(f"| VQA: does not hold | 0.1 | {command} |")
@@ -100,6 +116,8 @@ def test_evidence_writes_verdicts_costs_and_figures_of_the_results(page):
         in text
     )
     assert "| x-new | 1.50 M | 2.00 M | 0.03 M | 0.00 M | 400 | 60 | 0 | 30 |" in text
+    assert "\nTimes of the seeds 0, 1 on " in text
+    assert "each counted once, took 0.1 CPU-hours" in text
     scores = text[text.index("Scores on The X") :]
     assert "| setting | seeds | VQA |" in scores and "Scores on y" not in text
     assert re.search(r"\n\| x-new \| 2 \| 100\.0 \(.*\)<br>question only 50\.0 \|\n", scores)
@@ -113,6 +131,43 @@ def test_evidence_writes_verdicts_costs_and_figures_of_the_results(page):
     svg.write_text("other")
     with pytest.raises(ReportError, match="not of these results"):
         evidence.main(["--check"])
+    svg.write_text(drawn)
+    claims = page.parents[1] / "experiments" / "claims.yaml"
+    claims.write_text(claims.read_text().replace("VQA: -3", "VQA: -4"))  # a cross in the figure
+    with pytest.raises(ReportError, match="c9.svg: not of these results"):
+        evidence.main(["--check"])
+
+
+def test_cost_table_has_the_seeds_that_all_settings_share(page):
+    results = page.parents[1] / "experiments" / "c9" / "results.jsonl"
+    (claim,) = evidence.read_claims()
+    claim = evidence.replace(claim, cost=["new", "old"])
+    found = evidence.results(claim)
+    assert "\nTimes of the seeds 0, 1 on " in evidence.cost_table(claim, found)
+    lines = [json.loads(text) for text in results.read_text().splitlines()]
+    for each in lines:
+        if each["seed"] == 1:
+            each["process_cpu_seconds"]["training"] = 600
+    kept = [each for each in lines if (each["setting"], each["seed"]) != ("x-old", 1)]
+    results.write_text("".join(json.dumps(each) + "\n" for each in kept))
+    text = evidence.cost_table(claim, evidence.results(claim))
+    assert "\nTimes of the seeds 0 on " in text and "| 60 |" in text and "600" not in text
+
+
+def test_is_above_blind_compares_the_interval_with_the_best_baseline_without_clip(page):
+    (claim,) = evidence.read_claims()
+    lines, folder = evidence.results(claim)["x-new"], Path("experiments/c9")
+    low = evidence.mean_score(folder, lines, "vqa accuracy").low
+    assert 0.3 < low < 0.9
+
+    def is_above(**baselines) -> bool:
+        for each in lines:
+            each["scores"]["vqa accuracy"] = {"baselines": baselines}
+        return evidence.is_above_blind(folder, lines, "vqa accuracy")
+
+    assert is_above(chance=0.1, majority=low - 0.01)
+    assert not is_above(chance=0.1, majority=low + 0.01)
+    assert is_above(**{"chance": 0.1, "nearest caption": 0.99})  # this one sees the clip
 
 
 def test_figure_has_an_axis_for_each_score_with_results_and_a_row_for_each_statement(page):
@@ -167,6 +222,19 @@ def test_evidence_without_results_says_so(page):
     assert text.count("| not run yet | not run yet | – |") == 2
     assert "Comparisons: none yet." in text and "Figure: not run yet." in text
     assert not (page.parent / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not a YAML file"), ("[text]", "'text' is not a claim"), (None, "is not a pair")],
+)
+def test_evidence_names_claims_that_are_none(page, text, message):
+    path = page.parents[1] / "experiments" / "claims.yaml"
+    claims = yaml.safe_load(path.read_text())
+    claims[0]["statements"][0]["pair"] = ["old"]
+    path.write_text(text or yaml.safe_dump(claims))
+    with pytest.raises(ReportError, match=f"claims.yaml: .*{message}"):
+        evidence.read_claims()
 
 
 def test_evidence_names_an_unknown_setting_or_score(page):

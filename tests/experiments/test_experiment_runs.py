@@ -269,7 +269,11 @@ USES_STEP = {"model.checkpoint": "made/model"}
         ({"cpu_minutes": -1}, "cpu_minutes: -1.0 is not a positive number"),
         ({"groups": {"all": None}}, "groups: all: None is not a list"),
         ({"compare": [3]}, "compare: 3 is not a pair"),
-        ({"prepare": [None]}, "prepare: give command, complete, folder; found None"),
+        ({"prepare": [None]}, "prepare: give command, complete, folder, each a text; found None"),
+        ({"prepare": [{**STEP, "folder": 3}]}, "prepare: give command, complete, folder, each a"),
+        ({"settings": {"plain": {1: 2}, "fast": None}}, "settings: plain: 1 is not the name"),
+        ({"groups": {1: ["plain"]}}, "groups: 1: put the title into quotes"),
+        ({"seeds_of": {"plain": [[1]]}}, "seeds_of: plain: ..1.. are not some of the seeds"),
         ({"prepare": [STEP, {**STEP, "folder": "./made/"}]}, "two steps make made; give one"),
         (
             {"prepare": [{**STEP, "command": "python -m x 'a"}], "overrides": USES_STEP},
@@ -432,7 +436,8 @@ def test_shipped_grids_have_valid_recipes_and_a_report_of_their_results(
 
 
 def line(setting: str, seed: int, **more) -> dict:
-    return {"setting": setting, "seed": seed, "settings": "a", "prepared": {"data": "1"}, **more}
+    facts = {"settings": "a", "prepared": {"data": "1"}, "items": {}}
+    return {"setting": setting, "seed": seed, **facts, **more}
 
 
 def a_run(setting: str, seed: int = 0, settings: str = "a", **more) -> Run:
@@ -456,10 +461,11 @@ def test_execute_continues_after_the_last_finished_command(folder, monkeypatch):
     evaluation = {"evaluation.benchmarks": "v.yaml", "evaluation.tasks": ["vqa"]}
     path = write_grid(folder, overrides={**evaluation, "decoder": "decoder.yaml"})
     train, decode, measure = "training.train", "training.train_decoder", "eval.evaluate"
-    calls, failing = [], {decode, measure}
+    calls, failing, limits = [], {decode, measure}, []
 
     def command(words: list[str], log: Path, cpu_seconds: int) -> float:
         calls.append(words[0])
+        limits.append(cpu_seconds)
         made = log.parent / ("model" if words[0] == train else "decoder")
         if words[0] != measure:
             made.mkdir()  # fails if half of a model is left
@@ -471,6 +477,8 @@ def test_execute_continues_after_the_last_finished_command(folder, monkeypatch):
 
     monkeypatch.setattr(run, "in_own_process", command)
     monkeypatch.setattr(run, "collect", lambda *_: {})
+    commits = iter("abcdef")
+    monkeypatch.setattr(run, "revision", lambda: next(commits))
 
     def execute() -> dict:
         grid = read_grid(path)
@@ -483,9 +491,11 @@ def test_execute_continues_after_the_last_finished_command(folder, monkeypatch):
         execute()
     assert calls[2:] == [decode, measure]
     assert execute() == {
-        "process_cpu_seconds": {"training": 1.0, "decoder": 1.0, "evaluation": 1.0}
+        "process_cpu_seconds": {"training": 1.0, "decoder": 1.0, "evaluation": 1.0},
+        "revision": "a",  # of the training, not of the evaluation
     }
     assert calls[4:] == [measure]
+    assert limits == [600, 599, 599, 598, 598]  # ten minutes for all commands
     assert not list(Path("runs").rglob("*.safetensors"))
     execute()  # a finished run is trained again
     assert calls[5:] == [train, decode, measure]
@@ -672,6 +682,11 @@ def test_read_lines_takes_the_last_line_of_a_run_and_names_a_torn_one(tmp_path):
     lines = (tmp_path / "results.jsonl").read_text().split("\n")
     (tmp_path / "results.jsonl").write_text("\n".join(lines[:2] + lines[3:]))
     assert [*read_lines(tmp_path)] == [("done", 0), ("next", 0)]
+    incomplete = line("next", 1)
+    del incomplete["prepared"]
+    append_line(tmp_path, incomplete)
+    with pytest.raises(ValueError, match="results.jsonl: line 4 is not a result"):
+        read_lines(tmp_path)
 
 
 def test_only_runner_refuses_a_second_one(tmp_path):

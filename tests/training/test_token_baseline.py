@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -113,7 +114,13 @@ def test_hybrid_starts_with_the_y_encoder_of_the_recipes_vljepa(recipe):
     assert all(torch.equal(own[name], given[name]) for name in names)
 
 
-def test_token_model_has_all_weights_of_a_pretrained_language_model(recipe, language_model):
+def test_token_model_has_all_weights_of_a_pretrained_language_model(
+    recipe, language_model, tmp_path
+):
+    with pytest.raises(RecipeError, match="has another tokenizer than the recipe's Predictor: "):
+        start(recipe, f"model.language_model={language_model}")
+    language_model = Path(shutil.copytree(language_model, tmp_path / "language_model"))
+    start(recipe)[3].tokenizer.save_pretrained(language_model)
     _, _, model, _ = start(recipe, f"model.language_model={language_model}")
     pretrained = LlamaForCausalLM.from_pretrained(language_model).state_dict()
     own = model.predictor.backbone.state_dict()

@@ -51,6 +51,14 @@ def language_model_config(
             f"{len(processor.tokenizer)}; give the language model of which the Predictor has "
             "layers."
         )
+    theirs = part.tokenizer.get_vocab()
+    for token, index in processor.tokenizer.get_vocab().items():
+        if theirs.get(token) != index:
+            raise RecipeError(
+                f"{KEY}: {part.name} has another tokenizer than the recipe's Predictor: {token!r} "
+                f"is {theirs.get(token, 'missing')} and not {index}; give the language model of "
+                "which the Predictor has layers."
+            )
     set_special_tokens(config, processor.tokenizer)
     return config
 
