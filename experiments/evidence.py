@@ -159,6 +159,8 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
         listed = parse_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ReportError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(listed, list):
+        raise ReportError(f"{path}: {listed!r} is not a list of claims.")
     for given in listed:
         if not isinstance(given, dict):
             raise ReportError(f"{path}: {given!r} is not a claim: give a mapping with its keys.")
@@ -381,18 +383,18 @@ def cost_table(claim: Claim, found: dict[str, list[dict]]) -> str:
     rows = []
     names = [f"{data}-{setting}" for data in claim.scores for setting in claim.cost]
     by_setting = [found[name] for name in names if name in found]
-    seeds = set.intersection(*({line["seed"] for line in same} for same in by_setting or [[]]))
-    for same in ([line for line in same if line["seed"] in seeds] for same in by_setting):
-        if not same:
-            continue
-        name, parts = same[0]["setting"], same[0]["parameters"]
+    if not by_setting:
+        return ""
+    seeds = set.intersection(*({line["seed"] for line in same} for same in by_setting))
+    shared = [[line for line in same if line["seed"] in seeds] for same in by_setting]
+    for same in filter(None, shared):
         parts = same[0]["parameters"]
         own = sum(parts.values()) - parts.get("x_encoder", 0) - parts.get("y_encoder", 0)
         own -= parts.get("y_decoder", 0)
         used = [line["process_cpu_seconds"] for line in same]
         rows.append(
             [
-                name,
+                same[0]["setting"],
                 f"{same[0]['trainable_parameters'] / 1e6:.2f} M",
                 f"{own / 1e6:.2f} M",
                 f"{parts.get('y_encoder', 0) / 1e6:.2f} M",
@@ -406,7 +408,7 @@ def cost_table(claim: Claim, found: dict[str, list[dict]]) -> str:
         )
     if not rows:
         return ""
-    devices = {line["device"] for same in by_setting for line in same if line["seed"] in seeds}
+    devices = {line["device"] for same in shared for line in same}
     listed = ", ".join(map(str, sorted(seeds)))
     return f"{markdown(head, rows)}\n\nTimes of the seeds {listed} on {'; '.join(sorted(devices))}."
 

@@ -470,14 +470,14 @@ def write_page(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    folder = args.folder
+    folder, results_hash = args.folder, digest_of(args.folder)
     grid, page = read_grid(folder / "grid.yaml"), folder / "README.md"
     around = split_page(page, BEGIN, END)
 
     def drawn_from(found: dict) -> str:
         """Return hashes of the results and of the settings and scores that a figure shows."""
         shown = repr((list(found), grid.scores))
-        return f"{digest_of(folder)} {digest(shown.encode())}"
+        return f"{results_hash} {digest(shown.encode())}"
 
     def existing(title: str, found: dict) -> str:
         name = figure_name(title)

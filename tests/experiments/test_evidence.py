@@ -226,7 +226,12 @@ def test_evidence_without_results_says_so(page):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not a YAML file"), ("[text]", "'text' is not a claim"), (None, "is not a pair")],
+    [
+        ("a: [", "not a YAML file"),
+        ("# none", "None is not a list of claims"),
+        ("[text]", "'text' is not a claim"),
+        (None, "is not a pair"),
+    ],
 )
 def test_evidence_names_claims_that_are_none(page, text, message):
     path = page.parents[1] / "experiments" / "claims.yaml"
