@@ -180,8 +180,9 @@ def prepare(grid: Grid, runs: list[Run], jobs: int) -> None:
     """
     steps: dict[str, tuple[Step, int]] = {}
     for run in runs:
-        needed = grid.needed(run.recipe, run.seed, run.options)
-        steps |= {step.folder: (step, run.seed) for step in needed}
+        # A folder of all seeds is made for the first, since what it needs stands before it.
+        for step in grid.needed(run.recipe, run.seed, run.options):
+            steps.setdefault(step.folder, (step, run.seed))
     tasks: dict[str, tuple[set[str], Callable[[], None]]] = {}
     for folder, (step, seed) in steps.items():
         if is_made(step):

@@ -133,6 +133,26 @@ def test_prepare_runs_steps_at_the_same_time_but_after_what_they_need(folder, mo
         run.prepare(other, list(other.runs()), jobs=2)
 
 
+def test_prepare_makes_a_folder_of_all_seeds_with_the_first(folder, monkeypatch):
+    steps = [step("init-seed{seed}", "x"), step("features", "x {recipe plain}")]
+    settings = {
+        "plain": {"model.checkpoint": "made/init-seed{seed}", "data.features": "made/features"}
+    }
+    path = write_grid(folder, seeds=[3, 4], prepare=steps, settings=settings, compare=[])
+    grid, order = read_grid(path), []
+
+    def make(grid, step, seed):
+        if step.folder == "made/features":
+            assert Path(f"made/init-seed{seed}/done").is_file()
+        order.append((step.folder, seed))
+        Path(step.folder).mkdir(parents=True)
+        Path(step.folder, step.complete).touch()
+
+    monkeypatch.setattr(run, "make", make)
+    run.prepare(grid, list(grid.runs()), jobs=1)
+    assert sorted(order) == [("made/features", 3), ("made/init-seed3", 3), ("made/init-seed4", 4)]
+
+
 def test_prepare_waits_for_another_grid_that_makes_the_same_folder(folder, monkeypatch):
     grid = read_grid(two_inits(folder, "x"))
     one = grid.steps(0)[1]
