@@ -2,7 +2,7 @@
 # make test       environment and the default test suite
 # make full       the full recipe, one seed: make full SEED=1; its data replaces that of make demo
 # make streams    train the trained model on streams, and measure selective decoding
-# make pictures   real pictures, pretrained towers, and an MLP for comparison: half an hour, 2 cores
+# make pictures   real pictures, pretrained towers, and an MLP for comparison: 35 minutes, 2 cores
 # make small      the one-GPU recipes (stage 2, SFT) with small pretrained backbones, two processes
 # make app        the trained model in a browser: ask, search, watch; make app-test tests it
 # make ablations  the paper's Table 7, small: 8 CPU-hours; JOBS=4 runs four trainings at a time; results in
