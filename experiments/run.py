@@ -180,7 +180,8 @@ def prepare(grid: Grid, runs: list[Run], jobs: int) -> None:
     """
     steps: dict[str, tuple[Step, int]] = {}
     for run in runs:
-        # A folder of all seeds is made for the first, since what it needs stands before it.
+        # A folder that all seeds share is made once, with the first seed: the steps that it needs
+        # stand before it here. Those of a later seed would follow it.
         for step in grid.needed(run.recipe, run.seed, run.options):
             steps.setdefault(step.folder, (step, run.seed))
     tasks: dict[str, tuple[set[str], Callable[[], None]]] = {}
